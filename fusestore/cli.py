@@ -1,0 +1,261 @@
+"""The command line: `fusestore COMMAND …`.
+
+Errors are one sentence on standard error, and an exit status from one table.
+What a command needs is imported when it runs, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import __version__
+from .cli_mount import mount, umount
+from .cli_store import inspect, repair, status
+from .errors import ConfigError, FusestoreError, NotHealthyError, UsageError
+
+CODE_ATTRIBUTE = "user.fusestore.code"
+
+EXIT_STATUS = {NotHealthyError: 1, UsageError: 2, ConfigError: 2}
+"""By the class of the error; FAILED for all others."""
+FAILED = 3
+INTERRUPTED = 130
+
+EPILOG = """\b
+Exit status:
+  0  fine
+  1  not healthy: the command ran, and found what is not as it should be
+  2  wrong use: arguments or configuration; nothing was changed
+  3  failed
+"""
+
+
+def exit_status(error: FusestoreError) -> int:
+    """The exit status of a command that ended with `error`."""
+    return EXIT_STATUS.get(type(error), FAILED)
+
+
+class _Commands(click.Group):
+    """A group whose commands end with a sentence and a documented status, not a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FusestoreError as error:
+            click.echo(f"fusestore: {error}", err=True)
+            ctx.exit(exit_status(error))
+        except KeyboardInterrupt:
+            click.echo("fusestore: interrupted", err=True)
+            ctx.exit(INTERRUPTED)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # click ends quietly when nobody reads any more
+            where = f"{error.filename}: " if error.filename else ""
+            click.echo(f"fusestore: {where}{error.strerror or error}", err=True)
+            ctx.exit(FAILED)
+        except Exception:
+            traceback.print_exc()
+            click.echo("fusestore: this should not happen: please report it", err=True)
+            ctx.exit(FAILED)
+
+
+@click.group(cls=_Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fusestore", message="%(prog)s %(version)s")
+def cli() -> None:
+    """A directory that survives the loss of a disk, a site or a cloud region.
+
+    What is written to the mount is cut into stripes, coded, and kept as shards
+    in three regions; any one of them can be lost.
+
+    \b
+      fusestore mkfs ~/store              make a store with three regions
+      fusestore mount ~/store ~/files     mount it (~/files: an empty directory)
+      fusestore status ~/store            is everything safe?
+      fusestore umount ~/files            commit everything and unmount
+    """
+    logging.basicConfig(format="fusestore: %(message)s", level=logging.WARNING)
+
+
+for _command in (mount, umount, status, repair, inspect):
+    cli.add_command(_command)
+
+
+# --- mkfs --------------------------------------------------------------------
+
+
+def _region(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> Any:
+    regions: list[tuple[str, Path | None]] = []
+    for value in values:
+        name, equals, path = value.partition("=")
+        if equals and not path:
+            raise click.BadParameter(f"{value!r} has no path after the equals sign.")
+        regions.append((name, Path(path) if equals else None))
+    return regions
+
+
+@cli.command(short_help="Make a store.")
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option(
+    "regions",
+    "--region",
+    multiple=True,
+    metavar="NAME[=PATH]",
+    callback=_region,
+    help="A region, and the directory of its node: below STORE if none is given.  "
+    "Repeat it for each; default: us-east-1, us-west-1 and eu-west-1.",
+)
+@click.option(
+    "--code",
+    metavar="K+M",
+    default="2+1",
+    show_default=True,
+    help="Of new files: K data shards and M parity shards a stripe.",
+)
+@click.option(
+    "--metadata",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The directory of the metadata; default: STORE/metadata.",
+)
+@click.option(
+    "--allow-unsafe", is_flag=True, help="Take codes that do not survive the loss of a region."
+)
+def mkfs(
+    store: Path,
+    regions: list[tuple[str, Path | None]],
+    code: str,
+    metadata: Path | None,
+    allow_unsafe: bool,
+) -> None:
+    """Make a store in the directory STORE, which must be new or empty.
+
+    \b
+      fusestore mkfs ~/store
+      fusestore mkfs /srv/store --code 4+2 --metadata /ssd/store
+      fusestore mkfs /srv/store --region a=/disk1/a --region b=/disk2/b --region c=/disk3/c
+
+    \b
+    Codes for three regions, each surviving the loss of any one of them:
+      2+1   takes 1.5 times the space of the data
+      4+2   the same, in smaller shards
+      6+3   the same, in still smaller ones
+      1+2   three copies
+    """
+    from .erasure import Code
+    from .mkfs import make_store
+
+    config = make_store(store, regions, Code.parse(code), metadata, allow_unsafe)
+    places = ", ".join(dict.fromkeys(config.regions))
+    click.echo(f"{config.store} is a store with code {config.code} in {places}.")
+    click.echo(f"Mount it on an empty directory: fusestore mount {store} MOUNTPOINT")
+
+
+# --- policy ------------------------------------------------------------------
+
+
+@cli.group()
+def policy() -> None:
+    """Choose the code of new files, directory by directory.
+
+    New files and directories take it over from the directory they are made in;
+    files that exist keep theirs.  The same as the attribute user.fusestore.code.
+
+    \b
+      fusestore policy set ~/files/archive 6+3
+      fusestore policy get ~/files/archive
+      fusestore policy clear ~/files/archive
+    """
+
+
+_DIRECTORY = click.argument("directory", type=click.Path(path_type=Path))
+
+
+@policy.command("set")
+@_DIRECTORY
+@click.argument("code", metavar="K+M")
+def policy_set(directory: Path, code: str) -> None:
+    """Give new files below DIRECTORY the code K+M."""
+    from .erasure import Code
+
+    chosen = Code.parse(code)
+    _on_mount(directory)
+    try:
+        os.setxattr(directory, CODE_ATTRIBUTE, str(chosen).encode())
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise UsageError(
+            f"{directory} cannot have the code {chosen}: it is not a directory, or the code "
+            "would not survive the loss of a region."
+        ) from None
+
+
+@policy.command("get")
+@_DIRECTORY
+def policy_get(directory: Path) -> None:
+    """Print the code of DIRECTORY (or file), or `default`."""
+    _on_mount(directory)
+    try:
+        click.echo(os.getxattr(directory, CODE_ATTRIBUTE).decode())
+    except OSError as error:
+        if error.errno != errno.ENODATA:
+            raise
+        click.echo("default")
+
+
+@policy.command("clear")
+@_DIRECTORY
+def policy_clear(directory: Path) -> None:
+    """Let new files below DIRECTORY have the store's default code again."""
+    _on_mount(directory)
+    try:
+        os.removexattr(directory, CODE_ATTRIBUTE)
+    except OSError as error:
+        if error.errno != errno.ENODATA:
+            raise
+
+
+def _on_mount(path: Path) -> None:
+    """UsageError unless the path is on a mount of a store: elsewhere it would mean nothing."""
+    from . import mounts
+
+    try:
+        mount = mounts.containing(path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be looked at: {error.strerror}.") from error
+    if mount is None:
+        raise UsageError(f"{path} is not on a mount of a store.")
+
+
+# --- completion --------------------------------------------------------------
+
+
+@cli.command(short_help="Print a script for the completion of a shell.")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print a script that makes SHELL complete fusestore's commands and options.
+
+    \b
+      bash   eval "$(fusestore completion bash)"    in ~/.bashrc
+      zsh    eval "$(fusestore completion zsh)"     in ~/.zshrc
+      fish   fusestore completion fish > ~/.config/fish/completions/fusestore.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(cli, {}, "fusestore", "_FUSESTORE_COMPLETE").source())
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    sys.exit(cli.main(prog_name="fusestore"))

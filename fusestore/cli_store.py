@@ -1,0 +1,244 @@
+"""The commands `status`, `repair` and `inspect`: what a store is and how it fares.
+
+They ask the daemon of a mounted store, and open an unmounted one themselves;
+the same code does the work in both cases.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from .config import StoreConfig
+    from .control_client import Message, Progress
+
+LAYOUT = "user.fusestore.layout"
+UNREPAIRABLE_SHOWN_MAX = 20
+
+
+def _ask(
+    config: StoreConfig, command: str, arguments: Message, progress: Progress
+) -> tuple[int | None, Message]:
+    """Have a command done; returns the daemon that did it, by number, if one did; its result."""
+    from .control_client import ControlClient
+    from .errors import NotMountedError
+
+    client = ControlClient(config.store)
+    try:
+        return client.daemon(), client.request(command, arguments, progress)
+    except NotMountedError:
+        import trio
+
+        from .daemon import offline
+
+        return None, trio.run(offline, config, command, arguments, progress)
+
+
+@contextmanager
+def _answering(as_json: bool, **failed: Any) -> Iterator[None]:
+    """Let an error of the body be JSON on standard output too, if it is asked for."""
+    try:
+        yield
+    except Exception as error:
+        if as_json and not isinstance(error, click.exceptions.Exit):
+            _print_json({**failed, "error": str(error) or type(error).__name__})
+        raise
+
+
+def _print_json(value: Message) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+# --- status ------------------------------------------------------------------
+
+
+@click.command(short_help="Say whether a store is healthy.")
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
+@click.pass_context
+def status(context: click.Context, store: Path, as_json: bool) -> None:
+    """Say how STORE fares: is all data safe, where is it mounted, what do its nodes hold.
+
+    Exit status 0: healthy; 1: not healthy; 3: it could not be found out.
+
+    \b
+      fusestore status ~/store
+      fusestore status ~/store --json | jq .nodes
+    """
+    with _answering(as_json, healthy=False):
+        from .config import load
+
+        config = load(store)
+        pid, result = _ask(config, "status", {}, lambda progress: None)
+        seen = _circumstances(config, pid)
+        result |= {key: value for key, value in seen.items() if result.get(key) is None}
+    if as_json:
+        _print_json(result)
+    else:
+        from .status_text import status_lines
+
+        for line in status_lines(result):
+            click.echo(line)
+    if not result.get("healthy"):
+        context.exit(1)
+
+
+def _circumstances(config: StoreConfig, pid: int | None) -> Message:
+    """What can be said of a store from outside, in the fields of `status`."""
+    from . import logs, mounts
+
+    places = mounts.mounts_of(config.store) if pid is not None else []
+    log_file = logs.destination(pid) if pid is not None else config.log_file
+    return {
+        "healthy": False,
+        "mounted": pid is not None,
+        "mountpoint": os.fspath(places[-1].mountpoint) if places else None,
+        "pid": pid,
+        "store": os.fspath(config.store),
+        "uuid": str(config.uuid),
+        "code": str(config.code),
+        "log_file": os.fspath(log_file) if log_file else None,
+    }
+
+
+# --- repair ------------------------------------------------------------------
+
+
+class _Bar:
+    """A progress bar on standard error, if that is a terminal."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._wanted = not quiet and sys.stderr.isatty()
+        self._bar: Any = None
+        self._phase = ""
+
+    def show(self, progress: Message) -> None:
+        """Show where a command is: `phase`, and `done` of `total` bytes."""
+        if not self._wanted:
+            return
+        if self._bar is None or progress["phase"] != self._phase:
+            from tqdm import tqdm
+
+            self.close()
+            self._phase = progress["phase"]
+            self._bar = tqdm(desc=self._phase, unit="B", unit_scale=True, leave=False)
+        self._bar.total = progress["total"]
+        self._bar.update(progress["done"] - self._bar.n)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _complete_node(context: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    from .config import load
+    from .errors import FusestoreError
+
+    try:
+        config = load(context.params["store"])
+    except (FusestoreError, KeyError):
+        return []
+    return [node.name for node in config.nodes if node.name.startswith(incomplete)]
+
+
+@click.command(short_help="Rebuild a node that lost its data.")
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("node", shell_complete=_complete_node)
+@click.option("--quiet", "-q", is_flag=True, help="No progress bar.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
+@click.pass_context
+def repair(context: click.Context, store: Path, node: str, quiet: bool, as_json: bool) -> None:
+    """Rebuild NODE of STORE from the other nodes, mounted or not.
+
+    For a node whose directory is gone, empty, or has lost or bad shards.  Each
+    shard is read back and checked before it counts; afterwards any other
+    region may go.  What cannot be rebuilt is named file by file, with exit
+    status 1.
+
+    \b
+      fusestore repair ~/store us-east-1
+    """
+    from .config import load
+
+    bar = _Bar(quiet)
+    try:
+        with _answering(as_json):
+            config = load(store)
+            config.node(node)
+            _, result = _ask(config, "repair", {"node": node}, bar.show)
+    finally:
+        bar.close()
+    lost = result["unrepairable"]
+    if as_json:
+        _print_json(result)
+    else:
+        from .status_text import repair_line
+
+        click.echo(repair_line(node, result))
+        for path in lost[:UNREPAIRABLE_SHOWN_MAX]:
+            click.echo(f"lost: {path}", err=True)
+        if len(lost) > UNREPAIRABLE_SHOWN_MAX:
+            click.echo(f"and {len(lost) - UNREPAIRABLE_SHOWN_MAX} more: see --json", err=True)
+    if lost:
+        context.exit(1)
+
+
+# --- inspect -----------------------------------------------------------------
+
+
+@click.command(short_help="Show where a file's shards are.")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
+def inspect(path: Path, as_json: bool) -> None:
+    """Show the code, the stripes and the place of each shard of PATH, a file on a mount.
+
+    The same as the attribute user.fusestore.layout.
+
+    \b
+      fusestore inspect ~/files/letter.txt
+      getfattr -n user.fusestore.layout --only-values ~/files/letter.txt
+    """
+    with _answering(as_json):
+        layout = _layout(path)
+    if as_json:
+        _print_json(layout)
+    else:
+        from .status_text import layout_lines
+
+        for line in layout_lines(os.fspath(path), layout):
+            click.echo(line)
+
+
+def _layout(path: Path) -> Message:
+    """The layout of a file; the daemon is asked for one too long for an attribute."""
+    from . import mounts
+    from .control_client import ControlClient
+    from .errors import UsageError
+
+    try:
+        mount = mounts.containing(path)
+        if mount is None:
+            raise UsageError(f"{path} is not on a mount of a store.")
+        try:
+            layout: Message = json.loads(os.getxattr(path, LAYOUT))
+        except OSError as error:
+            if error.errno not in (errno.E2BIG, errno.ERANGE):
+                raise
+            inode = os.stat(path).st_ino
+            layout = ControlClient(mount.store).request("layout", {"inode": inode})
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.ENOTSUP):
+            raise UsageError(f"{path} has no layout: only regular files have one.") from None
+        raise UsageError(f"{path} cannot be inspected: {error.strerror}.") from error
+    return layout

@@ -1,0 +1,330 @@
+"""The commit: everything since the last one becomes durable with one parallel flush.
+
+A commit takes the open stripes and the pending changes without an await in
+between, waits until what it took is sealed, appends one COMMIT record to the
+journal of every node in sync, and flushes what was written, all nodes in
+parallel.  Who asks during a flush shares the next one.
+
+A node that fails leaves the set.  That is a change of its own: it is
+committed on the remaining nodes and checkpointed before anything is
+acknowledged without the node.
+
+A checkpoint writes to the metadata database what a commit that has been
+flushed had set aside.  Operations go on meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import trio
+
+from . import schema
+from .errors import MetadataError, NodeError, NotDurableError
+from .limits import (
+    CHECKPOINT_CHANGES_MAX,
+    CHECKPOINT_SECONDS_MAX,
+    COMMIT_SECONDS_MAX,
+    HOP_CHANGES_MIN,
+    JOURNAL_SEGMENT_BYTES,
+)
+from .log import Log
+from .members import Member
+from .records import (
+    HEADER_BYTES,
+    Commit,
+    Header,
+    Kind,
+    Run,
+    checksum,
+    encode_commit,
+    record_length,
+)
+from .schema import LogState, NodeRow
+from .write_path import Taken, Writer
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_RETRY_SECONDS = 1.0
+
+
+@dataclass(slots=True, eq=False)
+class _Round:
+    """Those who wait for the same commit."""
+
+    done: trio.Event = field(default_factory=trio.Event)
+    error: str = ""
+
+
+class Committer:
+    """Commits when asked, and every five seconds; checkpoints now and then."""
+
+    def __init__(self, state: Log, nursery: trio.Nursery) -> None:
+        self._log = state
+        self._nursery = nursery
+        self.writer: Writer
+        self._next = _Round()
+        self._wanted = trio.Event()
+        self.lock = trio.Lock()
+        """Held during a commit; who holds it may change the set of nodes in sync."""
+        self._checkpointing = trio.Lock()
+        self._checkpointed_at = trio.current_time()
+        self._frozen_at: LogState | None = None
+        """The log at the commit up to which changes are set aside, once it is flushed."""
+        self._counters = b""
+        self.rows: list[NodeRow] = []
+        """The nodes as the last commit has them."""
+        self._durable_through = 0
+        self.checkpointed = state.state.commit
+        """The commit up to which the metadata database is whole."""
+        self.journal_segment = 1
+        self.journal_offset = 0
+        self.journal_bytes = 0
+        """Appended to each journal since the last snapshot."""
+        self.on_checkpoint: list[Callable[[], None]] = []
+        self.on_commit: list[Callable[[], None]] = []
+
+    # --- asking --------------------------------------------------------------
+
+    def ask(self) -> None:
+        """Have a commit begin soon."""
+        self._wanted.set()
+
+    async def commit(self) -> None:
+        """Return when all that was done before the call is durable; NotDurableError."""
+        if self._log.read_only:
+            return
+        waited = self._next
+        self._wanted.set()
+        await waited.done.wait()
+        if waited.error:
+            raise NotDurableError(waited.error)
+
+    async def run(self) -> None:
+        """Commit until cancelled."""
+        while True:
+            with trio.move_on_after(COMMIT_SECONDS_MAX):
+                await self._wanted.wait()
+            self._wanted = trio.Event()
+            current, self._next = self._next, _Round()
+            try:
+                async with self.lock:
+                    await self.commit_now()
+            except NotDurableError as error:
+                current.error = str(error)
+            current.done.set()
+
+    # --- a commit ------------------------------------------------------------
+
+    async def commit_now(self, *, checkpoint: bool = False) -> None:
+        """One commit, with the lock held; with the checkpoint of it, if that is asked for.
+
+        NotDurableError when no sufficient set of nodes has flushed it.
+        """
+        while True:
+            if self._log.broken:
+                raise NotDurableError(self._log.broken)
+            lost = self._note_nodes()
+            checkpoint = checkpoint or lost
+            if checkpoint:
+                await self._checkpoint()  # so that this commit can set its changes aside
+            unflushed = self.writer.unflushed
+            taken = self._take(force=checkpoint)
+            try:
+                if taken is not None:
+                    await self._flush(taken)
+                    if taken.frozen:
+                        self._frozen_at = self._log.state
+            finally:
+                await self.writer.flushed(unflushed)
+            if self._frozen_at is not None:
+                if checkpoint:
+                    await self._checkpoint()
+                else:
+                    self._nursery.start_soon(self._checkpoint)
+            self._log.refresh_room()
+            for callback in self.on_commit:
+                callback()
+            if not self._left():
+                return
+
+    def _node_rows(self) -> list[NodeRow]:
+        return [NodeRow(m.id, m.name, m.in_sync) for m in self._log.members.all]
+
+    def _left(self) -> list[Member]:
+        """Nodes that the last commit counts as in sync, and are so no more."""
+        before = {row.id for row in self.rows if row.in_sync}
+        return [m for m in self._log.members.all if m.id in before and not m.in_sync]
+
+    def _note_nodes(self) -> bool:
+        """Put a changed set of nodes, and what lost ones lack, among the changes."""
+        left = self._left()
+        for member in left:
+            for stripe, index in member.unflushed:
+                if self._log.engine.get(schema.stripe_key(stripe)) is not None:
+                    self._log.apply({schema.missing_key(member.id, stripe, index): b""})
+            member.unflushed = []
+            member.dirty = set()
+        rows = self._node_rows()
+        if rows == self.rows:
+            return False
+        if not self._log.members.can_store(self._log.code):
+            self._log.break_(
+                "Too few nodes are left to keep new data safe: "
+                "the mount is read-only now; mend the nodes and mount again."
+            )
+            raise NotDurableError(self._log.broken)
+        self.rows = rows
+        self._log.apply({schema.NODES_KEY: schema.encode_nodes(rows)})
+        return True
+
+    def _take(self, *, force: bool) -> Taken | None:
+        """What there is to commit, or None; no await in here."""
+        state, engine = self._log, self._log.engine
+        self.writer.settle()
+        sealing = self.writer.being_sealed()
+        counters = state.counters.encode()
+        if counters != self._counters:
+            self._counters = counters
+            state.apply({schema.COUNTERS_KEY: counters})
+        for member in state.members.all:
+            for segment in member.changed:
+                found = member.segments.get(segment)
+                key = schema.segment_key(member.id, segment)
+                state.apply({key: found.encode() if found else None})
+            member.changed.clear()
+        due = force or (
+            engine.changed_keys > 0
+            and (
+                engine.changed_keys >= CHECKPOINT_CHANGES_MAX
+                or trio.current_time() - self._checkpointed_at >= CHECKPOINT_SECONDS_MAX
+            )
+        )
+        nothing = not state.pending and not sealing
+        freeze = due and not engine.frozen and (not nothing or engine.changed_keys > 0 or force)
+        if freeze:
+            engine.freeze()
+        if nothing:
+            if freeze:
+                self._frozen_at = state.state
+            return None
+        taken = Taken(state.state.commit + 1, state.pending, sealing, freeze)
+        state.pending = {}
+        for stripe in sealing:
+            stripe.taken = taken
+        return taken
+
+    async def _flush(self, taken: Taken) -> None:
+        state = self._log
+        for stripe in taken.stripes:
+            await stripe.sealed.wait()
+        if state.broken:
+            # What was taken stays seen, but nothing more is acknowledged.
+            raise NotDurableError(state.broken)
+        commit = Commit(
+            taken.number,
+            state.state.epoch,
+            state.state.checksum,
+            self._durable_through,
+            bytes.fromhex(state.state.nonce),
+            tuple(member.id for member in state.members.in_sync),
+            taken.changes,
+        )
+        if len(taken.changes) < HOP_CHANGES_MIN:
+            payload = encode_commit(commit)
+        else:
+            payload = await trio.to_thread.run_sync(encode_commit, commit)
+        header = Header(
+            Kind.COMMIT, len(payload), checksum(payload, len(payload)), commit.epoch, commit.number
+        )
+        await self.append(header, payload)
+        if not state.members.in_sync:
+            state.break_(
+                "No node could take a commit: the mount is read-only now; "
+                "mend the nodes and mount again."
+            )
+            raise NotDurableError(state.broken)
+        state.state = replace(
+            state.state,
+            commit=commit.number,
+            checksum=header.payload_checksum,
+            journal_segment=self.journal_segment,
+        )
+        self._durable_through = commit.number
+
+    async def append(self, header: Header, payload: bytes) -> None:
+        """Append a record to the journals of all nodes in sync, and flush all nodes.
+
+        A node that cannot is failed; whether enough are left is for the caller.
+        """
+        if self.journal_offset >= JOURNAL_SEGMENT_BYTES:
+            self.roll_journal()
+        offset = self.journal_offset
+        self.journal_offset += record_length(len(payload))
+        self.journal_bytes += record_length(len(payload))
+        async with trio.open_nursery() as nursery:
+            for member in self._log.members.writable:
+                nursery.start_soon(self._flush_node, member, offset, header, payload)
+
+    async def _flush_node(
+        self, member: Member, offset: int, header: Header, payload: bytes
+    ) -> None:
+        dirty, member.dirty = member.dirty, set()
+        shards = len(member.unflushed)
+        try:
+            await trio.to_thread.run_sync(
+                self._write_node, member, offset, header, payload, sorted(dirty)
+            )
+        except NodeError as error:
+            member.fail(error)
+            return
+        del member.unflushed[:shards]
+
+    def _write_node(
+        self, member: Member, offset: int, header: Header, payload: bytes, dirty: list[int]
+    ) -> None:
+        """In a thread: append the record and flush what the node was given."""
+        node = member.node
+        assert node is not None
+        if member.in_sync:
+            seed = self._log.journal(member.name, self.journal_segment).seed(offset)
+            padding = bytes(header.record_length - len(payload) - HEADER_BYTES)
+            node.write(
+                Run.JOURNAL, self.journal_segment, offset, [header.encode(seed), payload, padding]
+            )
+            node.flush(Run.JOURNAL, [self.journal_segment])
+        node.flush(Run.SHARDS, dirty)
+        for segment in dirty:
+            if member.is_full(segment):
+                node.truncate(Run.SHARDS, segment, member.segments[segment].size)
+        node.check()
+
+    def roll_journal(self) -> None:
+        """Go on in a new journal segment."""
+        self.journal_segment += 1
+        self.journal_offset = 0
+
+    # --- checkpoint ----------------------------------------------------------
+
+    async def _checkpoint(self) -> None:
+        """Write what was set aside, if the commit that set it aside has been flushed."""
+        async with self._checkpointing:
+            engine, state = self._log.engine, self._frozen_at
+            if state is None:
+                return
+            self._frozen_at = None
+            engine.amend({schema.LOG_KEY: state.encode()})
+            while True:
+                try:
+                    await trio.to_thread.run_sync(engine.write)
+                    break
+                except MetadataError as error:
+                    log.error("%s The checkpoint is tried again.", error)
+                    await trio.sleep(CHECKPOINT_RETRY_SECONDS)
+            engine.thaw()
+            self._checkpointed_at = trio.current_time()
+            self.checkpointed = state.commit
+        for callback in self.on_checkpoint:
+            callback()

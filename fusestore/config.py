@@ -1,0 +1,396 @@
+"""What a store is: `fusestore.toml`, and each node's `node.toml`.
+
+    STORE/fusestore.toml    regions, nodes, the default code; for people to read and edit
+    STORE/fusestore.lock    locked while a process has the store open; holds its number
+    STORE/control.sock      where the daemon listens (control.py)
+    STORE/fusestore.log     what a daemon in the background says
+    NODE/node.toml          which store and which node a directory is
+
+Only this module knows these names.  Both TOML files are replaced whole, never
+edited in place, so that a crash leaves the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import UUID
+
+from .erasure import Code
+from .errors import ConfigError, NodeIdentityError, UsageError
+from .placement import check_region_rule
+from .toml_files import Table
+
+CONFIG_NAME = "fusestore.toml"
+LOCK_NAME = "fusestore.lock"
+SOCKET_NAME = "control.sock"
+LOG_NAME = "fusestore.log"
+IDENTITY_NAME = "node.toml"
+METADATA_NAME = "metadata"
+
+CONFIG_VERSION = 1
+IDENTITY_VERSION = 1
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_RESERVED = {CONFIG_NAME, LOCK_NAME, SOCKET_NAME, LOG_NAME, METADATA_NAME}
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """A place in a region that keeps shards: a directory."""
+
+    name: str
+    region: str
+    path: Path
+    """Absolute."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """All that `fusestore.toml` says, with absolute paths."""
+
+    store: Path
+    uuid: UUID
+    code: Code
+    """The code of new files, unless their directory has one of its own."""
+    allow_unsafe: bool
+    """Codes that would not survive the loss of a region are taken."""
+    metadata: Path
+    nodes: tuple[NodeConfig, ...]
+
+    @property
+    def regions(self) -> tuple[str, ...]:
+        """The region of each node, in the order of `nodes`."""
+        return tuple(node.region for node in self.nodes)
+
+    @property
+    def log_file(self) -> Path:
+        """Where a daemon in the background logs to."""
+        return self.store / LOG_NAME
+
+    def node(self, name: str) -> NodeConfig:
+        """The node called `name`; UsageError when there is none."""
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        known = ", ".join(node.name for node in self.nodes)
+        raise UsageError(f"{self.store} has no node {name!r}; its nodes are {known}.")
+
+
+def check_name(name: str) -> str | None:
+    """Say in a sentence why a region or node cannot be called `name`, or None."""
+    if not _NAME.fullmatch(name):
+        return (
+            f"{name!r} is not a name for a region: "
+            "use up to 63 letters, digits, dots, dashes and underscores, a letter or digit first."
+        )
+    if name in _RESERVED:
+        return f"A region cannot be called {name!r}: the store has a file of that name."
+    return None
+
+
+def check_places(store: Path, metadata: Path, nodes: Sequence[NodeConfig]) -> str | None:
+    """Say in a sentence which two of the store's places are equal or nested, or None.
+
+    Symbolic links are resolved.  Nodes and metadata may lie below the store.
+    """
+    store = Path(os.path.realpath(store))
+    places = [("the metadata", Path(os.path.realpath(metadata)))]
+    places += [(f"region {node.name}", Path(os.path.realpath(node.path))) for node in nodes]
+    for i, (what, path) in enumerate(places):
+        if store.is_relative_to(path):
+            return f"{path}, the place of {what}, holds the store {store} itself: use another."
+        for other, there in places[:i]:
+            if path == there:
+                return f"{what} and {other} are both at {path}: each needs a place of its own."
+            if path.is_relative_to(there) or there.is_relative_to(path):
+                return f"{what} at {path} and {other} at {there} are nested: keep them apart."
+    return None
+
+
+def load(store: Path) -> StoreConfig:
+    """Read the configuration of the store in the directory `store`; ConfigError if it is bad."""
+    store = Path(os.path.realpath(store))
+    file = store / CONFIG_NAME
+    try:
+        table = Table.read(file)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(
+            f"{store} is not a store (it has no {CONFIG_NAME}): "
+            f"make one with `fusestore mkfs {store}`."
+        ) from None
+    version = table.take("format", int)
+    if version != CONFIG_VERSION:
+        raise ConfigError(
+            f"{file} has format {version}, and this version of fusestore knows {CONFIG_VERSION}."
+        )
+    config = StoreConfig(
+        store=store,
+        uuid=table.take_uuid("uuid"),
+        code=_code(table),
+        allow_unsafe=table.take("allow_unsafe", bool, False),
+        metadata=table.take_path("metadata", store, METADATA_NAME),
+        nodes=tuple(_node(store, row) for row in table.take_tables("node")),
+    )
+    table.end()
+    problem = _consistency(config)
+    if problem:
+        raise ConfigError(f"{file}: {problem}")
+    return config
+
+
+def _consistency(config: StoreConfig) -> str | None:
+    names = [node.name for node in config.nodes]
+    for name in names:
+        if names.count(name) > 1:
+            return f"there are {names.count(name)} nodes called {name!r}."
+    problem = check_places(config.store, config.metadata, config.nodes)
+    if problem is None and not config.allow_unsafe:
+        problem = check_region_rule(config.code, config.regions)
+    return problem
+
+
+def write(config: StoreConfig) -> None:
+    """Write `fusestore.toml` as a whole, durably; ConfigError when it cannot be."""
+    import tomlkit
+
+    document = tomlkit.document()
+    for line in (
+        "A fusestore store: how new files are coded, and where its regions keep their shards.",
+        "Relative paths start at this file's directory.  Unmount the store before changing it.",
+    ):
+        document.add(tomlkit.comment(line))
+    document.add(tomlkit.nl())
+    document.add("format", tomlkit.item(CONFIG_VERSION))
+    document.add("uuid", tomlkit.item(str(config.uuid)))
+    code = tomlkit.item(str(config.code))
+    document.add("code", code.comment("of new files: data shards + parity shards"))
+    unsafe = tomlkit.item(config.allow_unsafe)
+    document.add(
+        "allow_unsafe", unsafe.comment("true: take codes that do not survive the loss of a region")
+    )
+    document.add("metadata", tomlkit.item(_text(config.store, config.metadata)))
+    rows = tomlkit.aot()
+    for node in config.nodes:
+        row = tomlkit.table()
+        row.add("name", node.name)
+        row.add("region", node.region)
+        row.add("path", _text(config.store, node.path))
+        rows.append(row)
+    document.add("node", rows)
+    file = config.store / CONFIG_NAME
+    try:
+        write_whole(file, tomlkit.dumps(document))
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error.strerror or error}.") from error
+
+
+# --- who a node is -----------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class NodeIdentity:
+    """What `node.toml` says: which node of which store a directory is."""
+
+    store: UUID
+    node: str
+    region: str
+    incarnation: UUID
+    """Changes when a node starts again from nothing."""
+    version: int
+    """Of the format of the journals and shards in the directory."""
+
+
+def read_identity(path: Path) -> NodeIdentity:
+    """Read the identity of the node directory `path`.
+
+    NodeIdentityError when the directory or file is missing, foreign or unreadable.
+    """
+    file = path / IDENTITY_NAME
+    try:
+        table = Table.read(file)
+    except (FileNotFoundError, NotADirectoryError):
+        if not os.path.isdir(path):
+            raise NodeIdentityError(f"There is no directory {path}.") from None
+        raise NodeIdentityError(
+            f"{path} is not a node: it has no {IDENTITY_NAME} (is its disk mounted?)."
+        ) from None
+    except ConfigError as error:
+        raise NodeIdentityError(str(error)) from None
+    try:
+        version = table.take("format", int)
+        if version != IDENTITY_VERSION:
+            raise ConfigError(
+                f"{file} has format {version}, "
+                f"and this version of fusestore knows {IDENTITY_VERSION}."
+            )
+        identity = NodeIdentity(
+            store=table.take_uuid("store"),
+            node=table.take("node", str),
+            region=table.take("region", str),
+            incarnation=table.take_uuid("incarnation"),
+            version=version,
+        )
+        table.end()
+    except ConfigError as error:
+        raise NodeIdentityError(str(error)) from None
+    return identity
+
+
+def write_identity(path: Path, identity: NodeIdentity) -> None:
+    """Write `node.toml` in the node directory `path`, durably; OSError when it cannot be."""
+    import tomlkit
+
+    document = tomlkit.document()
+    document.add(tomlkit.comment("Which node of which store this directory is: do not edit."))
+    document.add("format", tomlkit.item(identity.version))
+    document.add("store", tomlkit.item(str(identity.store)))
+    document.add("node", tomlkit.item(identity.node))
+    document.add("region", tomlkit.item(identity.region))
+    document.add("incarnation", tomlkit.item(str(identity.incarnation)))
+    write_whole(path / IDENTITY_NAME, tomlkit.dumps(document))
+
+
+# --- the options of a mount ---------------------------------------------------
+
+_SWITCHES = {
+    "nosuid": "nosuid",
+    "suid": "nosuid",
+    "nodev": "nodev",
+    "dev": "nodev",
+    "noexec": "noexec",
+    "exec": "noexec",
+}
+_IGNORED = {"", "defaults", "atime", "noatime"}
+_OWN = {"ro", "allow_other", "writeback", "nonempty"}
+
+
+@dataclass(frozen=True, slots=True)
+class MountOptions:
+    """How a store is mounted: what `-o` says."""
+
+    read_only: bool = False
+    allow_other: bool = False
+    """Others than the daemon's user may use the mount, as far as modes allow."""
+    writeback: bool = False
+    """The kernel collects small writes; it loses them when the daemon dies."""
+    nonempty: bool = False
+    """The mount may cover what the directory has."""
+    switches: tuple[str, ...] = ()
+    """Of nosuid, nodev, noexec."""
+
+    @classmethod
+    def parse(cls, values: Iterable[str]) -> MountOptions:
+        """Read the values of `-o`, each a list with commas; UsageError for what is unknown.
+
+        Of two that contradict each other, the later one counts.
+        """
+        chosen: dict[str, bool] = {}
+        for option in ",".join(values).split(","):
+            option = option.strip()
+            if option in _OWN:
+                chosen[option] = True
+            elif option in _SWITCHES:
+                switch = _SWITCHES[option]
+                chosen[switch] = option == switch
+            elif option == "rw":
+                chosen["ro"] = False
+            elif option not in _IGNORED:
+                known = ", ".join(sorted(_OWN | set(_SWITCHES) | {"rw", "noatime"}))
+                raise UsageError(f"There is no mount option {option!r}; there are {known}.")
+        return cls(
+            read_only=chosen.get("ro", False),
+            allow_other=chosen.get("allow_other", False),
+            writeback=chosen.get("writeback", False),
+            nonempty=chosen.get("nonempty", False),
+            switches=tuple(name for name in ("nosuid", "nodev", "noexec") if chosen.get(name)),
+        )
+
+    @property
+    def kernel(self) -> tuple[str, ...]:
+        """The options as the kernel gets them; a mount never keeps times of reading.
+
+        libfuse takes nosuid and nodev for granted, other file systems do not:
+        root, who alone may, says otherwise.
+        """
+        switches = list(self.switches)
+        if os.geteuid() == 0:
+            switches += [name for name in ("suid", "dev") if f"no{name}" not in switches]
+        return (
+            "noatime",
+            *(["ro"] if self.read_only else []),
+            *(["allow_other"] if self.allow_other else []),
+            *switches,
+        )
+
+    def __str__(self) -> str:
+        """The options as `parse` reads them."""
+        own = [("ro", self.read_only), ("allow_other", self.allow_other)]
+        own += [("writeback", self.writeback), ("nonempty", self.nonempty)]
+        return ",".join([*(name for name, chosen in own if chosen), *self.switches])
+
+
+# --- files -----------------------------------------------------------------
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Replace `file` (mode 0600), durable with its name; OSError when it fails."""
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        with open(fd, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(fd)
+        os.replace(draft, file)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    sync_directory(file.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable; OSError when it fails."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# --- parts of the file -------------------------------------------------------
+
+
+def _code(table: Table) -> Code:
+    text = table.take("code", str)
+    try:
+        return Code.parse(text)
+    except UsageError as error:
+        raise table.bad("code", f"cannot be used: {str(error).rstrip('.')}") from None
+
+
+def _node(store: Path, table: Table) -> NodeConfig:
+    name = table.take("name", str)
+    region = table.take("region", str, name)
+    path = table.take_path("path", store, name)
+    table.end()
+    for key, text in (("name", name), ("region", region)):
+        problem = check_name(text)
+        if problem:
+            raise table.bad(key, f"cannot be used: {problem.rstrip('.')}")
+    return NodeConfig(name, region, path)
+
+
+def _text(store: Path, path: Path) -> str:
+    """A path as the file has it: relative where it lies below the store."""
+    text = os.fspath(path.relative_to(store) if path.is_relative_to(store) else path)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{path!r} is not UTF-8, and cannot stand in {CONFIG_NAME}: use another path."
+        ) from None
+    return text

@@ -1,0 +1,235 @@
+"""File contents: which bytes of a file lie where, and what a write, truncate or removal does.
+
+A write takes its bytes into a stripe and points extents at them; what lay
+there before is let go.  A truncation or removal of many extents is done in
+batches: a row of `trims` says what is left to do, and until it is done nothing
+else changes the file, so that old bytes can never come back.
+"""
+
+from __future__ import annotations
+
+import stat
+import time
+from collections import OrderedDict
+from itertools import islice
+
+import trio
+
+from . import schema
+from .erasure import Code
+from .errors import FileTooLargeError, IsDirectoryError, StaleError
+from .limits import FILE_BYTES_MAX, TAIL_EXTENTS_MAX, TRIM_BATCH
+from .log import Log, Transaction
+from .read_path import Reader
+from .schema import Extent, Inode
+from .write_path import Writer
+
+Data = bytes | bytearray | memoryview
+
+
+class Contents:
+    """Reads, writes and cuts files."""
+
+    def __init__(self, log: Log, reader: Reader, writer: Writer, nursery: trio.Nursery) -> None:
+        self._log = log
+        self._reader = reader
+        self._writer = writer
+        self._nursery = nursery
+        self._tails: OrderedDict[int, Extent] = OrderedDict()
+        """By inode the extent that was written last, for writes that go on behind it."""
+        self._trimming: dict[int, trio.Event] = {}
+
+    # --- reading and writing -------------------------------------------------
+
+    async def read(self, ino: int, offset: int, size: int) -> Data:
+        """Up to `size` bytes from `offset`; fewer only at the end of the file."""
+        value = self._log.engine.get(schema.inode_key(ino))
+        if value is None:
+            raise StaleError(f"There is no inode {ino}.")
+        return await self._reader.read(ino, offset, min(offset + size, Inode.decode(value).size))
+
+    async def write(self, ino: int, offset: int, data: bytes) -> int:
+        """Write all of `data`; its length.  NoSpaceError, ReadOnlyError."""
+        end = offset + len(data)
+        if end > FILE_BYTES_MAX:
+            raise FileTooLargeError(f"A file may have {FILE_BYTES_MAX} bytes.")
+        if not data:
+            return 0
+        await self._writer.room()
+        while ino in self._trimming:
+            await self._trimming[ino].wait()
+        with self._log.transaction() as txn:
+            inode = self._inode(txn, ino)
+            inode.mtime = inode.ctime = time.time_ns()
+            if offset < inode.size:
+                if self._overwrite(ino, offset, data):
+                    txn.put(schema.inode_key(ino), inode.encode())
+                    return len(data)
+                self._log.take_room(len(data))
+                self._cut(txn, ino, inode, offset, end)
+            else:
+                self._log.take_room(len(data))
+            code = Code(inode.k, inode.m)
+            for piece in self._writer.append(txn, code, ino, offset, data):
+                offset = self._point(txn, ino, offset, *piece)
+            inode.allocated += len(data)
+            inode.size = max(inode.size, end)
+            txn.put(schema.inode_key(ino), inode.encode())
+        return len(data)
+
+    def _overwrite(self, ino: int, offset: int, data: bytes) -> bool:
+        """Replace bytes that no commit holds yet, where they lie in memory."""
+        end = offset + len(data)
+        for extent in self._reader.extents(ino, offset, end):
+            return extent.length == len(data) and self._writer.overwrite(
+                extent.stripe, extent.stripe_offset, data
+            )
+        return False
+
+    def _point(
+        self, txn: Transaction, ino: int, offset: int, stripe: int, at: int, length: int
+    ) -> int:
+        """Point an extent at bytes of a stripe, or let the one before go on; the next offset."""
+        tail = self._tails.get(ino)
+        if (
+            tail is not None
+            and tail.end == offset
+            and tail.stripe == stripe
+            and tail.stripe_offset + tail.length == at
+        ):
+            extent = Extent(tail.offset, tail.length + length, stripe, tail.stripe_offset)
+        else:
+            extent = Extent(offset, length, stripe, at)
+        txn.put(schema.extent_key(ino, extent.offset), extent.encode())
+        self._tails[ino] = extent
+        if len(self._tails) > TAIL_EXTENTS_MAX:
+            self._tails.popitem(last=False)
+        return extent.end
+
+    def _cut(self, txn: Transaction, ino: int, inode: Inode, start: int, end: int) -> None:
+        """Let go of the file's bytes start <= i < end; `inode` is changed, not put."""
+        self._tails.pop(ino, None)
+        low, at = schema.extent_key(ino, 0), schema.extent_key(ino, start)
+        rows = list(txn.scan(schema.extent_key(ino, start + 1), schema.extent_key(ino, end)))
+        first = txn.last(low, at)
+        if first is not None:
+            rows.insert(0, first)
+        for key, value in rows:
+            self._cut_extent(txn, ino, inode, Extent.decode(key, value), start, end)
+
+    @staticmethod
+    def _cut_extent(
+        txn: Transaction, ino: int, inode: Inode, extent: Extent, start: int, end: int
+    ) -> None:
+        """Let go of what an extent has of start <= i < end; keep what it has on either side."""
+        gone = extent.part(start, end)
+        if gone.length <= 0:
+            return
+        if extent.offset < start:
+            left = extent.part(extent.offset, start)
+            txn.put(schema.extent_key(ino, left.offset), left.encode())
+        else:
+            txn.delete(schema.extent_key(ino, extent.offset))
+        if extent.end > end:
+            right = extent.part(end, extent.end)
+            txn.put(schema.extent_key(ino, right.offset), right.encode())
+        txn.let_go(extent.stripe, gone.length)
+        inode.allocated -= gone.length
+
+    # --- truncating ----------------------------------------------------------
+
+    async def truncate(self, ino: int, size: int) -> None:
+        """Set a file's size; what is past it is let go, what is new is a hole."""
+        if size > FILE_BYTES_MAX:
+            raise FileTooLargeError(f"A file may have {FILE_BYTES_MAX} bytes.")
+        while ino in self._trimming:
+            await self._trimming[ino].wait()
+        with self._log.transaction() as txn:
+            inode = self._inode(txn, ino)
+            shrinks = size < inode.size
+            inode.mtime = inode.ctime = time.time_ns()
+            inode.size = size
+            more = shrinks and self._trim_batch(txn, ino, inode, size)
+            txn.put(schema.inode_key(ino), inode.encode())
+            if more:
+                txn.put(schema.trim_key(ino), size.to_bytes(8, "little"))
+                self._trimming[ino] = trio.Event()
+        if more:
+            # Even if the caller goes away: until it is done nobody can use the file.
+            with trio.CancelScope(shield=True):
+                await self._trim(ino, size)
+
+    def _trim_batch(self, txn: Transaction, ino: int, inode: Inode, size: int) -> bool:
+        """Let go of some of what lies past `size`; whether there is more."""
+        self._tails.pop(ino, None)
+        if size > 0:
+            key = schema.extent_key(ino, size - 1)
+            first = txn.last(schema.extent_key(ino, 0), key)
+            if first is not None:
+                extent = Extent.decode(*first)
+                self._cut_extent(txn, ino, inode, extent, size, max(extent.end, size))
+        start, end = schema.extent_key(ino, size), schema.extent_key(ino + 1, 0)
+        rows = list(islice(txn.scan(start, end), TRIM_BATCH + 1))
+        for key, value in rows[:TRIM_BATCH]:
+            extent = Extent.decode(key, value)
+            self._cut_extent(txn, ino, inode, extent, extent.offset, extent.end)
+        return len(rows) > TRIM_BATCH
+
+    async def _trim(self, ino: int, size: int) -> None:
+        """Go on until nothing lies past `size`; the inode may be gone already."""
+        more = True
+        while more:
+            await trio.lowlevel.checkpoint()
+            with Transaction(self._log) as txn:
+                value = txn.get(schema.inode_key(ino))
+                inode = Inode.decode(value) if value is not None else _GONE
+                more = self._trim_batch(txn, ino, inode, size)
+                if value is not None:
+                    txn.put(schema.inode_key(ino), inode.encode())
+                if not more:
+                    txn.delete(schema.trim_key(ino))
+        event = self._trimming.pop(ino, None)
+        if event is not None:
+            event.set()
+
+    # --- removing ------------------------------------------------------------
+
+    def remove(self, ino: int) -> None:
+        """Remove an orphan that nobody uses any more, and all that it had."""
+        with Transaction(self._log) as txn:
+            inode = self._inode(txn, ino)
+            prefix = schema.xattr_key(ino, b"")
+            for key, _ in list(txn.scan(prefix, schema.after(prefix))):
+                txn.delete(key)
+            if stat.S_ISLNK(inode.mode):
+                txn.delete(schema.target_key(ino))
+            txn.delete(schema.inode_key(ino))
+            txn.delete(schema.orphan_key(ino))
+            txn.files -= 1
+            more = stat.S_ISREG(inode.mode) and self._trim_batch(txn, ino, inode, 0)
+            if more:
+                txn.put(schema.trim_key(ino), bytes(8))
+        if more:
+            self._nursery.start_soon(self._trim, ino, 0)
+
+    async def resume(self) -> None:
+        """After a mount: end the trims, and remove the orphans, that were left behind."""
+        engine = self._log.engine
+        for key, value in list(engine.scan(schema.TRIMS_START, schema.TRIMS_END)):
+            await self._trim(schema.decode_ino_key(key), int.from_bytes(value, "little"))
+        for key, _ in list(engine.scan(schema.ORPHANS_START, schema.ORPHANS_END)):
+            self.remove(schema.decode_ino_key(key))
+
+    @staticmethod
+    def _inode(txn: Transaction, ino: int) -> Inode:
+        value = txn.get(schema.inode_key(ino))
+        if value is None:
+            raise StaleError(f"There is no inode {ino}.")
+        inode = Inode.decode(value)
+        if stat.S_ISDIR(inode.mode):
+            raise IsDirectoryError("A directory has no contents.")
+        return inode
+
+
+_GONE = Inode(0, 0, 0, 0, 0, 0, 0, 0, 0)
+"""Stands for an inode that was removed while its extents are still being let go."""

@@ -1,0 +1,196 @@
+"""The daemon: a store opened, mounted and served until it is unmounted.
+
+The order of a stop: the mount goes away, requests end, everything is
+committed and checkpointed, the answer goes to who asked, the process ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pyfuse3
+import trio
+
+from . import mounts
+from .config import MountOptions, StoreConfig
+from .control import ControlServer, lock_store
+from .errors import FusestoreError, StoreBusyError, UsageError
+from .filesystem import FileSystem
+from .limits import FUSE_TASKS_MAX
+from .operations import Operations
+from .store import Store, open_store
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+async def serve(
+    config: StoreConfig,
+    mountpoint: Path,
+    options: MountOptions,
+    on_ready: Callable[[list[str]], None],
+) -> None:
+    """Open the store, mount it, and serve until it is unmounted; then commit all and close.
+
+    Calls `on_ready` with warnings once the mount answers.  FusestoreError.
+    """
+    with lock_store(config):
+        try:
+            await _Daemon(config, mountpoint, options).run(on_ready)
+        except ExceptionGroup as group:
+            raise _first(group) from None
+
+
+async def offline(
+    config: StoreConfig, command: str, arguments: dict[str, Any], progress: Progress
+) -> dict[str, Any]:
+    """Do a control command on a store that is not mounted; FusestoreError."""
+    with lock_store(config):
+        try:
+            read_only = command == "status"
+            if read_only and not (config.metadata / "data.mdb").exists():
+                read_only = False  # never mounted: there is no journal to leave alone
+            async with open_store(config, read_only=read_only) as store:
+                async with trio.open_nursery() as nursery:
+                    files = FileSystem(store, nursery)
+                    await files.begin()
+                    return await _commands(store, files)[command](arguments, progress)
+        except ExceptionGroup as group:
+            raise _first(group) from None
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error to tell of, when nurseries have wrapped it."""
+    ours, others = group.split(FusestoreError)
+    if ours is None or others is not None:
+        return group
+    error: BaseException = ours
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+Command = Callable[[dict[str, Any], Progress], Any]
+
+
+def _commands(store: Store, files: FileSystem) -> dict[str, Command]:
+    """What works on a store whether it is mounted or not."""
+
+    async def status(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        return store.status()
+
+    async def repair(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        return await store.repairer.repair(str(arguments["node"]), progress, files.tree.path)
+
+    async def layout(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        return files.attributes.layout(int(arguments["inode"]), 0, None)
+
+    return {"status": status, "repair": repair, "layout": layout}
+
+
+class _Daemon:
+    """One mount of one store."""
+
+    def __init__(self, config: StoreConfig, mountpoint: Path, options: MountOptions) -> None:
+        self._config = config
+        self._mountpoint = mountpoint
+        self._options = options
+        self._unmounted = trio.Event()
+        self._closed = trio.Event()
+        self._failed: Exception | None = None
+
+    async def run(self, on_ready: Callable[[list[str]], None]) -> None:
+        async with trio.open_nursery() as outer:
+            try:
+                async with (
+                    open_store(self._config, read_only=self._options.read_only) as store,
+                    trio.open_nursery() as nursery,
+                ):
+                    files = FileSystem(store, nursery)
+                    await files.begin()
+                    handlers = {**_commands(store, files), "stop": self._stop}
+                    status = handlers["status"]
+
+                    async def mounted_status(
+                        arguments: dict[str, Any], progress: Progress
+                    ) -> dict[str, Any]:
+                        return {
+                            **await status(arguments, progress),
+                            "mounted": True,
+                            "mountpoint": str(self._mountpoint),
+                            "pid": os.getpid(),
+                        }
+
+                    handlers["status"] = mounted_status
+                    await outer.start(ControlServer(handlers).serve, self._config.store)
+                    async with self._mount(files):
+                        on_ready(store.warnings())
+                        nursery.start_soon(self._watch_signals)
+                        await pyfuse3.main(min_tasks=4, max_tasks=FUSE_TASKS_MAX)
+                    self._unmounted.set()
+                    nursery.cancel_scope.cancel()
+            except Exception as error:
+                self._failed = error
+                raise
+            finally:
+                self._closed.set()
+                outer.cancel_scope.cancel()
+
+    @asynccontextmanager
+    async def _mount(self, files: FileSystem) -> AsyncIterator[None]:
+        options = {
+            "default_permissions",
+            "fsname=" + mounts.source_of(self._config.store),
+            "subtype=fusestore",
+            *self._options.kernel,
+        }
+        operations = Operations(files, writeback=self._options.writeback)
+        try:
+            pyfuse3.init(operations, str(self._mountpoint), options)
+        except RuntimeError as error:
+            raise FusestoreError(
+                f"{self._mountpoint} cannot be mounted ({error}): is /dev/fuse there, "
+                "and may this user mount?"
+            ) from error
+        unmount = True
+        try:
+            yield
+            unmount = False
+        finally:
+            pyfuse3.close(unmount=unmount)
+
+    async def _stop(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """Unmount, commit everything, and answer when that is done."""
+        wanted = arguments.get("mountpoint", str(self._mountpoint))
+        if wanted != str(self._mountpoint):
+            raise UsageError(f"The store is mounted on {self._mountpoint}, not on {wanted}.")
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(mounts.unmount, self._mountpoint)
+            await self._closed.wait()
+        if self._failed is not None:
+            error = self._failed
+            raise _first(error) if isinstance(error, ExceptionGroup) else error
+        return {}
+
+    async def _watch_signals(self) -> None:
+        """Unmount on SIGTERM and SIGINT; when the mount is busy, serve on and say so."""
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for number in signals:
+                log.info("%s: unmounting", signal.Signals(number).name)
+                try:
+                    await trio.to_thread.run_sync(mounts.unmount, self._mountpoint)
+                except StoreBusyError as error:
+                    log.warning(
+                        "%s Everything is committed and the daemon ends all the same.", error
+                    )
+                    pyfuse3.terminate()
+                except FusestoreError as error:
+                    log.error("%s", error)
+                    pyfuse3.terminate()

@@ -1,0 +1,235 @@
+"""The metadata engine: ordered keys and values, in LMDB below a table in memory.
+
+Changes go to a sorted table in memory; a checkpoint writes them to LMDB in one
+transaction with a full sync, in a thread of its own.  Reads look into the
+memory first, then into an LMDB read transaction that is renewed after each
+checkpoint.  So the database is never ahead of the journals, operations do not
+pause for a checkpoint, and a transaction that fails loses nothing: its changes
+are still in memory, and the next checkpoint writes them.
+
+Everything but `write` runs on the event loop and is not to be interleaved with
+an await; a scan must be read to its end, or dropped, before the next change.
+Only this module imports lmdb.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import lmdb
+from sortedcontainers import SortedDict
+
+from . import linux
+from .errors import MetadataError
+from .limits import KEY_BYTES_MAX, MAP_BYTES, METADATA_PREALLOCATE_BYTES, VALUE_BYTES_MAX
+from .records import Changes
+
+
+class Engine:
+    """Ordered keys of at most 511 bytes with values of at most 64 KiB."""
+
+    def __init__(self, directory: Path, *, read_only: bool = False) -> None:
+        """Open or make the environment in `directory`; MetadataError when it cannot be used."""
+        self._directory = directory
+        self._active: SortedDict[bytes, bytes | None] = SortedDict()
+        self._frozen: SortedDict[bytes, bytes | None] | None = None
+        try:
+            self._env = lmdb.open(
+                os.fspath(directory),
+                map_size=MAP_BYTES,
+                subdir=True,
+                create=not read_only,
+                readonly=read_only,
+                max_dbs=0,
+                lib_version=0,
+                mode=0o600,
+            )
+            self._txn = self._env.begin()
+        except (lmdb.Error, OSError) as error:
+            raise MetadataError(
+                f"The metadata in {directory} cannot be opened: {error}."
+            ) from error
+        self._cursor = self._txn.cursor()
+
+    def close(self) -> None:
+        """Close the environment; changes that no checkpoint wrote are dropped."""
+        self._cursor.close()
+        self._txn.abort()
+        self._env.close()
+
+    # --- reading -------------------------------------------------------------
+
+    def get(self, key: bytes) -> bytes | None:
+        """The value of a key, or None."""
+        try:
+            return self._active[key]  # type: ignore[no-any-return]
+        except KeyError:
+            pass
+        if self._frozen is not None:
+            try:
+                return self._frozen[key]  # type: ignore[no-any-return]
+            except KeyError:
+                pass
+        return self._txn.get(key)  # type: ignore[return-value]
+
+    def scan(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Keys and values with start <= key < end, in order."""
+        overlays = [self._active] if self._frozen is None else [self._active, self._frozen]
+        walks = []
+        for overlay in overlays:
+            walk = overlay.irange(start, end, inclusive=(True, False))
+            first = next(walk, None)
+            if first is not None:
+                walks.append([first, walk, overlay])
+        stored = self._stored(start, end)
+        if not walks:
+            yield from stored
+            return
+        below = next(stored, None)
+        while walks or below is not None:
+            # The first of the walks (the newest) wins where keys are equal.
+            key = min(walk[0] for walk in walks) if walks else None
+            if below is not None and (key is None or below[0] < key):
+                yield below
+                below = next(stored, None)
+                continue
+            if below is not None and below[0] == key:
+                below = next(stored, None)
+            value: bytes | None = None
+            found = False
+            for walk in list(walks):
+                if walk[0] == key:
+                    if not found:
+                        value, found = walk[2][key], True
+                    walk[0] = next(walk[1], None)
+                    if walk[0] is None:
+                        walks.remove(walk)
+            if value is not None and key is not None:
+                yield key, value
+
+    def _stored(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
+        cursor = self._txn.cursor()
+        if not cursor.set_range(start):
+            return
+        for key, value in cursor:
+            if key >= end:
+                return
+            yield key, value  # type: ignore[misc]
+
+    def scan_stored(self, start: bytes, end: bytes) -> list[tuple[bytes, bytes]]:
+        """What the last checkpoint holds of start <= key < end."""
+        return list(self._stored(start, end))
+
+    def last(self, start: bytes, end: bytes) -> tuple[bytes, bytes] | None:
+        """The greatest key with start <= key <= end, and its value, or None."""
+        while True:
+            best = next(self._active.irange(start, end, reverse=True), None)
+            if self._frozen is not None:
+                other = next(self._frozen.irange(start, end, reverse=True), None)
+                if other is not None and (best is None or other > best):
+                    best = other
+            cursor = self._cursor
+            if cursor.set_range(end):
+                stored = cursor.key() if cursor.key() == end or cursor.prev() else b""
+            else:
+                stored = cursor.key() if cursor.last() else b""
+            if stored >= start and stored and (best is None or stored > best):
+                return stored, cursor.value()  # type: ignore[return-value]
+            if best is None:
+                return None
+            value = self.get(best)
+            if value is not None:
+                return best, value
+            if best == start:
+                return None
+            end = _before(best)
+
+    # --- changing ------------------------------------------------------------
+
+    def apply(self, changes: Changes) -> None:
+        """Take absolute puts and deletes; they are seen at once."""
+        for key, value in changes.items():
+            if len(key) > KEY_BYTES_MAX or (value is not None and len(value) > VALUE_BYTES_MAX):
+                raise ValueError(f"key {key!r} or its value is too long")
+        self._active.update(changes)
+
+    @property
+    def changed_keys(self) -> int:
+        """Keys that changed since the last freeze."""
+        return len(self._active)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether a checkpoint is under way."""
+        return self._frozen is not None
+
+    # --- checkpoint ----------------------------------------------------------
+
+    def freeze(self) -> None:
+        """Set the changes so far aside for a checkpoint; later ones are kept apart."""
+        if self._frozen is not None:
+            raise RuntimeError("a checkpoint is under way")
+        self._frozen, self._active = self._active, SortedDict()
+
+    def amend(self, changes: Changes) -> None:
+        """Add to the changes that were set aside; what came later stays newer."""
+        assert self._frozen is not None
+        self._frozen.update(changes)
+
+    def write(self) -> None:
+        """Write what was set aside, with a full sync; MetadataError when it failed.
+
+        Runs in a thread.  After an error it may simply be called again.
+        """
+        assert self._frozen is not None
+        puts = [(key, value) for key, value in self._frozen.items() if value is not None]
+        deletes = [key for key, value in self._frozen.items() if value is None]
+        try:
+            self._preallocate(sum(len(key) + len(value) for key, value in puts))
+            with self._env.begin(write=True) as txn, txn.cursor() as cursor:
+                for start in range(0, len(puts), 500):
+                    cursor.putmulti(puts[start : start + 500])
+                for key in deletes:
+                    txn.delete(key)
+        except (lmdb.Error, OSError) as error:
+            raise MetadataError(f"The metadata in {self._directory}: {error}.") from error
+
+    def _preallocate(self, coming: int) -> None:
+        """Keep room for deletes: on a full disk even they need new pages."""
+        info = self._env.info()
+        used = (info["last_pgno"] + 1) * 4096
+        path = self._directory / "data.mdb"
+        want = used + METADATA_PREALLOCATE_BYTES + 2 * coming
+        if path.stat().st_blocks * 512 >= used + METADATA_PREALLOCATE_BYTES // 2 + coming:
+            return
+        descriptor = os.open(path, os.O_RDWR)
+        try:
+            linux.allocate(descriptor, 0, want)
+        except OSError as error:
+            # Only a precaution: the transaction itself may still find room.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EOPNOTSUPP):
+                raise
+        finally:
+            os.close(descriptor)
+
+    def thaw(self) -> None:
+        """Forget what was set aside: it has been written."""
+        self._frozen = None
+        self._cursor.close()
+        self._txn.abort()
+        self._txn = self._env.begin()
+        self._cursor = self._txn.cursor()
+
+    @property
+    def bytes_used(self) -> int:
+        """What the database takes on disk."""
+        return (self._directory / "data.mdb").stat().st_blocks * 512
+
+
+def _before(key: bytes) -> bytes:
+    """A key that is less than `key` and not less than any key of the same length below it."""
+    number = int.from_bytes(key, "big") - 1
+    return number.to_bytes(len(key), "big")

@@ -1,0 +1,89 @@
+"""The numbers that bound fusestore, each with its unit and its reason."""
+
+from __future__ import annotations
+
+KIB = 1 << 10
+MIB = 1 << 20
+
+# --- coding ------------------------------------------------------------------
+STRIPE_BYTES = MIB
+"""File data that one stripe takes: the largest write request of the kernel."""
+BLOCK_BYTES = 16 * KIB
+"""What one checksum covers: the least that a read has to fetch and verify."""
+SHARD_ALIGN_BYTES = 64
+"""Shards are padded to this, the width of a vector register and a cache line."""
+SHARDS_MAX = 64
+"""k + m of a code."""
+STRIPE_OWNERS_MAX = 8192
+"""Extents in one stripe; a stripe is sealed when it has as many."""
+OWNERS_PER_ROW_MAX = 2000
+"""Keeps a row of `owners` below VALUE_BYTES_MAX."""
+
+# --- segments and records ----------------------------------------------------
+RECORD_ALIGN_BYTES = 64
+SHARD_SEGMENT_BYTES = 64 * MIB
+"""A shard segment is rolled once it is at least this long."""
+JOURNAL_SEGMENT_BYTES = 8 * MIB
+"""A journal segment is rolled once it is at least this long."""
+SHARD_PREALLOCATE_BYTES = 4 * MIB
+JOURNAL_PREALLOCATE_BYTES = MIB
+"""Room that is allocated in one step ahead of the end of a segment."""
+OPEN_SEGMENTS_MAX = 256
+"""Descriptors that a node keeps for reading."""
+
+# --- commit ------------------------------------------------------------------
+TAIL_BYTES_MAX = 32 * KIB
+"""New bytes of an open stripe that travel in the COMMIT record instead of sealing it."""
+COMMIT_SECONDS_MAX = 5.0
+UNFLUSHED_BYTES_MAX = 64 * MIB
+"""File bytes accepted and not yet committed; a commit starts at half of it."""
+SEALS_MAX = 8
+"""Stripes being coded and written at a time; each holds one buffer."""
+HOP_CHANGES_MIN = 500
+"""Changes of a commit from which on encoding them is worth a thread hop."""
+CHECKPOINT_SECONDS_MAX = 10.0
+CHECKPOINT_CHANGES_MAX = 10_000
+"""Changed keys that wait in memory for the metadata database."""
+SNAPSHOT_JOURNAL_BYTES_MIN = 8 * MIB
+"""Journal since the last snapshot below which no new one is taken."""
+SNAPSHOT_PIECE_BYTES = 256 * KIB
+SNAPSHOT_STEP_KEYS = 200
+"""Keys that a snapshot reads before it lets the next request run: about a millisecond."""
+RESERVE_BYTES = 32 * MIB
+"""Kept free on every device for commits, deletes and checkpoints."""
+
+# --- metadata ----------------------------------------------------------------
+KEY_BYTES_MAX = 511
+VALUE_BYTES_MAX = 64 * KIB
+MAP_BYTES = 1 << 40
+"""Address space reserved for the metadata database; the file grows as needed."""
+METADATA_PREALLOCATE_BYTES = 8 * MIB
+RECLAIM_BATCH = 256
+"""Shards that are punched out in one thread hop and one transaction."""
+REPAIR_BATCH = 16
+"""Stripes that repair rebuilds between two flushes."""
+REPAIR_SCAN_ROWS = 256
+TAIL_EXTENTS_MAX = 1024
+"""Files whose last written extent is remembered."""
+TRIM_BATCH = 256
+"""Extents that one transaction removes."""
+
+STRIPES_CACHED_MAX = 512
+"""Decoded rows of stripes that reads keep."""
+
+FUSE_TASKS_MAX = 32
+"""Requests served at a time; each keeps a buffer of a write request's size."""
+
+# --- the file system ---------------------------------------------------------
+NAME_BYTES_MAX = 255
+TARGET_BYTES_MAX = 4095
+LINKS_MAX = 65_000
+FILE_BYTES_MAX = (1 << 63) - 1
+XATTR_BYTES_MAX = 64 * KIB
+XATTR_LIST_BYTES_MAX = 64 * KIB
+
+assert STRIPE_BYTES % BLOCK_BYTES == 0
+assert BLOCK_BYTES % SHARD_ALIGN_BYTES == 0
+assert SHARD_ALIGN_BYTES % RECORD_ALIGN_BYTES == 0
+assert OWNERS_PER_ROW_MAX * 24 < VALUE_BYTES_MAX
+assert TAIL_BYTES_MAX < VALUE_BYTES_MAX

@@ -1,0 +1,29 @@
+"""The system calls of Linux that Python's os module does not offer."""
+
+from __future__ import annotations
+
+import os
+
+from cffi import FFI
+
+_ffi = FFI()
+_ffi.cdef("int fallocate(int fd, int mode, int64_t offset, int64_t length);")
+_libc = _ffi.dlopen(None)
+
+_KEEP_SIZE = 1
+_PUNCH_HOLE = 2
+
+
+def _fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
+    if _libc.fallocate(descriptor, mode, offset, length) != 0:
+        raise OSError(_ffi.errno, os.strerror(_ffi.errno))
+
+
+def allocate(descriptor: int, offset: int, length: int) -> None:
+    """Reserve room for `length` bytes at `offset` without changing the file's size."""
+    _fallocate(descriptor, _KEEP_SIZE, offset, length)
+
+
+def punch_hole(descriptor: int, offset: int, length: int) -> None:
+    """Give the room of whole blocks in the range back; it reads as zeros from then on."""
+    _fallocate(descriptor, _PUNCH_HOLE | _KEEP_SIZE, offset, length)

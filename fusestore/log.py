@@ -1,0 +1,205 @@
+"""The log of an open store: changes on their way to the nodes, and who may make them.
+
+Operations change metadata in transactions.  A transaction collects absolute
+puts and deletes and applies them together when it succeeded; they are seen at
+once, and wait in `pending` for the next commit.  There is no await inside a
+transaction, so each is atomic on the event loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Protocol, Self
+from uuid import UUID
+
+from . import schema
+from .engine import Engine
+from .erasure import Code
+from .errors import NoSpaceError, ReadOnlyError
+from .limits import RESERVE_BYTES
+from .members import Members
+from .nodes.base import Space
+from .records import Changes, Place, Run
+from .schema import Counters, LogState, Stripe
+
+
+class Unsealed(Protocol):
+    """A stripe whose bytes are in memory; see write_path."""
+
+    tails: list[int]
+
+    def bytes(self, start: int, end: int) -> bytes:
+        """A copy of its bytes start <= i < end."""
+
+
+class Transaction:
+    """Changes of one operation; use as a context manager.
+
+    `get` sees the transaction's own changes, `scan` and `last` do not.
+    """
+
+    __slots__ = ("_log", "bytes", "changes", "files", "stripes")
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self.changes: dict[bytes, bytes | None] = {}
+        self.files = self.bytes = self.stripes = 0
+        """What to add to the counters."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            counters = self._log.counters
+            counters.files += self.files
+            counters.bytes += self.bytes
+            counters.stripes += self.stripes
+            self._log.apply(self.changes)
+
+    def get(self, key: bytes) -> bytes | None:
+        """The value of a key, or None."""
+        if key in self.changes:
+            return self.changes[key]
+        return self._log.engine.get(key)
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Set the value of a key."""
+        self.changes[key] = value
+
+    def delete(self, key: bytes) -> None:
+        """Remove a key, if it is there."""
+        self.changes[key] = None
+
+    def scan(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Keys and values with start <= key < end, in order, before this transaction."""
+        return self._log.engine.scan(start, end)
+
+    def last(self, start: bytes, end: bytes) -> tuple[bytes, bytes] | None:
+        """The greatest key with start <= key <= end, before this transaction."""
+        return self._log.engine.last(start, end)
+
+    # --- stripes -------------------------------------------------------------
+
+    def point_at(self, stripe: int, length: int) -> None:
+        """`length` bytes of a stripe came to be part of a file."""
+        key = schema.live_key(stripe)
+        live = self.get(key)
+        self.put(key, schema.live_value(length + (schema.decode_live(live) if live else 0)))
+        self.bytes += length
+
+    def let_go(self, stripe: int, length: int) -> None:
+        """`length` bytes of a stripe are part of no file any more; the last free it."""
+        key = schema.live_key(stripe)
+        live = self.get(key)
+        left = (schema.decode_live(live) if live else 0) - length
+        self.bytes -= length
+        if left > 0:
+            self.put(key, schema.live_value(left))
+        else:
+            self.delete(key)
+            self._free(stripe)
+
+    def _free(self, stripe: int) -> None:
+        value = self.get(schema.stripe_key(stripe))
+        if value is not None:
+            self.delete(schema.stripe_key(stripe))
+            self.stripes -= 1
+            self.reclaim(stripe, Stripe.decode(value))
+        unsealed = self._log.unsealed.get(stripe)
+        if unsealed is not None:
+            # Its shards, if it is being sealed, are reclaimed by the sealer.
+            for offset in unsealed.tails:
+                self.delete(schema.tail_key(stripe, offset))
+        prefix = schema.owners_key(stripe, 0)[:9]
+        for key, _ in self.scan(prefix, schema.after(prefix)):
+            self.delete(key)
+
+    def reclaim(self, number: int, stripe: Stripe) -> None:
+        """Free the room of a stripe's shards after the next checkpoint."""
+        length = stripe.shard_length.to_bytes(4, "little")
+        for index, place in enumerate(stripe.shards):
+            self.delete(schema.missing_key(place.node, number, index))
+            if place.written:
+                self.put(schema.reclaim_key(place.node, place.segment, place.offset), length)
+
+
+class Log:
+    """State that the write path, the commit and the operations share."""
+
+    def __init__(
+        self, engine: Engine, members: Members, store: UUID, code: Code, *, read_only: bool
+    ) -> None:
+        self.engine = engine
+        self.members = members
+        self.store = store
+        self.code = code
+        """For files below no directory with a code of its own."""
+        self.counters = Counters()
+        self.state = LogState()
+        self.pending: dict[bytes, bytes | None] = {}
+        """Changes that no commit has taken yet."""
+        self.unsealed: dict[int, Unsealed] = {}
+        """Stripes that are read from memory, by number."""
+        self.read_only = read_only
+        self.broken = ""
+        """Why nothing can be committed any more; the mount is read-only then."""
+        self._room = 0
+        self._next_stripe = 1
+
+    def journal(self, node: str, segment: int) -> Place:
+        """The place of a node's journal segment."""
+        return Place(self.store, node, Run.JOURNAL, segment)
+
+    def shards(self, node: str, segment: int) -> Place:
+        """The place of a node's shard segment."""
+        return Place(self.store, node, Run.SHARDS, segment)
+
+    def transaction(self) -> Transaction:
+        """Begin an operation that changes something; ReadOnlyError."""
+        if self.read_only:
+            raise ReadOnlyError("The store is mounted read-only.")
+        if self.broken:
+            raise ReadOnlyError(self.broken)
+        return Transaction(self)
+
+    def apply(self, changes: Changes) -> None:
+        """Make changes that the next commit takes."""
+        self.pending.update(changes)
+        self.engine.apply(changes)
+
+    def next_stripe(self) -> int:
+        """A stripe number that was never used: epoch and counter."""
+        number = self.state.epoch << 40 | self._next_stripe
+        self._next_stripe += 1
+        return number
+
+    def break_(self, reason: str) -> None:
+        """Turn read-only for good: what was promised cannot be kept."""
+        self.broken = self.broken or reason
+
+    # --- room ----------------------------------------------------------------
+
+    def spaces(self) -> list[tuple[Space, int]]:
+        """The devices that new shards go to, and how many nodes share each."""
+        return list(self.members.spaces().values())
+
+    def refresh_room(self) -> None:
+        """Ask the devices what fits; called at each commit."""
+        _, self._room = self.members.usable(self.code, self.spaces())
+
+    def take_room(self, length: int) -> None:
+        """Take room for `length` bytes of file data; NoSpaceError."""
+        if length > self._room:
+            self.refresh_room()
+            if length > self._room:
+                raise NoSpaceError(
+                    f"The store is full: every device keeps {RESERVE_BYTES >> 20} MiB in reserve."
+                )
+        self._room -= length

@@ -1,0 +1,166 @@
+"""The nodes of an open store: their state, and where each is written next.
+
+A node that is in sync holds every commit, and a commit is acknowledged only
+when all of them have flushed it.  One that failed leaves the set until repair
+brings it back.  All methods run on the event loop without an await.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from .config import NodeConfig
+from .erasure import Code
+from .errors import NodeError
+from .limits import RESERVE_BYTES, SHARD_SEGMENT_BYTES
+from .nodes.base import Node, Space
+from .placement import place
+from .records import HEADER_BYTES, record_length
+from .schema import SegmentState, ShardPlace
+
+log = logging.getLogger(__name__)
+
+
+class State(StrEnum):
+    """What a node can be used for."""
+
+    UP = "up"
+    """Read and written."""
+    REBUILDING = "rebuilding"
+    """Read and written, while repair brings back what it lacks."""
+    BEHIND = "behind"
+    """Read, but not written until repair brought back what it missed."""
+    DOWN = "down"
+    """Not used."""
+
+
+@dataclass(slots=True)
+class Member:
+    """One node of the store."""
+
+    id: int
+    config: NodeConfig
+    node: Node | None = None
+    state: State = State.DOWN
+    in_sync: bool = False
+    error: str = ""
+    """Why the node is not up, for people."""
+    segment: int = 1
+    """The shard segment being filled, and where it goes on."""
+    offset: int = 0
+    segments: dict[int, SegmentState] = field(default_factory=dict)
+    changed: set[int] = field(default_factory=set)
+    """Segments whose state differs from the last commit's."""
+    dirty: set[int] = field(default_factory=set)
+    """Segments with bytes that are not flushed."""
+    unflushed: list[tuple[int, int]] = field(default_factory=list)
+    """(stripe, index) of the shards written since the last flush."""
+
+    @property
+    def name(self) -> str:
+        """The node's name in the configuration."""
+        return self.config.name
+
+    @property
+    def writable(self) -> bool:
+        """Whether new shards go there."""
+        return self.state in (State.UP, State.REBUILDING)
+
+    def reserve(self, payload_length: int) -> ShardPlace:
+        """Take the next place for a shard; the caller then writes it."""
+        if self.offset >= SHARD_SEGMENT_BYTES:
+            self.roll()
+        length = record_length(payload_length)
+        reserved = ShardPlace(self.id, self.segment, self.offset + HEADER_BYTES)
+        self.offset += length
+        state = self.segments.setdefault(self.segment, SegmentState())
+        state.size = self.offset
+        state.live += length
+        self.changed.add(self.segment)
+        return reserved
+
+    def release(self, segment: int, payload_length: int) -> None:
+        """A shard is no more: its record counts as dead."""
+        state = self.segments.get(segment)
+        if state is not None:
+            state.live -= record_length(payload_length)
+            self.changed.add(segment)
+
+    def roll(self) -> None:
+        """Go on in a new segment."""
+        self.segment = max([self.segment, *self.segments]) + 1
+        self.offset = 0
+
+    def is_full(self, segment: int) -> bool:
+        """Whether nothing more is going to be written to a segment."""
+        return segment != self.segment
+
+    def fail(self, error: Exception) -> None:
+        """Take the node out of use; its unflushed shards are what it now lacks."""
+        if self.state is State.DOWN:
+            return
+        log.error("%s It is out of use now; see 'fusestore status'.", error)
+        self.state, self.in_sync, self.error = State.DOWN, False, str(error)
+
+
+class Members:
+    """All nodes, in the order of the configuration."""
+
+    def __init__(self, members: Sequence[Member], metadata: Path) -> None:
+        self.all = list(members)
+        self.by_id = {member.id: member for member in members}
+        self.regions = tuple(member.config.region for member in members)
+        self._metadata = metadata
+
+    def named(self, name: str) -> Member | None:
+        """The member with this name."""
+        return next((member for member in self.all if member.name == name), None)
+
+    def place(self, code: Code, stripe: int) -> list[Member]:
+        """The member for each of a stripe's shards."""
+        return [self.all[i] for i in place(code, self.regions, stripe)]
+
+    @property
+    def in_sync(self) -> list[Member]:
+        """Those that must flush a commit."""
+        return [member for member in self.all if member.in_sync]
+
+    @property
+    def writable(self) -> list[Member]:
+        """Those that new shards go to."""
+        return [member for member in self.all if member.writable]
+
+    def can_store(self, code: Code) -> bool:
+        """Whether every stripe of this code would get at least k shards, and commits a node."""
+        return bool(self.in_sync) and all(
+            sum(member.writable for member in self.place(code, turn)) >= code.k
+            for turn in range(len(self.all) ** 2)
+        )
+
+    def spaces(self) -> dict[int, tuple[Space, int]]:
+        """By device: its room, and how many nodes share it; nodes that are away do not count."""
+        found: dict[int, tuple[Space, int]] = {}
+        for member in self.all:
+            if member.node is None or not member.writable:
+                continue
+            try:
+                space = member.node.space()
+            except NodeError as error:
+                log.warning("%s", error)
+                continue
+            found[space.device] = (space, found.get(space.device, (space, 0))[1] + 1)
+        return found
+
+    def usable(self, code: Code, spaces: Iterable[tuple[Space, int]]) -> tuple[int, int]:
+        """(total, free) bytes of file data that fit, net of the code and of the reserve."""
+        per_node = code.n / len(self.all)
+        totals, frees = [], []
+        for space, sharing in spaces:
+            share = code.k / (per_node * sharing)
+            totals.append(int(space.total * share))
+            frees.append(int(max(0, space.free - RESERVE_BYTES) * share))
+        return min(totals, default=0), min(frees, default=0)

@@ -1,0 +1,48 @@
+"""Which node gets which shard: spread evenly over the regions, turning with the stripe.
+
+The region rule: no region may hold more than m shards of a stripe, so that any
+one region can be lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from .erasure import Code
+
+
+def check_region_rule(code: Code, regions: Sequence[str]) -> str | None:
+    """Say in a sentence why `code` would not survive the loss of a region, or None.
+
+    `regions` has one entry a node: the region that it lies in.
+    """
+    count = len(set(regions))
+    most = -(-code.n // count)
+    if most <= code.m:
+        return None
+    return (
+        f"Code {code} puts {most} of its {code.n} shards into one of {count} regions, "
+        f"and survives the loss of only {code.m}: losing a region would lose data."
+    )
+
+
+@lru_cache(maxsize=4096)
+def _spread(n: int, regions: tuple[str, ...], turn: int) -> tuple[int, ...]:
+    names = list(dict.fromkeys(regions))
+    nodes = {name: [i for i, region in enumerate(regions) if region == name] for name in names}
+    chosen = []
+    for index in range(n):
+        lap, place = divmod(index + turn, len(names))
+        inside = nodes[names[place]]
+        chosen.append(inside[lap % len(inside)])
+    return tuple(chosen)
+
+
+def place(code: Code, regions: tuple[str, ...], stripe: int) -> tuple[int, ...]:
+    """The position of the node for each of the stripe's n shards.
+
+    Shard i goes to region i + stripe (modulo the regions), so that data and
+    parity, and with them reads, are spread evenly over time.
+    """
+    return _spread(code.n, regions, stripe % (len(set(regions)) * len(regions)))

@@ -1,0 +1,203 @@
+"""The read path: a file's extents, the shards they touch, every byte verified.
+
+What is in memory is copied from there.  Else the blocks that a range touches
+are read from the data shards, without blocking first and in a thread if that
+does not do, and checked against the checksums in the metadata.  When a shard
+is missing or bad, the same blocks of any k others are read and decoded, and
+the damage is noted for healing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator
+
+import trio
+
+from . import erasure, schema
+from .errors import LostError, NodeError
+from .limits import BLOCK_BYTES, STRIPES_CACHED_MAX
+from .log import Log
+from .members import Member, State
+from .records import Run, block_checksums
+from .schema import Extent, Stripe
+
+log = logging.getLogger(__name__)
+
+_SUM_BYTES = 8
+
+
+class Reader:
+    """Reads files and stripes of an open store."""
+
+    def __init__(self, state: Log) -> None:
+        self._log = state
+        self._cache: OrderedDict[int, Stripe] = OrderedDict()
+        self.degraded = 0
+        """Ranges that had to be decoded because a shard was missing or bad."""
+
+    # --- files ---------------------------------------------------------------
+
+    def extents(self, ino: int, start: int, end: int) -> Iterator[Extent]:
+        """The parts of a file's extents that lie in start <= i < end, in order."""
+        engine = self._log.engine
+        first = engine.last(schema.extent_key(ino, 0), schema.extent_key(ino, start))
+        if first is not None:
+            extent = Extent.decode(*first)
+            if extent.end > start:
+                yield extent.part(start, end)
+        low, high = schema.extent_key(ino, start + 1), schema.extent_key(ino, end)
+        for key, value in engine.scan(low, high):
+            yield Extent.decode(key, value).part(start, end)
+
+    async def read(self, ino: int, start: int, end: int) -> bytes | bytearray | memoryview:
+        """The file's bytes start <= i < end; holes are zeros; LostError."""
+        if end <= start:
+            return b""
+        extents = list(self.extents(ino, start, end))
+        if len(extents) == 1 and extents[0].length == end - start:
+            return await self._read_extent(ino, extents[0])
+        result = bytearray(end - start)
+        for extent in extents:
+            at = extent.offset - start
+            result[at : at + extent.length] = await self._read_extent(ino, extent)
+        return result
+
+    async def _read_extent(self, ino: int, extent: Extent) -> bytes | memoryview:
+        start, end = extent.stripe_offset, extent.stripe_offset + extent.length
+        try:
+            return await self.read_stripe(extent.stripe, start, end)
+        except LostError as error:
+            again = list(self.extents(ino, extent.offset, extent.end))
+            if again == [extent]:  # else it was overwritten or moved meanwhile
+                log.error("Inode %d, bytes %d to %d: %s", ino, extent.offset, extent.end, error)
+                raise
+        return memoryview(await self.read(ino, extent.offset, extent.end))
+
+    # --- stripes -------------------------------------------------------------
+
+    def stripe(self, number: int) -> Stripe | None:
+        """A sealed stripe's row."""
+        row = self._cache.get(number)
+        if row is None:
+            value = self._log.engine.get(schema.stripe_key(number))
+            if value is None:
+                return None
+            row = self._cache[number] = Stripe.decode(value)
+            if len(self._cache) > STRIPES_CACHED_MAX:
+                self._cache.popitem(last=False)
+        return row
+
+    def forget(self, number: int) -> None:
+        """A stripe's row has changed, or is gone."""
+        self._cache.pop(number, None)
+
+    async def read_stripe(self, number: int, start: int, end: int) -> bytes | memoryview:
+        """A stripe's bytes start <= i < end; LostError."""
+        unsealed = self._log.unsealed.get(number)
+        if unsealed is not None:
+            return unsealed.bytes(start, end)
+        row = self.stripe(number)
+        if row is None:
+            raise LostError(f"Stripe {number:#x} is not in the metadata.")
+        length = row.shard_length
+        first, last = start // length, (end - 1) // length
+        if first == last:
+            return await self._read_shard(
+                number, row, first, start - first * length, end - first * length
+            )
+        parts = []
+        for index in range(first, last + 1):
+            low, high = max(start - index * length, 0), min(end - index * length, length)
+            parts.append(await self._read_shard(number, row, index, low, high))
+        return b"".join(parts)
+
+    async def _read_shard(
+        self, number: int, row: Stripe, index: int, start: int, end: int
+    ) -> memoryview:
+        """Bytes start <= i < end of one data shard, however they can be had."""
+        low = start // BLOCK_BYTES * BLOCK_BYTES
+        high = min(-(-end // BLOCK_BYTES) * BLOCK_BYTES, row.shard_length)
+        blocks = await self.read_blocks(number, row, index, low, high)
+        if blocks is None:
+            blocks = (await self.decode(number, row, [index], low, high))[index]
+            self.degraded += 1
+        return memoryview(blocks)[start - low : end - low]
+
+    async def read_blocks(
+        self, number: int, row: Stripe, index: int, low: int, high: int
+    ) -> bytes | None:
+        """Whole blocks of a shard, verified; None when they are missing or bad."""
+        place = row.shards[index]
+        member = self._log.members.by_id[place.node]
+        node = member.node
+        if not place.written or node is None or member.state is State.DOWN:
+            return None
+        data = node.read_now(Run.SHARDS, place.segment, place.offset + low, high - low)
+        if data is None:
+            try:
+                data = await trio.to_thread.run_sync(
+                    node.read, Run.SHARDS, place.segment, place.offset + low, high - low
+                )
+            except NodeError as error:
+                await self._failed(member, number, index, error)
+                return None
+        if verified(row, index, low, data):
+            return data
+        self._damaged(
+            number, index, f"Shard {index} of stripe {number:#x} on node {member.name} is corrupt."
+        )
+        return None
+
+    async def _failed(self, member: Member, number: int, index: int, error: NodeError) -> None:
+        """A read failed: because of the node, or of this shard alone."""
+        assert member.node is not None
+        try:
+            await trio.to_thread.run_sync(member.node.check)
+        except NodeError as gone:
+            member.fail(gone)
+        else:
+            self._damaged(number, index, str(error))
+
+    def _damaged(self, number: int, index: int, reason: str) -> None:
+        """Note a bad shard for healing, unless it was freed or moved meanwhile."""
+        value = self._log.engine.get(schema.stripe_key(number))
+        if value is None:
+            return
+        row = Stripe.decode(value)
+        cached = self._cache.get(number)
+        if cached is not None and cached.shards[index] != row.shards[index]:
+            self.forget(number)
+            return
+        key = schema.missing_key(row.shards[index].node, number, index)
+        if self._log.engine.get(key) is None:
+            log.warning("%s It is decoded from others.", reason)
+            if not self._log.read_only and not self._log.broken:
+                self._log.apply({key: b""})
+
+    async def decode(
+        self, number: int, row: Stripe, wanted: list[int], low: int, high: int
+    ) -> dict[int, bytearray]:
+        """The same blocks of the shards `wanted`, from any k others; LostError."""
+        present: dict[int, bytes] = {}
+        for index in range(row.code.n):
+            if index in wanted:
+                continue
+            data = await self.read_blocks(number, row, index, low, high)
+            if data is not None:
+                present[index] = data
+                if len(present) == row.code.k:
+                    return erasure.rebuild(row.code, high - low, present, wanted)
+        nodes = ", ".join(self._log.members.by_id[place.node].name for place in row.shards)
+        raise LostError(
+            f"Stripe {number:#x} has {len(present)} good shards of the {row.code.k} that it "
+            f"needs (nodes {nodes}): repair the nodes that are not up."
+        )
+
+
+def verified(row: Stripe, index: int, low: int, data: bytes) -> bool:
+    """Whether blocks of a shard from offset `low` on match the stripe's checksums."""
+    first = low // BLOCK_BYTES * _SUM_BYTES
+    found = block_checksums(data, len(data))
+    return row.checksums[index][first : first + len(found)] == found

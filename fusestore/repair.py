@@ -1,0 +1,358 @@
+"""The repair path: a node that lost its data gets all of it again, and proves it.
+
+1. The directory becomes the node again (a wiped one gets a new incarnation), and
+   new shards go there.
+2. Every stripe with a shard on the node: a shard that is there and intact stays;
+   any other is computed from k others and written where it was, or, if the node
+   never had it, to a new place.  It counts when it was flushed, read back from
+   the medium and checked.
+3. The journals are copied from a node in sync, read back and checked; between
+   two commits the node joins those that are in sync.
+
+What cannot be rebuilt stays in `missing` and is named, file by file.  Repair
+may be killed at any moment and begun again: what is intact is not done twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+from uuid import uuid4
+
+import trio
+
+from . import schema
+from .commit import Committer
+from .config import (
+    IDENTITY_NAME,
+    IDENTITY_VERSION,
+    NodeConfig,
+    NodeIdentity,
+    StoreConfig,
+    read_identity,
+    write_identity,
+)
+from .errors import LostError, NodeError, NodeIdentityError, UsageError
+from .limits import REPAIR_BATCH, REPAIR_SCAN_ROWS
+from .log import Log
+from .members import Member, State
+from .nodes.base import Node
+from .nodes.directory import DirectoryNode
+from .read_path import Reader, verified
+from .records import HEADER_BYTES, Header, Run, payload_checksum, records
+from .replay import shard_is_intact
+from .schema import ShardPlace, Stripe
+from .write_path import shard_header, write_shard
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+def open_node(config: StoreConfig, node: NodeConfig) -> Node:
+    """Open a node of the configuration; NodeError when it is not there or not itself."""
+    identity = read_identity(node.path)
+    if (identity.store, identity.node) != (config.uuid, node.name):
+        raise NodeIdentityError(
+            f"{node.path} belongs to node {identity.node} of store {identity.store}, "
+            f"not to node {node.name} of {config.store}."
+        )
+    return DirectoryNode(node.path, identity)
+
+
+class Repairer:
+    """Heals shards, and brings nodes back."""
+
+    def __init__(
+        self, config: StoreConfig, state: Log, reader: Reader, committer: Committer
+    ) -> None:
+        self._config = config
+        self._log = state
+        self._reader = reader
+        self._committer = committer
+        self._busy = trio.Lock()
+        self._wake = trio.Event()
+
+    # --- healing -------------------------------------------------------------
+
+    def wake(self) -> None:
+        """There may be something to heal."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Heal what nodes in use lack, now and whenever woken, until cancelled."""
+        while True:
+            async with self._busy:
+                for member in self._log.members.all:
+                    if member.state is State.UP:
+                        try:
+                            await self._heal(member)
+                        except NodeError as error:
+                            member.fail(error)
+            await self._wake.wait()
+            self._wake = trio.Event()
+
+    async def _heal(self, member: Member) -> tuple[int, int]:
+        """Rebuild what `missing` has of a node; (shards, bytes) rebuilt; NodeError."""
+        shards = size = 0
+        start = prefix = schema.missing_prefix(member.id)
+        while True:
+            rows = list(islice(self._log.engine.scan(start, schema.after(prefix)), REPAIR_BATCH))
+            if not rows:
+                return shards, size
+            start = rows[-1][0] + b"\0"
+            wanted: dict[int, list[int]] = {}
+            for key, _ in rows:
+                _, number, index = schema.decode_missing_key(key)
+                if self._log.engine.get(schema.stripe_key(number)) is None:
+                    self._log.apply({key: None})
+                else:
+                    wanted.setdefault(number, []).append(index)
+            more = await self._rebuild(member, wanted)
+            shards, size = shards + more[0], size + more[1]
+
+    async def _rebuild(self, member: Member, wanted: dict[int, list[int]]) -> tuple[int, int]:
+        """Rebuild shards by stripe; those that cannot be stay in `missing`; NodeError."""
+        written: list[tuple[int, int, Stripe, ShardPlace]] = []
+        for number, indices in wanted.items():
+            row = self._row(number)
+            if row is None:
+                continue
+            length = row.shard_length
+            try:
+                data = await self._reader.decode(number, row, indices, 0, length)
+            except LostError as error:
+                log.error("%s", error)
+                self._log.apply(
+                    {schema.missing_key(member.id, number, index): b"" for index in indices}
+                )
+                continue
+            for index in indices:
+                place = row.shards[index]
+                if not place.written:
+                    place = member.reserve(length)
+                sums = row.checksums[index]
+                header = shard_header(row.code, row.length, number, index, sums)
+                await trio.to_thread.run_sync(
+                    write_shard, self._log, member, place, header, data[index]
+                )
+                written.append((number, index, row, place))
+        return await self._prove(member, written)
+
+    async def _prove(
+        self, member: Member, written: list[tuple[int, int, Stripe, ShardPlace]]
+    ) -> tuple[int, int]:
+        """Read rebuilt shards back; those that are right count from then on."""
+        node = member.node
+        assert node is not None
+        await trio.to_thread.run_sync(
+            node.flush, Run.SHARDS, sorted({place.segment for *_, place in written})
+        )
+        shards = size = 0
+        for number, index, row, place in written:
+            data = await trio.to_thread.run_sync(
+                node.read_back,
+                Run.SHARDS,
+                place.segment,
+                place.offset - HEADER_BYTES,
+                HEADER_BYTES + row.shard_length,
+            )
+            seed = self._log.shards(member.name, place.segment).seed(place.offset - HEADER_BYTES)
+            header = Header.decode(data[:HEADER_BYTES], seed)
+            payload = data[HEADER_BYTES:]
+            if header.payload_checksum != payload_checksum(row.checksums[index]) or not verified(
+                row, index, 0, payload
+            ):
+                raise NodeError(
+                    f"Node {member.name} gives back other bytes than it was given: "
+                    "replace its disk."
+                )
+            now = self._row(number)
+            key = schema.missing_key(member.id, number, index)
+            if now is None:
+                # Freed meanwhile; a place that only this rebuild knew is given back here.
+                if place != row.shards[index]:
+                    member.release(place.segment, row.shard_length)
+                self._log.apply({key: None})
+                continue
+            moved = now.moved(index, place)
+            self._log.apply({schema.stripe_key(number): moved.encode(), key: None})
+            self._reader.forget(number)
+            shards, size = shards + 1, size + row.shard_length
+        return shards, size
+
+    def _row(self, number: int) -> Stripe | None:
+        value = self._log.engine.get(schema.stripe_key(number))
+        return Stripe.decode(value) if value is not None else None
+
+    # --- a whole node --------------------------------------------------------
+
+    async def repair(
+        self, name: str, progress: Progress, path_of: Callable[[int], str]
+    ) -> dict[str, Any]:
+        """Bring a node back; counts, and the paths of what could not be rebuilt.
+
+        UsageError when there is no such node; NodeError when its place cannot be used.
+        """
+        member = self._log.members.named(name)
+        if member is None:
+            known = ", ".join(m.name for m in self._log.members.all)
+            raise UsageError(f"There is no node {name!r} in this store; there are {known}.")
+        started = time.monotonic()
+        async with self._busy:
+            try:
+                await self._begin(member)
+                progress({"phase": "shards", "done": 0, "total": self._total(member)})
+                shards, size = await self._all_shards(member, progress)
+                more = await self._heal(member)
+                await self._join(member, progress)
+            except (NodeError, OSError) as error:
+                reason = NodeError(f"Repair of node {name} stopped: {error}")
+                member.fail(reason)
+                self._committer.ask()
+                raise reason from error
+        lost = self._lost(member)
+        paths = sorted({path_of(ino) for number in lost for ino in self._owners(number)})
+        return {
+            "node": name,
+            "shards_rebuilt": shards + more[0],
+            "bytes": size + more[1],
+            "seconds": time.monotonic() - started,
+            "stripes_lost": len(lost),
+            "unrepairable": paths,
+        }
+
+    def _lost(self, member: Member) -> list[int]:
+        prefix = schema.missing_prefix(member.id)
+        return [
+            schema.decode_missing_key(key)[1]
+            for key, _ in self._log.engine.scan(prefix, schema.after(prefix))
+        ]
+
+    def _owners(self, number: int) -> set[int]:
+        """Inodes of the files that have bytes in a stripe."""
+        prefix = schema.owners_key(number, 0)[:9]
+        found = set()
+        for _, packed in self._log.engine.scan(prefix, schema.after(prefix)):
+            for ino, offset, length, _ in schema.OWNER.iter_unpack(packed):
+                extents = self._reader.extents(ino, offset, offset + length)
+                if any(extent.stripe == number for extent in extents):
+                    found.add(ino)
+        return found
+
+    def _total(self, member: Member) -> int:
+        """About how many bytes the node holds when it is whole."""
+        return sum(max(state.live, 0) for state in member.segments.values())
+
+    async def _begin(self, member: Member) -> None:
+        """Open or make the node's directory, and let new shards go there."""
+        if member.state is State.UP and member.node is not None:
+            try:
+                await trio.to_thread.run_sync(member.node.check)
+                return
+            except NodeError as error:
+                member.fail(error)
+        async with self._committer.lock:
+            # The loss itself is committed first, so that what it lacks is known.
+            await self._committer.commit_now()
+            identity = NodeIdentity(
+                self._config.uuid, member.name, member.config.region, uuid4(), IDENTITY_VERSION
+            )
+            if member.node is not None:
+                member.node.close()
+            member.node = await trio.to_thread.run_sync(self._claim, member, identity)
+            on_disk = await trio.to_thread.run_sync(member.node.segments, Run.SHARDS)
+            member.segment = max([0, member.segment, *member.segments, *on_disk]) + 1
+            member.offset = 0
+            member.dirty, member.unflushed = set(), []
+            member.error = ""
+            member.state = State.REBUILDING
+
+    def _claim(self, member: Member, identity: NodeIdentity) -> Node:
+        path = member.config.path
+        if not os.path.lexists(path / IDENTITY_NAME):
+            if path.is_dir() and set(os.listdir(path)) - {"journal", "shards", "lost+found"}:
+                raise NodeIdentityError(
+                    f"{path} holds other files than a node's: empty it, or give the node "
+                    "another place."
+                )
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_identity(path, identity)
+        return open_node(self._config, member.config)
+
+    async def _all_shards(self, member: Member, progress: Progress) -> tuple[int, int]:
+        """Go through all stripes; (shards, bytes) rebuilt."""
+        start = schema.STRIPES_START
+        shards = size = done = 0
+        total = self._total(member)
+        while True:
+            rows = list(islice(self._log.engine.scan(start, schema.STRIPES_END), REPAIR_SCAN_ROWS))
+            if not rows:
+                return shards, size
+            start = rows[-1][0] + b"\0"
+            for first in range(0, len(rows), REPAIR_BATCH):
+                wanted: dict[int, list[int]] = {}
+                for key, value in rows[first : first + REPAIR_BATCH]:
+                    row = Stripe.decode(value)
+                    here = [i for i, p in enumerate(row.shards) if p.node == member.id]
+                    bad = [
+                        index
+                        for index in here
+                        if not row.shards[index].written
+                        or not await trio.to_thread.run_sync(shard_is_intact, member, row, index)
+                    ]
+                    if bad:
+                        wanted[schema.decode_stripe_key(key)] = bad
+                    done += len(here) * (HEADER_BYTES + row.shard_length)
+                more = await self._rebuild(member, wanted)
+                shards, size = shards + more[0], size + more[1]
+                progress({"phase": "shards", "done": min(done, total), "total": total})
+
+    async def _join(self, member: Member, progress: Progress) -> None:
+        """Copy the journals and let the node be in sync."""
+        async with self._committer.lock:
+            await self._heal(member)
+            if not member.in_sync:
+                self._committer.roll_journal()
+                source = next(iter(self._log.members.in_sync))
+                progress({"phase": "journal", "done": 0, "total": 1})
+                await trio.to_thread.run_sync(
+                    self._copy_journals, source, member, self._committer.journal_segment
+                )
+                member.state, member.in_sync = State.UP, True
+            await self._committer.commit_now(checkpoint=True)
+            progress({"phase": "journal", "done": 1, "total": 1})
+
+    def _copy_journals(self, source: Member, target: Member, before: int) -> None:
+        """In a thread: the segments below `before`, record by record."""
+        assert source.node is not None and target.node is not None
+        for segment in target.node.segments(Run.JOURNAL):
+            target.node.delete(Run.JOURNAL, segment)
+        for segment in source.node.segments(Run.JOURNAL):
+            if segment >= before:
+                continue
+            size = source.node.size(Run.JOURNAL, segment)
+            data = source.node.read(Run.JOURNAL, segment, 0, size)
+            place = self._log.journal(target.name, segment)
+            end = count = 0
+            for offset, header, payload in records(self._log.journal(source.name, segment), data):
+                padding = bytes(header.record_length - HEADER_BYTES - len(payload))
+                target.node.write(
+                    Run.JOURNAL,
+                    segment,
+                    offset,
+                    [header.encode(place.seed(offset)), payload, padding],
+                )
+                end, count = offset + header.record_length, count + 1
+            if count == 0:
+                continue
+            back = target.node.read_back(Run.JOURNAL, segment, 0, end)
+            if sum(1 for _ in records(place, back)) != count:
+                raise NodeError(
+                    f"Node {target.name} gives back other bytes than it was given: "
+                    "replace its disk."
+                )

@@ -1,0 +1,476 @@
+"""The metadata tables: one function a key, one dataclass a value; nobody else knows bytes.
+
+A key is the table's letter and big-endian numbers, so that keys sort by number.
+
+    I ino                      inodes    Inode
+    N parent name              names     ino, cookie
+    L parent cookie            listing   ino, name          stable readdir
+    E ino offset               extents   Extent             of file bytes
+    S stripe                   stripes   Stripe             once it is sealed
+    V stripe                   live      bytes that extents point at
+    O stripe stripe-offset     owners    packed Owner; true only where extents agree
+    T stripe stripe-offset     tails     code, bytes committed before the stripe was sealed
+    X ino name                 xattrs    value
+    Q ino                      targets   of a symbolic link
+    M node stripe index        missing   nothing            what healing owes the node
+    U ino                      orphans   nothing            unlinked while still in use
+    D ino                      trims     size               extents past it are to be removed
+    G node segment             segments  SegmentState
+    R node segment offset      reclaim   payload length     to free after the next checkpoint
+    Z name                     super     counters, log, nodes, snapshot
+
+A crash may leave: rows in `orphans`, `trims`, `tails` and `reclaim` that the
+next mount works off.  `live`, `Inode.allocated` and the counters are
+denormalised; fsck can count them anew.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass, field, replace
+from typing import Any, NewType, Self
+
+from .erasure import Code
+
+Ino = NewType("Ino", int)
+StripeNumber = NewType("StripeNumber", int)
+NodeId = NewType("NodeId", int)
+
+ROOT = Ino(1)
+FIRST_COOKIE = 16
+"""Cookies below belong to `.` and `..`."""
+
+_Q = struct.Struct(">Q")
+_QQ = struct.Struct(">QQ")
+_QI = struct.Struct(">QI")
+_HI = struct.Struct(">HI")
+_HQB = struct.Struct(">HQB")
+_HIQ = struct.Struct(">HIQ")
+
+
+def after(prefix: bytes) -> bytes:
+    """The least key that is greater than all that start with `prefix`."""
+    return (int.from_bytes(prefix, "big") + 1).to_bytes(len(prefix), "big")
+
+
+# --- inodes ------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Inode:
+    """Attributes of a file; times in ns since the epoch, sizes in bytes."""
+
+    mode: int
+    uid: int
+    gid: int
+    nlink: int
+    size: int
+    allocated: int
+    """Bytes that extents of this inode hold; holes excluded."""
+    atime: int
+    mtime: int
+    ctime: int
+    rdev: int = 0
+    generation: int = 0
+    parent: int = 0
+    """A directory's parent; for others the directory that it was last linked in."""
+    quota_root: int = 0
+    k: int = 0
+    m: int = 0
+    """The code of new bytes, for a directory of new files; 0+0 is the store's default."""
+
+    _STRUCT = struct.Struct("<IIIIQQqqqQIQQBB")
+
+    def encode(self) -> bytes:
+        """The row's value."""
+        return self._STRUCT.pack(
+            self.mode,
+            self.uid,
+            self.gid,
+            self.nlink,
+            self.size,
+            self.allocated,
+            self.atime,
+            self.mtime,
+            self.ctime,
+            self.rdev,
+            self.generation,
+            self.parent,
+            self.quota_root,
+            self.k,
+            self.m,
+        )
+
+    @classmethod
+    def decode(cls, value: bytes) -> Self:
+        """Read the row's value."""
+        return cls(*cls._STRUCT.unpack(value))
+
+
+def inode_key(ino: int) -> bytes:
+    return b"I" + _Q.pack(ino)
+
+
+# --- names -------------------------------------------------------------------
+
+
+def name_key(parent: int, name: bytes) -> bytes:
+    return b"N" + _Q.pack(parent) + name
+
+
+def name_value(ino: int, cookie: int) -> bytes:
+    return _QQ.pack(ino, cookie)
+
+
+def decode_name(value: bytes) -> tuple[int, int]:
+    """(ino, cookie)."""
+    return _QQ.unpack(value)
+
+
+def listing_key(parent: int, cookie: int) -> bytes:
+    return b"L" + _QQ.pack(parent, cookie)
+
+
+def listing_value(ino: int, name: bytes) -> bytes:
+    return _Q.pack(ino) + name
+
+
+def decode_listing(key: bytes, value: bytes) -> tuple[int, int, bytes]:
+    """(cookie, ino, name)."""
+    return _Q.unpack_from(key, 9)[0], _Q.unpack_from(value)[0], value[8:]
+
+
+# --- extents -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """`length` bytes of a file at `offset` lie at `stripe_offset` of `stripe`."""
+
+    offset: int
+    length: int
+    stripe: int
+    stripe_offset: int
+
+    _STRUCT = struct.Struct("<IQI")
+
+    @property
+    def end(self) -> int:
+        """The offset of the first byte after it."""
+        return self.offset + self.length
+
+    def encode(self) -> bytes:
+        """The row's value; the offset is in the key."""
+        return self._STRUCT.pack(self.length, self.stripe, self.stripe_offset)
+
+    @classmethod
+    def decode(cls, key: bytes, value: bytes) -> Self:
+        """Read a row."""
+        return cls(_Q.unpack_from(key, 9)[0], *cls._STRUCT.unpack(value))
+
+    def part(self, start: int, end: int) -> Extent:
+        """The extent of what it has of the file's bytes start <= i < end."""
+        first = max(start, self.offset)
+        return Extent(
+            first,
+            min(end, self.end) - first,
+            self.stripe,
+            self.stripe_offset + first - self.offset,
+        )
+
+
+def extent_key(ino: int, offset: int) -> bytes:
+    return b"E" + _QQ.pack(ino, offset)
+
+
+# --- stripes -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlace:
+    """Where a shard's payload lies; segment 0 means that it was never written."""
+
+    node: int
+    segment: int
+    offset: int
+    """Of the payload, in the segment's file."""
+
+    @property
+    def written(self) -> bool:
+        """Whether the node was ever given it."""
+        return self.segment != 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stripe:
+    """A sealed stripe: where its n shards lie and what their blocks must hash to."""
+
+    code: Code
+    length: int
+    """Bytes of file data, padding excluded."""
+    shards: tuple[ShardPlace, ...]
+    checksums: tuple[bytes, ...]
+    """For each shard the xxh3-64 of each of its blocks, 8 bytes each."""
+
+    _HEAD = struct.Struct("<BBII")
+    _PLACE = struct.Struct("<HIQ")
+
+    @property
+    def shard_length(self) -> int:
+        """Bytes of each shard."""
+        return self.code.shard_length(self.length)
+
+    def moved(self, index: int, place: ShardPlace) -> Stripe:
+        """The same stripe with one shard elsewhere."""
+        shards = (*self.shards[:index], place, *self.shards[index + 1 :])
+        return replace(self, shards=shards)
+
+    def encode(self) -> bytes:
+        """The row's value."""
+        return b"".join(
+            (
+                self._HEAD.pack(self.code.k, self.code.m, self.length, self.shard_length),
+                *(self._PLACE.pack(s.node, s.segment, s.offset) for s in self.shards),
+                *self.checksums,
+            )
+        )
+
+    @classmethod
+    def decode(cls, value: bytes) -> Self:
+        """Read the row's value."""
+        k, m, length, _ = cls._HEAD.unpack_from(value)
+        code = Code(k, m)
+        start = cls._HEAD.size + cls._PLACE.size * code.n
+        places = cls._PLACE.iter_unpack(value[cls._HEAD.size : start])
+        each = (len(value) - start) // code.n
+        return cls(
+            code,
+            length,
+            tuple(ShardPlace(*place) for place in places),
+            tuple(value[start + i * each : start + (i + 1) * each] for i in range(code.n)),
+        )
+
+
+STRIPES_START, STRIPES_END = b"S", b"T"
+
+
+def stripe_key(stripe: int) -> bytes:
+    return b"S" + _Q.pack(stripe)
+
+
+def decode_stripe_key(key: bytes) -> int:
+    return int(_Q.unpack_from(key, 1)[0])
+
+
+def live_key(stripe: int) -> bytes:
+    return b"V" + _Q.pack(stripe)
+
+
+def live_value(live: int) -> bytes:
+    return _Q.pack(live)
+
+
+def decode_live(value: bytes) -> int:
+    return int(_Q.unpack(value)[0])
+
+
+OWNER = struct.Struct("<QQII")
+"""ino, file offset, length, stripe offset."""
+
+
+def owners_key(stripe: int, stripe_offset: int) -> bytes:
+    return b"O" + _QI.pack(stripe, stripe_offset)
+
+
+TAILS_START, TAILS_END = b"T", b"U"
+
+
+def tail_key(stripe: int, stripe_offset: int) -> bytes:
+    return b"T" + _QI.pack(stripe, stripe_offset)
+
+
+def tail_value(code: Code, data: bytes) -> bytes:
+    return bytes((code.k, code.m)) + data
+
+
+def decode_tail(value: bytes) -> tuple[Code, bytes]:
+    """(code of the stripe, bytes)."""
+    return Code(value[0], value[1]), value[2:]
+
+
+def decode_tail_key(key: bytes) -> tuple[int, int]:
+    """(stripe, stripe offset)."""
+    return _QI.unpack_from(key, 1)
+
+
+# --- attributes --------------------------------------------------------------
+
+
+def xattr_key(ino: int, name: bytes) -> bytes:
+    return b"X" + _Q.pack(ino) + name
+
+
+def target_key(ino: int) -> bytes:
+    return b"Q" + _Q.pack(ino)
+
+
+# --- what is owed ------------------------------------------------------------
+
+
+def missing_key(node: int, stripe: int, index: int) -> bytes:
+    return b"M" + _HQB.pack(node, stripe, index)
+
+
+def missing_prefix(node: int) -> bytes:
+    return b"M" + struct.pack(">H", node)
+
+
+def decode_missing_key(key: bytes) -> tuple[int, int, int]:
+    """(node, stripe, index)."""
+    return _HQB.unpack_from(key, 1)
+
+
+ORPHANS_START, ORPHANS_END = b"U", b"V"
+
+
+def orphan_key(ino: int) -> bytes:
+    return b"U" + _Q.pack(ino)
+
+
+TRIMS_START, TRIMS_END = b"D", b"E"
+
+
+def trim_key(ino: int) -> bytes:
+    return b"D" + _Q.pack(ino)
+
+
+def decode_ino_key(key: bytes) -> Ino:
+    """The inode of a row of `orphans`, `trims` or `inodes`."""
+    return Ino(_Q.unpack_from(key, 1)[0])
+
+
+@dataclass(slots=True)
+class SegmentState:
+    """A shard segment: bytes used, and bytes of records with something live in them."""
+
+    size: int = 0
+    live: int = 0
+
+    _STRUCT = struct.Struct("<QQ")
+
+    def encode(self) -> bytes:
+        """The row's value."""
+        return self._STRUCT.pack(self.size, self.live)
+
+    @classmethod
+    def decode(cls, value: bytes) -> Self:
+        """Read the row's value."""
+        return cls(*cls._STRUCT.unpack(value))
+
+
+SEGMENTS_START, SEGMENTS_END = b"G", b"H"
+
+
+def segment_key(node: int, segment: int) -> bytes:
+    return b"G" + _HI.pack(node, segment)
+
+
+def decode_segment_key(key: bytes) -> tuple[int, int]:
+    """(node, segment)."""
+    return _HI.unpack_from(key, 1)
+
+
+RECLAIM_START, RECLAIM_END = b"R", b"S"
+
+
+def reclaim_key(node: int, segment: int, offset: int) -> bytes:
+    return b"R" + _HIQ.pack(node, segment, offset)
+
+
+def decode_reclaim_key(key: bytes) -> tuple[int, int, int]:
+    """(node, segment, payload offset)."""
+    return _HIQ.unpack_from(key, 1)
+
+
+# --- super -------------------------------------------------------------------
+
+COUNTERS_KEY = b"Zcounters"
+FORMAT_KEY = b"Zformat"
+LOG_KEY = b"Zlog"
+NODES_KEY = b"Znodes"
+SNAPSHOT_KEY = b"Zsnapshot"
+FORMAT = 1
+
+
+@dataclass(slots=True)
+class Counters:
+    """What is handed out, and what there is."""
+
+    next_ino: int = ROOT + 1
+    next_cookie: int = FIRST_COOKIE
+    files: int = 1
+    """Inodes of any kind."""
+    bytes: int = 0
+    """Bytes that extents hold."""
+    stripes: int = 0
+    """Sealed stripes."""
+
+    _STRUCT = struct.Struct("<QQQQQ")
+
+    def encode(self) -> bytes:
+        """The row's value."""
+        return self._STRUCT.pack(
+            self.next_ino, self.next_cookie, self.files, self.bytes, self.stripes
+        )
+
+    @classmethod
+    def decode(cls, value: bytes) -> Self:
+        """Read the row's value."""
+        return cls(*cls._STRUCT.unpack(value))
+
+
+@dataclass(slots=True)
+class LogState:
+    """Where the log stood at a commit; JSON in the row."""
+
+    epoch: int = 0
+    nonce: str = ""
+    """32 hexadecimal digits, drawn anew with each epoch."""
+    commit: int = 0
+    checksum: int = 0
+    """Of the payload of that commit."""
+    journal_segment: int = 1
+    """Commits after it lie in this journal segment or a later one."""
+
+    def encode(self) -> bytes:
+        """The row's value."""
+        return json.dumps({name: getattr(self, name) for name in self.__slots__}).encode()
+
+    @classmethod
+    def decode(cls, value: bytes) -> Self:
+        """Read the row's value."""
+        return cls(**json.loads(value))
+
+
+@dataclass(slots=True)
+class NodeRow:
+    """A node as the log knows it; the row holds a JSON list of all of them."""
+
+    id: int
+    name: str
+    in_sync: bool = True
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def encode_nodes(rows: list[NodeRow]) -> bytes:
+    return json.dumps(
+        [{"id": row.id, "name": row.name, "in_sync": row.in_sync, **row.extra} for row in rows]
+    ).encode()
+
+
+def decode_nodes(value: bytes) -> list[NodeRow]:
+    rows = []
+    for item in json.loads(value):
+        rows.append(NodeRow(item.pop("id"), item.pop("name"), item.pop("in_sync"), item))
+    return rows

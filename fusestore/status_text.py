@@ -1,0 +1,172 @@
+"""What `status`, `repair` and `inspect` print for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+Row = Sequence[str]
+
+GOOD_STATES = {"open", "sealed", "whole", "healthy"}
+"""States of a stripe that lacks nothing."""
+
+
+def bytes_text(count: int) -> str:
+    """A number of bytes with a unit: `5.6 GiB`."""
+    if count < 1024:
+        return f"{count} B"
+    size, unit = float(count), "B"
+    for unit in ("KiB", "MiB", "GiB", "TiB", "PiB"):  # noqa: B007
+        size /= 1024
+        if size < 1023.95:
+            break
+    return f"{size:.1f} {unit}"
+
+
+def table_lines(rows: Sequence[Row], right: Sequence[int] = ()) -> Iterator[str]:
+    """Rows of equal length as aligned columns; those numbered in `right` to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  ".join(cells).rstrip()
+
+
+# --- status ------------------------------------------------------------------
+
+
+def status_lines(status: dict[str, Any]) -> Iterator[str]:
+    """One screen; the first line is a sentence that says whether the data is safe."""
+    yield _verdict(status)
+    for node in status["nodes"]:
+        if node.get("error"):
+            yield f"  {node['name']}: {node['error']}"
+    yield ""
+    where = "no"
+    if status["mounted"]:
+        where = f"on {status['mountpoint']} by process {status['pid']}"
+    facts = [
+        ("store", f"{status['store']} ({status['uuid']})"),
+        ("mounted", where),
+        ("log", status.get("log_file") or "standard error, or the journal"),
+        ("code", status["code"]),
+        ("files", f"{status['files']:,}, {bytes_text(status['bytes'])}"),
+        ("stripes", f"{status['stripes']:,}"),
+        ("last commit", _plain(status.get("last_commit"))),
+        ("checkpoint", _plain(status.get("checkpoint"))),
+    ]
+    yield from table_lines([(f"{name}:", text) for name, text in facts])
+    yield ""
+    heads = ("NODE", "REGION", "STATE", "USED", "FREE", "MISSING", "PATH")
+    rows = [_node_row(node) for node in status["nodes"]]
+    yield from table_lines([heads, *rows], right=(3, 4, 5))
+
+
+def _verdict(status: dict[str, Any]) -> str:
+    unsafe = status.get("unsafe_codes") or []
+    away = [node["name"] for node in status["nodes"] if node["state"] != "up"]
+    missing = sum(node["missing_shards"] or 0 for node in status["nodes"])
+    problems = [str(status["error"]).rstrip(".")] if status.get("error") else []
+    if away:
+        problems.append(f"{', '.join(away)} {'is' if len(away) == 1 else 'are'} not up")
+    if missing:
+        problems.append(f"{missing:,} shards are missing")
+    if unsafe:
+        problems.append(f"code {', '.join(map(str, unsafe))} does not survive the loss of a region")
+    if status["healthy"] and not problems:
+        return "All data is safe: every node is up, and any one region may be lost."
+    if status["healthy"]:
+        return f"All data is there, but {'; '.join(problems)}."
+    return f"Not healthy: {'; '.join(problems) or 'see the log'}."
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(part)}" for key, part in value.items())
+    return "none" if value is None else str(value)
+
+
+def _node_row(node: dict[str, Any]) -> Row:
+    def size(key: str) -> str:
+        return "-" if node.get(key) is None else bytes_text(node[key])
+
+    missing = "-" if node.get("missing_shards") is None else f"{node['missing_shards']:,}"
+    return (
+        node["name"],
+        node["region"],
+        node["state"],
+        size("bytes_used"),
+        size("bytes_free"),
+        missing,
+        node["path"],
+    )
+
+
+# --- repair ------------------------------------------------------------------
+
+
+def repair_line(node: str, result: dict[str, Any]) -> str:
+    """What a repair did, and how fast."""
+    seconds = result["seconds"]
+    speed = result["bytes"] / 1e6 / seconds if seconds > 0 else 0.0
+    line = (
+        f"{node}: {result['shards_rebuilt']:,} shards rebuilt and checked, "
+        f"{bytes_text(result['bytes'])} in {seconds:.1f} s ({speed:.1f} MB/s)"
+    )
+    if result["unrepairable"]:
+        line += f"; {len(result['unrepairable']):,} files cannot be repaired"
+    return line + "."
+
+
+# --- inspect -----------------------------------------------------------------
+
+
+def layout_lines(path: str, layout: dict[str, Any]) -> Iterator[str]:
+    """A file's stripes, and under each the place of its shards."""
+    stripes: dict[str, dict[str, Any]] = layout["stripes"]
+    yield (
+        f"{path}: {bytes_text(layout['size'])}, code {layout['code']}, "
+        f"{len(layout['extents'])} extents in {len(stripes)} stripes"
+    )
+    yield _presence(stripes)
+    if not layout["extents"]:
+        return
+    yield ""
+    rows: list[Row] = [("FILE OFFSET", "LENGTH", "STRIPE", "AT")]
+    rows += [
+        tuple(str(extent[key]) for key in ("offset", "length", "stripe", "stripe_offset"))
+        for extent in layout["extents"]
+    ]
+    yield from table_lines(rows, right=(0, 1, 2, 3))
+    yield ""
+    rows = [("STRIPE", "STATE", "SHARD", "NODE", "SEGMENT", "OFFSET", "LENGTH")]
+    for number, stripe in stripes.items():
+        rows += _shard_rows(number, stripe)
+    yield from table_lines(rows, right=(0, 2, 5, 6))
+
+
+def _presence(stripes: dict[str, dict[str, Any]]) -> str:
+    states = [stripe["state"] for stripe in stripes.values()]
+    waiting = states.count("open")
+    bad = [state for state in states if state not in GOOD_STATES]
+    text = "All shards are there" if not bad else f"{len(bad)} stripes lack shards"
+    if waiting:
+        text += f"; {waiting} {'stripe is' if waiting == 1 else 'stripes are'} still open"
+    return text + "."
+
+
+def _shard_rows(number: str, stripe: dict[str, Any]) -> Iterator[Row]:
+    for shard in stripe.get("shards", []):
+        yield (
+            number,
+            shard.get("state", stripe["state"]),
+            str(shard["index"]),
+            shard["node"],
+            shard["segment"],
+            str(shard["offset"]),
+            str(shard["length"]),
+        )
+    if not stripe.get("shards"):
+        yield (number, stripe["state"], "-", "in memory", "-", "-", "-")

@@ -1,0 +1,316 @@
+"""An open store: engine, nodes and log put together, replayed and ready to serve.
+
+Opening replays the journals, logs again what they held past the checkpoint,
+and opens a new epoch; closing commits and checkpoints everything.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import trio
+
+from . import erasure, schema
+from .commit import Committer
+from .config import StoreConfig
+from .engine import Engine
+from .erasure import Code
+from .errors import MetadataError, NodeError, ReplayError, UsageError
+from .log import Log
+from .members import Member, Members, State
+from .placement import check_region_rule
+from .read_path import Reader
+from .reclaim import Reclaimer
+from .records import Run
+from .repair import Repairer, open_node
+from .replay import Replayed, replay, suspect_shards
+from .schema import Counters, LogState, NodeRow, SegmentState
+from .snapshot import Snapshotter
+from .write_path import Writer
+
+log = logging.getLogger(__name__)
+
+
+class Store:
+    """What the file system and the control commands work on."""
+
+    def __init__(self, config: StoreConfig, state: Log, nursery: trio.Nursery) -> None:
+        self.config = config
+        self.log = state
+        self.reader = Reader(state)
+        self.committer = Committer(state, nursery)
+        self.writer = Writer(state, nursery, self.committer.ask)
+        self.committer.writer = self.writer
+        nodes = state.engine.get(schema.NODES_KEY)
+        self.committer.rows = schema.decode_nodes(nodes) if nodes else []
+        self.reclaimer = Reclaimer(state)
+        self.snapshotter = Snapshotter(state, self.committer)
+        self.repairer = Repairer(config, state, self.reader, self.committer)
+        self.committer.on_checkpoint += [self.reclaimer.wake, self.repairer.wake]
+        self.committer.on_commit.append(self.snapshotter.look)
+
+    def warnings(self) -> list[str]:
+        """A sentence for each node that is not as it should be."""
+        return [
+            f"Node {member.name} is {member.state}: {member.error} "
+            f"Run 'fusestore repair {self.config.store} {member.name}'."
+            for member in self.log.members.all
+            if member.state is not State.UP
+        ]
+
+    def _unsafe_codes(self) -> list[str]:
+        """Codes in use with which the loss of a region would lose data."""
+        code = self.log.code
+        return [str(code)] if check_region_rule(code, self.log.members.regions) else []
+
+    def status(self) -> dict[str, Any]:
+        """The store's part of `fusestore status`; looks at every segment of the nodes."""
+        state = self.log
+        nodes = []
+        for member in state.members.all:
+            used = free = 0
+            if member.node is not None:
+                try:
+                    used, free = member.node.bytes_used(), member.node.space().free
+                except NodeError as error:
+                    log.warning("%s", error)
+            prefix = schema.missing_prefix(member.id)
+            missing = sum(1 for _ in state.engine.scan(prefix, schema.after(prefix)))
+            nodes.append(
+                {
+                    "name": member.name,
+                    "region": member.config.region,
+                    "path": str(member.config.path),
+                    "state": str(member.state),
+                    "in_sync": member.in_sync,
+                    "error": member.error,
+                    "bytes_used": used,
+                    "bytes_free": free,
+                    "missing_shards": missing,
+                }
+            )
+        whole = all(n["state"] == State.UP and not n["missing_shards"] for n in nodes)
+        return {
+            "healthy": whole and not state.broken,
+            "store": str(self.config.store),
+            "uuid": str(self.config.uuid),
+            "code": str(state.code),
+            "unsafe_codes": self._unsafe_codes(),
+            "read_only": state.read_only or bool(state.broken),
+            "error": state.broken,
+            "files": state.counters.files,
+            "bytes": state.counters.bytes,
+            "stripes": state.counters.stripes,
+            "last_commit": state.state.commit,
+            "checkpoint": self.committer.checkpointed,
+            "epoch": state.state.epoch,
+            "metadata_bytes": state.engine.bytes_used,
+            "degraded_reads": self.reader.degraded,
+            "nodes": nodes,
+        }
+
+
+@asynccontextmanager
+async def open_store(config: StoreConfig, *, read_only: bool = False) -> AsyncIterator[Store]:
+    """Open a store whose lock the caller holds; FusestoreError when it cannot be.
+
+    On leaving, everything is committed and checkpointed; NotDurableError when
+    that was not possible.
+    """
+    erasure.self_check(config.code)
+    os.makedirs(config.metadata, mode=0o700, exist_ok=True)
+    engine = Engine(config.metadata, read_only=read_only)
+    try:
+        rows = _check_format(config, engine)
+        members = _open_members(config, rows)
+        state = Log(engine, members, config.uuid, config.code, read_only=read_only)
+        start = _load(state)
+        in_sync = [row.id for row in rows if row.in_sync]
+        replayed = await trio.to_thread.run_sync(replay, state, start, in_sync)
+        suspects = await trio.to_thread.run_sync(suspect_shards, state, replayed)
+        _apply(state, replayed, suspects)
+        async with trio.open_nursery() as nursery:
+            store = Store(config, state, nursery)
+            if not read_only:
+                await _begin_epoch(store, nursery)
+            try:
+                yield store
+            finally:
+                with trio.CancelScope(shield=True):
+                    try:
+                        if not read_only:
+                            await _finish(store)
+                    finally:
+                        nursery.cancel_scope.cancel()
+    finally:
+        engine.close()
+
+
+def _check_format(config: StoreConfig, engine: Engine) -> list[NodeRow]:
+    """The nodes as the metadata knows them; MetadataError when it is not this store's."""
+    value = engine.get(schema.FORMAT_KEY)
+    if value is None:
+        return []
+    found = json.loads(value)
+    if found["format"] != schema.FORMAT:
+        raise MetadataError(
+            f"The metadata in {config.metadata} has format {found['format']}; this fusestore "
+            f"knows {schema.FORMAT}: use a newer fusestore."
+        )
+    if found["store"] != str(config.uuid):
+        raise MetadataError(
+            f"The metadata in {config.metadata} belongs to another store ({found['store']})."
+        )
+    nodes = engine.get(schema.NODES_KEY)
+    return schema.decode_nodes(nodes) if nodes else []
+
+
+def _open_members(config: StoreConfig, rows: list[NodeRow]) -> Members:
+    known = {row.name: row.id for row in rows}
+    spare = max(known.values(), default=0)
+    members = []
+    for node in config.nodes:
+        if node.name not in known:
+            spare += 1
+            known[node.name] = spare
+        member = Member(known[node.name], node)
+        try:
+            member.node = open_node(config, node)
+            member.state = State.BEHIND
+        except NodeError as error:
+            member.error = str(error)
+        members.append(member)
+    return Members(members, config.metadata)
+
+
+def _load(state: Log) -> LogState:
+    """What the last checkpoint holds; for a new store, what there is at first."""
+    engine, members = state.engine, state.members
+    log_row = engine.get(schema.LOG_KEY)
+    if log_row is not None:
+        return LogState.decode(log_row)
+    if state.read_only:
+        raise UsageError("The store was never mounted: mount it read-write once.")
+    for member in members.all:
+        if member.node is None:
+            raise NodeError(f"A new store needs all of its nodes: {member.error}")
+        if member.node.segments(Run.JOURNAL):
+            raise MetadataError(
+                f"Node {member.name} holds a journal, but the metadata is gone: mounting would "
+                "start an empty store; bring the metadata back from a backup."
+            )
+    return LogState()
+
+
+def _apply(state: Log, replayed: Replayed, suspects: dict[bytes, bytes | None]) -> None:
+    """Take over what was replayed, and say which nodes are in sync."""
+    engine = state.engine
+    state.state = replayed.state
+    state.apply(replayed.changes)
+    state.apply(suspects)
+    counters = engine.get(schema.COUNTERS_KEY)
+    if counters is not None:
+        state.counters = Counters.decode(counters)
+    new = replayed.state.commit == 0
+    for member in state.members.all:
+        if member.node is None:
+            continue
+        if new or (
+            member.id in replayed.in_sync and replayed.reached[member.id] == replayed.state.commit
+        ):
+            member.state, member.in_sync = State.UP, True
+        elif not member.error:
+            member.error = "It missed some commits."
+    for key, value in engine.scan(schema.SEGMENTS_START, schema.SEGMENTS_END):
+        node, segment = schema.decode_segment_key(key)
+        owner = state.members.by_id.get(node)
+        if owner is not None:
+            owner.segments[segment] = SegmentState.decode(value)
+    if state.read_only:
+        return
+    if not state.members.in_sync:
+        problems = " ".join(m.error for m in state.members.all if m.error)
+        raise ReplayError(
+            "No node that holds every commit is there: bring one back, then mount again. "
+            + problems
+        )
+
+
+async def _begin_epoch(store: Store, nursery: trio.Nursery) -> None:
+    """Log again what was replayed, in a new epoch, and checkpoint it."""
+    state, committer = store.log, store.committer
+    state.state = replace(state.state, epoch=state.state.epoch + 1, nonce=os.urandom(16).hex())
+    await trio.to_thread.run_sync(_tidy_nodes, store)
+    if state.engine.get(schema.FORMAT_KEY) is None:
+        value = {"format": schema.FORMAT, "store": str(store.config.uuid)}
+        state.apply({schema.FORMAT_KEY: json.dumps(value).encode()})
+    tails: dict[tuple[int, Code], dict[int, bytes]] = {}
+    for key, value_ in state.engine.scan(schema.TAILS_START, schema.TAILS_END):
+        number, offset = schema.decode_tail_key(key)
+        code, data = schema.decode_tail(value_)
+        tails.setdefault((number, code), {})[offset] = data
+    for (number, code), parts in tails.items():
+        store.writer.adopt(number, code, parts)
+    async with committer.lock:
+        await committer.commit_now(checkpoint=True)
+    for task in (committer, store.reclaimer, store.snapshotter, store.repairer):
+        nursery.start_soon(task.run)
+    store.reclaimer.wake()
+
+
+def _tidy_nodes(store: Store) -> None:
+    """In a thread: find where to go on, and remove what no commit speaks of."""
+    journals = [store.log.state.journal_segment]
+    for member in store.log.members.all:
+        node = member.node
+        if node is None:
+            continue
+        try:
+            own = node.segments(Run.JOURNAL)
+            journals += own
+            if member.in_sync:
+                sizes = [node.size(Run.JOURNAL, segment) for segment in own]
+                store.committer.journal_bytes = sum(sizes)
+            on_disk = node.segments(Run.SHARDS)
+            member.segment = max([0, *member.segments, *on_disk]) + 1
+            if not member.writable:
+                continue
+            for segment in on_disk:
+                if segment not in member.segments:
+                    node.delete(Run.SHARDS, segment)
+            for segment in on_disk[-2:]:
+                if segment in member.segments:
+                    node.truncate(Run.SHARDS, segment, node.size(Run.SHARDS, segment))
+        except NodeError as error:
+            member.fail(error)
+    store.committer.journal_segment = max(journals) + 1
+
+
+async def _finish(store: Store) -> None:
+    """Commit and checkpoint everything; NotDurableError."""
+    committer = store.committer
+    async with committer.lock:
+        store.writer.seal_all()
+        await committer.commit_now(checkpoint=True)
+    await trio.to_thread.run_sync(_trim_nodes, store)
+
+
+def _trim_nodes(store: Store) -> None:
+    """In a thread: give back what was allocated ahead."""
+    for member in store.log.members.writable:
+        assert member.node is not None
+        try:
+            segment = store.committer.journal_segment
+            member.node.truncate(Run.JOURNAL, segment, store.committer.journal_offset)
+            if member.offset:
+                member.node.truncate(Run.SHARDS, member.segment, member.offset)
+        except NodeError as error:
+            log.warning("%s", error)
+        finally:
+            member.node.close()

@@ -1,0 +1,1 @@
+"""Where shards and journals are kept; installed as `fusestore.nodes`."""

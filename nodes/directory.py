@@ -1,0 +1,264 @@
+"""A node that is a directory of a local file system.
+
+    node.toml                 identity
+    journal/00000001.log      journal segments
+    shards/00000001.seg       shard segments
+
+Segments are opened without O_APPEND (with it Linux ignores the offset of
+pwritev) and room is allocated ahead in steps, without changing the size.  A
+segment and its directory entry are durable before its first byte is written.
+A descriptor lives as long as somebody uses it, so a segment that is deleted
+or dropped from the cache still reads to the end for who holds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from typing_extensions import Buffer
+
+from .. import linux
+from ..config import NodeIdentity, sync_directory
+from ..errors import NodeError, NodeFullError, NodeIdentityError
+from ..limits import (
+    JOURNAL_PREALLOCATE_BYTES,
+    OPEN_SEGMENTS_MAX,
+    SHARD_PREALLOCATE_BYTES,
+)
+from ..records import Run
+from .base import Space
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_BLOCK_BYTES = 4096
+_UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)
+_FOLDERS = {Run.JOURNAL: ("journal", "log"), Run.SHARDS: ("shards", "seg")}
+_AHEAD = {Run.JOURNAL: JOURNAL_PREALLOCATE_BYTES, Run.SHARDS: SHARD_PREALLOCATE_BYTES}
+
+
+def segment_path(run: Run, segment: int) -> str:
+    """A segment's path relative to its node."""
+    folder, suffix = _FOLDERS[run]
+    return f"{folder}/{segment:08d}.{suffix}"
+
+
+def _segment_number(run: Run, name: str) -> int | None:
+    """The inverse of segment_path for a name in the run's folder."""
+    found = re.fullmatch(r"(\d{8,10})\." + _FOLDERS[run][1], name)
+    return int(found[1]) if found else None
+
+
+class _Segment:
+    """An open segment; the descriptor is closed when the last user lets go."""
+
+    __slots__ = ("allocated", "fd")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.allocated = os.fstat(fd).st_size
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+class DirectoryNode:
+    """Keeps segments in a directory; see `base.Node` for the contract."""
+
+    def __init__(self, path: Path, identity: NodeIdentity) -> None:
+        """Use the directory of the node with this identity, which has been verified."""
+        self.path = path
+        self._name = identity.node
+        for folder, _ in _FOLDERS.values():
+            with self._errors("open"):
+                (path / folder).mkdir(mode=0o700, exist_ok=True)
+        with self._errors("open"):
+            self._marker = os.stat(path / "node.toml")
+        self._lock = threading.Lock()
+        self._open: OrderedDict[tuple[Run, int], _Segment] = OrderedDict()
+
+    @contextlib.contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            kind = NodeFullError if error.errno in _FULL else NodeError
+            reason = error.strerror or str(error)
+            raise kind(f"Node {self._name} ({self.path}) cannot {what}: {reason}.") from error
+
+    def check(self) -> None:
+        """See Node."""
+        try:
+            now = os.stat(self.path / "node.toml")
+        except OSError as error:
+            raise NodeIdentityError(
+                f"Node {self._name} is gone from {self.path}: {error.strerror}."
+            ) from error
+        if (now.st_dev, now.st_ino) != (self._marker.st_dev, self._marker.st_ino):
+            raise NodeIdentityError(f"Node {self._name} at {self.path} was replaced by another.")
+
+    def segments(self, run: Run) -> list[int]:
+        """See Node."""
+        with self._errors("list its segments"):
+            names = os.listdir(self.path / _FOLDERS[run][0])
+        return sorted(n for n in (_segment_number(run, name) for name in names) if n is not None)
+
+    def _segment(self, run: Run, segment: int, *, create: bool = False) -> _Segment:
+        """The open segment; OSError when it cannot be opened."""
+        with self._lock:
+            found = self._open.get((run, segment))
+            if found is not None:
+                self._open.move_to_end((run, segment))
+                return found
+            path = self.path / segment_path(run, segment)
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                if not create:
+                    raise
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_CREAT | os.O_EXCL, 0o600)
+                try:
+                    os.fsync(fd)
+                    sync_directory(path.parent)
+                except OSError:
+                    os.close(fd)
+                    raise
+            opened = self._open[(run, segment)] = _Segment(fd)
+            while len(self._open) > OPEN_SEGMENTS_MAX:
+                self._open.popitem(last=False)
+            return opened
+
+    def write(self, run: Run, segment: int, offset: int, buffers: Sequence[Buffer]) -> None:
+        """See Node."""
+        with self._errors(f"write {segment_path(run, segment)}"):
+            target = self._segment(run, segment, create=True)
+            views = [memoryview(buffer).cast("B") for buffer in buffers]
+            end = offset + sum(len(view) for view in views)
+            with self._lock:
+                if end > target.allocated:
+                    self._allocate(target, max(offset, target.allocated), end, _AHEAD[run])
+            while views:
+                written = os.pwritev(target.fd, views, offset)
+                if written == 0:
+                    raise OSError(errno.EIO, "a write took no bytes")
+                offset += written
+                while views and written >= len(views[0]):
+                    written -= len(views.pop(0))
+                if written:
+                    views[0] = views[0][written:]
+
+    @staticmethod
+    def _allocate(target: _Segment, start: int, end: int, ahead: int) -> None:
+        """Find room for start <= i < end before it is written, and some more if there is."""
+        try:
+            linux.allocate(target.fd, start, end - start + ahead)
+            end += ahead
+        except OSError as error:
+            if error.errno in _FULL:
+                linux.allocate(target.fd, start, end - start)
+            elif error.errno not in _UNSUPPORTED:
+                raise
+        target.allocated = end
+
+    def read(self, run: Run, segment: int, offset: int, length: int) -> bytes:
+        """See Node."""
+        with self._errors(f"read {segment_path(run, segment)}"):
+            source = self._segment(run, segment)
+            data = os.pread(source.fd, length, offset)
+            while len(data) < length:
+                more = os.pread(source.fd, length - len(data), offset + len(data))
+                if not more:
+                    raise OSError(errno.EIO, f"it ends before byte {offset + length}")
+                data += more
+            return data
+
+    def read_back(self, run: Run, segment: int, offset: int, length: int) -> bytes:
+        """See Node."""
+        with self._errors(f"read {segment_path(run, segment)} back"):
+            source = self._segment(run, segment)
+            os.fdatasync(source.fd)
+            os.posix_fadvise(source.fd, offset, length, os.POSIX_FADV_DONTNEED)
+        return self.read(run, segment, offset, length)
+
+    def read_now(self, run: Run, segment: int, offset: int, length: int) -> bytes | None:
+        """See Node."""
+        source = self._open.get((run, segment))
+        if source is None:
+            return None
+        buffer = bytearray(length)
+        try:
+            if os.preadv(source.fd, [buffer], offset, os.RWF_NOWAIT) == length:
+                return buffer  # type: ignore[return-value]
+        except OSError:
+            pass
+        return None
+
+    def size(self, run: Run, segment: int) -> int:
+        """See Node."""
+        with self._errors(f"look at {segment_path(run, segment)}"):
+            return os.fstat(self._segment(run, segment).fd).st_size
+
+    def flush(self, run: Run, segments: Sequence[int]) -> None:
+        """See Node."""
+        for segment in segments:
+            with self._errors(f"flush {segment_path(run, segment)}"):
+                target = self._segment(run, segment)
+                os.fdatasync(target.fd)
+                if os.fstat(target.fd).st_nlink == 0:
+                    raise OSError(errno.ENOENT, "it was deleted")
+
+    def truncate(self, run: Run, segment: int, size: int) -> None:
+        """See Node."""
+        with self._errors(f"truncate {segment_path(run, segment)}"):
+            target = self._segment(run, segment)
+            os.ftruncate(target.fd, size)
+            target.allocated = size
+
+    def punch(self, segment: int, offset: int, length: int) -> None:
+        """See Node."""
+        start = -(-offset // _BLOCK_BYTES) * _BLOCK_BYTES
+        end = (offset + length) // _BLOCK_BYTES * _BLOCK_BYTES
+        if end <= start:
+            return
+        with self._errors(f"free room in {segment_path(Run.SHARDS, segment)}"):
+            try:
+                target = self._segment(Run.SHARDS, segment)
+                linux.punch_hole(target.fd, start, end - start)
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+
+    def delete(self, run: Run, segment: int) -> None:
+        """See Node."""
+        with self._errors(f"delete {segment_path(run, segment)}"):
+            with self._lock:
+                self._open.pop((run, segment), None)
+            (self.path / segment_path(run, segment)).unlink(missing_ok=True)
+
+    def space(self) -> Space:
+        """See Node."""
+        with self._errors("tell its free space"):
+            found = os.statvfs(self.path)
+            device = os.stat(self.path).st_dev
+        return Space(device, found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize)
+
+    def bytes_used(self) -> int:
+        """See Node."""
+        total = 0
+        with self._errors("tell its size"):
+            for folder, _ in _FOLDERS.values():
+                with os.scandir(self.path / folder) as entries:
+                    total += sum(entry.stat().st_blocks * 512 for entry in entries)
+        return total
+
+    def close(self) -> None:
+        """See Node."""
+        with self._lock:
+            self._open.clear()

@@ -1,0 +1,749 @@
+"""The command line: what it prints, its exit statuses, and daemons that fail in every way.
+
+The daemons here are fakes, put in place of `fusestore.daemon` in the processes
+that `mount` starts: they show what the command makes of good ones and bad ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from click.testing import CliRunner, Result
+
+from fusestore import mounts
+from fusestore.cli import cli, exit_status
+from fusestore.config import MountOptions, load
+from fusestore.control import ControlServer, Handler, lock_store
+from fusestore.control_client import ControlClient, Message, Progress
+from fusestore.errors import (
+    ConfigError,
+    FusestoreError,
+    NotDurableError,
+    NotHealthyError,
+    StoreBusyError,
+    UsageError,
+)
+from fusestore.launch import prepare_mountpoint
+from fusestore.mkfs import make_store
+from fusestore.status_text import bytes_text, layout_lines, repair_line, status_lines
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def run(*arguments: object) -> Result:
+    """Run a command in this process."""
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """A store that was just made."""
+    return make_store(tmp_path / "store").store
+
+
+# --- help, version, completion, exit statuses --------------------------------
+
+COMMANDS = ["mkfs", "mount", "umount", "status", "repair", "inspect", "policy", "completion"]
+
+
+def test_help_teaches() -> None:
+    text = run("--help").output
+    assert all(command in text for command in COMMANDS)
+    assert "fusestore mount ~/store ~/files" in text
+    for line in ["0  fine", "1  not healthy", "2  wrong use", "3  failed"]:
+        assert line in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_an_example(command: str) -> None:
+    assert f"fusestore {command} " in run(command, "--help").output
+
+
+def test_version() -> None:
+    assert run("--version").output.startswith("fusestore 0.")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_a_script(shell: str) -> None:
+    assert "_FUSESTORE_COMPLETE" in run("completion", shell).output
+
+
+def test_exit_statuses() -> None:
+    kinds = [NotHealthyError, UsageError, ConfigError, StoreBusyError, FusestoreError]
+    assert [exit_status(kind("x")) for kind in kinds] == [1, 2, 2, 3, 3]
+
+
+def test_an_error_is_one_sentence_on_standard_error(tmp_path: Path) -> None:
+    result = run("status", tmp_path)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"fusestore: {tmp_path} is not a store")
+    assert result.stderr.count("\n") == 1
+
+
+# --- mkfs --------------------------------------------------------------------
+
+
+def test_mkfs_takes_regions_code_and_metadata(tmp_path: Path) -> None:
+    result = run(
+        *("mkfs", tmp_path / "s", "--code", "4+2", "--metadata", tmp_path / "m"),
+        *("--region", f"a={tmp_path}/x=y", "--region", "b", "--region", "c"),
+    )
+    assert result.exit_code == 0, result.output
+    config = load(tmp_path / "s")
+    assert str(config.code) == "4+2"
+    assert config.metadata == tmp_path / "m"
+    assert config.node("a").path == tmp_path / "x=y"
+    assert config.node("b").path == tmp_path / "s" / "b"
+
+
+def test_mkfs_of_every_code_that_is_promised(tmp_path: Path) -> None:
+    for code in ["2+1", "4+2", "6+3", "1+2"]:
+        assert run("mkfs", tmp_path / code, "--code", code).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--code", "3+1"],
+        ["--code", "x"],
+        ["--code", "1+0"],
+        ["--region", "a/b"],
+        ["--region", "a="],
+    ],
+)
+def test_mkfs_refuses_with_exit_status_2(tmp_path: Path, arguments: list[str]) -> None:
+    assert run("mkfs", tmp_path / "s", *arguments).exit_code == 2
+    assert not (tmp_path / "s").exists()
+
+
+def test_mkfs_of_an_unsafe_code_if_asked_to(tmp_path: Path) -> None:
+    assert run("mkfs", tmp_path / "s", "--code", "1+0", "--allow-unsafe").exit_code == 0
+    assert load(tmp_path / "s").allow_unsafe
+
+
+# --- mountinfo ---------------------------------------------------------------
+
+MOUNTINFO = (
+    b"22 1 254:1 / / rw,relatime shared:1 - ext4 /dev/root rw\n"
+    b"40 22 0:50 / /mnt/a\\040b\\134c\\011d\\012e\xff rw,nosuid,noatime shared:2 master:3 - "
+    b"fuse.fusestore /srv/my%20store%2C100%25%FF rw,user_id=0,group_id=0\n"
+    b"41 22 0:51 / /mnt/other rw - fuse.sshfs host:/x rw\n"
+    b"42 22 0:1500 / /mnt/plain ro - fuse.fusestore /srv/a\\040store rw\n"
+    b"43 22 0:53 / /mnt/- rw - fuse.fusestore - rw\n"
+    b"nonsense\n"
+)
+
+
+def test_mountinfo_with_odd_names() -> None:
+    first, second, third = mounts.parse_mountinfo(MOUNTINFO)
+    assert os.fsencode(first.mountpoint) == b"/mnt/a b\\c\td\ne\xff"
+    assert os.fsencode(first.store) == b"/srv/my store,100%\xff"
+    assert first.device == os.makedev(0, 50)
+    assert first.options == ("rw", "nosuid", "noatime")
+    assert second.store == Path("/srv/a store")
+    assert second.device == os.makedev(0, 1500)
+    assert third.mountpoint == Path("/mnt/-")
+
+
+def test_a_store_of_any_name_is_a_source_of_plain_characters() -> None:
+    for name in [b"/srv/store", b"/a b,c\\d%20\xff\xc3\xa4\n\t#x", bytes(range(1, 256))]:
+        source = mounts.source_of(Path(os.fsdecode(name)))
+        assert source.isascii()
+        assert source.isprintable()
+        assert "," not in source
+        assert "\\" not in source
+        escaped = source.encode().replace(b" ", b"\\040").replace(b"#", b"\\043")
+        line = b"1 2 0:3 / /m rw - fuse.fusestore " + escaped + b" rw\n"
+        (mount,) = mounts.parse_mountinfo(line)
+        assert os.fsencode(mount.store) == os.fsencode(Path(os.fsdecode(name)))
+    assert mounts.source_of(Path("/srv/a-b_c.d/~x")) == "/srv/a-b_c.d/~x"
+
+
+def test_what_is_not_mounted(tmp_path: Path) -> None:
+    assert mounts.find(tmp_path) is None
+    assert mounts.containing(tmp_path) is None
+    assert not mounts.clear_dead(tmp_path)
+    assert not mounts.is_dead(tmp_path)
+    with pytest.raises(UsageError, match="No store is mounted"):
+        mounts.unmount(tmp_path)
+    result = run("umount", tmp_path)
+    assert (result.exit_code, result.stderr) == (
+        2,
+        f"fusestore: No store is mounted on {tmp_path}.\n",
+    )
+
+
+def test_a_probe_says_what_stat_says(tmp_path: Path) -> None:
+    assert mounts.probe(tmp_path) == mounts.Answer(0, tmp_path.stat().st_dev)
+    assert mounts.probe(tmp_path / "none") == mounts.Answer(2, 0)
+
+
+def test_a_probe_that_hangs_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mounts, "_PROBE", "import sys; sys.stdin = open('/dev/zero'); input()")
+    assert mounts.probe(tmp_path, 0.05) is None
+
+
+def test_the_users_of_a_directory_are_found(tmp_path: Path) -> None:
+    with open(tmp_path / "file", "w"):
+        assert (os.getpid(), Path("/proc/self/comm").read_text().strip()) in mounts.users_of(
+            tmp_path
+        )
+    assert mounts.users_of(tmp_path) == []
+
+
+# --- where a store may be mounted --------------------------------------------
+
+
+def test_mountpoints_that_are_refused(tmp_path: Path, store: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "full" / "x").mkdir(parents=True)
+    (store / "mnt").mkdir()
+    (tmp_path / "link").symlink_to(store / "us-east-1")
+    for place, reason in [
+        (tmp_path / "none", "is not a directory"),
+        (tmp_path / "file", "is not a directory"),
+        (tmp_path / "full", "is not empty"),
+        (store / "mnt", "inside the store"),
+        (store, "inside the store"),
+        (tmp_path / "link", "inside the store"),
+        (tmp_path, "would hide the store"),
+    ]:
+        result = run("mount", store, place)
+        assert result.exit_code == 2, place
+        assert reason in result.stderr
+    options = MountOptions(nonempty=True)
+    assert prepare_mountpoint(load(store), tmp_path / "full", options) == tmp_path / "full"
+
+
+def test_a_mountpoint_inside_a_region_elsewhere_is_refused(tmp_path: Path) -> None:
+    regions = [("x", tmp_path / "disk"), ("y", None), ("z", None)]
+    config = make_store(tmp_path / "s", regions, metadata=tmp_path / "meta")
+    for part in ["disk/journal", "meta"]:
+        result = run("mount", config.store, tmp_path / part)
+        assert result.exit_code == 2
+        assert "lies inside its" in result.stderr
+
+
+def test_unknown_options_are_wrong_use(tmp_path: Path, store: Path) -> None:
+    result = run("mount", store, tmp_path, "-o", "ro,max_read=4")
+    assert result.exit_code == 2
+    assert "no mount option 'max_read=4'" in result.stderr
+
+
+# --- commands to a daemon ----------------------------------------------------
+
+STATUS: dict[str, Any] = {
+    "healthy": True,
+    "code": "2+1",
+    "files": 12345,
+    "bytes": 6_000_000_000,
+    "stripes": 5723,
+    "last_commit": 88,
+    "checkpoint": 80,
+    "unsafe_codes": [],
+    "nodes": [
+        {
+            "name": name,
+            "region": name,
+            "path": f"/srv/{name}",
+            "state": "up",
+            "bytes_used": 3_000_000_000,
+            "bytes_free": 9_000_000_000,
+            "missing_shards": 0,
+        }
+        for name in ("us-east-1", "us-west-1", "eu-west-1")
+    ],
+}
+
+
+def a_command(answer: Message | FusestoreError) -> Handler:
+    """A handler that tells of some progress and then gives this answer."""
+
+    async def handler(arguments: Message, progress: Progress) -> Message:
+        progress({"phase": "shards", "done": 1, "total": 2})
+        if isinstance(answer, FusestoreError):
+            raise answer
+        return answer
+
+    return handler
+
+
+@pytest.fixture
+def daemon() -> Iterator[Callable[..., None]]:
+    """Starts a control server in a thread, with the given answers."""
+    with contextlib.ExitStack() as ends:
+
+        def start(directory: Path, **answers: Message | FusestoreError) -> None:
+            handlers = {name: a_command(answer) for name, answer in answers.items()}
+            listening = threading.Event()
+            scope = trio.CancelScope()
+            tokens: list[trio.lowlevel.TrioToken] = []
+
+            async def serve() -> None:
+                tokens.append(trio.lowlevel.current_trio_token())
+                with scope:
+                    async with trio.open_nursery() as nursery:
+                        await nursery.start(ControlServer(handlers).serve, directory)
+                        listening.set()
+
+            thread = threading.Thread(target=trio.run, args=(serve,))
+            thread.start()
+            ends.callback(thread.join)
+            assert listening.wait(10)
+            ends.callback(lambda: tokens[0].run_sync_soon(scope.cancel))
+
+        yield start
+
+
+def test_status_of_a_mounted_store(store: Path, daemon: Callable[..., None]) -> None:
+    daemon(store, status=STATUS)
+    result = run("status", store, "--json")
+    assert result.exit_code == 0
+    status = json.loads(result.stdout)
+    assert status["mounted"] is True
+    assert status["pid"] == os.getpid()
+    assert status["store"] == str(store)
+    assert status["uuid"] == str(load(store).uuid)
+    assert {key: status[key] for key in STATUS} == STATUS
+    assert {"mountpoint", "log_file"} < set(status)
+    text = run("status", store).stdout.splitlines()
+    assert text[0] == "All data is safe: every node is up, and any one region may be lost."
+    assert len(text) < 24
+    assert any("12,345, 5.6 GiB" in line for line in text)
+
+
+def test_status_that_is_not_healthy(store: Path, daemon: Callable[..., None]) -> None:
+    bad = {"state": "down", "missing_shards": 7, "error": "There is no directory /srv/us-east-1."}
+    nodes = [{**STATUS["nodes"][0], **bad}, *STATUS["nodes"][1:]]
+    daemon(store, status={**STATUS, "healthy": False, "nodes": nodes})
+    result = run("status", store, "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["healthy"] is False
+    text = run("status", store)
+    assert text.exit_code == 1
+    first, second, *_ = text.stdout.splitlines()
+    assert first == "Not healthy: us-east-1 is not up; 7 shards are missing."
+    assert second == "  us-east-1: There is no directory /srv/us-east-1."
+
+
+@pytest.mark.parametrize("error", [NotDurableError("No space is left."), FusestoreError("Odd.")])
+def test_a_status_that_fails_is_json_all_the_same(
+    store: Path, daemon: Callable[..., None], error: FusestoreError
+) -> None:
+    daemon(store, status=error)
+    result = run("status", store, "--json")
+    assert result.exit_code == 3
+    assert json.loads(result.stdout) == {"healthy": False, "error": str(error)}
+    assert result.stderr == f"fusestore: {error}\n"
+
+
+def test_the_status_of_no_store_is_json_all_the_same(tmp_path: Path) -> None:
+    result = run("status", tmp_path, "--json")
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["healthy"] is False
+
+
+def test_repair_says_what_it_did(store: Path, daemon: Callable[..., None]) -> None:
+    done = {"shards_rebuilt": 1234, "bytes": 600_000_000, "seconds": 2.0, "unrepairable": []}
+    daemon(store, repair=done)
+    result = run("repair", store, "us-east-1", "--quiet")
+    assert result.exit_code == 0
+    assert "1,234 shards rebuilt and checked, 572.2 MiB in 2.0 s (300.0 MB/s)" in result.stdout
+    assert result.stderr == ""
+    assert json.loads(run("repair", store, "us-east-1", "--json").stdout) == done
+
+
+def test_what_cannot_be_repaired_is_named(store: Path, daemon: Callable[..., None]) -> None:
+    lost = [f"a/{i}" for i in range(30)]
+    daemon(store, repair={"shards_rebuilt": 0, "bytes": 0, "seconds": 0.0, "unrepairable": lost})
+    result = run("repair", store, "us-east-1")
+    assert result.exit_code == 1
+    assert "30 files cannot be repaired" in result.stdout
+    assert "lost: a/0\n" in result.stderr
+    assert "and 10 more" in result.stderr
+
+
+def test_repair_of_an_unknown_node_is_wrong_use(store: Path) -> None:
+    result = run("repair", store, "mars")
+    assert result.exit_code == 2
+    assert "its nodes are us-east-1, us-west-1, eu-west-1" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "command", [["inspect"], ["policy", "get"], ["policy", "clear"], ["policy", "set"]]
+)
+def test_files_that_are_not_on_a_mount(tmp_path: Path, command: list[str]) -> None:
+    code = ["2+1"] if command[-1] == "set" else []
+    result = run(*command, tmp_path, *code)
+    assert result.exit_code == 2
+    assert "is not on a mount of a store" in result.stderr
+    assert run(*command, tmp_path / "none", *code).exit_code == 2
+
+
+def test_policy_of_no_code(tmp_path: Path) -> None:
+    result = run("policy", "set", tmp_path, "two")
+    assert result.exit_code == 2
+    assert "is not a code" in result.stderr
+
+
+# --- text --------------------------------------------------------------------
+
+
+def test_sizes_read_well() -> None:
+    sizes = [0, 1023, 1024, 1536, 1024**2 - 1, 1024**3, 5 * 1024**5, 3 * 1024**6]
+    texts = ["0 B", "1023 B", "1.0 KiB", "1.5 KiB", "1.0 MiB", "1.0 GiB", "5.0 PiB", "3072.0 PiB"]
+    assert [bytes_text(size) for size in sizes] == texts
+
+
+def test_unsafe_codes_stay_loud() -> None:
+    status = {**STATUS, "mounted": False, "store": "/s", "uuid": "u", "unsafe_codes": ["1+0"]}
+    assert "1+0 does not survive the loss of a region" in next(status_lines(status))
+
+
+def test_a_layout_as_a_table() -> None:
+    layout = {
+        "code": "2+1",
+        "size": 1048676,
+        "extents": [
+            {"offset": 0, "length": 1048576, "stripe": 7, "stripe_offset": 0},
+            {"offset": 1048576, "length": 100, "stripe": 8, "stripe_offset": 64},
+        ],
+        "stripes": {
+            "7": {
+                "length": 1048576,
+                "shard_length": 524288,
+                "state": "sealed",
+                "shards": [
+                    {
+                        "index": 0,
+                        "node": "us-east-1",
+                        "segment": "shards/00000001.seg",
+                        "offset": 192,
+                        "length": 524288,
+                    }
+                ],
+            },
+            "8": {"length": 164, "shard_length": 0, "state": "open", "shards": []},
+        },
+    }
+    text = list(layout_lines("letter", layout))
+    assert text[0] == "letter: 1.0 MiB, code 2+1, 2 extents in 2 stripes"
+    assert text[1] == "All shards are there; 1 stripe is still open."
+    assert any("us-east-1  shards/00000001.seg     192  524288" in line for line in text)
+
+
+def test_a_repair_in_no_time() -> None:
+    done = {"shards_rebuilt": 0, "bytes": 0, "seconds": 0.0, "unrepairable": []}
+    assert repair_line("n", done) == "n: 0 shards rebuilt and checked, 0 B in 0.0 s (0.0 MB/s)."
+
+
+# --- good daemons and bad ones -----------------------------------------------
+
+FAKE = """
+import os, stat, sys, types
+import trio
+
+async def serve(config, mountpoint, options, on_ready):
+    from fusestore import errors
+    mode = os.environ["FAKE_DAEMON"]
+    if mode == "refuses":
+        raise errors.StoreBusyError("The store is in use by process 7.")
+    if mode == "dies":
+        os._exit(9)
+    if mode == "crashes":
+        raise ZeroDivisionError
+    if mode == "lies":
+        on_ready([])
+        await trio.sleep_forever()
+    await mounted(config, mountpoint, options, on_ready, mode)
+
+async def mounted(config, mountpoint, options, on_ready, mode):
+    import pyfuse3
+    from fusestore import errors, mounts
+    from fusestore.control import ControlServer, lock_store
+
+    class Null(pyfuse3.Operations):
+        async def getattr(self, ino, ctx=None):
+            entry = pyfuse3.EntryAttributes()
+            entry.st_ino, entry.st_mode, entry.st_nlink = 1, stat.S_IFDIR | 0o755, 2
+            return entry
+        async def statfs(self, ctx):
+            return pyfuse3.StatvfsData()
+        async def opendir(self, ino, ctx):
+            return 1
+        async def readdir(self, fh, start, token):
+            pass
+
+    stopped = trio.Event()
+    stopping = trio.Event()
+
+    async def stop(arguments, progress):
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(mounts.unmount, mountpoint)
+            stopping.set()
+            await stopped.wait()
+        if mode == "cannot commit":
+            raise errors.NotDurableError("The last commit failed.")
+        return {}
+
+    async def run_fuse():
+        await pyfuse3.main()
+        stopping.set()
+
+    with lock_store(config):
+        source = "fsname=" + mounts.source_of(config.store)
+        pyfuse3.init(Null(), str(mountpoint),
+            {"default_permissions", source, "subtype=fusestore", *options.kernel})
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(ControlServer({"stop": stop}).serve, config.store)
+                nursery.start_soon(run_fuse)
+                if mode == "dies mounted":
+                    os._exit(9)
+                if mode == "never ready":
+                    await trio.sleep_forever()
+                on_ready(["us-east-1 is not there."] if mode == "warns" else [])
+                await stopping.wait()
+                stopped.set()
+                nursery.cancel_scope.cancel()
+        finally:
+            pyfuse3.close(unmount=True)
+
+module = types.ModuleType("fusestore.daemon")
+module.serve = serve
+sys.modules["fusestore.daemon"] = module
+"""
+
+
+class Fakes:
+    """Runs the command line with a fake daemon of a given kind."""
+
+    def __init__(self, store: Path, mountpoint: Path, directory: Path) -> None:
+        self.store, self.mountpoint = store, mountpoint
+        directory.mkdir()
+        (directory / "sitecustomize.py").write_text(FAKE)
+        self._path = os.pathsep.join([os.fspath(directory), os.fspath(REPOSITORY)])
+
+    def run(self, *arguments: object, kind: str = "good") -> subprocess.CompletedProcess[str]:
+        """Run a command in a process of its own."""
+        child = self.start(*arguments, kind=kind)
+        output, complaint = child.communicate(timeout=120)
+        return subprocess.CompletedProcess(child.args, child.returncode, output, complaint)
+
+    def start(self, *arguments: object, kind: str = "good") -> subprocess.Popen[str]:
+        """Start a command in a process of its own."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "fusestore", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": self._path, "FAKE_DAEMON": kind},
+        )
+
+    def mount(self, *options: str, kind: str = "good") -> subprocess.CompletedProcess[str]:
+        """`fusestore mount`."""
+        return self.run("mount", self.store, self.mountpoint, *options, kind=kind)
+
+    def kill(self) -> int:
+        """Kill the daemon; returns its number."""
+        pid = ControlClient(self.store).daemon()
+        daemon = os.pidfd_open(pid)
+        os.kill(pid, 9)
+        with open(daemon):
+            select.select([daemon], [], [])
+        return pid
+
+    def nothing_is_left(self) -> bool:
+        """No mount, and nobody who has the store."""
+        with lock_store(load(self.store)):
+            return mounts.find(self.mountpoint) is None
+
+
+@pytest.fixture
+def fakes(tmp_path: Path, store: Path) -> Iterator[Fakes]:
+    """A store, a mount point and fake daemons; ends what a test leaves."""
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("needs /dev/fuse")
+    mountpoint = tmp_path / "mnt ä"
+    mountpoint.mkdir()
+    fakes = Fakes(store, mountpoint, tmp_path / "fake")
+    yield fakes
+    with contextlib.suppress(FusestoreError):
+        fakes.kill()
+    mounts.clear_dead(mountpoint)
+
+
+@pytest.mark.mounted
+def test_mount_returns_when_the_mount_answers_and_umount_when_the_daemon_is_gone(
+    fakes: Fakes,
+) -> None:
+    mounted = fakes.mount()
+    assert (mounted.returncode, mounted.stdout, mounted.stderr) == (0, "", "")
+    assert os.path.ismount(fakes.mountpoint)
+    with open(os.pidfd_open(ControlClient(fakes.store).daemon())) as daemon:
+        unmounted = fakes.run("umount", fakes.mountpoint)
+        assert (unmounted.returncode, unmounted.stdout, unmounted.stderr) == (0, "", "")
+        assert not os.path.ismount(fakes.mountpoint)
+        assert select.select([daemon], [], [], 0)[0], "the daemon still runs"
+    assert fakes.nothing_is_left()
+
+
+@pytest.mark.mounted
+def test_the_daemon_holds_nothing_that_it_inherited(fakes: Fakes) -> None:
+    reading, writing = os.pipe()
+    os.set_inheritable(writing, True)
+    try:
+        assert fakes.mount().returncode == 0
+        pid = ControlClient(fakes.store).daemon()
+        places = {fd: os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
+        log_file = str(fakes.store / "fusestore.log")
+        assert [places[fd] for fd in "012"] == ["/dev/null", log_file, log_file]
+        assert f"pipe:[{os.fstat(reading).st_ino}]" not in places.values()
+        assert os.readlink(f"/proc/{pid}/cwd") == "/"
+        assert os.getsid(pid) == pid
+    finally:
+        os.close(reading)
+        os.close(writing)
+    assert fakes.run("umount", fakes.mountpoint).returncode == 0
+
+
+@pytest.mark.mounted
+def test_a_degraded_store_mounts_with_a_warning(fakes: Fakes) -> None:
+    mounted = fakes.mount(kind="warns")
+    assert mounted.returncode == 0
+    assert mounted.stderr == "fusestore: warning: us-east-1 is not there.\n"
+
+
+@pytest.mark.mounted
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("refuses", "The store is in use by process 7."),
+        ("dies", "The daemon ended with status 9 before it was ready: see "),
+        ("dies mounted", "The daemon ended with status 9 before it was ready: see "),
+        ("crashes", "The daemon ended with status 3 before it was ready: see "),
+        ("lies", "The daemon says that it is ready, and "),
+    ],
+)
+def test_never_mounted_and_dead(fakes: Fakes, kind: str, reason: str) -> None:
+    result = fakes.mount(kind=kind)
+    assert result.returncode == 3
+    assert result.stderr.startswith(f"fusestore: {reason}")
+    assert result.stderr.count("\n") == 1
+    assert fakes.nothing_is_left()
+    if kind == "crashes":
+        assert "ZeroDivisionError" in (fakes.store / "fusestore.log").read_text()
+
+
+@pytest.mark.mounted
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_mount_that_is_interrupted_ends_its_daemon(
+    fakes: Fakes, number: signal.Signals, status: int
+) -> None:
+    child = fakes.start("mount", fakes.store, fakes.mountpoint, kind="never ready")
+    while mounts.find(fakes.mountpoint) is None and child.poll() is None:
+        time.sleep(0.01)
+    child.send_signal(number)
+    output, complaint = child.communicate(timeout=60)
+    assert child.returncode == status, output + complaint
+    assert fakes.nothing_is_left()
+
+
+@pytest.mark.mounted
+def test_a_second_mount_is_refused_in_one_sentence(fakes: Fakes, tmp_path: Path) -> None:
+    assert fakes.mount().returncode == 0
+    again = fakes.mount()
+    assert again.returncode == 3
+    assert again.stderr == f"fusestore: This store is mounted on {fakes.mountpoint} already.\n"
+    (tmp_path / "elsewhere").mkdir()
+    second = fakes.run("mount", fakes.store, tmp_path / "elsewhere")
+    assert second.returncode == 3
+    pid = ControlClient(fakes.store).daemon()
+    assert second.stderr == f"fusestore: {fakes.store} is in use by process {pid}.\n"
+    assert fakes.run("umount", fakes.mountpoint).returncode == 0
+
+
+@pytest.mark.mounted
+def test_a_dead_mount_is_cleared_by_the_next_mount(fakes: Fakes) -> None:
+    assert fakes.mount().returncode == 0
+    fakes.kill()
+    assert mounts.is_dead(fakes.mountpoint)
+    result = fakes.mount()
+    assert result.returncode == 0, result.stderr
+    assert "cleared the mount that a dead daemon left" in result.stderr
+    assert fakes.run("umount", fakes.mountpoint).returncode == 0
+
+
+@pytest.mark.mounted
+def test_a_dead_mount_of_another_store_is_not_touched(fakes: Fakes, tmp_path: Path) -> None:
+    assert fakes.mount().returncode == 0
+    fakes.kill()
+    make_store(tmp_path / "other")
+    result = fakes.run("mount", tmp_path / "other", fakes.mountpoint)
+    assert result.returncode == 2
+    assert f"clear it with `fusestore umount {fakes.mountpoint}`" in result.stderr
+    assert mounts.is_dead(fakes.mountpoint)
+
+
+@pytest.mark.mounted
+def test_umount_of_a_dead_mount_clears_it_and_says_so(fakes: Fakes) -> None:
+    assert fakes.mount().returncode == 0
+    fakes.kill()
+    result = fakes.run("umount", fakes.mountpoint)
+    assert result.returncode == 1
+    assert "had died: the mount is cleared" in result.stderr
+    assert fakes.nothing_is_left()
+
+
+@pytest.mark.mounted
+def test_a_busy_mount_names_who_uses_it_and_stays(fakes: Fakes) -> None:
+    assert fakes.mount().returncode == 0
+    with subprocess.Popen(["sleep", "60"], cwd=fakes.mountpoint) as user:
+        while "sleep" not in Path(f"/proc/{user.pid}/comm").read_text():
+            time.sleep(0.01)
+        result = fakes.run("umount", fakes.mountpoint)
+        user.kill()
+    assert result.returncode == 3
+    assert f"{fakes.mountpoint} is busy: sleep (process {user.pid}) has files" in result.stderr
+    assert os.path.ismount(fakes.mountpoint)
+    assert fakes.run("umount", fakes.mountpoint).returncode == 0
+
+
+@pytest.mark.mounted
+def test_a_last_commit_that_fails_is_told(fakes: Fakes) -> None:
+    assert fakes.mount(kind="cannot commit").returncode == 0
+    result = fakes.run("umount", fakes.mountpoint)
+    assert result.returncode == 3
+    assert result.stderr == "fusestore: The last commit failed.\n"
+    assert fakes.nothing_is_left()
+
+
+@pytest.mark.mounted
+def test_a_foreground_daemon_logs_to_standard_error(fakes: Fakes) -> None:
+    result = fakes.mount("--foreground", "--log-format", "json", kind="refuses")
+    assert result.returncode == 3
+    assert result.stderr == "fusestore: The store is in use by process 7.\n"
+    assert not (fakes.store / "fusestore.log").exists()
+
+
+@pytest.mark.mounted
+def test_a_daemon_that_does_not_listen_is_unmounted_all_the_same(fakes: Fakes) -> None:
+    assert fakes.mount().returncode == 0
+    (fakes.store / "control.sock").unlink()
+    result = fakes.run("umount", fakes.mountpoint)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert fakes.nothing_is_left()
