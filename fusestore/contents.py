@@ -197,7 +197,10 @@ class Contents:
     def remove(self, ino: int) -> None:
         """Remove an orphan that nobody uses any more, and all that it had."""
         with Transaction(self._log) as txn:
-            inode = self._inode(txn, ino)
+            value = txn.get(schema.inode_key(ino))
+            if value is None:
+                return
+            inode = Inode.decode(value)
             prefix = schema.xattr_key(ino, b"")
             for key, _ in list(txn.scan(prefix, schema.after(prefix))):
                 txn.delete(key)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -57,11 +57,13 @@ async def offline(
             read_only = command == "status"
             if read_only and not (config.metadata / "data.mdb").exists():
                 read_only = False  # never mounted: there is no journal to leave alone
-            async with open_store(config, read_only=read_only) as store:
-                async with trio.open_nursery() as nursery:
-                    files = FileSystem(store, nursery)
-                    await files.begin()
-                    return await _commands(store, files)[command](arguments, progress)
+            async with (
+                open_store(config, read_only=read_only) as store,
+                trio.open_nursery() as nursery,
+            ):
+                files = FileSystem(store, nursery)
+                await files.begin()
+                return await _commands(store, files)[command](arguments, progress)
         except ExceptionGroup as group:
             raise _first(group) from None
 
@@ -77,7 +79,7 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return error
 
 
-Command = Callable[[dict[str, Any], Progress], Any]
+Command = Callable[[dict[str, Any], Progress], Awaitable[dict[str, Any]]]
 
 
 def _commands(store: Store, files: FileSystem) -> dict[str, Command]:

@@ -73,7 +73,7 @@ class Engine:
                 return self._frozen[key]  # type: ignore[no-any-return]
             except KeyError:
                 pass
-        return self._txn.get(key)  # type: ignore[return-value]
+        return self._txn.get(key)
 
     def scan(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
         """Keys and values with start <= key < end, in order."""
@@ -117,7 +117,7 @@ class Engine:
         for key, value in cursor:
             if key >= end:
                 return
-            yield key, value  # type: ignore[misc]
+            yield key, value
 
     def scan_stored(self, start: bytes, end: bytes) -> list[tuple[bytes, bytes]]:
         """What the last checkpoint holds of start <= key < end."""
@@ -137,7 +137,7 @@ class Engine:
             else:
                 stored = cursor.key() if cursor.last() else b""
             if stored >= start and stored and (best is None or stored > best):
-                return stored, cursor.value()  # type: ignore[return-value]
+                return stored, cursor.value()
             if best is None:
                 return None
             value = self.get(best)

@@ -39,12 +39,12 @@ class Transaction:
     `get` sees the transaction's own changes, `scan` and `last` do not.
     """
 
-    __slots__ = ("_log", "bytes", "changes", "files", "stripes")
+    __slots__ = ("_log", "changes", "file_bytes", "files", "stripes")
 
     def __init__(self, log: Log) -> None:
         self._log = log
         self.changes: dict[bytes, bytes | None] = {}
-        self.files = self.bytes = self.stripes = 0
+        self.files = self.file_bytes = self.stripes = 0
         """What to add to the counters."""
 
     def __enter__(self) -> Self:
@@ -59,7 +59,7 @@ class Transaction:
         if kind is None:
             counters = self._log.counters
             counters.files += self.files
-            counters.bytes += self.bytes
+            counters.file_bytes += self.file_bytes
             counters.stripes += self.stripes
             self._log.apply(self.changes)
 
@@ -92,14 +92,14 @@ class Transaction:
         key = schema.live_key(stripe)
         live = self.get(key)
         self.put(key, schema.live_value(length + (schema.decode_live(live) if live else 0)))
-        self.bytes += length
+        self.file_bytes += length
 
     def let_go(self, stripe: int, length: int) -> None:
         """`length` bytes of a stripe are part of no file any more; the last free it."""
         key = schema.live_key(stripe)
         live = self.get(key)
         left = (schema.decode_live(live) if live else 0) - length
-        self.bytes -= length
+        self.file_bytes -= length
         if left > 0:
             self.put(key, schema.live_value(left))
         else:

@@ -295,8 +295,9 @@ class Operations(pyfuse3.Operations):
         return FileInfo(fh=inode, keep_cache=True)
 
     @_answered
-    async def read(self, fh: int, off: int, size: int) -> bytes | bytearray | memoryview:
-        return await self._contents.read(fh, off, size)
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        # pyfuse3 takes any contiguous buffer.
+        return cast("bytes", await self._contents.read(fh, off, size))
 
     @_answered
     async def write(self, fh: int, off: int, buf: bytes) -> int:

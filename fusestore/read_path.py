@@ -119,7 +119,7 @@ class Reader:
         """Bytes start <= i < end of one data shard, however they can be had."""
         low = start // BLOCK_BYTES * BLOCK_BYTES
         high = min(-(-end // BLOCK_BYTES) * BLOCK_BYTES, row.shard_length)
-        blocks = await self.read_blocks(number, row, index, low, high)
+        blocks: bytes | bytearray | None = await self.read_blocks(number, row, index, low, high)
         if blocks is None:
             blocks = (await self.decode(number, row, [index], low, high))[index]
             self.degraded += 1

@@ -196,7 +196,7 @@ class Commit:
 
 def encode_changes(changes: Changes) -> bytes:
     """Keys and values, one after the other: u16 and u32 lengths, key, value."""
-    parts = []
+    parts: list[bytes] = []
     pack = _CHANGE.pack
     for key, value in changes.items():
         if value is None:

@@ -329,7 +329,8 @@ class Repairer:
 
     def _copy_journals(self, source: Member, target: Member, before: int) -> None:
         """In a thread: the segments below `before`, record by record."""
-        assert source.node is not None and target.node is not None
+        assert source.node is not None
+        assert target.node is not None
         for segment in target.node.segments(Run.JOURNAL):
             target.node.delete(Run.JOURNAL, segment)
         for segment in source.node.segments(Run.JOURNAL):

@@ -84,7 +84,7 @@ def replay(state: Log, start: LogState, in_sync: Sequence[int]) -> Replayed:
 def _read_journals(
     state: Log, start: LogState
 ) -> tuple[dict[int, list[tuple[Commit, int]]], dict[int, set[int]]]:
-    """By number the commits found past the checkpoint, with their checksums; by node the numbers."""
+    """By number the commits past the checkpoint, with checksums; by node their numbers."""
     found: dict[int, list[tuple[Commit, int]]] = defaultdict(list)
     holders: dict[int, set[int]] = defaultdict(set)
     for member in state.members.all:

@@ -411,7 +411,7 @@ class Counters:
     next_cookie: int = FIRST_COOKIE
     files: int = 1
     """Inodes of any kind."""
-    bytes: int = 0
+    file_bytes: int = 0
     """Bytes that extents hold."""
     stripes: int = 0
     """Sealed stripes."""
@@ -421,7 +421,7 @@ class Counters:
     def encode(self) -> bytes:
         """The row's value."""
         return self._STRUCT.pack(
-            self.next_ino, self.next_cookie, self.files, self.bytes, self.stripes
+            self.next_ino, self.next_cookie, self.files, self.file_bytes, self.stripes
         )
 
     @classmethod

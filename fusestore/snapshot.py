@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+from itertools import islice
 
 import trio
 
@@ -84,16 +85,12 @@ class Snapshotter:
         piece: dict[bytes, bytes | None] = {}
         size = 0
         while size < SNAPSHOT_PIECE_BYTES:
-            count = 0
-            for key, value in self._log.engine.scan(start, _END):
-                piece[key] = value
-                size += len(key) + len(value)
-                count += 1
-                start = key + b"\0"
-                if count == SNAPSHOT_STEP_KEYS:
-                    break
-            else:
+            rows = list(islice(self._log.engine.scan(start, _END), SNAPSHOT_STEP_KEYS))
+            piece.update(rows)
+            size += sum(len(key) + len(value) for key, value in rows)
+            if len(rows) < SNAPSHOT_STEP_KEYS:
                 return piece, None
+            start = rows[-1][0] + b"\0"
             await trio.lowlevel.checkpoint()
         return piece, start
 

@@ -105,7 +105,7 @@ class Store:
             "read_only": state.read_only or bool(state.broken),
             "error": state.broken,
             "files": state.counters.files,
-            "bytes": state.counters.bytes,
+            "bytes": state.counters.file_bytes,
             "stripes": state.counters.stripes,
             "last_commit": state.state.commit,
             "checkpoint": self.committer.checkpointed,

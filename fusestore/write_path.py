@@ -173,7 +173,7 @@ class Writer:
             or stripe_offset < stripe.committed
         ):
             return False
-        stripe.data[stripe_offset : stripe_offset + len(memoryview(data))] = data  # type: ignore[assignment]
+        stripe.data[stripe_offset : stripe_offset + len(memoryview(data))] = data
         return True
 
     def _begin(self, code: Code) -> UnsealedStripe:
