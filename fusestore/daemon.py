@@ -161,12 +161,10 @@ class _Daemon:
                 f"{self._mountpoint} cannot be mounted ({error}): is /dev/fuse there, "
                 "and may this user mount?"
             ) from error
-        unmount = True
         try:
             yield
-            unmount = False
         finally:
-            pyfuse3.close(unmount=unmount)
+            pyfuse3.close()
 
     async def _stop(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
         """Unmount, commit everything, and answer when that is done."""

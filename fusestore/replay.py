@@ -35,6 +35,8 @@ class Replayed:
     doubtful: dict[bytes, bytes | None] = field(default_factory=dict)
     """Of the changes those that not every node is known to have flushed."""
     commits: int = 0
+    durable: int = 0
+    """The last commit that every node in sync is known to hold."""
     dropped: int = 0
     """Commits that never counted."""
     in_sync: frozenset[int] = frozenset()
@@ -65,6 +67,7 @@ def replay(state: Log, start: LogState, in_sync: Sequence[int]) -> Replayed:
         result.commits += 1
         previous = digest
         number += 1
+    result.durable = max(durable, start.commit)
     result.dropped = sum(1 for later in found if later >= number)
     if durable >= number:
         raise ReplayError(

@@ -137,6 +137,7 @@ async def open_store(config: StoreConfig, *, read_only: bool = False) -> AsyncIt
         _apply(state, replayed, suspects)
         async with trio.open_nursery() as nursery:
             store = Store(config, state, nursery)
+            _adopt_tails(store)
             if not read_only:
                 await _begin_epoch(store, nursery)
             try:
@@ -222,7 +223,7 @@ def _apply(state: Log, replayed: Replayed, suspects: dict[bytes, bytes | None]) 
         if member.node is None:
             continue
         if new or (
-            member.id in replayed.in_sync and replayed.reached[member.id] == replayed.state.commit
+            member.id in replayed.in_sync and replayed.reached[member.id] >= replayed.durable
         ):
             member.state, member.in_sync = State.UP, True
         elif not member.error:
@@ -242,6 +243,17 @@ def _apply(state: Log, replayed: Replayed, suspects: dict[bytes, bytes | None]) 
         )
 
 
+def _adopt_tails(store: Store) -> None:
+    """Take stripes that were open at a crash into memory again."""
+    tails: dict[tuple[int, Code], dict[int, bytes]] = {}
+    for key, value in store.log.engine.scan(schema.TAILS_START, schema.TAILS_END):
+        number, offset = schema.decode_tail_key(key)
+        code, data = schema.decode_tail(value)
+        tails.setdefault((number, code), {})[offset] = data
+    for (number, code), parts in tails.items():
+        store.writer.adopt(number, code, parts)
+
+
 async def _begin_epoch(store: Store, nursery: trio.Nursery) -> None:
     """Log again what was replayed, in a new epoch, and checkpoint it."""
     state, committer = store.log, store.committer
@@ -250,13 +262,7 @@ async def _begin_epoch(store: Store, nursery: trio.Nursery) -> None:
     if state.engine.get(schema.FORMAT_KEY) is None:
         value = {"format": schema.FORMAT, "store": str(store.config.uuid)}
         state.apply({schema.FORMAT_KEY: json.dumps(value).encode()})
-    tails: dict[tuple[int, Code], dict[int, bytes]] = {}
-    for key, value_ in state.engine.scan(schema.TAILS_START, schema.TAILS_END):
-        number, offset = schema.decode_tail_key(key)
-        code, data = schema.decode_tail(value_)
-        tails.setdefault((number, code), {})[offset] = data
-    for (number, code), parts in tails.items():
-        store.writer.adopt(number, code, parts)
+    store.writer.seal_all()
     async with committer.lock:
         await committer.commit_now(checkpoint=True)
     for task in (committer, store.reclaimer, store.snapshotter, store.repairer):
@@ -306,8 +312,10 @@ def _trim_nodes(store: Store) -> None:
     for member in store.log.members.writable:
         assert member.node is not None
         try:
-            segment = store.committer.journal_segment
-            member.node.truncate(Run.JOURNAL, segment, store.committer.journal_offset)
+            committer = store.committer
+            if committer.journal_offset:
+                end = committer.journal_offset
+                member.node.truncate(Run.JOURNAL, committer.journal_segment, end)
             if member.offset:
                 member.node.truncate(Run.SHARDS, member.segment, member.offset)
         except NodeError as error:

@@ -102,6 +102,8 @@ class Writer:
         self._nursery = nursery
         self._ask_commit = ask_commit
         self._open: dict[Code, UnsealedStripe] = {}
+        self._adopted: list[UnsealedStripe] = []
+        """Stripes that the last mount left open."""
         self._pool: dict[Code, list[bytearray]] = {}
         self._parity: dict[Code, list[bytearray]] = {}
         self._seals = 0
@@ -177,26 +179,27 @@ class Writer:
         return True
 
     def _begin(self, code: Code) -> UnsealedStripe:
-        free = self._pool.setdefault(code, [])
-        buffer = free.pop() if free else bytearray(code.k * code.shard_length(STRIPE_BYTES))
-        stripe = UnsealedStripe(self._log.next_stripe(), code, memoryview(buffer), pooled=True)
+        buffer = memoryview(self._buffer(code))
+        stripe = UnsealedStripe(self._log.next_stripe(), code, buffer, pooled=True)
         self._open[code] = stripe
         self._log.unsealed[stripe.number] = stripe
         return stripe
 
+    def _buffer(self, code: Code) -> bytearray:
+        """Room for a stripe's data; what it holds is of no meaning."""
+        free = self._pool.setdefault(code, [])
+        return free.pop() if free else bytearray(code.k * code.shard_length(STRIPE_BYTES))
+
     def adopt(self, number: int, code: Code, tails: dict[int, bytes]) -> None:
-        """Seal a stripe that a crash left open, of what commits hold of it."""
-        stripe = self._begin(code)
-        del self._log.unsealed[stripe.number]
-        stripe.number = number
-        self._log.unsealed[number] = stripe
-        stripe.data[:] = bytes(len(stripe.data))
+        """Take a stripe that a crash left open into memory, of what commits hold of it."""
+        stripe = UnsealedStripe(number, code, memoryview(self._buffer(code)), pooled=True)
         for offset, value in tails.items():
             stripe.data[offset : offset + len(value)] = value
             stripe.position = max(stripe.position, offset + len(value))
         stripe.committed = stripe.position
         stripe.tails = list(tails)
-        self._seal(stripe, alive=self._log.engine.get(schema.live_key(number)) is not None)
+        self._log.unsealed[number] = stripe
+        self._adopted.append(stripe)
 
     # --- for the commit ------------------------------------------------------
 
@@ -218,9 +221,10 @@ class Writer:
             stripe.committed = stripe.position
 
     def seal_all(self) -> None:
-        """Seal what is open, however little it is; before the store is closed."""
-        for stripe in list(self._open.values()):
+        """Seal what is open, however little it is: after a mount, and before the end."""
+        for stripe in [*self._adopted, *self._open.values()]:
             self._seal(stripe)
+        self._adopted.clear()
 
     def being_sealed(self) -> list[UnsealedStripe]:
         """Stripes under way to the nodes that no commit waits for yet."""

@@ -1359,7 +1359,7 @@ def test_files_have_up_to_2_to_the_63_bytes(mounted: Store) -> None:
         os.ftruncate(fd, 0)
         assert os.pwrite(fd, b"z", last) == 1
         assert os.fstat(fd).st_size == 2**63 - 1
-        assert os.pread(fd, 10, last) == b"z"
+        assert os.pread(fd, 1, last) == b"z"
         assert os.pread(fd, 10, 2**62) == bytes(10)
         os.pwrite(fd, b"middle", 2**40 + 1)
         with refused(errno.EFBIG):
@@ -1372,7 +1372,7 @@ def test_files_have_up_to_2_to_the_63_bytes(mounted: Store) -> None:
     mounted.remount("allow_other")
     assert path.stat().st_size == 2**63 - 1
     with opened(path, os.O_RDONLY) as fd:
-        assert os.pread(fd, 10, last - 5) == bytes(5) + b"z"
+        assert os.pread(fd, 6, last - 5) == bytes(5) + b"z"
         assert os.pread(fd, 8, 2**40) == b"\0middle\0"
 
 
