@@ -150,7 +150,7 @@ class Members:
             try:
                 space = member.node.space()
             except NodeError as error:
-                log.warning("%s", error)
+                member.fail(error)
                 continue
             found[space.device] = (space, found.get(space.device, (space, 0))[1] + 1)
         return found

@@ -75,11 +75,13 @@ class Store:
         nodes = []
         for member in state.members.all:
             used = free = 0
-            if member.node is not None:
+            if member.node is not None and member.state is not State.DOWN:
                 try:
+                    member.node.check()
                     used, free = member.node.bytes_used(), member.node.space().free
                 except NodeError as error:
-                    log.warning("%s", error)
+                    member.fail(error)
+                    self.committer.ask()
             prefix = schema.missing_prefix(member.id)
             missing = sum(1 for _ in state.engine.scan(prefix, schema.after(prefix)))
             nodes.append(

@@ -212,6 +212,12 @@ class Store:
         """Whether the daemon of the last mount runs."""
         return self._pidfd is not None and not select.select([self._pidfd], [], [], 0)[0]
 
+    def revive(self) -> None:
+        """Mount again, with the same options, if the daemon is not there any more."""
+        if not self.alive():
+            self.clear_mount()
+            self.mount(*self.options)
+
     def clear_mount(self) -> None:
         """Detach whatever is mounted on the mount point."""
         while is_mounted(self.mountpoint):
@@ -344,8 +350,7 @@ def shared_mount(_session_store: Store | Directory) -> Iterator[Path]:
     directory.chmod(0o755)
     yield directory
     if isinstance(_session_store, Store) and not _session_store.alive():
-        _session_store.clear_mount()
-        _session_store.mount("allow_other")
+        _session_store.revive()
         pytest.fail("the daemon died in this test")
 
 
