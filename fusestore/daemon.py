@@ -135,7 +135,7 @@ class _Daemon:
                     async with self._mount(files):
                         on_ready(store.warnings())
                         nursery.start_soon(self._watch_signals)
-                        await pyfuse3.main(min_tasks=4, max_tasks=FUSE_TASKS_MAX)
+                        await pyfuse3.main(max_tasks=FUSE_TASKS_MAX)
                     self._unmounted.set()
                     nursery.cancel_scope.cancel()
             except Exception as error:

@@ -28,7 +28,7 @@ JOURNAL_SEGMENT_BYTES = 8 * MIB
 SHARD_PREALLOCATE_BYTES = 4 * MIB
 JOURNAL_PREALLOCATE_BYTES = MIB
 """Room that is allocated in one step ahead of the end of a segment."""
-OPEN_SEGMENTS_MAX = 256
+OPEN_SEGMENTS_MAX = 128
 """Descriptors that a node keeps for reading."""
 
 # --- commit ------------------------------------------------------------------

@@ -136,7 +136,8 @@ def test_an_unlinked_open_file_is_gone_after_a_crash(store: Store) -> None:
     store.kill()
     with pytest.raises(OSError):
         os.fstat(fd)
-    os.close(fd)
+    with pytest.raises(OSError):
+        os.close(fd)
     store.mount()
     assert os.listdir(store.mountpoint) == []
 
