@@ -24,6 +24,7 @@ from .errors import (
     InvalidError,
     NoAttributeError,
     NotPermittedError,
+    NotSupportedError,
     StaleError,
     UsageError,
 )
@@ -37,6 +38,7 @@ from .records import Run
 from .schema import Inode
 from .tree import Tree
 
+_NAMESPACES = (b"user.", b"trusted.", b"security.")
 VIRTUAL = b"user.fusestore."
 CODE = VIRTUAL + b"code"
 LAYOUT = VIRTUAL + b"layout"
@@ -79,6 +81,8 @@ class Attributes:
             raise NotPermittedError("This attribute cannot be set.")
         if len(value) > XATTR_BYTES_MAX:
             raise AttributeTooLargeError(f"A value may have {XATTR_BYTES_MAX} bytes.")
+        if not name.startswith(_NAMESPACES) and name not in (acl.ACCESS, acl.DEFAULT):
+            raise NotSupportedError("There are the namespaces user, trusted and security.")
         with self._log.transaction() as txn:
             key = schema.xattr_key(ino, name)
             inode = self._inode(ino)

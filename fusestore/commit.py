@@ -151,7 +151,10 @@ class Committer:
                 return
 
     def _node_rows(self) -> list[NodeRow]:
-        return [NodeRow(m.id, m.name, m.in_sync) for m in self._log.members.all]
+        return [
+            NodeRow(m.id, m.name, m.in_sync, 0 if m.in_sync else m.holds)
+            for m in self._log.members.all
+        ]
 
     def _left(self) -> list[Member]:
         """Nodes that the last commit counts as in sync, and are so no more."""
@@ -281,6 +284,8 @@ class Committer:
             member.fail(error)
             return
         del member.unflushed[:shards]
+        if member.in_sync and header.kind is Kind.COMMIT:
+            member.holds = header.number
 
     def _write_node(
         self, member: Member, offset: int, header: Header, payload: bytes, dirty: list[int]

@@ -60,6 +60,11 @@ MAP_BYTES = 1 << 40
 METADATA_PREALLOCATE_BYTES = 8 * MIB
 RECLAIM_BATCH = 256
 """Shards that are punched out in one thread hop and one transaction."""
+CATCH_UP_SHARDS_MAX = 64
+"""Shards that a node may lack to be brought back before the mount answers."""
+RETRY_SECONDS_MIN = 5.0
+RETRY_SECONDS_MAX = 600.0
+"""How long a node that failed while it was brought back is left alone."""
 REPAIR_BATCH = 16
 """Stripes that repair rebuilds between two flushes."""
 REPAIR_SCAN_ROWS = 256

@@ -47,6 +47,8 @@ class Member:
     node: Node | None = None
     state: State = State.DOWN
     in_sync: bool = False
+    holds: int = 0
+    """The last commit that the node is known to have flushed."""
     error: str = ""
     """Why the node is not up, for people."""
     segment: int = 1

@@ -292,7 +292,15 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         if flags & os.O_TRUNC:
             await self._contents.truncate(inode, 0)
+            self._drop_set_id(inode, ctx)
         return FileInfo(fh=inode, keep_cache=True)
+
+    def _drop_set_id(self, ino: int, ctx: RequestContext) -> None:
+        """Another user changed the bytes: the kernel leaves this to us with O_TRUNC."""
+        mode = self._tree.inode(ino).mode
+        bits = stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0)
+        if ctx.uid != 0 and mode & bits:
+            self._tree.change(ino, Change(mode=mode & ~bits))
 
     @_answered
     async def read(self, fh: int, off: int, size: int) -> bytes:

@@ -6,6 +6,8 @@
    any other is computed from k others and written where it was, or, if the node
    never had it, to a new place.  It counts when it was flushed, read back from
    the medium and checked.
+   A node that was only away, and still holds what it held, is not read through:
+   `missing` has what it lacks.
 3. The journals are copied from a node in sync, read back and checked; between
    two commits the node joins those that are in sync.
 
@@ -18,7 +20,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 from uuid import uuid4
@@ -37,14 +39,14 @@ from .config import (
     write_identity,
 )
 from .errors import LostError, NodeError, NodeIdentityError, UsageError
-from .limits import REPAIR_BATCH, REPAIR_SCAN_ROWS
+from .limits import REPAIR_BATCH, REPAIR_SCAN_ROWS, RETRY_SECONDS_MAX, RETRY_SECONDS_MIN
 from .log import Log
 from .members import Member, State
 from .nodes.base import Node
 from .nodes.directory import DirectoryNode
 from .read_path import Reader, verified
 from .records import HEADER_BYTES, Header, Run, payload_checksum, records
-from .replay import shard_is_intact
+from .replay import last_commit, shard_is_intact
 from .schema import ShardPlace, Stripe
 from .write_path import shard_header, write_shard
 
@@ -76,6 +78,8 @@ class Repairer:
         self._committer = committer
         self._busy = trio.Lock()
         self._wake = trio.Event()
+        self._retry_at: dict[int, float] = {}
+        self._retry_wait: dict[int, float] = {}
 
     # --- healing -------------------------------------------------------------
 
@@ -84,7 +88,7 @@ class Repairer:
         self._wake.set()
 
     async def run(self) -> None:
-        """Heal what nodes in use lack, now and whenever woken, until cancelled."""
+        """Heal, and bring back nodes that were away, whenever woken, until cancelled."""
         while True:
             async with self._busy:
                 for member in self._log.members.all:
@@ -93,8 +97,51 @@ class Repairer:
                             await self._heal(member)
                         except NodeError as error:
                             member.fail(error)
+            await self.catch_up(None)
             await self._wake.wait()
             self._wake = trio.Event()
+
+    async def catch_up(self, shards_max: int | None) -> None:
+        """Bring back each node that was away and is there again, if it lacks at most that much."""
+        for member in self._log.members.all:
+            now = trio.current_time()
+            if member.state is State.UP or now < self._retry_at.get(member.id, now):
+                continue
+            debt = islice(self._lacks(member), None if shards_max is None else shards_max + 1)
+            if shards_max is not None and sum(1 for _ in debt) > shards_max:
+                continue
+            async with self._busy:
+                await self._bring_back(member, shards_max is not None)
+
+    async def _bring_back(self, member: Member, quick: bool) -> None:
+        """Let a node that was away be in sync again; when it cannot be, try later."""
+        try:
+            whole = True
+            if member.state is not State.REBUILDING:
+                node = await trio.to_thread.run_sync(open_node, self._config, member.config)
+                last = await trio.to_thread.run_sync(last_commit, self._log, member.name, node)
+                whole = last >= member.holds
+                if quick and not whole:
+                    return
+                await self._enter(member, node)
+        except NodeError as error:
+            member.error = str(error)
+            return
+        log.info("Node %s is there again: it gets what it missed.", member.name)
+        try:
+            if not whole:
+                await self._all_shards(member, lambda message: None)
+            await self._heal(member)
+            await self._join(member, lambda message: None)
+        except NodeError as error:
+            wait = min(2 * self._retry_wait.get(member.id, RETRY_SECONDS_MIN), RETRY_SECONDS_MAX)
+            self._retry_wait[member.id] = wait
+            self._retry_at[member.id] = trio.current_time() + wait
+            member.fail(error)
+            self._committer.ask()
+        else:
+            self._retry_wait.pop(member.id, None)
+            log.info("Node %s is up and in sync.", member.name)
 
     async def _heal(self, member: Member) -> tuple[int, int]:
         """Rebuild what `missing` has of a node; (shards, bytes) rebuilt; NodeError."""
@@ -215,7 +262,7 @@ class Repairer:
                 member.fail(reason)
                 self._committer.ask()
                 raise reason from error
-        lost = self._lost(member)
+        lost = set(self._lacks(member))
         paths = sorted({path_of(ino) for number in lost for ino in self._owners(number)})
         return {
             "node": name,
@@ -226,12 +273,11 @@ class Repairer:
             "unrepairable": paths,
         }
 
-    def _lost(self, member: Member) -> list[int]:
+    def _lacks(self, member: Member) -> Iterator[int]:
+        """Stripes of which a node lacks a shard, as far as that is known."""
         prefix = schema.missing_prefix(member.id)
-        return [
-            schema.decode_missing_key(key)[1]
-            for key, _ in self._log.engine.scan(prefix, schema.after(prefix))
-        ]
+        for key, _ in self._log.engine.scan(prefix, schema.after(prefix)):
+            yield schema.decode_missing_key(key)[1]
 
     def _owners(self, number: int) -> set[int]:
         """Inodes of the files that have bytes in a stripe."""
@@ -256,23 +302,25 @@ class Repairer:
                 return
             except NodeError as error:
                 member.fail(error)
+        await self._enter(member, await trio.to_thread.run_sync(self._claim, member))
+
+    async def _enter(self, member: Member, node: Node) -> None:
+        """Let new shards go to a node that is not in sync yet."""
         async with self._committer.lock:
             # The loss itself is committed first, so that what it lacks is known.
             await self._committer.commit_now()
-            identity = NodeIdentity(
-                self._config.uuid, member.name, member.config.region, uuid4(), IDENTITY_VERSION
-            )
+            on_disk = await trio.to_thread.run_sync(node.segments, Run.SHARDS)
             if member.node is not None:
                 member.node.close()
-            member.node = await trio.to_thread.run_sync(self._claim, member, identity)
-            on_disk = await trio.to_thread.run_sync(member.node.segments, Run.SHARDS)
+            member.node = node
             member.segment = max([0, member.segment, *member.segments, *on_disk]) + 1
             member.offset = 0
             member.dirty, member.unflushed = set(), []
             member.error = ""
             member.state = State.REBUILDING
 
-    def _claim(self, member: Member, identity: NodeIdentity) -> Node:
+    def _claim(self, member: Member) -> Node:
+        """In a thread: open the node's directory, made anew if it is gone or wiped."""
         path = member.config.path
         if not os.path.lexists(path / IDENTITY_NAME):
             if path.is_dir() and set(os.listdir(path)) - {"journal", "shards", "lost+found"}:
@@ -281,6 +329,9 @@ class Repairer:
                     "another place."
                 )
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            identity = NodeIdentity(
+                self._config.uuid, member.name, member.config.region, uuid4(), IDENTITY_VERSION
+            )
             write_identity(path, identity)
         return open_node(self._config, member.config)
 

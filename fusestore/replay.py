@@ -19,6 +19,7 @@ from . import schema
 from .errors import FormatError, NodeError, ReplayError
 from .log import Log
 from .members import Member
+from .nodes.base import Node
 from .read_path import verified
 from .records import Commit, Kind, Run, decode_commit, records
 from .schema import LogState, Stripe
@@ -125,6 +126,17 @@ def _read_segment(
             known.append((decode_commit(header, payload), header.payload_checksum))
         except FormatError as error:
             log.error("Journal segment %d of node %s: %s", segment, member.name, error)
+
+
+def last_commit(state: Log, name: str, node: Node) -> int:
+    """The number of the last commit in a node's journal, 0 for none; blocks; NodeError."""
+    for segment in reversed(node.segments(Run.JOURNAL)):
+        data = node.read(Run.JOURNAL, segment, 0, node.size(Run.JOURNAL, segment))
+        found = records(state.journal(name, segment), data)
+        numbers = [header.number for _, header, _ in found if header.kind is Kind.COMMIT]
+        if numbers:
+            return max(numbers)
+    return 0
 
 
 def _counts(state: Log, commit: Commit) -> bool:

@@ -28,8 +28,8 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import dataclass, field, replace
-from typing import Any, NewType, Self
+from dataclasses import asdict, dataclass, replace
+from typing import NewType, Self
 
 from .erasure import Code
 
@@ -459,18 +459,14 @@ class NodeRow:
 
     id: int
     name: str
-    in_sync: bool = True
-    extra: dict[str, Any] = field(default_factory=dict)
+    in_sync: bool
+    holds: int = 0
+    """For a node that is not in sync: the last commit that it is known to have flushed."""
 
 
 def encode_nodes(rows: list[NodeRow]) -> bytes:
-    return json.dumps(
-        [{"id": row.id, "name": row.name, "in_sync": row.in_sync, **row.extra} for row in rows]
-    ).encode()
+    return json.dumps([asdict(row) for row in rows]).encode()
 
 
 def decode_nodes(value: bytes) -> list[NodeRow]:
-    rows = []
-    for item in json.loads(value):
-        rows.append(NodeRow(item.pop("id"), item.pop("name"), item.pop("in_sync"), item))
-    return rows
+    return [NodeRow(**row) for row in json.loads(value)]

@@ -22,6 +22,7 @@ from .config import StoreConfig
 from .engine import Engine
 from .erasure import Code
 from .errors import MetadataError, NodeError, ReplayError, UsageError
+from .limits import CATCH_UP_SHARDS_MAX
 from .log import Log
 from .members import Member, Members, State
 from .placement import check_region_rule
@@ -29,7 +30,7 @@ from .read_path import Reader
 from .reclaim import Reclaimer
 from .records import Run
 from .repair import Repairer, open_node
-from .replay import Replayed, replay, suspect_shards
+from .replay import Replayed, last_commit, replay, suspect_shards
 from .schema import Counters, LogState, NodeRow, SegmentState
 from .snapshot import Snapshotter
 from .write_path import Writer
@@ -230,6 +231,11 @@ def _apply(state: Log, replayed: Replayed, suspects: dict[bytes, bytes | None]) 
             member.state, member.in_sync = State.UP, True
         elif not member.error:
             member.error = "It missed some commits."
+    nodes = engine.get(schema.NODES_KEY)
+    for row in schema.decode_nodes(nodes) if nodes else ():
+        owner = state.members.by_id.get(row.id)
+        if owner is not None:
+            owner.holds = replayed.durable if row.in_sync else row.holds
     for key, value in engine.scan(schema.SEGMENTS_START, schema.SEGMENTS_END):
         node, segment = schema.decode_segment_key(key)
         owner = state.members.by_id.get(node)
@@ -267,6 +273,7 @@ async def _begin_epoch(store: Store, nursery: trio.Nursery) -> None:
     store.writer.seal_all()
     async with committer.lock:
         await committer.commit_now(checkpoint=True)
+    await store.repairer.catch_up(CATCH_UP_SHARDS_MAX)
     for task in (committer, store.reclaimer, store.snapshotter, store.repairer):
         nursery.start_soon(task.run)
     store.reclaimer.wake()
@@ -287,6 +294,10 @@ def _tidy_nodes(store: Store) -> None:
                 store.committer.journal_bytes = sum(sizes)
             on_disk = node.segments(Run.SHARDS)
             member.segment = max([0, *member.segments, *on_disk]) + 1
+            if member.state is State.BEHIND and (
+                last_commit(store.log, member.name, node) >= member.holds
+            ):
+                member.state = State.REBUILDING  # what it lacks is in `missing`
             if not member.writable:
                 continue
             for segment in on_disk:
