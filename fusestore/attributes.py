@@ -58,6 +58,7 @@ class Attributes:
         """The value of an attribute; NoAttributeError."""
         if name.startswith(VIRTUAL):
             return self._virtual(ino, name)
+        self._check_namespace(name)
         value = self._log.engine.get(schema.xattr_key(ino, name))
         if value is None:
             raise NoAttributeError("There is no such attribute.")
@@ -81,9 +82,8 @@ class Attributes:
             raise NotPermittedError("This attribute cannot be set.")
         if len(value) > XATTR_BYTES_MAX:
             raise AttributeTooLargeError(f"A value may have {XATTR_BYTES_MAX} bytes.")
-        if not name.startswith(_NAMESPACES) and name not in (acl.ACCESS, acl.DEFAULT):
-            raise NotSupportedError("There are the namespaces user, trusted and security.")
-        with self._log.transaction() as txn:
+        self._check_namespace(name)
+        with self._log.transaction(grows=len(value)) as txn:
             key = schema.xattr_key(ino, name)
             inode = self._inode(ino)
             stored: bytes | None = value
@@ -113,6 +113,7 @@ class Attributes:
             return
         if name.startswith(VIRTUAL):
             raise NotPermittedError("This attribute cannot be removed.")
+        self._check_namespace(name)
         with self._log.transaction() as txn:
             key = schema.xattr_key(ino, name)
             if txn.get(key) is None:
@@ -121,6 +122,11 @@ class Attributes:
             inode.ctime = time.time_ns()
             txn.put(schema.inode_key(ino), inode.encode())
             txn.delete(key)
+
+    @staticmethod
+    def _check_namespace(name: bytes) -> None:
+        if not name.startswith(_NAMESPACES) and name not in (acl.ACCESS, acl.DEFAULT):
+            raise NotSupportedError("There are the namespaces user, trusted and security.")
 
     def _inode(self, ino: int) -> Inode:
         value = self._log.engine.get(schema.inode_key(ino))

@@ -77,10 +77,12 @@ class Committer:
         self.rows: list[NodeRow] = []
         """The nodes as the last commit has them."""
         self._durable_through = 0
-        self.checkpointed = state.state.commit
+        self.checkpointed = 0
         """The commit up to which the metadata database is whole."""
         self.journal_segment = 1
         self.journal_offset = 0
+        self._rolled: list[tuple[int, int]] = []
+        """Journal segments that are finished, and their sizes, until they are trimmed."""
         self.journal_bytes = 0
         """Appended to each journal since the last snapshot."""
         self.on_checkpoint: list[Callable[[], None]] = []
@@ -270,6 +272,7 @@ class Committer:
         async with trio.open_nursery() as nursery:
             for member in self._log.members.writable:
                 nursery.start_soon(self._flush_node, member, offset, header, payload)
+        self._rolled.clear()
 
     async def _flush_node(
         self, member: Member, offset: int, header: Header, payload: bytes
@@ -300,6 +303,8 @@ class Committer:
                 Run.JOURNAL, self.journal_segment, offset, [header.encode(seed), payload, padding]
             )
             node.flush(Run.JOURNAL, [self.journal_segment])
+            for segment, size in self._rolled:
+                node.truncate(Run.JOURNAL, segment, size)
         node.flush(Run.SHARDS, dirty)
         for segment in dirty:
             if member.is_full(segment):
@@ -308,6 +313,8 @@ class Committer:
 
     def roll_journal(self) -> None:
         """Go on in a new journal segment."""
+        if self.journal_offset:
+            self._rolled.append((self.journal_segment, self.journal_offset))
         self.journal_segment += 1
         self.journal_offset = 0
 

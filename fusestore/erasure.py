@@ -9,6 +9,7 @@ For k = 1 the parity rows are all ones, so that replicas are plain copies.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -31,6 +32,9 @@ _ffi.cdef(
 )
 
 Matrix = list[list[int]]
+
+_building = threading.RLock()
+"""Held while tables are made: reedsolo swaps global tables between its codecs."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -138,12 +142,20 @@ def _expand(matrix: Matrix) -> Any:
 
 
 @cache
+def _checked_tables(code: Code) -> Any:
+    tables = _expand(generator(code)[code.k :])
+    if code.k > 1:
+        _check(code, tables)
+    return tables
+
+
 def _encode_tables(code: Code) -> Any:
-    return _expand(generator(code)[code.k :])
+    with _building:
+        return _checked_tables(code)
 
 
 @lru_cache(maxsize=1024)
-def _rebuild_tables(code: Code, present: tuple[int, ...], wanted: tuple[int, ...]) -> Any:
+def _inverted_tables(code: Code, present: tuple[int, ...], wanted: tuple[int, ...]) -> Any:
     matrix = generator(code)
     inverse = _inverse([matrix[i] for i in present])
     product: Matrix = []
@@ -154,6 +166,11 @@ def _rebuild_tables(code: Code, present: tuple[int, ...], wanted: tuple[int, ...
                 row[column] ^= _multiply(factor, inverse[j][column])
         product.append(row)
     return _expand(product)
+
+
+def _rebuild_tables(code: Code, present: tuple[int, ...], wanted: tuple[int, ...]) -> Any:
+    with _building:
+        return _inverted_tables(code, present, wanted)
 
 
 def _apply(tables: Any, length: int, inputs: Sequence[Buffer], outputs: Sequence[Buffer]) -> None:
@@ -198,12 +215,19 @@ def rebuild(
 
 
 def self_check(code: Code) -> None:
-    """Compare one small stripe with reedsolo itself; FusestoreError when they differ."""
-    if code.k == 1:
-        return
+    """Make ready to code; FusestoreError when ISA-L does not do what reedsolo does.
+
+    Every code is checked so before its first use, whoever asks first.
+    """
+    _encode_tables(code)
+
+
+def _check(code: Code, tables: Any) -> None:
+    """Compare one small stripe with reedsolo itself."""
     data = [bytes((7 * i + 31 * j + 1) & 0xFF for j in range(64)) for i in range(code.k)]
     parity = [bytearray(64) for _ in range(code.m)]
-    encode(code, 64, data, parity)
+    if code.m:
+        _apply(tables, 64, data, parity)
     codec = reedsolo.RSCodec(code.m)
     for column in (0, 17, 63):
         expected = codec.encode(bytes(shard[column] for shard in data))[code.k :]

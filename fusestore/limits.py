@@ -79,6 +79,11 @@ STRIPES_CACHED_MAX = 512
 FUSE_TASKS_MAX = 32
 """Requests served at a time; each keeps a buffer of a write request's size."""
 
+METADATA_ROW_BYTES = 1024
+"""What an operation on names or attributes is counted as, its values aside."""
+METADATA_SHARE = 16
+"""File bytes that a byte of the metadata device must at least serve."""
+
 # --- the file system ---------------------------------------------------------
 NAME_BYTES_MAX = 255
 TARGET_BYTES_MAX = 4095

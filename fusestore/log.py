@@ -8,7 +8,7 @@ transaction, so each is atomic on the event loop.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Protocol, Self
 from uuid import UUID
@@ -17,7 +17,7 @@ from . import schema
 from .engine import Engine
 from .erasure import Code
 from .errors import NoSpaceError, ReadOnlyError
-from .limits import RESERVE_BYTES
+from .limits import METADATA_ROW_BYTES, RESERVE_BYTES
 from .members import Members
 from .nodes.base import Space
 from .records import Changes, Place, Run
@@ -151,6 +151,8 @@ class Log:
         self.broken = ""
         """Why nothing can be committed any more; the mount is read-only then."""
         self._room = 0
+        self.unwritten: Callable[[], int] = lambda: 0
+        """Bytes of file data that are not on the nodes yet; the writer tells."""
         self._next_stripe = 1
 
     def journal(self, node: str, segment: int) -> Place:
@@ -161,12 +163,18 @@ class Log:
         """The place of a node's shard segment."""
         return Place(self.store, node, Run.SHARDS, segment)
 
-    def transaction(self) -> Transaction:
-        """Begin an operation that changes something; ReadOnlyError."""
+    def transaction(self, grows: int = 0) -> Transaction:
+        """Begin an operation that changes something; ReadOnlyError.
+
+        `grows` are the bytes that it may add to the metadata, 0 for one that only
+        takes away: NoSpaceError when there is no room for them.
+        """
         if self.read_only:
             raise ReadOnlyError("The store is mounted read-only.")
         if self.broken:
             raise ReadOnlyError(self.broken)
+        if grows:
+            self.take_room(self.code.k * (METADATA_ROW_BYTES + grows))
         return Transaction(self)
 
     def apply(self, changes: Changes) -> None:
@@ -192,10 +200,15 @@ class Log:
 
     def refresh_room(self) -> None:
         """Ask the devices what fits; called at each commit."""
-        _, self._room = self.members.usable(self.code, self.spaces())
+        _, room = self.members.usable(self.code, self.spaces())
+        self._room = room - self.unwritten()
 
     def take_room(self, length: int) -> None:
-        """Take room for `length` bytes of file data; NoSpaceError."""
+        """Take room for `length` bytes of file data; NoSpaceError.
+
+        What is taken counts until the next commit asks the devices again, with what
+        is still in memory taken off.
+        """
         if length > self._room:
             self.refresh_room()
             if length > self._room:

@@ -8,6 +8,7 @@ brings it back.  All methods run on the event loop without an await.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -16,7 +17,7 @@ from pathlib import Path
 from .config import NodeConfig
 from .erasure import Code
 from .errors import NodeError
-from .limits import RESERVE_BYTES, SHARD_SEGMENT_BYTES
+from .limits import METADATA_SHARE, RESERVE_BYTES, SHARD_SEGMENT_BYTES
 from .nodes.base import Node, Space
 from .placement import place
 from .records import HEADER_BYTES, record_length
@@ -165,4 +166,10 @@ class Members:
             share = code.k / (per_node * sharing)
             totals.append(int(space.total * share))
             frees.append(int(max(0, space.free - RESERVE_BYTES) * share))
+        try:
+            found = os.statvfs(self._metadata)
+            room = found.f_bavail * found.f_frsize
+            frees.append(max(0, room - RESERVE_BYTES) * METADATA_SHARE)
+        except OSError as error:
+            log.error("The metadata's free space cannot be told: %s.", error.strerror)
         return min(totals, default=0), min(frees, default=0)

@@ -189,6 +189,14 @@ class Reader:
                 present[index] = data
                 if len(present) == row.code.k:
                     return erasure.rebuild(row.code, high - low, present, wanted)
+        if high - low > BLOCK_BYTES:
+            # Shards that are bad in different blocks may still give every block.
+            result: dict[int, bytearray] = {index: bytearray() for index in wanted}
+            for start in range(low, high, BLOCK_BYTES):
+                end = min(start + BLOCK_BYTES, high)
+                for index, part in (await self.decode(number, row, wanted, start, end)).items():
+                    result[index] += part
+            return result
         nodes = ", ".join(self._log.members.by_id[place.node].name for place in row.shards)
         raise LostError(
             f"Stripe {number:#x} has {len(present)} good shards of the {row.code.k} that it "

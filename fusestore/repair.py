@@ -199,6 +199,9 @@ class Repairer:
         await trio.to_thread.run_sync(
             node.flush, Run.SHARDS, sorted({place.segment for *_, place in written})
         )
+        for segment in {place.segment for *_, place in written if member.is_full(place.segment)}:
+            end = await trio.to_thread.run_sync(node.size, Run.SHARDS, segment)
+            await trio.to_thread.run_sync(node.truncate, Run.SHARDS, segment, end)
         shards = size = 0
         for number, index, row, place in written:
             data = await trio.to_thread.run_sync(
@@ -402,6 +405,7 @@ class Repairer:
                 end, count = offset + header.record_length, count + 1
             if count == 0:
                 continue
+            target.node.truncate(Run.JOURNAL, segment, end)
             back = target.node.read_back(Run.JOURNAL, segment, 0, end)
             if sum(1 for _ in records(place, back)) != count:
                 raise NodeError(

@@ -395,6 +395,7 @@ def decode_reclaim_key(key: bytes) -> tuple[int, int, int]:
 
 # --- super -------------------------------------------------------------------
 
+CODES_KEY = b"Zcodes"
 COUNTERS_KEY = b"Zcounters"
 FORMAT_KEY = b"Zformat"
 LOG_KEY = b"Zlog"
@@ -414,9 +415,9 @@ class Counters:
     file_bytes: int = 0
     """Bytes that extents hold."""
     stripes: int = 0
-    """Sealed stripes."""
+    """Stripes that are sealed or about to be."""
 
-    _STRUCT = struct.Struct("<QQQQQ")
+    _STRUCT = struct.Struct("<QQqqq")
 
     def encode(self) -> bytes:
         """The row's value."""
@@ -428,6 +429,15 @@ class Counters:
     def decode(cls, value: bytes) -> Self:
         """Read the row's value."""
         return cls(*cls._STRUCT.unpack(value))
+
+
+def encode_codes(codes: list[Code]) -> bytes:
+    return json.dumps([str(code) for code in codes]).encode()
+
+
+def decode_codes(value: bytes | None) -> list[Code]:
+    """Codes that directories were ever given."""
+    return [Code.parse(text) for text in json.loads(value)] if value else []
 
 
 @dataclass(slots=True)

@@ -85,12 +85,16 @@ class Snapshotter:
         piece: dict[bytes, bytes | None] = {}
         size = 0
         while size < SNAPSHOT_PIECE_BYTES:
-            rows = list(islice(self._log.engine.scan(start, _END), SNAPSHOT_STEP_KEYS))
-            piece.update(rows)
-            size += sum(len(key) + len(value) for key, value in rows)
-            if len(rows) < SNAPSHOT_STEP_KEYS:
+            rows = 0
+            for key, value in islice(self._log.engine.scan(start, _END), SNAPSHOT_STEP_KEYS):
+                piece[key] = value
+                size += len(key) + len(value)
+                rows += 1
+                start = key + b"\0"
+                if size >= SNAPSHOT_PIECE_BYTES:
+                    return piece, start
+            if rows < SNAPSHOT_STEP_KEYS:
                 return piece, None
-            start = rows[-1][0] + b"\0"
             await trio.lowlevel.checkpoint()
         return piece, start
 

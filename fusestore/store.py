@@ -48,6 +48,9 @@ class Store:
         self.committer = Committer(state, nursery)
         self.writer = Writer(state, nursery, self.committer.ask)
         self.committer.writer = self.writer
+        checkpoint = state.engine.get(schema.LOG_KEY)
+        if checkpoint is not None:
+            self.committer.checkpointed = LogState.decode(checkpoint).commit
         nodes = state.engine.get(schema.NODES_KEY)
         self.committer.rows = schema.decode_nodes(nodes) if nodes else []
         self.reclaimer = Reclaimer(state)
@@ -67,8 +70,10 @@ class Store:
 
     def _unsafe_codes(self) -> list[str]:
         """Codes in use with which the loss of a region would lose data."""
-        code = self.log.code
-        return [str(code)] if check_region_rule(code, self.log.members.regions) else []
+        known = schema.decode_codes(self.log.engine.get(schema.CODES_KEY))
+        regions = self.log.members.regions
+        codes = dict.fromkeys([self.log.code, *known])
+        return [str(code) for code in codes if check_region_rule(code, regions)]
 
     def status(self) -> dict[str, Any]:
         """The store's part of `fusestore status`; looks at every segment of the nodes."""
@@ -306,6 +311,8 @@ def _tidy_nodes(store: Store) -> None:
             for segment in on_disk[-2:]:
                 if segment in member.segments:
                     node.truncate(Run.SHARDS, segment, node.size(Run.SHARDS, segment))
+            for segment in own[-2:]:
+                node.truncate(Run.JOURNAL, segment, node.size(Run.JOURNAL, segment))
         except NodeError as error:
             member.fail(error)
     store.committer.journal_segment = max(journals) + 1

@@ -126,6 +126,9 @@ class Tree:
             inode.k, inode.m = (code.k, code.m) if code else (0, 0)
             inode.ctime = time.time_ns()
             txn.put(schema.inode_key(ino), inode.encode())
+            known = schema.decode_codes(txn.get(schema.CODES_KEY))
+            if code is not None and code not in known:
+                txn.put(schema.CODES_KEY, schema.encode_codes([*known, code]))
         self._codes.clear()
 
     # --- making --------------------------------------------------------------
@@ -145,7 +148,7 @@ class Tree:
         if target is not None and not 0 < len(target) <= TARGET_BYTES_MAX:
             raise NameTooLongError(f"A link's target may have {TARGET_BYTES_MAX} bytes.")
         log = self._log
-        with log.transaction() as txn:
+        with log.transaction(grows=len(name) + len(target or b"")) as txn:
             folder = self._folder(txn, parent)
             self._check_new(txn, parent, name)
             now = time.time_ns()
@@ -183,7 +186,7 @@ class Tree:
 
     def link(self, ino: int, parent: int, name: bytes) -> Inode:
         """Give an inode one more name; its attributes."""
-        with self._log.transaction() as txn:
+        with self._log.transaction(grows=len(name)) as txn:
             folder = self._folder(txn, parent)
             self._check_new(txn, parent, name)
             inode = self._get(txn, ino)
@@ -253,7 +256,7 @@ class Tree:
 
         The inode that lost its name to it, or None.
         """
-        with self._log.transaction() as txn:
+        with self._log.transaction(grows=len(new_name)) as txn:
             folders = {parent: self._folder(txn, parent)}
             folders.setdefault(new_parent, self._folder(txn, new_parent))
             ino, cookie = self._entry(txn, parent, name)

@@ -107,6 +107,7 @@ class Writer:
         self._pool: dict[Code, list[bytearray]] = {}
         self._parity: dict[Code, list[bytearray]] = {}
         self._seals = 0
+        log.unwritten = self._unwritten
         self._room = trio.Condition()
         self.unflushed = 0
         """File bytes accepted since the last commit was taken, and by the one under way."""
@@ -119,6 +120,9 @@ class Writer:
         async with self._room:
             while not self._has_room():
                 await self._room.wait()
+
+    def _unwritten(self) -> int:
+        return len(self._log.unsealed) * STRIPE_BYTES
 
     def _has_room(self) -> bool:
         return bool(self._log.broken) or (
@@ -265,6 +269,7 @@ class Writer:
                 targets.append((member, member.reserve(length)))
             else:
                 targets.append((member, ShardPlace(member.id, NOT_WRITTEN, 0)))
+        self._log.counters.stripes += 1
         self._seals += 1
         self._nursery.start_soon(self._store, stripe, targets)
 
@@ -324,7 +329,6 @@ class Writer:
             for index, place in enumerate(row.shards):
                 if not place.written:
                     changes[schema.missing_key(place.node, number, index)] = b""
-            log.counters.stripes += 1
             if stripe.taken is None:
                 log.apply(changes)
             else:
@@ -339,6 +343,7 @@ class Writer:
                 if stripe.taken is not None:
                     txn.let_go(number, 0)
                 else:
+                    txn.stripes -= 1
                     txn.reclaim(number, row)
 
     def _write_shards(

@@ -127,6 +127,7 @@ def test_all_reads_right_when_a_region_goes_while_mounted(store: Store, away: Aw
         heal(store)
 
 
+@pytest.mark.parametrize("store", ["2+1"], indirect=True)
 def test_all_reads_right_when_a_region_is_wiped_while_mounted(store: Store) -> None:
     written = write_tree(store.mountpoint)
     store.remount()
@@ -139,7 +140,11 @@ def test_all_reads_right_when_a_region_is_wiped_while_mounted(store: Store) -> N
     assert (store.mountpoint / "new").read_bytes() == b"written without it"
 
 
-@pytest.mark.parametrize("lost", REGIONS)
+@pytest.mark.parametrize(
+    ("store", "lost"),
+    [("2+1", REGIONS[0]), ("4+2", REGIONS[1]), ("6+3", REGIONS[2]), ("1+2", REGIONS[0])],
+    indirect=["store"],
+)
 def test_writes_without_a_region_survive(store: Store, away: Away, lost: str) -> None:
     before = write_tree(store.mountpoint / "before")
     store.umount()
@@ -161,6 +166,7 @@ def test_writes_without_a_region_survive(store: Store, away: Away, lost: str) ->
     assert read_tree(store.mountpoint / "during") == during
 
 
+@pytest.mark.parametrize("store", ["2+1", "1+2"], indirect=True)
 def test_writes_go_on_when_a_region_goes_while_mounted(store: Store, away: Away) -> None:
     written = write_tree(store.mountpoint / "before")
     away.take(REGIONS[1])
@@ -174,8 +180,9 @@ def test_writes_go_on_when_a_region_goes_while_mounted(store: Store, away: Away)
     assert read_tree(store.mountpoint / "during") == during
 
 
-@pytest.mark.parametrize("mounted", [True, False], ids=["mounted", "unmounted"])
-@pytest.mark.parametrize("loss", ["emptied", "gone"])
+@pytest.mark.parametrize(
+    ("mounted", "loss"), [(True, "emptied"), (False, "gone")], ids=["mounted", "unmounted"]
+)
 def test_after_a_repair_any_other_region_may_go(
     store: Store, away: Away, mounted: bool, loss: str
 ) -> None:
@@ -208,6 +215,7 @@ def test_after_a_repair_any_other_region_may_go(
     assert [node["missing_shards"] for node in status["nodes"]] == [0, 0, 0]
 
 
+@pytest.mark.parametrize("store", ["2+1", "1+2"], indirect=True)
 def test_repairs_one_after_the_other_lose_nothing(store: Store, away: Away) -> None:
     written = write_tree(store.mountpoint)
     for lost in REGIONS:
@@ -217,6 +225,7 @@ def test_repairs_one_after_the_other_lose_nothing(store: Store, away: Away) -> N
     assert read_tree(store.mountpoint) == written
 
 
+@pytest.mark.parametrize("store", ["2+1", "1+2"], indirect=True)
 def test_what_was_written_without_a_region_is_repaired_too(store: Store, away: Away) -> None:
     before = write_tree(store.mountpoint / "before")
     store.umount()
@@ -231,6 +240,7 @@ def test_what_was_written_without_a_region_is_repaired_too(store: Store, away: A
     assert read_tree(store.mountpoint / "during") == during
 
 
+@pytest.mark.parametrize("store", ["2+1", "1+2"], indirect=True)
 def test_a_region_that_comes_back_is_whole_again(store: Store, away: Away) -> None:
     store.umount()
     away.take(REGIONS[0])
@@ -268,6 +278,7 @@ def test_a_loss_that_is_too_large_is_told_and_nothing_wrong_is_read(
     assert read_tree(store.mountpoint) == written
 
 
+@pytest.mark.parametrize("store", ["2+1", "1+2"], indirect=True)
 def test_a_damaged_shard_is_not_believed(store: Store) -> None:
     written = write_tree(store.mountpoint)
     store.remount()

@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 from conftest import Store
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 pytestmark = [pytest.mark.mounted, pytest.mark.not_plain]
@@ -118,7 +118,11 @@ def operation(name: str, *arguments: st.SearchStrategy[Any]) -> st.SearchStrateg
     return st.tuples(st.just(name), *arguments)
 
 
+NOTHING: Operation = ("nothing",)
+"""What hypothesis makes of the steps that a failure does not need."""
+
 operations = st.one_of(
+    st.just(NOTHING),
     operation("open", new_slots, paths, open_flags, modes),
     operation("open", new_slots, paths, open_flags, modes),
     operation("write", slots, offsets, sizes, patterns),
@@ -443,6 +447,8 @@ def compare(sequence: list[Operation], sides: tuple[Side, Side], store: Store) -
     mounted, plain = sides
     done: list[Operation] = []
     for unresolved in [*BEGINNING, *sequence]:
+        if unresolved == NOTHING:
+            continue
         step = plain.resolve(unresolved)
         if step == REMOUNT:
             mounted.close_all()
@@ -484,6 +490,7 @@ def check(
         max_examples=sequences,
         suppress_health_check=list(HealthCheck),
         report_multiple_bugs=False,
+        phases=[Phase.generate, Phase.shrink],
     )
     @given(steps)
     def run(sequence: list[Operation]) -> None:
@@ -505,7 +512,7 @@ def test_a_mounted_store_behaves_as_a_plain_directory(
         tmp_path,
         request.config.getoption("--model-seed"),
         3000 if long else 150,
-        st.lists(operations, min_size=10, max_size=60),
+        st.lists(operations, min_size=20, max_size=80),
     )
 
 
@@ -513,7 +520,7 @@ def test_a_mounted_store_behaves_as_a_plain_directory(
 def test_so_it_does_with_remounts_between(
     store: Store, tmp_path: Path, request: pytest.FixtureRequest, long: bool
 ) -> None:
-    part = st.lists(operations, min_size=5, max_size=25)
+    part = st.lists(operations, min_size=8, max_size=30)
     check(
         store,
         tmp_path,
