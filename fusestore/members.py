@@ -19,7 +19,7 @@ from .erasure import Code
 from .errors import NodeError
 from .limits import METADATA_SHARE, RESERVE_BYTES, SHARD_SEGMENT_BYTES
 from .nodes.base import Node, Space
-from .placement import place
+from .placement import place, turns
 from .records import HEADER_BYTES, record_length
 from .schema import SegmentState, ShardPlace
 
@@ -141,7 +141,7 @@ class Members:
         """Whether every stripe of this code would get at least k shards, and commits a node."""
         return bool(self.in_sync) and all(
             sum(member.writable for member in self.place(code, turn)) >= code.k
-            for turn in range(len(self.all) ** 2)
+            for turn in range(turns(self.regions))
         )
 
     def spaces(self) -> dict[int, tuple[Space, int]]:

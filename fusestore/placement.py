@@ -6,6 +6,7 @@ one region can be lost.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -29,14 +30,26 @@ def check_region_rule(code: Code, regions: Sequence[str]) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _spread(n: int, regions: tuple[str, ...], turn: int) -> tuple[int, ...]:
-    names = list(dict.fromkeys(regions))
-    nodes = {name: [i for i, region in enumerate(regions) if region == name] for name in names}
+    inside = _by_region(regions)
     chosen = []
     for index in range(n):
-        lap, place = divmod(index + turn, len(names))
-        inside = nodes[names[place]]
-        chosen.append(inside[lap % len(inside)])
+        lap, region = divmod(index + turn, len(inside))
+        chosen.append(inside[region][lap % len(inside[region])])
     return tuple(chosen)
+
+
+@lru_cache(maxsize=16)
+def _by_region(regions: tuple[str, ...]) -> list[list[int]]:
+    """The positions of each region's nodes."""
+    return [
+        [i for i, region in enumerate(regions) if region == name] for name in dict.fromkeys(regions)
+    ]
+
+
+def turns(regions: tuple[str, ...]) -> int:
+    """After how many stripes the placement repeats."""
+    inside = _by_region(regions)
+    return len(inside) * math.lcm(*(len(nodes) for nodes in inside))
 
 
 def place(code: Code, regions: tuple[str, ...], stripe: int) -> tuple[int, ...]:
@@ -45,4 +58,4 @@ def place(code: Code, regions: tuple[str, ...], stripe: int) -> tuple[int, ...]:
     Shard i goes to region i + stripe (modulo the regions), so that data and
     parity, and with them reads, are spread evenly over time.
     """
-    return _spread(code.n, regions, stripe % (len(set(regions)) * len(regions)))
+    return _spread(code.n, regions, stripe % turns(regions))

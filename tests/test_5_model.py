@@ -189,6 +189,8 @@ class Side:
     """One of the two trees, and the files that are open in it."""
 
     top: Path
+    times: bool
+    """Whether mtime is compared: with the writeback cache it is the kernel's own affair."""
     open_files: dict[int, int] = field(default_factory=dict)
 
     def do(self, operation: Operation) -> object:
@@ -358,7 +360,7 @@ class Side:
         os.removexattr(self.at(path), name)
 
     def stat(self, path: str) -> object:
-        return visible(os.lstat(self.at(path)))
+        return self.visible(os.lstat(self.at(path)))
 
     def list(self, path: str) -> object:
         return sorted(os.listdir(self.at(path)))
@@ -369,6 +371,18 @@ class Side:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+    def visible(self, status: os.stat_result) -> tuple[object, ...]:
+        """What of a file's attributes must be the same on both sides."""
+        on_purpose = status.st_mtime_ns < SET_ON_PURPOSE_NS
+        return (
+            oct(status.st_mode),
+            status.st_nlink,
+            (status.st_uid, status.st_gid),
+            status.st_rdev,
+            None if stat.S_ISDIR(status.st_mode) else status.st_size,
+            (status.st_mtime_ns if on_purpose else "now") if self.times else None,
+        )
 
     # -- all of it
 
@@ -392,21 +406,9 @@ class Side:
                     for key in sorted(os.listxattr(path, follow_symlinks=False))
                 }
                 links.setdefault(status.st_ino, []).append(place)
-                found[place] = (visible(status), attributes, content)
+                found[place] = (self.visible(status), attributes, content)
         found["(hard links)"] = tuple(sorted(map(tuple, links.values())))
         return found
-
-
-def visible(status: os.stat_result) -> tuple[object, ...]:
-    """What of a file's attributes must be the same on both sides."""
-    return (
-        oct(status.st_mode),
-        status.st_nlink,
-        (status.st_uid, status.st_gid),
-        status.st_rdev,
-        None if stat.S_ISDIR(status.st_mode) else status.st_size,
-        status.st_mtime_ns if status.st_mtime_ns < SET_ON_PURPOSE_NS else "now",
-    )
 
 
 def differences(mounted: dict[str, Any], plain: dict[str, Any]) -> list[str]:
@@ -427,9 +429,9 @@ def shortened(value: object) -> str:
 
 
 @contextmanager
-def both(mounted: Path, plain: Path) -> Iterator[tuple[Side, Side]]:
+def both(mounted: Path, plain: Path, times: bool) -> Iterator[tuple[Side, Side]]:
     """Two empty trees, removed afterwards."""
-    sides = Side(mounted), Side(plain)
+    sides = Side(mounted, times), Side(plain, times)
     before = os.umask(0o022)
     try:
         for side in sides:
@@ -497,7 +499,8 @@ def check(
         nonlocal count
         count += 1
         store.revive()  # so that a daemon that died does so again in each attempt to shrink
-        with both(store.mountpoint / f"m{count}", plain / f"p{count}") as sides:
+        places = store.mountpoint / f"m{count}", plain / f"p{count}"
+        with both(*places, "writeback" not in store.options) as sides:
             compare(sequence, sides, store)
 
     run()

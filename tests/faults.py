@@ -1,0 +1,74 @@
+"""A node that fails as real ones do.
+
+The fault model: from its n-th operation on, or only at it, a node's write,
+flush or read raises EIO or ENOSPC; a failed write may have left a part of its
+bytes; a node may be gone for good.  Not modelled: a node that lies about a
+flush.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from typing_extensions import Buffer
+
+from fusestore.errors import NodeError, NodeFullError
+from fusestore.nodes.base import Node
+from fusestore.records import Run
+
+
+class FaultyNode:
+    """Passes everything on to a node, until it is told not to."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.operations = 0
+        self.fail_at: int | None = None
+        self.for_good = True
+        self.full = False
+
+    def _count(self) -> bool:
+        """Whether this operation is to fail."""
+        self.operations += 1
+        if self.fail_at is None:
+            return False
+        if self.for_good:
+            return self.operations >= self.fail_at
+        return self.operations == self.fail_at
+
+    def _error(self) -> NodeError:
+        return NodeFullError("no room, as told") if self.full else NodeError("failed, as told")
+
+    def write(self, run: Run, segment: int, offset: int, buffers: Sequence[Buffer]) -> None:
+        """Write all, or a part and fail."""
+        if self._count():
+            whole = b"".join(bytes(buffer) for buffer in buffers)
+            self.node.write(run, segment, offset, [whole[: len(whole) // 2]])
+            raise self._error()
+        self.node.write(run, segment, offset, buffers)
+
+    def flush(self, run: Run, segments: Sequence[int]) -> None:
+        """Flush, or fail."""
+        if segments and self._count():
+            raise self._error()
+        self.node.flush(run, segments)
+
+    def read(self, run: Run, segment: int, offset: int, length: int) -> bytes:
+        """Read, or fail."""
+        if self._count():
+            raise self._error()
+        return self.node.read(run, segment, offset, length)
+
+    def read_now(self, run: Run, segment: int, offset: int, length: int) -> bytes | None:
+        """Never have it at hand, so that every read counts."""
+        return None
+
+    def check(self) -> None:
+        """Fail when the node is gone for good."""
+        if self.fail_at is not None and self.for_good and self.operations >= self.fail_at:
+            raise self._error()
+        self.node.check()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.node, name)

@@ -1,0 +1,92 @@
+"""The layers: modules import only downwards, and foreign worlds have one door each."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+LAYERS: list[set[str]] = [
+    # 0: pure
+    {"__init__", "errors", "limits", "erasure", "placement", "records", "acl", "schema", "linux"},
+    # 1: storage
+    {"toml_files", "config", "mkfs", "nodes", "nodes.base", "nodes.directory", "engine"},
+    # 2: the log
+    {"members", "log", "write_path", "read_path", "commit", "replay", "reclaim", "snapshot",
+     "repair", "store"},
+    # 3: the file system
+    {"tree", "contents", "attributes", "filesystem"},
+    # 4: faces
+    {"operations", "mounts", "control_client", "control", "logs", "status_text", "bench"},
+    # 5: assembly
+    {"daemon", "launch", "cli_mount", "cli_store", "cli", "__main__"},
+]  # fmt: skip
+LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
+
+DOORS = {
+    "lmdb": {"engine"},
+    "pyfuse3": {"operations", "daemon", "bench"},
+    "cffi": {"erasure", "linux"},
+    "reedsolo": {"erasure"},
+    "click": {"cli", "cli_mount", "cli_store", "status_text"},
+}
+
+
+def modules() -> dict[str, ast.Module]:
+    """All modules of the package by their name below it."""
+    found = {}
+    for folder, prefix in (("fusestore", ""), ("nodes", "nodes.")):
+        for path in (ROOT / folder).glob("*.py"):
+            name = prefix + path.stem
+            name = "nodes" if name == "nodes.__init__" else name
+            found[name] = ast.parse(path.read_text())
+    return found
+
+
+def imports(name: str, tree: ast.Module) -> set[str]:
+    """What a module imports: own modules by their name below the package, others' top names."""
+    inside = name.startswith("nodes")
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {"!" + alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add("!" + str(node.module).split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            base = "nodes." if inside and node.level == 1 else ""
+            if node.module is None:
+                found |= {base + alias.name for alias in node.names}
+            else:
+                found.add(base + node.module)
+    return {module for module in found if module.startswith("!") or module in LAYER}
+
+
+def test_every_module_has_its_layer() -> None:
+    assert set(modules()) == set(LAYER)
+
+
+def test_imports_go_downwards() -> None:
+    wrong = [
+        f"{name} (layer {LAYER[name]}) imports {other} (layer {LAYER[other]})"
+        for name, tree in modules().items()
+        for other in imports(name, tree)
+        if not other.startswith("!") and LAYER[other] > LAYER[name]
+    ]
+    assert wrong == []
+
+
+def test_foreign_libraries_have_one_door() -> None:
+    wrong = [
+        f"{name} imports {library}"
+        for name, tree in modules().items()
+        for library, doors in DOORS.items()
+        if f"!{library}" in imports(name, tree) and name not in doors
+    ]
+    assert wrong == []
+
+
+def test_the_lowest_layer_waits_for_nothing() -> None:
+    for name, tree in modules().items():
+        if LAYER[name] == 0:
+            assert not imports(name, tree) & {"!trio", "!socket", "!subprocess", "!pathlib"}, name

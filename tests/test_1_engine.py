@@ -1,0 +1,143 @@
+"""The metadata engine behaves as one sorted dictionary, whatever a checkpoint is doing."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import lmdb
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from fusestore.engine import Engine
+from fusestore.errors import MetadataError
+
+KEYS = st.binary(min_size=1, max_size=3).map(lambda key: b"K" + bytes(b % 4 for b in key))
+VALUES = st.binary(max_size=8)
+
+
+class EngineModel(RuleBasedStateMachine):
+    """Random changes, freezes, checkpoints and reopenings against a dictionary."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.engine = Engine(Path(self.folder.name))
+        self.model: dict[bytes, bytes] = {}
+        self.stored: dict[bytes, bytes] = {}
+        self.set_aside: dict[bytes, bytes] | None = None
+
+    def teardown(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.close()
+            self.folder.cleanup()
+
+    @rule(changes=st.dictionaries(KEYS, st.none() | VALUES, max_size=5))
+    def apply(self, changes: dict[bytes, bytes | None]) -> None:
+        self.engine.apply(changes)
+        for key, value in changes.items():
+            if value is None:
+                self.model.pop(key, None)
+            else:
+                self.model[key] = value
+
+    @precondition(lambda self: self.set_aside is None)
+    @rule()
+    def freeze(self) -> None:
+        self.engine.freeze()
+        self.set_aside = dict(self.model)
+
+    @precondition(lambda self: self.set_aside is not None)
+    @rule(again=st.booleans())
+    def checkpoint(self, again: bool) -> None:
+        self.engine.write()
+        if again:
+            self.engine.write()
+        self.engine.thaw()
+        assert self.set_aside is not None
+        self.stored, self.set_aside = self.set_aside, None
+
+    @rule()
+    def reopen(self) -> None:
+        self.engine.close()
+        self.engine = Engine(Path(self.folder.name))
+        self.model, self.set_aside = dict(self.stored), None
+
+    @invariant()
+    def reads_are_right(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        rows = sorted(self.model.items())
+        assert list(self.engine.scan(b"K", b"L")) == rows
+        assert list(self.engine.scan(b"K\1", b"K\2\3")) == [
+            row for row in rows if b"K\1" <= row[0] < b"K\2\3"
+        ]
+        for key in (b"K\0", b"K\1", b"K\2\2", b"K\3\3\3"):
+            assert self.engine.get(key) == self.model.get(key)
+        assert sorted(self.engine.scan_stored(b"K", b"L")) == sorted(self.stored.items())
+
+
+TestEngine = EngineModel.TestCase
+TestEngine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_the_last_key_at_or_below(tmp_path: Path) -> None:
+    engine = Engine(tmp_path)
+    rows = {b"E" + bytes([0, i]): b"%d" % i for i in range(0, 100, 10)}
+    engine.apply(rows)
+    engine.freeze()
+    engine.write()
+    engine.thaw()
+    engine.apply({b"E\0\x1e": None, b"E\0\x19": b"new"})  # 30 goes, 25 comes
+    engine.freeze()
+    engine.apply({b"E\0\x28": None})  # 40 goes
+    for at, expected in ((49, 25), (25, 25), (24, 20), (50, 50), (9, 0), (255, 90)):
+        found = engine.last(b"E\0\0", b"E\0" + bytes([at]))
+        assert found is not None
+        assert found[0][2] == expected
+    engine.apply({b"E\0\0": None})
+    assert engine.last(b"E\0\0", b"E\0\x09") is None
+    assert engine.last(b"A", b"B") is None
+    engine.close()
+
+
+def test_a_failed_write_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tmp_path)
+    engine.apply({b"Ka": b"1"})
+    engine.freeze()
+    begin = lmdb.Environment.begin
+
+    class Full:
+        """An environment whose write transactions find no room."""
+
+        def __init__(self, env: lmdb.Environment) -> None:
+            self._env = env
+
+        def begin(self, write: bool = False) -> lmdb.Transaction:
+            if write:
+                raise lmdb.MapFullError("full")
+            return begin(self._env)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._env, name)
+
+    whole = engine._env
+    engine._env = Full(whole)  # type: ignore[assignment]
+    with pytest.raises(MetadataError):
+        engine.write()
+    assert engine.get(b"Ka") == b"1"
+    engine._env = whole
+    engine.write()
+    engine.thaw()
+    engine.close()
+    engine = Engine(tmp_path)
+    assert engine.get(b"Ka") == b"1"
+    engine.close()
+
+
+def test_what_is_no_environment_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "data.mdb").write_bytes(b"not a database" * 1000)
+    with pytest.raises(MetadataError, match="cannot be opened"):
+        Engine(tmp_path)

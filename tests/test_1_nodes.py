@@ -1,0 +1,122 @@
+"""The contract of every kind of node, and of every wrapper of one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from faults import FaultyNode
+
+from fusestore.config import IDENTITY_VERSION, NodeIdentity, write_identity
+from fusestore.errors import NodeError, NodeIdentityError
+from fusestore.nodes.base import Node
+from fusestore.nodes.directory import DirectoryNode, segment_path
+from fusestore.records import Run
+
+
+def directory(path: Path) -> DirectoryNode:
+    identity = NodeIdentity(uuid4(), "a", "a", uuid4(), IDENTITY_VERSION)
+    path.mkdir()
+    write_identity(path, identity)
+    return DirectoryNode(path, identity)
+
+
+KINDS: dict[str, Callable[[Path], Node]] = {
+    "directory": directory,
+    "faulty directory without faults": lambda path: FaultyNode(directory(path)),
+}
+
+
+@pytest.fixture(params=KINDS)
+def node(request: pytest.FixtureRequest, tmp_path: Path) -> Node:
+    return KINDS[request.param](tmp_path / "node")
+
+
+RUNS = pytest.mark.parametrize("run", list(Run))
+
+
+@RUNS
+def test_what_was_written_is_read(node: Node, run: Run) -> None:
+    node.write(run, 1, 0, [b"abc", bytearray(b"defg"), memoryview(b"h")])
+    node.write(run, 1, 100, [b"far"])
+    node.flush(run, [1])
+    assert node.read(run, 1, 0, 8) == b"abcdefgh"
+    assert node.read(run, 1, 2, 3) == b"cde"
+    assert node.read(run, 1, 8, 95) == bytes(92) + b"far"
+    assert node.read_back(run, 1, 100, 3) == b"far"
+    assert node.size(run, 1) == 103
+    assert node.segments(run) == [1]
+
+
+@RUNS
+def test_a_read_never_returns_less(node: Node, run: Run) -> None:
+    node.write(run, 1, 0, [b"abc"])
+    for offset, length in ((0, 4), (3, 1), (1000, 1)):
+        with pytest.raises(NodeError):
+            node.read(run, 1, offset, length)
+    with pytest.raises(NodeError):
+        node.read(run, 2, 0, 1)
+
+
+@RUNS
+def test_segments_are_listed_in_order(node: Node, run: Run) -> None:
+    for segment in (3, 123456789, 1, 20):
+        node.write(run, segment, 0, [b"x"])
+    assert node.segments(run) == [1, 3, 20, 123456789]
+    node.delete(run, 3)
+    node.delete(run, 3)
+    assert node.segments(run) == [1, 20, 123456789]
+    with pytest.raises(NodeError):
+        node.read(run, 3, 0, 1)
+
+
+def test_a_punched_payload_gives_room_back_and_nothing_else(node: Node) -> None:
+    payload = b"\xff" * (1 << 20)
+    node.write(Run.SHARDS, 1, 0, [b"h" * 64, payload, b"n" * 64, payload])
+    node.flush(Run.SHARDS, [1])
+    before = node.bytes_used()
+    node.punch(1, 64, len(payload))
+    assert before - node.bytes_used() >= len(payload) - 8192
+    assert node.read(Run.SHARDS, 1, 0, 64) == b"h" * 64
+    assert node.read(Run.SHARDS, 1, 64 + len(payload), 64) == b"n" * 64
+    assert node.read(Run.SHARDS, 1, 128 + len(payload), len(payload)) == payload
+
+
+def test_room_allocated_ahead_is_given_back(node: Node) -> None:
+    node.write(Run.SHARDS, 1, 0, [b"x" * 4096])
+    assert node.bytes_used() > 1 << 20
+    node.truncate(Run.SHARDS, 1, 4096)
+    assert node.bytes_used() <= 8192
+    node.write(Run.SHARDS, 1, 4096, [b"y"])
+    assert node.read(Run.SHARDS, 1, 4095, 2) == b"xy"
+
+
+def test_space_is_told(node: Node) -> None:
+    space = node.space()
+    assert 0 < space.free <= space.total
+
+
+def test_a_node_that_moved_away_is_noticed(node: Node, tmp_path: Path) -> None:
+    node.check()
+    (tmp_path / "node").rename(tmp_path / "away")
+    with pytest.raises(NodeIdentityError):
+        node.check()
+    shutil.copytree(tmp_path / "away", tmp_path / "node")
+    with pytest.raises(NodeIdentityError):
+        node.check()
+
+
+def test_a_flush_of_a_deleted_segment_fails(node: Node, tmp_path: Path) -> None:
+    node.write(Run.SHARDS, 1, 0, [b"abc"])
+    (tmp_path / "node" / segment_path(Run.SHARDS, 1)).unlink()
+    with pytest.raises(NodeError):
+        node.flush(Run.SHARDS, [1])
+
+
+def test_foreign_files_are_no_segments(node: Node, tmp_path: Path) -> None:
+    for name in ("1.seg", "00000001.log", "00000001.seg~", "x"):
+        (tmp_path / "node/shards" / name).touch()
+    assert node.segments(Run.SHARDS) == []
