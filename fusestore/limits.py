@@ -62,6 +62,8 @@ RECLAIM_BATCH = 256
 """Shards that are punched out in one thread hop and one transaction."""
 CATCH_UP_SHARDS_MAX = 64
 """Shards that a node may lack to be brought back before the mount answers."""
+PROBE_SECONDS = 10.0
+"""How often nodes that are away are looked for."""
 RETRY_SECONDS_MIN = 5.0
 RETRY_SECONDS_MAX = 600.0
 """How long a node that failed while it was brought back is left alone."""

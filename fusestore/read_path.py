@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import trio
 
@@ -180,28 +180,44 @@ class Reader:
         self, number: int, row: Stripe, wanted: list[int], low: int, high: int
     ) -> dict[int, bytearray]:
         """The same blocks of the shards `wanted`, from any k others; LostError."""
+        others = [index for index in range(row.code.n) if index not in wanted]
+        found = await self._gather(number, row, others, wanted, low, high)
+        if found is not None:
+            return found
+        # Shards that are bad in different blocks may still give every block.
+        result: dict[int, bytearray] = {index: bytearray() for index in wanted}
+        for start in range(low, high, BLOCK_BYTES):
+            end = min(start + BLOCK_BYTES, high)
+            every = range(row.code.n)
+            found = await self._gather(number, row, every, wanted, start, end)
+            if found is None:
+                nodes = ", ".join(self._log.members.by_id[p.node].name for p in row.shards)
+                raise LostError(
+                    f"Stripe {number:#x} has fewer than the {row.code.k} good shards that it "
+                    f"needs (nodes {nodes}): repair the nodes that are not up."
+                )
+            for index in wanted:
+                result[index] += found[index]
+        return result
+
+    async def _gather(
+        self,
+        number: int,
+        row: Stripe,
+        sources: Iterable[int],
+        wanted: list[int],
+        low: int,
+        high: int,
+    ) -> dict[int, bytearray] | None:
+        """The blocks of the shards `wanted` from k good ones of `sources`; None if too few."""
         present: dict[int, bytes] = {}
-        for index in range(row.code.n):
-            if index in wanted:
-                continue
+        for index in sources:
             data = await self.read_blocks(number, row, index, low, high)
             if data is not None:
                 present[index] = data
                 if len(present) == row.code.k:
                     return erasure.rebuild(row.code, high - low, present, wanted)
-        if high - low > BLOCK_BYTES:
-            # Shards that are bad in different blocks may still give every block.
-            result: dict[int, bytearray] = {index: bytearray() for index in wanted}
-            for start in range(low, high, BLOCK_BYTES):
-                end = min(start + BLOCK_BYTES, high)
-                for index, part in (await self.decode(number, row, wanted, start, end)).items():
-                    result[index] += part
-            return result
-        nodes = ", ".join(self._log.members.by_id[place.node].name for place in row.shards)
-        raise LostError(
-            f"Stripe {number:#x} has {len(present)} good shards of the {row.code.k} that it "
-            f"needs (nodes {nodes}): repair the nodes that are not up."
-        )
+        return None
 
 
 def verified(row: Stripe, index: int, low: int, data: bytes) -> bool:

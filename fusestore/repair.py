@@ -39,7 +39,13 @@ from .config import (
     write_identity,
 )
 from .errors import LostError, NodeError, NodeIdentityError, UsageError
-from .limits import REPAIR_BATCH, REPAIR_SCAN_ROWS, RETRY_SECONDS_MAX, RETRY_SECONDS_MIN
+from .limits import (
+    PROBE_SECONDS,
+    REPAIR_BATCH,
+    REPAIR_SCAN_ROWS,
+    RETRY_SECONDS_MAX,
+    RETRY_SECONDS_MIN,
+)
 from .log import Log
 from .members import Member, State
 from .nodes.base import Node
@@ -88,7 +94,7 @@ class Repairer:
         self._wake.set()
 
     async def run(self) -> None:
-        """Heal, and bring back nodes that were away, whenever woken, until cancelled."""
+        """Heal, and bring back nodes that were away, now and then, until cancelled."""
         while True:
             async with self._busy:
                 for member in self._log.members.all:
@@ -98,15 +104,21 @@ class Repairer:
                         except NodeError as error:
                             member.fail(error)
             await self.catch_up(None)
-            await self._wake.wait()
+            with trio.move_on_after(PROBE_SECONDS):
+                await self._wake.wait()
             self._wake = trio.Event()
 
     async def catch_up(self, shards_max: int | None) -> None:
         """Bring back each node that was away and is there again, if it lacks at most that much."""
         for member in self._log.members.all:
             now = trio.current_time()
-            if member.state is State.UP or now < self._retry_at.get(member.id, now):
+            if member.state is State.UP:
                 continue
+            if shards_max is None and member.state is State.DOWN:
+                # What has just failed is left alone for a while.
+                at = self._retry_at.setdefault(member.id, now + RETRY_SECONDS_MIN)
+                if now < at:
+                    continue
             debt = islice(self._lacks(member), None if shards_max is None else shards_max + 1)
             if shards_max is not None and sum(1 for _ in debt) > shards_max:
                 continue
@@ -141,6 +153,7 @@ class Repairer:
             self._committer.ask()
         else:
             self._retry_wait.pop(member.id, None)
+            self._retry_at.pop(member.id, None)
             log.info("Node %s is up and in sync.", member.name)
 
     async def _heal(self, member: Member) -> tuple[int, int]:
@@ -174,9 +187,8 @@ class Repairer:
                 data = await self._reader.decode(number, row, indices, 0, length)
             except LostError as error:
                 log.error("%s", error)
-                self._log.apply(
-                    {schema.missing_key(member.id, number, index): b"" for index in indices}
-                )
+                keys = [schema.missing_key(member.id, number, index) for index in indices]
+                self._log.apply({key: b"" for key in keys if self._log.engine.get(key) is None})
                 continue
             for index in indices:
                 place = row.shards[index]

@@ -1,0 +1,496 @@
+"""The log of an open store: what is written is read, what was committed survives.
+
+No mount: a store is opened in the process.  A crash is a copy of the store's
+directory, taken while it is open and opened on its own.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import stat
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from faults import FaultyNode
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusestore import schema
+from fusestore.config import StoreConfig, load
+from fusestore.erasure import Code
+from fusestore.errors import FusestoreError, LostError, NotDurableError
+from fusestore.filesystem import FileSystem
+from fusestore.limits import STRIPE_BYTES, TAIL_BYTES_MAX
+from fusestore.mkfs import make_store
+from fusestore.nodes.directory import segment_path
+from fusestore.records import Kind, Place, Run, decode_changes, decode_commit, records
+from fusestore.schema import ROOT, Inode, Stripe
+from fusestore.store import Store, open_store
+
+REGIONS = ["us-east-1", "us-west-1", "eu-west-1"]
+
+
+@dataclass
+class Opened:
+    """An open store and its file system."""
+
+    store: Store
+    files: FileSystem
+
+    async def put(self, name: str, data: bytes, offset: int = 0) -> int:
+        """Write to the file `name`, made when it is not there; its inode."""
+        ino = self.files.tree.lookup(ROOT, name.encode())
+        if ino is None:
+            ino, _ = self.files.tree.make(ROOT, name.encode(), stat.S_IFREG | 0o644, 0, 0)
+        for start in range(0, len(data), STRIPE_BYTES):
+            part = data[start : start + STRIPE_BYTES]
+            assert await self.files.contents.write(ino, offset + start, part) == len(part)
+        return ino
+
+    async def get(self, name: str) -> bytes:
+        """All bytes of a file."""
+        ino = self.files.tree.lookup(ROOT, name.encode())
+        assert ino is not None
+        return bytes(await self.files.contents.read(ino, 0, 1 << 40))
+
+    def delete(self, name: str) -> None:
+        """Unlink a file that nobody uses."""
+        ino, _ = self.files.tree.unlink(ROOT, name.encode())
+        self.files.contents.remove(ino)
+
+    async def checkpoint(self) -> None:
+        """Commit and checkpoint, then let what waits for it run."""
+        async with self.store.committer.lock:
+            await self.store.committer.commit_now(checkpoint=True)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+
+    def rows(self, table: bytes) -> list[tuple[bytes, bytes]]:
+        """All rows of a table, by its letter."""
+        return list(self.store.log.engine.scan(table, schema.after(table)))
+
+    def check_counters(self) -> None:
+        """`live`, `allocated` and the counters against the extents."""
+        live: dict[int, int] = {}
+        for key, value in self.rows(b"E"):
+            extent = schema.Extent.decode(key, value)
+            live[extent.stripe] = live.get(extent.stripe, 0) + extent.length
+        found = {
+            schema.decode_stripe_key(key): schema.decode_live(value)
+            for key, value in self.rows(b"V")
+        }
+        assert found == live
+        counters = self.store.log.counters
+        assert counters.file_bytes == sum(live.values())
+        assert counters.files == len(self.rows(b"I"))
+        inodes = [Inode.decode(value) for _, value in self.rows(b"I")]
+        assert sum(inode.allocated for inode in inodes) == sum(live.values())
+
+
+def make(path: Path, code: str = "2+1") -> StoreConfig:
+    return make_store(path, [(name, None) for name in REGIONS], Code.parse(code), None, False)
+
+
+@asynccontextmanager
+async def opened(config: StoreConfig, faults: bool = False) -> AsyncIterator[Opened]:
+    """Open the store; with `faults`, its nodes are FaultyNodes."""
+    async with open_store(config) as store, trio.open_nursery() as nursery:
+        files = FileSystem(store, nursery)
+        await files.begin()
+        if faults:
+            for member in store.log.members.all:
+                assert member.node is not None
+                member.node = FaultyNode(member.node)
+        yield Opened(store, files)
+        nursery.cancel_scope.cancel()
+
+
+def crashed(config: StoreConfig, to: Path) -> StoreConfig:
+    """The store as a crash right now would leave it."""
+    shutil.copytree(config.store, to, ignore=shutil.ignore_patterns("*.sock"))
+    return load(to)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> StoreConfig:
+    return make(tmp_path / "store")
+
+
+# --- writing and reading -------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", ["2+1", "4+2", "6+3", "1+2"])
+async def test_all_sizes_read_back_before_and_after_a_remount(tmp_path: Path, code: str) -> None:
+    config = make(tmp_path / "store", code)
+    chance = random.Random(1)
+    sizes = (0, 1, 63, 4096, 16384, 100_001, STRIPE_BYTES, 3 * STRIPE_BYTES + 17)
+    contents = {f"f{size}": chance.randbytes(size) for size in sizes}
+    async with opened(config) as one:
+        for name, data in contents.items():
+            await one.put(name, data)
+        for name, data in contents.items():
+            assert await one.get(name) == data
+        await one.store.committer.commit()
+        for name, data in contents.items():
+            assert await one.get(name) == data
+    async with opened(config) as one:
+        for name, data in contents.items():
+            assert await one.get(name) == data
+        one.check_counters()
+
+
+WRITES = st.lists(
+    st.tuples(
+        st.sampled_from(["write", "truncate", "commit"]),
+        st.integers(0, 300_000),
+        st.integers(1, 150_000),
+    ),
+    min_size=1,
+    max_size=14,
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(steps=WRITES, seed=st.integers(0, 1000))
+def test_overwrites_and_truncates_are_a_bytearrays(
+    steps: list[tuple[str, int, int]], seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    async def run() -> None:
+        config = make(tmp_path_factory.mktemp("model") / "store")
+        chance = random.Random(seed)
+        model = bytearray()
+        async with opened(config) as one:
+            ino = await one.put("f", b"")
+            for kind, offset, length in steps:
+                if kind == "write":
+                    data = chance.randbytes(length)
+                    await one.put("f", data, offset)
+                    model.extend(bytes(max(0, offset + length - len(model))))
+                    model[offset : offset + length] = data
+                elif kind == "truncate":
+                    await one.files.contents.truncate(ino, offset)
+                    model.extend(bytes(max(0, offset - len(model))))
+                    del model[offset:]
+                else:
+                    await one.store.committer.commit()
+                assert await one.get("f") == model
+            one.check_counters()
+        async with opened(config) as one:
+            assert await one.get("f") == model
+            one.check_counters()
+
+    trio.run(run)
+
+
+async def test_deleting_everything_leaves_nothing(config: StoreConfig) -> None:
+    async with opened(config) as one:
+        for i in range(40):
+            await one.put(f"f{i}", random.Random(i).randbytes(200_000))
+        await one.store.committer.commit()
+        for i in range(40):
+            one.delete(f"f{i}")
+        for _ in range(3):
+            await one.checkpoint()
+        for table in b"EVSOTRMUD":
+            assert one.rows(bytes([table])) == []
+        one.check_counters()
+        for node in config.nodes:
+            assert sum(f.stat().st_blocks for f in (node.path / "shards").iterdir()) == 0
+
+
+async def test_many_extents_are_trimmed_in_batches(config: StoreConfig) -> None:
+    async with opened(config) as one:
+        ino = await one.put("f", b"")
+        for i in range(1000):
+            await one.files.contents.write(ino, i * 8192, b"x" * 100)
+        await one.files.contents.truncate(ino, 8192 * 500 + 50)
+        assert len(one.rows(b"E")) == 501
+        await one.files.contents.truncate(ino, 8192 * 1000)
+        expected = bytearray(8192 * 1000)
+        for i in range(501):
+            expected[i * 8192 : i * 8192 + (100 if i < 500 else 50)] = b"x" * (
+                100 if i < 500 else 50
+            )
+        assert await one.get("f") == expected
+        one.check_counters()
+        one.delete("f")
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert one.rows(b"E") == []
+        one.check_counters()
+
+
+async def test_a_small_fsync_makes_no_stripe(config: StoreConfig, tmp_path: Path) -> None:
+    async with opened(config) as one:
+        for i in range(20):
+            await one.put("f", b"%03d" % i * 100, i * 300)
+            await one.store.committer.commit()
+        assert one.rows(b"S") == []
+        assert len(one.rows(b"T")) == 20
+        crash = crashed(config, tmp_path / "crash")
+        expected = await one.get("f")
+        await one.put("f", b"x" * (TAIL_BYTES_MAX + 1), 6000)
+        await one.store.committer.commit()
+        assert len(one.rows(b"S")) == 1
+        assert one.rows(b"T") == []
+    async with opened(crash) as one:
+        assert await one.get("f") == expected
+        await one.store.committer.commit()
+        assert one.rows(b"T") == []
+
+
+# --- crashes -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("torn", [(), (0,), (1, 2), (0, 1, 2)])
+async def test_what_was_committed_survives_a_crash(
+    config: StoreConfig, tmp_path: Path, torn: tuple[int, ...]
+) -> None:
+    async with opened(config) as one:
+        await one.put("a", b"a" * 50_000)
+        await one.put("b", random.Random(2).randbytes(3 << 20))
+        await one.store.committer.commit()
+        held = {name: await one.get(name) for name in ("a", "b")}
+        await one.put("a", b"later" * 1000)
+        one.files.tree.make(ROOT, b"late", stat.S_IFDIR | 0o755, 0, 0)
+        await one.store.committer.commit()
+        crash = crashed(config, tmp_path / "crash")
+    for index in torn:
+        # Nobody had flushed the last commit yet: its record is cut.
+        journal = sorted((crash.nodes[index].path / "journal").iterdir())[-1]
+        journal.write_bytes(journal.read_bytes()[:-70])
+    async with opened(crash) as one:
+        counted = len(torn) < 3
+        assert await one.get("a") == (b"later" * 1000 + held["a"][5000:] if counted else held["a"])
+        assert await one.get("b") == held["b"]
+        assert (one.files.tree.lookup(ROOT, b"late") is not None) is counted
+        assert one.store.status()["healthy"] is True
+        one.check_counters()
+
+
+async def test_a_crash_while_a_node_was_away(config: StoreConfig, tmp_path: Path) -> None:
+    away = config.nodes[1].path
+    async with opened(config) as one:
+        await one.put("a", b"1" * 100_000)
+        await one.store.committer.commit()
+        away.rename(tmp_path / "away")
+        await one.put("b", random.Random(3).randbytes(2 << 20))
+        await one.store.committer.commit()
+        held = {name: await one.get(name) for name in ("a", "b")}
+        assert one.store.status()["nodes"][1]["state"] == "down"
+        crash = crashed(config, tmp_path / "crash")
+        (tmp_path / "away").rename(away)
+    async with opened(crash) as one:
+        assert {name: await one.get(name) for name in held} == held
+    shutil.copytree(away, crash.nodes[1].path)
+    async with opened(crash) as one:
+        assert one.store.status()["healthy"] is True
+    shutil.rmtree(crash.nodes[0].path)
+    async with opened(crash) as one:
+        assert {name: await one.get(name) for name in held} == held
+
+
+async def test_every_crash_point_of_a_history_is_one_instant(
+    config: StoreConfig, tmp_path: Path
+) -> None:
+    chance = random.Random(4)
+    async with opened(config) as one:
+        for step in range(12):
+            await one.put(
+                f"f{chance.randrange(4)}", chance.randbytes(90_000), chance.randrange(50_000)
+            )
+            if chance.random() < 0.3 and one.files.tree.lookup(ROOT, b"f0") is not None:
+                one.delete("f0")
+            if chance.random() < 0.4:
+                await one.checkpoint()
+            else:
+                await one.store.committer.commit()
+            names = [name.decode() for _, _, name in one.files.tree.entries(ROOT, 0)]
+            held = {name: await one.get(name) for name in names}
+            crash = crashed(config, tmp_path / f"crash{step}")
+            async with opened(crash) as again:
+                found = [name.decode() for _, _, name in again.files.tree.entries(ROOT, 0)]
+                assert found == names
+                assert {name: await again.get(name) for name in names} == held
+                again.check_counters()
+
+
+# --- nodes that fail -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lost", range(3))
+async def test_a_node_lost_under_writes_costs_nothing(config: StoreConfig, lost: int) -> None:
+    async with opened(config, faults=True) as one:
+        await one.put("a", random.Random(5).randbytes(2 << 20))
+        await one.store.committer.commit()
+        faulty = one.store.log.members.all[lost].node
+        assert isinstance(faulty, FaultyNode)
+        faulty.fail_at = faulty.operations + 2
+        await one.put("b", random.Random(6).randbytes(5 << 20))
+        await one.store.committer.commit()
+        assert await one.get("a") == random.Random(5).randbytes(2 << 20)
+        assert await one.get("b") == random.Random(6).randbytes(5 << 20)
+        assert one.store.status()["nodes"][lost]["state"] == "down"
+        done = await one.store.repairer.repair(REGIONS[lost], lambda m: None, one.files.tree.path)
+        assert done["unrepairable"] == []
+        assert one.store.status()["healthy"] is True
+    shutil.rmtree(config.nodes[(lost + 1) % 3].path)
+    async with opened(config) as one:
+        assert await one.get("a") == random.Random(5).randbytes(2 << 20)
+        assert await one.get("b") == random.Random(6).randbytes(5 << 20)
+
+
+@pytest.mark.parametrize("for_good", [True, False])
+@pytest.mark.parametrize("full", [True, False])
+async def test_the_nth_operation_of_a_node_fails(
+    tmp_path: Path, full: bool, for_good: bool
+) -> None:
+    data = random.Random(7).randbytes(1_500_000)
+    for n in range(1, 40):
+        config = make(tmp_path / f"{n}")
+        acknowledged: list[str] = []
+        with trio.fail_after(30):
+            try:
+                async with opened(config, faults=True) as one:
+                    faulty = one.store.log.members.all[n % 3].node
+                    assert isinstance(faulty, FaultyNode)
+                    faulty.fail_at, faulty.full, faulty.for_good = n, full, for_good
+                    for i in range(4):
+                        await one.put(f"f{i}", data[: 400_000 * i + 10])
+                        await one.store.committer.commit()
+                        acknowledged.append(f"f{i}")
+                        assert await one.get(f"f{i}") == data[: 400_000 * i + 10]
+            except* FusestoreError:
+                pass
+        async with opened(config) as one:
+            for i, name in enumerate(acknowledged):
+                assert await one.get(name) == data[: 400_000 * i + 10], n
+        assert len(acknowledged) == 4
+
+
+async def test_without_enough_nodes_nothing_is_acknowledged(config: StoreConfig) -> None:
+    with pytest.raises(ExceptionGroup) as failed:
+        async with opened(config, faults=True) as one:
+            await one.put("a", b"kept")
+            await one.store.committer.commit()
+            for member in one.store.log.members.all[:2]:
+                assert isinstance(member.node, FaultyNode)
+                member.node.fail_at = 0
+            await one.put("b", b"x" * (2 << 20))
+            for _ in range(2):
+                with pytest.raises(NotDurableError):
+                    await one.store.committer.commit()
+            assert await one.get("a") == b"kept"
+    assert failed.value.subgroup(NotDurableError) is not None
+    async with opened(config) as one:
+        assert await one.get("a") == b"kept"
+
+
+# --- shards that rot ---------------------------------------------------------------
+
+
+def flip(config: StoreConfig, one: Opened, number: int, row: Stripe, index: int, at: int) -> None:
+    """Change one bit of a shard on its node."""
+    place = row.shards[index]
+    member = one.store.log.members.by_id[place.node]
+    path = member.config.path / segment_path(Run.SHARDS, place.segment)
+    with path.open("r+b") as file:
+        file.seek(place.offset + at)
+        byte = file.read(1)[0]
+        file.seek(place.offset + at)
+        file.write(bytes([byte ^ 4]))
+
+
+async def test_rotten_shards_never_show_and_are_healed(config: StoreConfig) -> None:
+    chance = random.Random(8)
+    data = chance.randbytes(4 << 20)
+    async with opened(config) as one:
+        await one.put("f", data)
+    async with opened(config) as one:
+        stripes = [(schema.decode_stripe_key(k), Stripe.decode(v)) for k, v in one.rows(b"S")]
+        for number, row in stripes:
+            flip(config, one, number, row, chance.randrange(2), chance.randrange(row.shard_length))
+        assert await one.get("f") == data
+        assert one.rows(b"M") != []
+        one.store.repairer.wake()
+        await trio.testing.wait_all_tasks_blocked(0.2)
+        assert one.rows(b"M") == []
+        for node in (config.nodes[0], config.nodes[1], config.nodes[2]):
+            done = await one.store.repairer.repair(node.name, lambda m: None, one.files.tree.path)
+            assert done["shards_rebuilt"] == 0
+        assert await one.get("f") == data
+
+
+async def test_different_blocks_of_all_shards_may_rot(config: StoreConfig) -> None:
+    data = random.Random(9).randbytes(1 << 20)
+    async with opened(config) as one:
+        await one.put("f", data)
+    async with opened(config) as one:
+        ((key, value),) = one.rows(b"S")
+        number, row = schema.decode_stripe_key(key), Stripe.decode(value)
+        for index in range(3):
+            flip(config, one, number, row, index, index * 100_000)
+        assert await one.get("f") == data
+
+
+async def test_more_rot_than_the_code_allows_is_an_error_and_no_byte(config: StoreConfig) -> None:
+    async with opened(config) as one:
+        await one.put("f", random.Random(10).randbytes(1 << 20))
+    async with opened(config) as one:
+        ((key, value),) = one.rows(b"S")
+        number, row = schema.decode_stripe_key(key), Stripe.decode(value)
+        for index in range(2):
+            flip(config, one, number, row, index, 5)
+        with pytest.raises(LostError):
+            await one.get("f")
+
+
+# --- snapshots -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("node", range(3))
+async def test_a_snapshot_and_the_commits_after_it_are_the_state(
+    config: StoreConfig, node: int
+) -> None:
+    async with opened(config) as one:
+        for i in range(400):
+            await one.put(f"f{i}", b"%d" % i)
+        await one.store.committer.commit()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.store.snapshotter.take)
+            for i in range(200):
+                if i % 3 == 0:
+                    one.delete(f"f{i}")
+                else:
+                    await one.put(f"f{i}", b"changed %d" % i)
+                await trio.lowlevel.checkpoint()
+        await one.put("last", b"last")
+        await one.store.committer.commit()
+        state = {
+            key: value
+            for key, value in one.store.log.engine.scan(b"A", b"[")
+            if key != schema.LOG_KEY
+        }
+        path = config.nodes[node].path
+        place = Place(config.uuid, config.nodes[node].name, Run.JOURNAL, 0)
+        loaded: dict[bytes, bytes | None] = {}
+        commits: list[tuple[int, dict[bytes, bytes | None]]] = []
+        begin = None
+        for file in sorted((path / "journal").iterdir()):
+            segment = int(file.name.split(".")[0])
+            for _, header, payload in records(replace(place, segment=segment), file.read_bytes()):
+                if header.kind is Kind.SNAPSHOT:
+                    begin = header.number
+                    loaded.update(decode_changes(payload))
+                else:
+                    commits.append((header.number, dict(decode_commit(header, payload).changes)))
+        assert begin is not None
+        for number, changes in sorted(commits):
+            if number > begin:
+                loaded.update(changes)
+        found = {k: v for k, v in loaded.items() if v is not None and k != schema.LOG_KEY}
+        assert found == state
