@@ -38,7 +38,7 @@ from .config import (
     read_identity,
     write_identity,
 )
-from .errors import LostError, NodeError, NodeIdentityError, UsageError
+from .errors import FusestoreError, LostError, NodeError, NodeIdentityError, UsageError
 from .limits import (
     PROBE_SECONDS,
     REPAIR_BATCH,
@@ -101,7 +101,7 @@ class Repairer:
                     if member.state is State.UP:
                         try:
                             await self._heal(member)
-                        except NodeError as error:
+                        except FusestoreError as error:
                             member.fail(error)
             await self.catch_up(None)
             with trio.move_on_after(PROBE_SECONDS):
@@ -145,7 +145,7 @@ class Repairer:
                 await self._all_shards(member, lambda message: None)
             await self._heal(member)
             await self._join(member, lambda message: None)
-        except NodeError as error:
+        except FusestoreError as error:
             wait = min(2 * self._retry_wait.get(member.id, RETRY_SECONDS_MIN), RETRY_SECONDS_MAX)
             self._retry_wait[member.id] = wait
             self._retry_at[member.id] = trio.current_time() + wait
@@ -272,11 +272,18 @@ class Repairer:
                 shards, size = await self._all_shards(member, progress)
                 more = await self._heal(member)
                 await self._join(member, progress)
-            except (NodeError, OSError) as error:
+            except (FusestoreError, OSError) as error:
                 reason = NodeError(f"Repair of node {name} stopped: {error}")
                 member.fail(reason)
                 self._committer.ask()
                 raise reason from error
+            except BaseException:
+                if member.state is State.REBUILDING:
+                    # Who asked went away: a node with only a part of its shards must
+                    # not be taken for one that was merely away.
+                    member.fail(NodeError(f"Repair of node {name} was interrupted."))
+                    self._committer.ask()
+                raise
         lost = set(self._lacks(member))
         paths = sorted({path_of(ino) for number in lost for ino in self._owners(number)})
         return {

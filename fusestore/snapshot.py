@@ -16,7 +16,7 @@ import trio
 
 from . import schema
 from .commit import Committer
-from .errors import NodeError
+from .errors import NodeError, NotDurableError
 from .limits import SNAPSHOT_JOURNAL_BYTES_MIN, SNAPSHOT_PIECE_BYTES, SNAPSHOT_STEP_KEYS
 from .log import Log
 from .nodes.base import Node
@@ -47,7 +47,10 @@ class Snapshotter:
         """Take snapshots until cancelled."""
         while True:
             await self._wake.wait()
-            await self.take()
+            try:
+                await self.take()
+            except NotDurableError as error:
+                log.error("No snapshot: %s", error)
             self._wake = trio.Event()
 
     async def take(self) -> None:

@@ -494,3 +494,31 @@ async def test_a_snapshot_and_the_commits_after_it_are_the_state(
                 loaded.update(changes)
         found = {k: v for k, v in loaded.items() if v is not None and k != schema.LOG_KEY}
         assert found == state
+
+
+async def test_an_interrupted_repair_is_no_repair(config: StoreConfig) -> None:
+    data = random.Random(11).randbytes(20 << 20)
+    async with opened(config) as one:
+        await one.put("f", data)
+        await one.store.committer.commit()
+        shutil.rmtree(config.nodes[0].path)
+        with trio.CancelScope() as scope:
+
+            def first(message: dict[str, object]) -> None:
+                if message["phase"] == "shards" and message["done"]:
+                    scope.cancel()
+
+            await one.store.repairer.repair(REGIONS[0], first, one.files.tree.path)
+        assert scope.cancelled_caught
+        assert one.store.status()["nodes"][0]["state"] == "down"
+        assert one.store.status()["healthy"] is False
+    for _ in range(2):
+        async with opened(config) as one:
+            assert one.store.status()["healthy"] is False or one.rows(b"M") == []
+            with trio.fail_after(20):
+                while not one.store.status()["healthy"]:
+                    one.store.repairer.wake()
+                    await trio.sleep(0.05)
+    shutil.rmtree(config.nodes[1].path)
+    async with opened(config) as one:
+        assert await one.get("f") == data
