@@ -123,8 +123,13 @@ class Committer:
     async def commit_now(self, *, checkpoint: bool = False) -> None:
         """One commit, with the lock held; with the checkpoint of it, if that is asked for.
 
-        NotDurableError when no sufficient set of nodes has flushed it.
+        NotDurableError when no sufficient set of nodes has flushed it.  Once it has
+        begun it is not cancelled: what it took must reach the journals.
         """
+        with trio.CancelScope(shield=True):
+            await self._commit_now(checkpoint)
+
+    async def _commit_now(self, checkpoint: bool) -> None:
         while True:
             if self._log.broken:
                 raise NotDurableError(self._log.broken)
@@ -270,6 +275,7 @@ class Committer:
         self.journal_offset += record_length(len(payload))
         self.journal_bytes += record_length(len(payload))
         async with trio.open_nursery() as nursery:
+            nursery.cancel_scope.shield = True
             for member in self._log.members.writable:
                 nursery.start_soon(self._flush_node, member, offset, header, payload)
         self._rolled.clear()

@@ -75,6 +75,8 @@ TAIL_EXTENTS_MAX = 1024
 TRIM_BATCH = 256
 """Extents that one transaction removes."""
 
+CODES_CACHED_MAX = 10_000
+"""Directories whose code for new files is remembered."""
 STRIPES_CACHED_MAX = 512
 """Decoded rows of stripes that reads keep."""
 

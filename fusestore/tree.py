@@ -26,7 +26,7 @@ from .errors import (
     StaleError,
     TooManyLinksError,
 )
-from .limits import LINKS_MAX, NAME_BYTES_MAX, TARGET_BYTES_MAX
+from .limits import CODES_CACHED_MAX, LINKS_MAX, NAME_BYTES_MAX, TARGET_BYTES_MAX
 from .log import Log, Transaction
 from .schema import ROOT, Inode
 
@@ -106,15 +106,21 @@ class Tree:
 
     def code(self, ino: int) -> Code:
         """The code of a file's new bytes; for a directory, of new files below it."""
-        known = self._codes.get(ino)
-        if known is not None:
-            return known
-        inode = self.inode(ino)
-        if inode.k:
-            return Code(inode.k, inode.m)
-        code = self._log.code if ino == ROOT else self.code(inode.parent)
-        if stat.S_ISDIR(inode.mode):
-            self._codes[ino] = code
+        passed = []
+        while (code := self._codes.get(ino)) is None:
+            inode = self.inode(ino)
+            if stat.S_ISDIR(inode.mode):
+                passed.append(ino)
+            if inode.k:
+                code = Code(inode.k, inode.m)
+                break
+            if ino == ROOT:
+                code = self._log.code
+                break
+            ino = inode.parent
+        if len(self._codes) + len(passed) > CODES_CACHED_MAX:
+            self._codes.clear()
+        self._codes.update(dict.fromkeys(passed, code))
         return code
 
     def set_code(self, ino: int, code: Code | None) -> None:

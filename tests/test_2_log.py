@@ -522,3 +522,38 @@ async def test_an_interrupted_repair_is_no_repair(config: StoreConfig) -> None:
     shutil.rmtree(config.nodes[1].path)
     async with opened(config) as one:
         assert await one.get("f") == data
+
+
+async def test_a_commit_is_not_cancelled_half_way(config: StoreConfig, tmp_path: Path) -> None:
+    async with opened(config) as one:
+        for i in range(30):
+            await one.put(f"f{i}", b"%d" % i * 1000)
+            async with trio.open_nursery() as nursery:
+
+                async def commit() -> None:
+                    async with one.store.committer.lock:
+                        await one.store.committer.commit_now()
+
+                nursery.start_soon(commit)
+                for _ in range(i % 5):
+                    await trio.lowlevel.checkpoint()
+                nursery.cancel_scope.cancel()
+        await one.store.committer.commit()
+        crash = crashed(config, tmp_path / "crash")
+    async with opened(crash) as one:
+        for i in range(30):
+            assert await one.get(f"f{i}") == b"%d" % i * 1000
+        one.check_counters()
+
+
+async def test_a_file_a_thousand_directories_deep(config: StoreConfig) -> None:
+    async with opened(config) as one:
+        tree, place = one.files.tree, int(ROOT)
+        for _ in range(3000):
+            place, _ = tree.make(place, b"d", stat.S_IFDIR | 0o755, 0, 0)
+        ino, inode = tree.make(place, b"f", stat.S_IFREG | 0o644, 0, 0)
+        assert (inode.k, inode.m) == (2, 1)
+        tree.set_code(int(ROOT), Code(1, 2))
+        _, inode = tree.make(place, b"g", stat.S_IFREG | 0o644, 0, 0)
+        assert (inode.k, inode.m) == (1, 2)
+        assert tree.code(ino) == Code(2, 1)

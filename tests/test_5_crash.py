@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -321,6 +324,84 @@ def test_a_crash_without_a_region_loses_nothing_that_was_synced(
     (tmp_path / "away").rename(node)
     store.mount()
     script.check()
+
+
+def heal(store: Store) -> None:
+    """Wait until every node has what it missed."""
+    deadline = time.monotonic() + 60
+    while not (status := store.status())["healthy"]:
+        assert time.monotonic() < deadline, status
+        time.sleep(0.2)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("number", range(4))
+def test_losses_and_crashes_in_a_row_lose_nothing_that_was_synced(
+    store: Store, tmp_path: Path, number: int
+) -> None:
+    """A region goes at any moment, the daemon may be killed, and the region comes back."""
+    randomness = random.Random(number)
+    nodes = {node["name"]: Path(node["path"]) for node in store.status()["nodes"]}
+    away = tmp_path / "away"
+    away.mkdir()
+    for _ in range(8):
+        script = Script(store.mountpoint, randomness)
+        lost, other = randomness.sample(sorted(nodes), 2)
+        loss = threading.Timer(
+            randomness.uniform(0.05, 0.5), nodes[lost].rename, args=(away / lost,)
+        )
+        loss.start()
+        if randomness.random() < 0.6:
+            timer = store.kill_soon(randomness.uniform(0.3, 1.5))
+            script.run(100_000)
+            timer.join()
+            loss.join()
+            store.kill()
+        else:
+            script.run(400)
+            loss.join()
+            store.umount()
+            script.synced = len(script.states) - 1
+        return_ = randomness.choice(["before the mount", "after it", "wiped"])
+        if return_ == "before the mount":
+            (away / lost).rename(nodes[lost])
+        store.mount()
+        reached = script.synced = script.check()
+        if return_ == "after it":
+            store.umount()
+            (away / lost).rename(nodes[lost])
+            store.mount()
+        elif return_ == "wiped":
+            shutil.rmtree(away / lost)
+            store.cli("repair", store.store, lost, "--quiet")
+        heal(store)
+        assert script.check() == reached
+        store.umount()
+        nodes[other].rename(away / other)
+        store.mount()
+        assert script.check() == reached
+        store.umount()
+        (away / other).rename(nodes[other])
+        store.mount()
+        heal(store)
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_status_counts_what_is_there_after_a_crash(store: Store, number: int) -> None:
+    script = Script(store.mountpoint, random.Random(100 + number))
+    timer = store.kill_soon(0.7 + number)
+    script.run(100_000)
+    timer.join()
+    store.kill()
+    store.mount()
+    layouts = [
+        json.loads(os.getxattr(store.mountpoint / name, "user.fusestore.layout"))
+        for name in os.listdir(store.mountpoint)
+    ]
+    status = store.status()
+    assert status["files"] == 1 + len(layouts)  # the root is one
+    assert status["bytes"] == sum(e["length"] for each in layouts for e in each["extents"])
 
 
 # --- mounts ------------------------------------------------------------------

@@ -665,6 +665,10 @@ def test_there_are_no_other_namespaces(shared_mount: Path) -> None:
     for name in ("colour", "other.colour", "system.colour"):
         with refused(errno.EOPNOTSUPP):
             os.setxattr(shared_mount / "file", name, b"1")
+        with refused(errno.EOPNOTSUPP):
+            os.getxattr(shared_mount / "file", name)
+        with refused(errno.EOPNOTSUPP):
+            os.removexattr(shared_mount / "file", name)
 
 
 # --- times -------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""A store takes the space that its code says and little more, and gives it back."""
+"""A store takes the space that its code says and little more, and gives it back.
+
+So does the daemon with memory and file descriptors.
+"""
 
 from __future__ import annotations
 
@@ -163,3 +166,65 @@ def test_an_unlinked_open_file_gives_its_space_back_when_it_is_closed(
     while (taken := used(*regions(store))) >= 64 * MIB:
         assert time.monotonic() - start < 60, f"{taken / MIB:.0f} MiB are still taken"
         time.sleep(0.5)
+
+
+def anonymous_memory(pid: int) -> int:
+    """Bytes of memory that are the process's own."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * KIB
+    raise AssertionError(f"process {pid} has no RssAnon")
+
+
+@pytest.mark.parametrize(
+    "mib", [512, pytest.param(4096, marks=[pytest.mark.long, pytest.mark.timeout(1800)])]
+)
+def test_the_daemon_stays_small_while_much_is_copied(
+    make_store: Callable[..., Store], mib: int
+) -> None:
+    store = make_store()
+    store.mount()
+    pid = store.daemon_pid
+    assert pid is not None
+    block = random.Random(1).randbytes(MIB)
+    buffer = bytearray(MIB)
+    most = 0
+    for number in range(mib // 64):
+        path = store.mountpoint / f"{number}"
+        with path.open("wb", buffering=0) as file:
+            for _ in range(64):
+                file.write(block)
+                most = max(most, anonymous_memory(pid))
+    store.remount()
+    pid = store.daemon_pid
+    assert pid is not None
+    for number in range(mib // 64):
+        with (store.mountpoint / f"{number}").open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                most = max(most, anonymous_memory(pid))
+    assert most < 200 * MIB, f"{most / MIB:.0f} MiB"
+
+
+def test_the_daemon_keeps_no_descriptors_of_what_was_closed(
+    make_store: Callable[..., Store],
+) -> None:
+    store = make_store()
+    store.mount()
+
+    def descriptors() -> int:
+        return len(os.listdir(f"/proc/{store.daemon_pid}/fd"))
+
+    def use_it() -> None:
+        for number in range(200):
+            path = store.mountpoint / f"{number}"
+            path.write_bytes(b"x" * number * 500)
+            path.read_bytes()
+            os.listdir(store.mountpoint)
+            path.unlink()
+        store.status()
+
+    use_it()
+    before = descriptors()
+    for _ in range(3):
+        use_it()
+    assert descriptors() <= before + 3
