@@ -256,6 +256,19 @@ def test_a_region_that_comes_back_is_whole_again(store: Store, away: Away) -> No
     assert read_tree(store.mountpoint) == written
 
 
+@pytest.mark.parametrize("store", ["2+1", "1+2"], indirect=True)
+def test_a_region_that_is_back_counts_at_once_when_another_goes(store: Store, away: Away) -> None:
+    written = write_tree(store.mountpoint)
+    store.umount()
+    away.take(REGIONS[0])
+    store.mount()
+    store.umount()
+    away.bring_back(REGIONS[0])
+    away.take(REGIONS[1])
+    store.mount()
+    assert read_tree(store.mountpoint) == written
+
+
 def test_a_loss_that_is_too_large_is_told_and_nothing_wrong_is_read(
     make_store: Callable[..., Store], tmp_path: Path
 ) -> None:
