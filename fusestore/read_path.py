@@ -132,8 +132,10 @@ class Reader:
         place = row.shards[index]
         member = self._log.members.by_id[place.node]
         node = member.node
-        if not place.written or node is None or member.state is State.DOWN:
+        if not place.written or node is None:
             return None
+        if member.state is State.DOWN and not self._log.broken:
+            return None  # once too few are up, whatever still answers is asked
         data = node.read_now(Run.SHARDS, place.segment, place.offset + low, high - low)
         if data is None:
             try:

@@ -376,6 +376,7 @@ async def test_without_enough_nodes_nothing_is_acknowledged(config: StoreConfig)
     with pytest.raises(ExceptionGroup) as failed:
         async with opened(config, faults=True) as one:
             await one.put("a", b"kept")
+            await one.put("sealed", b"s" * STRIPE_BYTES)
             await one.store.committer.commit()
             for member in one.store.log.members.all[:2]:
                 assert isinstance(member.node, FaultyNode)
@@ -385,6 +386,10 @@ async def test_without_enough_nodes_nothing_is_acknowledged(config: StoreConfig)
                 with pytest.raises(NotDurableError):
                     await one.store.committer.commit()
             assert await one.get("a") == b"kept"
+            for member in one.store.log.members.all[:2]:
+                assert isinstance(member.node, FaultyNode)
+                member.node.fail_at = None  # a full disk, say: it can still be read
+            assert await one.get("sealed") == b"s" * STRIPE_BYTES
     assert failed.value.subgroup(NotDurableError) is not None
     async with opened(config) as one:
         assert await one.get("a") == b"kept"
