@@ -166,8 +166,8 @@ def mkfs(
 def policy() -> None:
     """Choose the code of new files, directory by directory.
 
-    New files and directories take it over from the directory they are made in;
-    files that exist keep theirs.  The same as the attribute user.fusestore.code.
+    A new file has the code of the nearest directory above it that was given one,
+    else the store's; files that exist keep theirs.  The same as the attribute user.fusestore.code.
 
     \b
       fusestore policy set ~/files/archive 6+3
@@ -202,20 +202,15 @@ def policy_set(directory: Path, code: str) -> None:
 @policy.command("get")
 @_DIRECTORY
 def policy_get(directory: Path) -> None:
-    """Print the code of DIRECTORY (or file), or `default`."""
+    """Print the code of new files below DIRECTORY, or of a file."""
     _on_mount(directory)
-    try:
-        click.echo(os.getxattr(directory, CODE_ATTRIBUTE).decode())
-    except OSError as error:
-        if error.errno != errno.ENODATA:
-            raise
-        click.echo("default")
+    click.echo(os.getxattr(directory, CODE_ATTRIBUTE).decode())
 
 
 @policy.command("clear")
 @_DIRECTORY
 def policy_clear(directory: Path) -> None:
-    """Let new files below DIRECTORY have the store's default code again."""
+    """Let new files below DIRECTORY have the code of the directory above it again."""
     _on_mount(directory)
     try:
         os.removexattr(directory, CODE_ATTRIBUTE)

@@ -18,9 +18,9 @@ LAYERS: list[set[str]] = [
     # 3: the file system
     {"tree", "contents", "attributes", "filesystem"},
     # 4: faces
-    {"operations", "mounts", "control_client", "control", "logs", "status_text", "bench"},
+    {"operations", "mounts", "control_client", "control", "logs", "status_text"},
     # 5: assembly
-    {"daemon", "launch", "cli_mount", "cli_store", "cli", "__main__"},
+    {"daemon", "launch", "bench", "cli_mount", "cli_store", "cli", "__main__"},
 ]  # fmt: skip
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 
