@@ -177,7 +177,7 @@ def shard_is_intact(member: Member, row: Stripe, index: int) -> bool:
 
 
 def suspect_shards(state: Log, replayed: Replayed) -> dict[bytes, bytes | None]:
-    """Rows of `missing` for shards of replayed commits that did not reach their node."""
+    """Rows of `missing` for shards of replayed commits that may not have reached their node."""
     rows: dict[bytes, bytes | None] = {}
     for key, value in replayed.doubtful.items():
         if key[:1] != b"S" or value is None:
@@ -185,8 +185,9 @@ def suspect_shards(state: Log, replayed: Replayed) -> dict[bytes, bytes | None]:
         number, row = schema.decode_stripe_key(key), Stripe.decode(value)
         for index, place in enumerate(row.shards):
             member = state.members.by_id.get(place.node)
-            if member is None or member.node is None or not place.written:
+            if member is None or not place.written:
                 continue
-            if not shard_is_intact(member, row, index):
+            # Of a node that is away nobody can tell: it may have flushed nothing of this.
+            if member.node is None or not shard_is_intact(member, row, index):
                 rows[schema.missing_key(place.node, number, index)] = b""
     return rows

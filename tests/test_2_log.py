@@ -562,3 +562,31 @@ async def test_a_file_a_thousand_directories_deep(config: StoreConfig) -> None:
         _, inode = tree.make(place, b"g", stat.S_IFREG | 0o644, 0, 0)
         assert (inode.k, inode.m) == (1, 2)
         assert tree.code(ino) == Code(2, 1)
+
+
+async def test_what_a_node_that_is_away_had_not_flushed_is_rebuilt(
+    config: StoreConfig, tmp_path: Path
+) -> None:
+    data = random.Random(12).randbytes(3 << 20)
+    async with opened(config) as one:
+        await one.put("a", b"a")
+        await one.store.committer.commit()
+        await one.put("f", data)
+        await one.store.committer.commit()
+        crash = crashed(config, tmp_path / "crash")
+    # The crash came before the second node flushed anything of the last commit,
+    # and then the node is away for a while.
+    node = crash.nodes[1].path
+    journal = sorted((node / "journal").iterdir())[-1]
+    journal.write_bytes(journal.read_bytes()[:-64])
+    for segment in (node / "shards").iterdir():
+        segment.unlink()
+    node.rename(tmp_path / "away")
+    async with opened(crash) as one:
+        assert await one.get("f") == data
+    (tmp_path / "away").rename(node)
+    async with opened(crash) as one:
+        assert one.store.status()["healthy"] is True
+    shutil.rmtree(crash.nodes[0].path)
+    async with opened(crash) as one:
+        assert await one.get("f") == data
