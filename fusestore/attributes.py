@@ -83,7 +83,7 @@ class Attributes:
         if len(value) > XATTR_BYTES_MAX:
             raise AttributeTooLargeError(f"A value may have {XATTR_BYTES_MAX} bytes.")
         self._check_namespace(name)
-        with self._log.transaction(grows=len(value)) as txn:
+        with self._log.transaction(grows=len(name) + len(value)) as txn:
             key = schema.xattr_key(ino, name)
             inode = self._inode(ino)
             stored: bytes | None = value

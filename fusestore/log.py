@@ -17,7 +17,7 @@ from . import schema
 from .engine import Engine
 from .erasure import Code
 from .errors import NoSpaceError, ReadOnlyError
-from .limits import METADATA_ROW_BYTES, RESERVE_BYTES
+from .limits import METADATA_ROW_BYTES, METADATA_SHARE, RESERVE_BYTES
 from .members import Members
 from .nodes.base import Space
 from .records import Changes, Place, Run
@@ -174,7 +174,7 @@ class Log:
         if self.broken:
             raise ReadOnlyError(self.broken)
         if grows:
-            self.take_room(self.code.k * (METADATA_ROW_BYTES + grows))
+            self.take_room(max(self.code.k, METADATA_SHARE) * (METADATA_ROW_BYTES + grows))
         return Transaction(self)
 
     def apply(self, changes: Changes) -> None:

@@ -112,7 +112,7 @@ class Repairer:
         """Bring back each node that was away and is there again, if it lacks at most that much."""
         for member in self._log.members.all:
             now = trio.current_time()
-            if member.state is State.UP:
+            if member.state is State.UP or self._log.broken:
                 continue
             if shards_max is None and member.state is State.DOWN:
                 # What has just failed is left alone for a while.
@@ -136,7 +136,7 @@ class Repairer:
                 if quick and not whole:
                     return
                 await self._enter(member, node)
-        except NodeError as error:
+        except FusestoreError as error:
             member.error = str(error)
             return
         log.info("Node %s is there again: it gets what it missed.", member.name)
@@ -285,6 +285,8 @@ class Repairer:
                     self._committer.ask()
                 raise
         lost = set(self._lacks(member))
+        self._retry_wait.pop(member.id, None)
+        self._retry_at.pop(member.id, None)
         paths = sorted({path_of(ino) for number in lost for ino in self._owners(number)})
         return {
             "node": name,

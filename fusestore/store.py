@@ -21,7 +21,7 @@ from .commit import Committer
 from .config import StoreConfig
 from .engine import Engine
 from .erasure import Code
-from .errors import MetadataError, NodeError, ReplayError, UsageError
+from .errors import FusestoreError, MetadataError, NodeError, ReplayError, UsageError
 from .limits import CATCH_UP_SHARDS_MAX
 from .log import Log
 from .members import Member, Members, State
@@ -313,7 +313,7 @@ def _tidy_nodes(store: Store) -> None:
                     node.truncate(Run.SHARDS, segment, node.size(Run.SHARDS, segment))
             for segment in own[-2:]:
                 node.truncate(Run.JOURNAL, segment, node.size(Run.JOURNAL, segment))
-        except NodeError as error:
+        except FusestoreError as error:
             member.fail(error)
     store.committer.journal_segment = max(journals) + 1
 

@@ -590,3 +590,25 @@ async def test_what_a_node_that_is_away_had_not_flushed_is_rebuilt(
     shutil.rmtree(crash.nodes[0].path)
     async with opened(crash) as one:
         assert await one.get("f") == data
+
+
+async def test_a_broken_mount_goes_on_reading_when_its_nodes_return(
+    config: StoreConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(ExceptionGroup):
+        async with opened(config) as one:
+            await one.put("sealed", b"s" * STRIPE_BYTES)
+            await one.store.committer.commit()
+            for node in config.nodes[:2]:
+                node.path.rename(tmp_path / node.name)
+            await one.put("b", b"b")
+            with pytest.raises(NotDurableError):
+                await one.store.committer.commit()
+            for node in config.nodes[:2]:
+                (tmp_path / node.name).rename(node.path)
+            for _ in range(3):
+                await one.store.repairer.catch_up(None)
+                await one.store.repairer.catch_up(64)
+            assert await one.get("sealed") == b"s" * STRIPE_BYTES
+    async with opened(config) as one:
+        assert await one.get("sealed") == b"s" * STRIPE_BYTES
