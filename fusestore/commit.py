@@ -15,6 +15,7 @@ flushed had set aside.  Operations go on meanwhile.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,7 @@ from .limits import (
     JOURNAL_SEGMENT_BYTES,
 )
 from .log import Log
-from .members import Member
+from .members import Member, State
 from .records import (
     HEADER_BYTES,
     Commit,
@@ -46,8 +47,6 @@ from .schema import LogState, NodeRow
 from .write_path import Taken, Writer
 
 log = logging.getLogger(__name__)
-
-CHECKPOINT_RETRY_SECONDS = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -71,12 +70,16 @@ class Committer:
         """Held during a commit; who holds it may change the set of nodes in sync."""
         self._checkpointing = trio.Lock()
         self._checkpointed_at = trio.current_time()
+        self._checkpoint_owed = False
+        """Nothing is acknowledged before the metadata knows which nodes are in sync."""
         self._frozen_at: LogState | None = None
         """The log at the commit up to which changes are set aside, once it is flushed."""
         self._counters = b""
         self.rows: list[NodeRow] = []
         """The nodes as the last commit has them."""
         self._durable_through = 0
+        self.epoch_base: int | None = None
+        """Until an epoch's first commit: the commit past which that one holds every change."""
         self.checkpointed = 0
         """The commit up to which the metadata database is whole."""
         self.journal_segment = 1
@@ -133,8 +136,9 @@ class Committer:
         while True:
             if self._log.broken:
                 raise NotDurableError(self._log.broken)
-            lost = self._note_nodes()
-            checkpoint = checkpoint or lost
+            if self._note_nodes():
+                self._checkpoint_owed = True
+            checkpoint = checkpoint or self._checkpoint_owed
             if checkpoint:
                 await self._checkpoint()  # so that this commit can set its changes aside
             unflushed = self.writer.unflushed
@@ -146,11 +150,11 @@ class Committer:
                         self._frozen_at = self._log.state
             finally:
                 await self.writer.flushed(unflushed)
-            if self._frozen_at is not None:
-                if checkpoint:
-                    await self._checkpoint()
-                else:
-                    self._nursery.start_soon(self._checkpoint)
+            if checkpoint:
+                await self._checkpoint()
+                self._checkpoint_owed = False
+            elif self._frozen_at is not None and not self._checkpointing.locked():
+                self._nursery.start_soon(self._checkpoint_later)
             self._log.refresh_room()
             for callback in self.on_commit:
                 callback()
@@ -159,19 +163,30 @@ class Committer:
 
     def _node_rows(self) -> list[NodeRow]:
         return [
-            NodeRow(m.id, m.name, m.in_sync, 0 if m.in_sync else m.holds)
-            for m in self._log.members.all
+            NodeRow(
+                member.id,
+                member.name,
+                member.config.region,
+                str(member.config.path),
+                member.in_sync,
+                0 if member.in_sync else member.holds,
+            )
+            for member in self._log.members.all
         ]
 
     def _left(self) -> list[Member]:
-        """Nodes that the last commit counts as in sync, and are so no more."""
+        """Nodes that the last commit counts on, and that failed since."""
         before = {row.id for row in self.rows if row.in_sync}
-        return [m for m in self._log.members.all if m.id in before and not m.in_sync]
+        return [
+            member
+            for member in self._log.members.all
+            if (member.id in before and not member.in_sync)
+            or (member.state is State.DOWN and member.unflushed)
+        ]
 
     def _note_nodes(self) -> bool:
         """Put a changed set of nodes, and what lost ones lack, among the changes."""
-        left = self._left()
-        for member in left:
+        for member in self._left():
             for stripe, index in member.unflushed:
                 if self._log.engine.get(schema.stripe_key(stripe)) is not None:
                     self._log.apply({schema.missing_key(member.id, stripe, index): b""})
@@ -238,6 +253,7 @@ class Committer:
             state.state.epoch,
             state.state.checksum,
             self._durable_through,
+            taken.number - 1 if self.epoch_base is None else self.epoch_base,
             bytes.fromhex(state.state.nonce),
             tuple(member.id for member in state.members.in_sync),
             taken.changes,
@@ -263,6 +279,7 @@ class Committer:
             journal_segment=self.journal_segment,
         )
         self._durable_through = commit.number
+        self.epoch_base = None
 
     async def append(self, header: Header, payload: bytes) -> None:
         """Append a record to the journals of all nodes in sync, and flush all nodes.
@@ -313,8 +330,9 @@ class Committer:
                 node.truncate(Run.JOURNAL, segment, size)
         node.flush(Run.SHARDS, dirty)
         for segment in dirty:
-            if member.is_full(segment):
-                node.truncate(Run.SHARDS, segment, member.segments[segment].size)
+            state = member.segments.get(segment)
+            if state is not None and member.is_full(segment):
+                node.truncate(Run.SHARDS, segment, state.size)
         node.check()
 
     def roll_journal(self) -> None:
@@ -326,21 +344,31 @@ class Committer:
 
     # --- checkpoint ----------------------------------------------------------
 
+    async def _checkpoint_later(self) -> None:
+        """A checkpoint that nobody waits for: when it fails, a later commit tries again."""
+        with contextlib.suppress(NotDurableError):
+            await self._checkpoint()
+
     async def _checkpoint(self) -> None:
-        """Write what was set aside, if the commit that set it aside has been flushed."""
+        """Write what was set aside, if the commit that set it aside has been flushed.
+
+        NotDurableError when the metadata cannot be written.  What was set aside is
+        kept; until it could be written, only what takes room away is refused.
+        """
         async with self._checkpointing:
             engine, state = self._log.engine, self._frozen_at
             if state is None:
                 return
-            self._frozen_at = None
             engine.amend({schema.LOG_KEY: state.encode()})
-            while True:
-                try:
-                    await trio.to_thread.run_sync(engine.write)
-                    break
-                except MetadataError as error:
-                    log.error("%s The checkpoint is tried again.", error)
-                    await trio.sleep(CHECKPOINT_RETRY_SECONDS)
+            try:
+                await trio.to_thread.run_sync(engine.write)
+            except MetadataError as error:
+                if not self._log.metadata_error:
+                    log.error("%s The checkpoint will be tried again.", error)
+                self._log.metadata_error = str(error)
+                raise NotDurableError(str(error)) from error
+            self._log.metadata_error = ""
+            self._frozen_at = None
             engine.thaw()
             self._checkpointed_at = trio.current_time()
             self.checkpointed = state.commit

@@ -150,6 +150,8 @@ class Log:
         self.read_only = read_only
         self.broken = ""
         """Why nothing can be committed any more; the mount is read-only then."""
+        self.metadata_error = ""
+        """Why the last checkpoint failed; nothing may grow until one succeeds."""
         self._room = 0
         self.unwritten: Callable[[], int] = lambda: 0
         """Bytes of file data that are not on the nodes yet; the writer tells."""
@@ -209,6 +211,8 @@ class Log:
         What is taken counts until the next commit asks the devices again, with what
         is still in memory taken off.
         """
+        if self.metadata_error:
+            raise NoSpaceError(self.metadata_error)
         if length > self._room:
             self.refresh_room()
             if length > self._room:

@@ -56,6 +56,8 @@ class Member:
     """The shard segment being filled, and where it goes on."""
     offset: int = 0
     segments: dict[int, SegmentState] = field(default_factory=dict)
+    lost_segments: set[int] = field(default_factory=set)
+    """Segments with live shards that are gone from the node."""
     changed: set[int] = field(default_factory=set)
     """Segments whose state differs from the last commit's."""
     dirty: set[int] = field(default_factory=set)
@@ -92,6 +94,11 @@ class Member:
         if state is not None:
             state.live -= record_length(payload_length)
             self.changed.add(segment)
+
+    def note_segments(self, on_disk: Iterable[int]) -> None:
+        """Given the segments that the node has: note those that it lost."""
+        living = {segment for segment, state in self.segments.items() if state.live > 0}
+        self.lost_segments = living.difference(on_disk)
 
     def roll(self) -> None:
         """Go on in a new segment."""

@@ -151,24 +151,35 @@ def checksum(payload: Buffer, length: int) -> int:
 def records(place: Place, data: Buffer) -> Iterator[tuple[int, Header, memoryview]]:
     """(offset, header, payload) of each intact record of a segment, from its start.
 
-    Ends at the first that is not: all that follows a torn record is void.
+    What is torn or rotten is passed over, up to the next header that is one.
     UnknownVersionError is not swallowed: the segment was written by a newer version.
     """
-    view = memoryview(data)
+    raw = bytes(data)
+    view = memoryview(raw)
     offset = 0
-    while offset < len(view):
+    while 0 <= offset < len(raw):
         try:
-            header = Header.decode(bytes(view[offset : offset + HEADER_BYTES]), place.seed(offset))
+            header = Header.decode(raw[offset : offset + HEADER_BYTES], place.seed(offset))
+            start = offset + HEADER_BYTES
+            payload = view[start : start + header.payload_length]
+            if (
+                len(payload) == header.payload_length
+                and checksum(payload, header.payload_length) == header.payload_checksum
+            ):
+                yield offset, header, payload
+                offset += header.record_length
+                continue
         except (TruncatedError, BadMagicError, ChecksumError):
-            return
-        start = offset + HEADER_BYTES
-        payload = view[start : start + header.payload_length]
-        if len(payload) < header.payload_length:
-            return
-        if checksum(payload, header.payload_length) != header.payload_checksum:
-            return
-        yield offset, header, payload
-        offset += header.record_length
+            pass
+        offset = _next_magic(raw, offset + RECORD_ALIGN_BYTES)
+
+
+def _next_magic(data: bytes, start: int) -> int:
+    """The next aligned offset from `start` on at which a record could begin, -1 for none."""
+    found = data.find(MAGIC, start)
+    while found % RECORD_ALIGN_BYTES and found > 0:
+        found = data.find(MAGIC, found + 1)
+    return found
 
 
 # --- the payload of a COMMIT -------------------------------------------------
@@ -176,8 +187,8 @@ def records(place: Place, data: Buffer) -> Iterator[tuple[int, Header, memoryvie
 Changes = Mapping[bytes, bytes | None]
 """Absolute puts (bytes) and deletes (None) by key."""
 
-_COMMIT = struct.Struct("<QQ16sH")
-"""checksum of the previous COMMIT's payload, durable_through, epoch nonce, nodes in sync."""
+_COMMIT = struct.Struct("<QQQ16sH")
+"""checksum of the previous COMMIT's payload, durable_through, base, epoch nonce, nodes in sync."""
 _NODE = struct.Struct("<H")
 _CHANGE = struct.Struct("<HI")
 _DELETE = 0xFFFFFFFF
@@ -191,6 +202,9 @@ class Commit:
     epoch: int
     previous: int
     durable_through: int
+    base: int
+    """The changes are all since this commit: the one before, or for the first commit of
+    an epoch the last checkpoint."""
     nonce: bytes
     in_sync: tuple[int, ...]
     """Ids of the nodes that had to flush this commit."""
@@ -232,7 +246,11 @@ def encode_commit(commit: Commit) -> bytes:
     return b"".join(
         (
             _COMMIT.pack(
-                commit.previous, commit.durable_through, commit.nonce, len(commit.in_sync)
+                commit.previous,
+                commit.durable_through,
+                commit.base,
+                commit.nonce,
+                len(commit.in_sync),
             ),
             *(_NODE.pack(node) for node in commit.in_sync),
             encode_changes(commit.changes),
@@ -245,10 +263,10 @@ def decode_commit(header: Header, payload: Buffer) -> Commit:
     view = memoryview(payload)
     if len(view) < _COMMIT.size:
         raise TruncatedError("A COMMIT record is too short.")
-    previous, durable, nonce, count = _COMMIT.unpack_from(view)
+    previous, durable, base, nonce, count = _COMMIT.unpack_from(view)
     end = _COMMIT.size + count * _NODE.size
     if len(view) < end:
         raise TruncatedError("A COMMIT record is too short.")
     nodes = tuple(n for (n,) in _NODE.iter_unpack(view[_COMMIT.size : end]))
     changes = decode_changes(view[end:])
-    return Commit(header.number, header.epoch, previous, durable, nonce, nodes, changes)
+    return Commit(header.number, header.epoch, previous, durable, base, nonce, nodes, changes)

@@ -39,6 +39,7 @@ from .config import (
     write_identity,
 )
 from .errors import FusestoreError, LostError, NodeError, NodeIdentityError, UsageError
+from .journal import last_commit
 from .limits import (
     PROBE_SECONDS,
     REPAIR_BATCH,
@@ -52,13 +53,15 @@ from .nodes.base import Node
 from .nodes.directory import DirectoryNode
 from .read_path import Reader, verified
 from .records import HEADER_BYTES, Header, Run, payload_checksum, records
-from .replay import last_commit, shard_is_intact
+from .replay import shard_is_intact
 from .schema import ShardPlace, Stripe
 from .write_path import shard_header, write_shard
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[dict[str, Any]], None]
+_Rebuilt = tuple[int, int, Stripe, ShardPlace]
+"""A stripe's number, a shard's index, the stripe as it was read, and the shard's place."""
 
 
 def open_node(config: StoreConfig, node: NodeConfig) -> Node:
@@ -100,9 +103,10 @@ class Repairer:
                 for member in self._log.members.all:
                     if member.state is State.UP:
                         try:
-                            await self._heal(member)
+                            await self._look_after(member)
                         except FusestoreError as error:
                             member.fail(error)
+                            self._committer.ask()
             await self.catch_up(None)
             with trio.move_on_after(PROBE_SECONDS):
                 await self._wake.wait()
@@ -131,8 +135,11 @@ class Repairer:
             whole = True
             if member.state is not State.REBUILDING:
                 node = await trio.to_thread.run_sync(open_node, self._config, member.config)
-                last = await trio.to_thread.run_sync(last_commit, self._log, member.name, node)
-                whole = last >= member.holds
+                last = await trio.to_thread.run_sync(
+                    last_commit, self._log.store, member.name, node
+                )
+                member.note_segments(await trio.to_thread.run_sync(node.segments, Run.SHARDS))
+                whole = last >= member.holds and not member.lost_segments
                 if quick and not whole:
                     return
                 await self._enter(member, node)
@@ -143,6 +150,7 @@ class Repairer:
         try:
             if not whole:
                 await self._all_shards(member, lambda message: None)
+                member.lost_segments.clear()
             await self._heal(member)
             await self._join(member, lambda message: None)
         except FusestoreError as error:
@@ -155,6 +163,15 @@ class Repairer:
             self._retry_wait.pop(member.id, None)
             self._retry_at.pop(member.id, None)
             log.info("Node %s is up and in sync.", member.name)
+
+    async def _look_after(self, member: Member) -> None:
+        """See that a node is still there, and give it what it lacks; FusestoreError."""
+        assert member.node is not None
+        await trio.to_thread.run_sync(member.node.check)
+        if member.lost_segments:
+            await self._all_shards(member, lambda message: None)
+            member.lost_segments.clear()
+        await self._heal(member)
 
     async def _heal(self, member: Member) -> tuple[int, int]:
         """Rebuild what `missing` has of a node; (shards, bytes) rebuilt; NodeError."""
@@ -177,34 +194,41 @@ class Repairer:
 
     async def _rebuild(self, member: Member, wanted: dict[int, list[int]]) -> tuple[int, int]:
         """Rebuild shards by stripe; those that cannot be stay in `missing`; NodeError."""
-        written: list[tuple[int, int, Stripe, ShardPlace]] = []
-        for number, indices in wanted.items():
-            row = self._row(number)
-            if row is None:
-                continue
-            length = row.shard_length
-            try:
-                data = await self._reader.decode(number, row, indices, 0, length)
-            except LostError as error:
-                log.error("%s", error)
-                keys = [schema.missing_key(member.id, number, index) for index in indices]
-                self._log.apply({key: b"" for key in keys if self._log.engine.get(key) is None})
-                continue
-            for index in indices:
-                place = row.shards[index]
-                if not place.written:
-                    place = member.reserve(length)
-                sums = row.checksums[index]
-                header = shard_header(row.code, row.length, number, index, sums)
-                await trio.to_thread.run_sync(
-                    write_shard, self._log, member, place, header, data[index]
-                )
-                written.append((number, index, row, place))
-        return await self._prove(member, written)
+        written: list[_Rebuilt] = []
+        try:
+            for number, indices in wanted.items():
+                row = self._row(number)
+                if row is not None:
+                    await self._rewrite(member, number, row, indices, written)
+            return await self._prove(member, written)
+        except BaseException:
+            for _, index, row, place in written:
+                self._give_back(member, row, index, place)
+            raise
 
-    async def _prove(
-        self, member: Member, written: list[tuple[int, int, Stripe, ShardPlace]]
-    ) -> tuple[int, int]:
+    async def _rewrite(
+        self, member: Member, number: int, row: Stripe, indices: list[int], written: list[_Rebuilt]
+    ) -> None:
+        """Compute shards of a stripe and write them; they do not count yet."""
+        length = row.shard_length
+        try:
+            data = await self._reader.decode(number, row, indices, 0, length)
+        except LostError as error:
+            log.error("%s", error)
+            keys = [schema.missing_key(member.id, number, index) for index in indices]
+            self._log.apply({key: b"" for key in keys if self._log.engine.get(key) is None})
+            return
+        for index in indices:
+            place = row.shards[index]
+            if not place.written:
+                place = member.reserve(length)
+            written.append((number, index, row, place))
+            header = shard_header(row.code, row.length, number, index, row.checksums[index])
+            await trio.to_thread.run_sync(
+                write_shard, self._log, member, place, header, data[index]
+            )
+
+    async def _prove(self, member: Member, written: list[_Rebuilt]) -> tuple[int, int]:
         """Read rebuilt shards back; those that are right count from then on."""
         node = member.node
         assert node is not None
@@ -212,10 +236,13 @@ class Repairer:
             node.flush, Run.SHARDS, sorted({place.segment for *_, place in written})
         )
         for segment in {place.segment for *_, place in written if member.is_full(place.segment)}:
-            end = await trio.to_thread.run_sync(node.size, Run.SHARDS, segment)
-            await trio.to_thread.run_sync(node.truncate, Run.SHARDS, segment, end)
+            # To what is reserved, not to what is there: a seal may still be writing to it.
+            state = member.segments.get(segment)
+            if state is not None:
+                await trio.to_thread.run_sync(node.truncate, Run.SHARDS, segment, state.size)
         shards = size = 0
-        for number, index, row, place in written:
+        while written:
+            number, index, row, place = written[-1]
             data = await trio.to_thread.run_sync(
                 node.read_back,
                 Run.SHARDS,
@@ -233,12 +260,11 @@ class Repairer:
                     f"Node {member.name} gives back other bytes than it was given: "
                     "replace its disk."
                 )
+            written.pop()
             now = self._row(number)
             key = schema.missing_key(member.id, number, index)
-            if now is None:
-                # Freed meanwhile; a place that only this rebuild knew is given back here.
-                if place != row.shards[index]:
-                    member.release(place.segment, row.shard_length)
+            if now is None:  # freed meanwhile
+                self._give_back(member, row, index, place)
                 self._log.apply({key: None})
                 continue
             moved = now.moved(index, place)
@@ -246,6 +272,12 @@ class Repairer:
             self._reader.forget(number)
             shards, size = shards + 1, size + row.shard_length
         return shards, size
+
+    @staticmethod
+    def _give_back(member: Member, row: Stripe, index: int, place: ShardPlace) -> None:
+        """A place that was reserved for a rebuilt shard is not needed."""
+        if place != row.shards[index]:
+            member.release(place.segment, row.shard_length)
 
     def _row(self, number: int) -> Stripe | None:
         value = self._log.engine.get(schema.stripe_key(number))

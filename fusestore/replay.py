@@ -11,17 +11,16 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from . import schema
-from .errors import FormatError, NodeError, ReplayError
+from .errors import NodeError, ReplayError
+from .journal import read_journals
 from .log import Log
 from .members import Member
-from .nodes.base import Node
 from .read_path import verified
-from .records import Commit, Kind, Run, decode_commit, records
+from .records import Commit, Run
 from .schema import LogState, Stripe
 
 log = logging.getLogger(__name__)
@@ -38,105 +37,60 @@ class Replayed:
     commits: int = 0
     durable: int = 0
     """The last commit that every node in sync is known to hold."""
-    dropped: int = 0
-    """Commits that never counted."""
+    dropped: list[int] = field(default_factory=list)
+    """Commits that do not count."""
     in_sync: frozenset[int] = frozenset()
     """Ids of the nodes that the last commit counts as in sync."""
     reached: dict[int, int] = field(default_factory=dict)
     """By node: the last commit of the chain that its journal holds."""
 
 
-def replay(state: Log, start: LogState, in_sync: Sequence[int]) -> Replayed:
-    """Read the journals; blocks; ReplayError when the store must not be mounted so."""
-    found, holders = _read_journals(state, start)
-    durable = max(
-        (commit.durable_through for commits in found.values() for commit, _ in commits), default=0
-    )
+def replay(
+    state: Log, start: LogState, in_sync: Sequence[int], *, accept_loss: bool = False
+) -> Replayed:
+    """Read the journals; blocks; ReplayError when the store must not be mounted so.
+
+    With `accept_loss` what cannot be decided, or is gone, is dropped instead.
+    """
+    nodes = [(member.name, member.node) for member in state.members.all if member.node]
+    journals = read_journals(state.store, nodes, start.journal_segment)
+    for member in state.members.all:
+        error = journals.failed.get(member.name)
+        if error is not None:
+            member.fail(error)
+    durable = journals.durable
     result = Replayed(start, in_sync=frozenset(in_sync))
-    number, previous = start.commit + 1, start.checksum
-    while True:
-        chained = [c for c in found.get(number, []) if c[0].previous == previous]
-        if not chained:
-            break
-        commit, digest = max(chained, key=lambda c: c[0].epoch)
-        if number > durable:
-            if not _counts(state, commit):
+    last, digest = start.commit, start.checksum
+    for entry in journals.chain(start):
+        commit = entry.commit()
+        if commit.number > durable:
+            try:
+                if not _counts(state, commit):
+                    break
+            except ReplayError:
+                if not accept_loss:
+                    raise
                 break
             result.doubtful.update(commit.changes)
         result.changes.update(commit.changes)
         result.in_sync = frozenset(commit.in_sync)
         result.commits += 1
-        previous = digest
-        number += 1
+        last, digest = commit.number, entry.header.payload_checksum
     result.durable = max(durable, start.commit)
-    result.dropped = sum(1 for later in found if later >= number)
-    if durable >= number:
+    result.dropped = sorted(number for number in journals.commits if number > last)
+    if durable > last and not accept_loss:
         raise ReplayError(
-            f"Commit {number} was acknowledged, and no node that is there holds it: bring the "
+            f"Commit {last + 1} was acknowledged, and no node that is there holds it: bring the "
             "missing nodes back, then mount again."
         )
     if result.dropped:
-        log.warning("%d commits that were never acknowledged are dropped.", result.dropped)
+        log.warning("%d commits that were never acknowledged are dropped.", len(result.dropped))
     for member in state.members.all:
-        chain = [n for n in holders.get(member.id, ()) if n < number]
+        chain = [n for n in journals.holders.get(member.name, ()) if n <= last]
         result.reached[member.id] = max(chain, default=0)
-    epoch = max([start.epoch, *(c.epoch for commits in found.values() for c, _ in commits)])
-    result.state = LogState(epoch, start.nonce, number - 1, previous, start.journal_segment)
+    epoch = max(start.epoch, journals.epoch)
+    result.state = LogState(epoch, start.nonce, last, digest, start.journal_segment)
     return result
-
-
-def _read_journals(
-    state: Log, start: LogState
-) -> tuple[dict[int, list[tuple[Commit, int]]], dict[int, set[int]]]:
-    """By number the commits past the checkpoint, with checksums; by node their numbers."""
-    found: dict[int, list[tuple[Commit, int]]] = defaultdict(list)
-    holders: dict[int, set[int]] = defaultdict(set)
-    for member in state.members.all:
-        if member.node is None:
-            continue
-        try:
-            for segment in member.node.segments(Run.JOURNAL):
-                if segment >= start.journal_segment:
-                    _read_segment(state, member, segment, start.commit, found, holders)
-        except NodeError as error:
-            member.fail(error)
-    return found, holders
-
-
-def _read_segment(
-    state: Log,
-    member: Member,
-    segment: int,
-    after: int,
-    found: dict[int, list[tuple[Commit, int]]],
-    holders: dict[int, set[int]],
-) -> None:
-    assert member.node is not None
-    data = member.node.read(Run.JOURNAL, segment, 0, member.node.size(Run.JOURNAL, segment))
-    for _, header, payload in records(state.journal(member.name, segment), data):
-        if header.kind is not Kind.COMMIT:
-            continue
-        holders[member.id].add(header.number)
-        if header.number <= after:
-            continue
-        known = found[header.number]
-        if any(digest == header.payload_checksum for _, digest in known):
-            continue
-        try:
-            known.append((decode_commit(header, payload), header.payload_checksum))
-        except FormatError as error:
-            log.error("Journal segment %d of node %s: %s", segment, member.name, error)
-
-
-def last_commit(state: Log, name: str, node: Node) -> int:
-    """The number of the last commit in a node's journal, 0 for none; blocks; NodeError."""
-    for segment in reversed(node.segments(Run.JOURNAL)):
-        data = node.read(Run.JOURNAL, segment, 0, node.size(Run.JOURNAL, segment))
-        found = records(state.journal(name, segment), data)
-        numbers = [header.number for _, header, _ in found if header.kind is Kind.COMMIT]
-        if numbers:
-            return max(numbers)
-    return 0
 
 
 def _counts(state: Log, commit: Commit) -> bool:

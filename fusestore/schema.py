@@ -469,6 +469,8 @@ class NodeRow:
 
     id: int
     name: str
+    region: str
+    path: str
     in_sync: bool
     holds: int = 0
     """For a node that is not in sync: the last commit that it is known to have flushed."""

@@ -60,7 +60,7 @@ class Snapshotter:
             committer.roll_journal()
             committer.journal_bytes = 0
             first_segment = committer.journal_segment
-            begin = self._log.state.commit
+            begin = self._log.state
         total = pieces = 0
         start: bytes | None = _FIRST
         while start is not None:
@@ -73,11 +73,17 @@ class Snapshotter:
                 len(payload),
                 checksum(payload, len(payload)),
                 self._log.state.epoch,
-                begin,
+                begin.commit,
             )
             async with committer.lock:
                 await committer.append(header, payload)
-        row = {"commit": begin, "segment": first_segment, "pieces": pieces, "bytes": total}
+        row = {
+            "commit": begin.commit,
+            "checksum": begin.checksum,
+            "segment": first_segment,
+            "pieces": pieces,
+            "bytes": total,
+        }
         self._log.apply({schema.SNAPSHOT_KEY: json.dumps(row).encode()})
         self._last_bytes = total
         await committer.commit()

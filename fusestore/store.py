@@ -22,6 +22,7 @@ from .config import StoreConfig
 from .engine import Engine
 from .erasure import Code
 from .errors import FusestoreError, MetadataError, NodeError, ReplayError, UsageError
+from .journal import last_commit
 from .limits import CATCH_UP_SHARDS_MAX
 from .log import Log
 from .members import Member, Members, State
@@ -30,7 +31,7 @@ from .read_path import Reader
 from .reclaim import Reclaimer
 from .records import Run
 from .repair import Repairer, open_node
-from .replay import Replayed, last_commit, replay, suspect_shards
+from .replay import Replayed, replay, suspect_shards
 from .schema import Counters, LogState, NodeRow, SegmentState
 from .snapshot import Snapshotter
 from .write_path import Writer
@@ -138,7 +139,7 @@ async def open_store(config: StoreConfig, *, read_only: bool = False) -> AsyncIt
         rows = _check_format(config, engine)
         members = _open_members(config, rows)
         state = Log(engine, members, config.uuid, config.code, read_only=read_only)
-        start = _load(state)
+        start = _load(state, config)
         in_sync = [row.id for row in rows if row.in_sync]
         replayed = await trio.to_thread.run_sync(replay, state, start, in_sync)
         suspects = await trio.to_thread.run_sync(suspect_shards, state, replayed)
@@ -198,7 +199,7 @@ def _open_members(config: StoreConfig, rows: list[NodeRow]) -> Members:
     return Members(members, config.metadata)
 
 
-def _load(state: Log) -> LogState:
+def _load(state: Log, config: StoreConfig) -> LogState:
     """What the last checkpoint holds; for a new store, what there is at first."""
     engine, members = state.engine, state.members
     log_row = engine.get(schema.LOG_KEY)
@@ -212,9 +213,21 @@ def _load(state: Log) -> LogState:
         if member.node.segments(Run.JOURNAL):
             raise MetadataError(
                 f"Node {member.name} holds a journal, but the metadata is gone: mounting would "
-                "start an empty store; bring the metadata back from a backup."
+                f"start an empty store; run 'fusestore recover {config.store}'."
             )
+    # From here on the metadata says that this is its store: a crash before the first
+    # checkpoint leaves a journal that can be replayed.
+    engine.apply({schema.FORMAT_KEY: _format(config), schema.LOG_KEY: LogState().encode()})
+    engine.freeze()
+    engine.write()
+    engine.thaw()
     return LogState()
+
+
+def _format(config: StoreConfig) -> bytes:
+    """What the metadata says of the store as a whole."""
+    value = {"format": schema.FORMAT, "store": str(config.uuid), "code": str(config.code)}
+    return json.dumps(value).encode()
 
 
 def _apply(state: Log, replayed: Replayed, suspects: dict[bytes, bytes | None]) -> None:
@@ -272,9 +285,9 @@ async def _begin_epoch(store: Store, nursery: trio.Nursery) -> None:
     state, committer = store.log, store.committer
     state.state = replace(state.state, epoch=state.state.epoch + 1, nonce=os.urandom(16).hex())
     await trio.to_thread.run_sync(_tidy_nodes, store)
-    if state.engine.get(schema.FORMAT_KEY) is None:
-        value = {"format": schema.FORMAT, "store": str(store.config.uuid)}
-        state.apply({schema.FORMAT_KEY: json.dumps(value).encode()})
+    committer.epoch_base = committer.checkpointed
+    if state.engine.get(schema.FORMAT_KEY) != _format(store.config):
+        state.apply({schema.FORMAT_KEY: _format(store.config)})
     store.writer.seal_all()
     async with committer.lock:
         await committer.commit_now(checkpoint=True)
@@ -299,8 +312,9 @@ def _tidy_nodes(store: Store) -> None:
                 store.committer.journal_bytes = sum(sizes)
             on_disk = node.segments(Run.SHARDS)
             member.segment = max([0, *member.segments, *on_disk]) + 1
+            member.note_segments(on_disk)
             if member.state is State.BEHIND and (
-                last_commit(store.log, member.name, node) >= member.holds
+                last_commit(store.log.store, member.name, node) >= member.holds
             ):
                 member.state = State.REBUILDING  # what it lacks is in `missing`
             if not member.writable:

@@ -296,13 +296,13 @@ class Writer:
                 member.fail(errors[index])
                 member.release(place.segment, length)
                 place = ShardPlace(member.id, NOT_WRITTEN, 0)
-            elif place.written:
+            elif place.written and member.writable:
                 member.dirty.add(place.segment)
                 member.unflushed.append((stripe.number, index))
-                if not member.writable:
-                    # It failed while this shard was on its way: do not count on the shard.
-                    member.release(place.segment, length)
-                    place = ShardPlace(member.id, NOT_WRITTEN, 0)
+            elif place.written:
+                # It failed while this shard was on its way: do not count on the shard.
+                member.release(place.segment, length)
+                place = ShardPlace(member.id, NOT_WRITTEN, 0)
             places.append(place)
         if sum(place.written for place in places) < stripe.code.k:
             # The bytes stay in memory, where they can be read; nothing is acknowledged.

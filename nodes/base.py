@@ -36,7 +36,7 @@ class Node(Protocol):
     """A place that keeps segments; every method but `read_now` may block."""
 
     def check(self) -> None:
-        """Raise NodeIdentityError unless the node is still there and still itself."""
+        """Raise NodeError unless the node is still there, still itself, and lost nothing in use."""
 
     def segments(self, run: Run) -> list[int]:
         """Numbers of the segments there are, in order."""

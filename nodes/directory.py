@@ -101,6 +101,13 @@ class DirectoryNode:
             ) from error
         if (now.st_dev, now.st_ino) != (self._marker.st_dev, self._marker.st_ino):
             raise NodeIdentityError(f"Node {self._name} at {self.path} was replaced by another.")
+        with self._lock:
+            for (run, segment), opened in self._open.items():
+                if os.fstat(opened.fd).st_nlink == 0:
+                    raise NodeError(
+                        f"Node {self._name} ({self.path}) lost {segment_path(run, segment)}: "
+                        "it was deleted."
+                    )
 
     def segments(self, run: Run) -> list[int]:
         """See Node."""
@@ -207,10 +214,7 @@ class DirectoryNode:
         """See Node."""
         for segment in segments:
             with self._errors(f"flush {segment_path(run, segment)}"):
-                target = self._segment(run, segment)
-                os.fdatasync(target.fd)
-                if os.fstat(target.fd).st_nlink == 0:
-                    raise OSError(errno.ENOENT, "it was deleted")
+                os.fdatasync(self._segment(run, segment).fd)
 
     def truncate(self, run: Run, segment: int, size: int) -> None:
         """See Node."""
@@ -237,10 +241,9 @@ class DirectoryNode:
 
     def delete(self, run: Run, segment: int) -> None:
         """See Node."""
-        with self._errors(f"delete {segment_path(run, segment)}"):
-            with self._lock:
-                self._open.pop((run, segment), None)
+        with self._errors(f"delete {segment_path(run, segment)}"), self._lock:
             (self.path / segment_path(run, segment)).unlink(missing_ok=True)
+            self._open.pop((run, segment), None)
 
     def space(self) -> Space:
         """See Node."""

@@ -8,6 +8,7 @@ flush.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from typing_extensions import Buffer
 
 from fusestore.errors import NodeError, NodeFullError
 from fusestore.nodes.base import Node
-from fusestore.records import Run
+from fusestore.records import HEADER_BYTES, Run
 
 
 class FaultyNode:
@@ -69,6 +70,22 @@ class FaultyNode:
         if self.fail_at is not None and self.for_good and self.operations >= self.fail_at:
             raise self._error()
         self.node.check()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.node, name)
+
+
+class SlowNode:
+    """Passes everything on; a write of a shard elsewhere than at `but` waits for a gate."""
+
+    def __init__(self, node: Any, gate: threading.Event, but: int) -> None:
+        self.node, self.gate, self.but = node, gate, but
+
+    def write(self, run: Run, segment: int, offset: int, buffers: Sequence[Buffer]) -> None:
+        """Write, a shard when the gate is open."""
+        if run is Run.SHARDS and offset + HEADER_BYTES != self.but:
+            self.gate.wait(20)
+        self.node.write(run, segment, offset, buffers)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.node, name)

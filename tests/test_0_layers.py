@@ -13,8 +13,8 @@ LAYERS: list[set[str]] = [
     # 1: storage
     {"toml_files", "config", "mkfs", "nodes", "nodes.base", "nodes.directory", "engine"},
     # 2: the log
-    {"members", "log", "write_path", "read_path", "commit", "replay", "reclaim", "snapshot",
-     "repair", "store"},
+    {"members", "log", "journal", "write_path", "read_path", "commit", "replay", "reclaim",
+     "snapshot", "repair", "store"},
     # 3: the file system
     {"tree", "contents", "attributes", "filesystem"},
     # 4: faces

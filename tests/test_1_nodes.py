@@ -109,11 +109,14 @@ def test_a_node_that_moved_away_is_noticed(node: Node, tmp_path: Path) -> None:
         node.check()
 
 
-def test_a_flush_of_a_deleted_segment_fails(node: Node, tmp_path: Path) -> None:
+def test_a_deleted_segment_is_noticed(node: Node, tmp_path: Path) -> None:
+    node.write(Run.SHARDS, 1, 0, [b"abc"])
+    node.delete(Run.SHARDS, 1)
+    node.check()
     node.write(Run.SHARDS, 1, 0, [b"abc"])
     (tmp_path / "node" / segment_path(Run.SHARDS, 1)).unlink()
     with pytest.raises(NodeError):
-        node.flush(Run.SHARDS, [1])
+        node.check()
 
 
 def test_foreign_files_are_no_segments(node: Node, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import shutil
 import stat
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -17,19 +18,29 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from faults import FaultyNode
+from faults import FaultyNode, SlowNode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusestore import schema
+from fusestore.commit import Committer
 from fusestore.config import StoreConfig, load
+from fusestore.engine import Engine
 from fusestore.erasure import Code
-from fusestore.errors import FusestoreError, LostError, NotDurableError
+from fusestore.errors import (
+    FusestoreError,
+    LostError,
+    MetadataError,
+    NodeError,
+    NoSpaceError,
+    NotDurableError,
+)
 from fusestore.filesystem import FileSystem
 from fusestore.limits import STRIPE_BYTES, TAIL_BYTES_MAX
 from fusestore.mkfs import make_store
 from fusestore.nodes.directory import segment_path
 from fusestore.records import Kind, Place, Run, decode_changes, decode_commit, records
+from fusestore.repair import open_node
 from fusestore.schema import ROOT, Inode, Stripe
 from fusestore.store import Store, open_store
 
@@ -612,3 +623,185 @@ async def test_a_broken_mount_goes_on_reading_when_its_nodes_return(
             assert await one.get("sealed") == b"s" * STRIPE_BYTES
     async with opened(config) as one:
         assert await one.get("sealed") == b"s" * STRIPE_BYTES
+
+
+# --- nodes that fail twice, and crashes at the very beginning ---------------------------
+
+
+async def loses_a_region(config: StoreConfig, region: int, files: dict[str, bytes]) -> None:
+    """Without a region, all files read right."""
+    shutil.rmtree(config.nodes[region].path)
+    async with opened(config) as one:
+        for name, data in files.items():
+            assert await one.get(name) == data
+
+
+async def test_a_node_that_fails_while_it_comes_back_is_owed_all_again(
+    config: StoreConfig,
+) -> None:
+    files = {name: random.Random(name).randbytes(2 << 20) for name in ("a", "b", "c")}
+    async with opened(config, faults=True) as one:
+        member = one.store.log.members.all[0]
+        await one.put("a", files["a"])
+        await one.store.committer.commit()
+        member.fail(NodeError("It failed."))
+        await one.put("b", files["b"])
+        await one.store.committer.commit()
+        # It comes back, is given shards, and fails again before they are flushed.
+        faulty = FaultyNode(open_node(config, config.nodes[0]))
+        async with one.store.repairer._busy:
+            await one.store.repairer._enter(member, faulty)
+            await one.put("c", files["c"])
+            await trio.testing.wait_all_tasks_blocked(0.1)
+            faulty.fail_at = 0
+            await one.store.committer.commit()
+            assert str(member.state) == "down"
+            assert len(one.rows(b"M")) == 4
+        for segment in member.dirty | {member.segment}:
+            (config.nodes[0].path / segment_path(Run.SHARDS, segment)).unlink(missing_ok=True)
+    async with opened(config) as one:
+        with trio.fail_after(20):
+            while not one.store.status()["healthy"]:
+                one.store.repairer.wake()
+                await trio.sleep(0.05)
+    await loses_a_region(config, 1, files)
+
+
+async def test_repair_sees_segments_that_were_deleted_under_it(config: StoreConfig) -> None:
+    data = random.Random(20).randbytes(5 << 20)
+    async with opened(config) as one:
+        await one.put("f", data)
+        await one.store.committer.commit()
+        for segment in (config.nodes[0].path / "shards").iterdir():
+            segment.unlink()
+        done = await one.store.repairer.repair(REGIONS[0], lambda m: None, one.files.tree.path)
+        assert done["shards_rebuilt"] == 5
+    await loses_a_region(config, 1, {"f": data})
+
+
+@pytest.mark.parametrize("mounted", [False, True])
+async def test_lost_segments_are_rebuilt_without_being_asked(
+    config: StoreConfig, mounted: bool
+) -> None:
+    data = random.Random(21).randbytes(5 << 20)
+    async with opened(config) as one:
+        await one.put("f", data)
+        await one.store.committer.commit()
+        if mounted:
+            for segment in (config.nodes[0].path / "shards").iterdir():
+                segment.unlink()
+            await one.put("g", data)
+            await one.store.committer.commit()
+    if not mounted:
+        for segment in (config.nodes[0].path / "shards").iterdir():
+            segment.unlink()
+    async with opened(config) as one:
+        with trio.fail_after(20):
+            while not one.store.status()["healthy"] or one.store.log.members.all[0].lost_segments:
+                one.store.repairer.wake()
+                await trio.sleep(0.05)
+    await loses_a_region(config, 1, {"f": data})
+
+
+async def test_a_rebuild_that_fails_keeps_no_room(config: StoreConfig) -> None:
+    path = config.nodes[0].path
+    async with opened(config, faults=True) as one:
+        member = one.store.log.members.all[0]
+        member.fail(NodeError("It failed."))
+        await one.put("f", random.Random(22).randbytes(5 << 20))
+        await one.store.committer.commit()
+        faulty = FaultyNode(open_node(config, config.nodes[0]))
+        async with one.store.repairer._busy:
+            await one.store.repairer._enter(member, faulty)
+            faulty.fail_at, faulty.for_good = faulty.operations + 3, False
+            with pytest.raises(NodeError):
+                await one.store.repairer._heal(member)
+            faulty.fail_at = None
+            await one.store.repairer._heal(member)
+            await one.store.repairer._join(member, lambda m: None)
+        assert one.store.status()["healthy"] is True
+        one.delete("f")
+        with trio.fail_after(20):
+            while list((path / "shards").iterdir()):
+                async with one.store.committer.lock:
+                    await one.store.committer.commit_now(checkpoint=True)
+                await trio.sleep(0.05)
+
+
+async def test_a_crash_during_the_first_mount_is_a_crash(
+    config: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies: list[StoreConfig] = []
+    checkpoint = Committer._checkpoint
+
+    async def copy_first(self: Committer) -> None:
+        copies.append(crashed(config, tmp_path / f"copy{len(copies)}"))
+        await checkpoint(self)
+        copies.append(crashed(config, tmp_path / f"copy{len(copies)}"))
+
+    monkeypatch.setattr(Committer, "_checkpoint", copy_first)
+    async with opened(config):
+        pass
+    monkeypatch.setattr(Committer, "_checkpoint", checkpoint)
+    assert any((copy.nodes[0].path / "journal").iterdir() for copy in copies)
+    for copy in copies:
+        async with opened(copy) as one:
+            await one.put("f", b"bytes")
+        async with opened(copy) as one:
+            assert await one.get("f") == b"bytes"
+
+
+async def test_a_shard_on_its_way_is_not_cut_off(config: StoreConfig) -> None:
+    """A rebuild ends in a full segment that a seal still writes its last shard to."""
+    files = {name: random.Random(name).randbytes(1 << 20) for name in ("a", "b")}
+    async with opened(config) as one:
+        await one.put("a", files["a"])
+        await one.store.committer.commit()
+        member = one.store.log.members.all[0]
+        ((key, value),) = one.rows(b"S")
+        number, row = schema.decode_stripe_key(key), Stripe.decode(value)
+        index = next(i for i, place in enumerate(row.shards) if place.node == member.id)
+        gate = threading.Event()
+        slow = SlowNode(member.node, gate, row.shards[index].offset)
+        member.node = slow
+        one.store.log.apply({schema.missing_key(member.id, number, index): b""})
+        await one.put("b", files["b"])
+        member.roll()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.store.repairer._heal, member)
+            await trio.testing.wait_all_tasks_blocked(0.2)
+            gate.set()
+        await one.store.committer.commit()
+        assert one.rows(b"M") == []
+    await loses_a_region(config, 1, files)
+
+
+async def test_a_full_metadata_disk_hangs_no_sync(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Engine.write
+
+    def full(self: Engine) -> None:
+        raise MetadataError("The metadata's disk is full.")
+
+    async with opened(config) as one:
+        await one.put("a", b"a")
+        await one.store.committer.commit()
+        monkeypatch.setattr(Engine, "write", full)
+        with trio.fail_after(20):
+            one.store.log.members.all[0].fail(NodeError("It failed."))
+            await one.put("b", b"b")
+            for _ in range(2):  # the loss of the node cannot be noted: no success
+                with pytest.raises(NotDurableError):
+                    await one.store.committer.commit()
+            with pytest.raises(NoSpaceError):
+                await one.put("c", b"c")
+            one.delete("a")
+            monkeypatch.setattr(Engine, "write", write)
+            await one.store.committer.commit()
+            await one.put("c", b"c")
+            await one.store.committer.commit()
+    async with opened(config) as one:
+        assert await one.get("b") == b"b"
+        assert await one.get("c") == b"c"
+        assert one.files.tree.lookup(ROOT, b"a") is None

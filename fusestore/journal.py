@@ -1,0 +1,202 @@
+"""What the journals of the nodes hold: an index of their records, and the chain of commits.
+
+Each node has all commits, so what is rotten on one is read from another.  Only
+the index is kept in memory; a commit's changes are read when it is its turn.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+from . import schema
+from .errors import FormatError, NodeError, ReplayError
+from .nodes.base import Node
+from .records import (
+    HEADER_BYTES,
+    Changes,
+    Commit,
+    Header,
+    Kind,
+    Place,
+    Run,
+    decode_changes,
+    decode_commit,
+    records,
+)
+from .records import checksum as checksum_of
+from .schema import LogState
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A record, and the nodes that hold it intact."""
+
+    header: Header
+    places: list[tuple[Node, int, int]] = field(default_factory=list)
+    """(node, segment, offset of the payload)."""
+    previous: int = 0
+    durable_through: int = 0
+    base: int = 0
+    in_sync: tuple[int, ...] = ()
+    nonce: bytes = b""
+    snapshot: dict[str, Any] | None = None
+    """The row of a finished snapshot, if the commit names one."""
+
+    @property
+    def number(self) -> int:
+        """The commit's number; for a piece of a snapshot that of the commit it began at."""
+        return self.header.number
+
+    @property
+    def segment(self) -> int:
+        """The journal segment that it lies in; the same on every node."""
+        return self.places[0][1]
+
+    def payload(self) -> bytes:
+        """Its payload, from whichever node still has it; ReplayError."""
+        for node, segment, offset in self.places:
+            try:
+                data = node.read(Run.JOURNAL, segment, offset, self.header.payload_length)
+            except NodeError as error:
+                log.warning("%s", error)
+                continue
+            if checksum_of(data, len(data)) == self.header.payload_checksum:
+                return data
+        raise ReplayError(f"Record {self.number} of the journal cannot be read any more.")
+
+    def commit(self) -> Commit:
+        """The commit that it holds; ReplayError."""
+        return decode_commit(self.header, self.payload())
+
+    def piece(self) -> Changes:
+        """The rows of a piece of a snapshot; ReplayError."""
+        return decode_changes(self.payload())
+
+
+@dataclass(slots=True)
+class Journals:
+    """The records of all journals, from some segment on."""
+
+    commits: dict[int, list[Entry]] = field(default_factory=lambda: defaultdict(list))
+    """By number; commits of one number differ in their epoch."""
+    pieces: dict[tuple[int, int, int], Entry] = field(default_factory=dict)
+    """Of snapshots, by segment, offset and checksum."""
+    holders: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+    """By node's name: the numbers of the commits that it holds."""
+    failed: dict[str, NodeError] = field(default_factory=dict)
+    """Nodes whose journal could not be read."""
+    size: int = 0
+    """Bytes read."""
+
+    @property
+    def durable(self) -> int:
+        """The last commit that was acknowledged for certain; 0 for none."""
+        return max((e.durable_through for e in self._entries()), default=0)
+
+    @property
+    def epoch(self) -> int:
+        """The latest epoch of any record."""
+        return max((e.header.epoch for e in self._entries()), default=0)
+
+    def _entries(self) -> Iterator[Entry]:
+        for entries in self.commits.values():
+            yield from entries
+
+    def chain(self, start: LogState) -> Iterator[Entry]:
+        """The commits that follow the one at `start`, each built on the one before.
+
+        The first commit of an epoch repeats what its mount replayed, so it also
+        follows when the ones right before it are missing.
+        """
+        number, digest, epoch = start.commit, start.checksum, start.epoch
+        while True:
+            entry = self._successor(number, digest, epoch)
+            if entry is None:
+                return
+            number, digest = entry.number, entry.header.payload_checksum
+            epoch = entry.header.epoch
+            yield entry
+
+    def _successor(self, number: int, digest: int, epoch: int) -> Entry | None:
+        chained = [e for e in self.commits.get(number + 1, ()) if e.previous == digest]
+        if not chained:
+            chained = [
+                entry
+                for entry in self._entries()
+                if entry.base <= number < entry.number - 1 and entry.header.epoch > epoch
+            ]
+        return max(chained, key=lambda entry: entry.header.epoch, default=None)
+
+
+def read_journals(store: UUID, nodes: Iterable[tuple[str, Node]], first: int) -> Journals:
+    """Index the journals of these nodes (by name) from segment `first` on; blocks."""
+    found = Journals()
+    for name, node in nodes:
+        try:
+            for segment in node.segments(Run.JOURNAL):
+                if segment >= first:
+                    _read_segment(found, Place(store, name, Run.JOURNAL, segment), node)
+        except NodeError as error:
+            found.failed[name] = error
+    return found
+
+
+def _read_segment(found: Journals, place: Place, node: Node) -> None:
+    segment = place.segment
+    data = node.read(Run.JOURNAL, segment, 0, node.size(Run.JOURNAL, segment))
+    found.size += len(data)
+    for offset, header, payload in records(place, data):
+        entry: Entry | None
+        if header.kind is Kind.COMMIT:
+            same = found.commits[header.number]
+            found.holders[place.node].add(header.number)
+            entry = next((e for e in same if e.header == header), None)
+            if entry is None:
+                entry = _commit_entry(header, payload)
+                if entry is None:
+                    continue
+                same.append(entry)
+        elif header.kind is Kind.SNAPSHOT:
+            key = (segment, offset, header.payload_checksum)
+            entry = found.pieces.setdefault(key, Entry(header))
+        else:
+            continue
+        entry.places.append((node, segment, offset + HEADER_BYTES))
+
+
+def _commit_entry(header: Header, payload: memoryview) -> Entry | None:
+    try:
+        commit = decode_commit(header, payload)
+    except FormatError as error:
+        log.error("Commit %d: %s", header.number, error)
+        return None
+    row = commit.changes.get(schema.SNAPSHOT_KEY)
+    return Entry(
+        header,
+        [],
+        commit.previous,
+        commit.durable_through,
+        commit.base,
+        commit.in_sync,
+        commit.nonce,
+        json.loads(row) if row else None,
+    )
+
+
+def last_commit(store: UUID, name: str, node: Node) -> int:
+    """The number of the last commit in a node's journal, 0 for none; blocks; NodeError."""
+    for segment in reversed(node.segments(Run.JOURNAL)):
+        data = node.read(Run.JOURNAL, segment, 0, node.size(Run.JOURNAL, segment))
+        found = records(Place(store, name, Run.JOURNAL, segment), data)
+        numbers = [header.number for _, header, _ in found if header.kind is Kind.COMMIT]
+        if numbers:
+            return max(numbers)
+    return 0
