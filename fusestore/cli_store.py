@@ -44,17 +44,18 @@ def _ask(
 
 
 @contextmanager
-def _answering(as_json: bool, **failed: Any) -> Iterator[None]:
+def answering(as_json: bool, **failed: Any) -> Iterator[None]:
     """Let an error of the body be JSON on standard output too, if it is asked for."""
     try:
         yield
     except Exception as error:
         if as_json and not isinstance(error, click.exceptions.Exit):
-            _print_json({**failed, "error": str(error) or type(error).__name__})
+            print_json({**failed, "error": str(error) or type(error).__name__})
         raise
 
 
-def _print_json(value: Message) -> None:
+def print_json(value: Message) -> None:
+    """Print the one JSON object that a command was asked for."""
     click.echo(json.dumps(value, indent=2))
 
 
@@ -74,7 +75,7 @@ def status(context: click.Context, store: Path, as_json: bool) -> None:
       fusestore status ~/store
       fusestore status ~/store --json | jq .nodes
     """
-    with _answering(as_json, healthy=False):
+    with answering(as_json, healthy=False):
         from .config import load
 
         config = load(store)
@@ -82,7 +83,7 @@ def status(context: click.Context, store: Path, as_json: bool) -> None:
         seen = _circumstances(config, pid)
         result |= {key: value for key, value in seen.items() if result.get(key) is None}
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         from .status_text import status_lines
 
@@ -113,7 +114,7 @@ def _circumstances(config: StoreConfig, pid: int | None) -> Message:
 # --- repair ------------------------------------------------------------------
 
 
-class _Bar:
+class Bar:
     """A progress bar on standard error, if that is a terminal."""
 
     def __init__(self, quiet: bool) -> None:
@@ -171,9 +172,9 @@ def repair(context: click.Context, store: Path, node: str, quiet: bool, as_json:
     """
     from .config import load
 
-    bar = _Bar(quiet)
+    bar = Bar(quiet)
     try:
-        with _answering(as_json):
+        with answering(as_json):
             config = load(store)
             config.node(node)
             _, result = _ask(config, "repair", {"node": node}, bar.show)
@@ -181,7 +182,7 @@ def repair(context: click.Context, store: Path, node: str, quiet: bool, as_json:
         bar.close()
     lost = result["unrepairable"]
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         from .status_text import repair_line
 
@@ -209,10 +210,10 @@ def inspect(path: Path, as_json: bool) -> None:
       fusestore inspect ~/files/letter.txt
       getfattr -n user.fusestore.layout --only-values ~/files/letter.txt
     """
-    with _answering(as_json):
+    with answering(as_json):
         layout = _layout(path)
     if as_json:
-        _print_json(layout)
+        print_json(layout)
     else:
         from .status_text import layout_lines
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import trio
 
 from . import __version__
-from .config import LOCK_NAME, SOCKET_NAME, StoreConfig
+from .config import LOCK_NAME, SOCKET_NAME
 from .control_client import (
     ALIVE_SECONDS,
     ANSWER_BYTES_MAX,
@@ -53,9 +53,9 @@ Progress is told without an await, on the event loop; a slow client gets only th
 
 
 @contextmanager
-def lock_store(config: StoreConfig) -> Iterator[None]:
+def lock_store(store: Path) -> Iterator[None]:
     """Hold the store alone; StoreBusyError, with the other's number, when it is in use."""
-    file = config.store / LOCK_NAME
+    file = store / LOCK_NAME
     try:
         fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -64,9 +64,9 @@ def lock_store(config: StoreConfig) -> Iterator[None]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = lock_holder(config.store)
+            holder = lock_holder(store)
             who = f"process {holder}" if holder else "another process"
-            raise StoreBusyError(f"{config.store} is in use by {who}.") from None
+            raise StoreBusyError(f"{store} is in use by {who}.") from None
         os.truncate(fd, 0)
         os.write(fd, b"%d\n" % os.getpid())
         try:

@@ -41,7 +41,7 @@ async def serve(
 
     Calls `on_ready` with warnings once the mount answers.  FusestoreError.
     """
-    with lock_store(config):
+    with lock_store(config.store):
         try:
             await _Daemon(config, mountpoint, options).run(on_ready)
         except ExceptionGroup as group:
@@ -52,7 +52,7 @@ async def offline(
     config: StoreConfig, command: str, arguments: dict[str, Any], progress: Progress
 ) -> dict[str, Any]:
     """Do a control command on a store that is not mounted; FusestoreError."""
-    with lock_store(config):
+    with lock_store(config.store):
         try:
             read_only = command == "status"
             if read_only and not (config.metadata / "data.mdb").exists():

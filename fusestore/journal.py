@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -96,6 +96,13 @@ class Journals:
     size: int = 0
     """Bytes read."""
 
+    def forget_before(self, epoch: int) -> None:
+        """Leave out the commits of earlier epochs."""
+        for number, entries in list(self.commits.items()):
+            entries[:] = [entry for entry in entries if entry.header.epoch >= epoch]
+            if not entries:
+                del self.commits[number]
+
     @property
     def durable(self) -> int:
         """The last commit that was acknowledged for certain; 0 for none."""
@@ -126,7 +133,8 @@ class Journals:
             yield entry
 
     def _successor(self, number: int, digest: int, epoch: int) -> Entry | None:
-        chained = [e for e in self.commits.get(number + 1, ()) if e.previous == digest]
+        after = self.commits.get(number + 1, ())
+        chained = [e for e in after if e.previous == digest and e.header.epoch >= epoch]
         if not chained:
             chained = [
                 entry
@@ -136,7 +144,12 @@ class Journals:
         return max(chained, key=lambda entry: entry.header.epoch, default=None)
 
 
-def read_journals(store: UUID, nodes: Iterable[tuple[str, Node]], first: int) -> Journals:
+def read_journals(
+    store: UUID,
+    nodes: Iterable[tuple[str, Node]],
+    first: int = 0,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Journals:
     """Index the journals of these nodes (by name) from segment `first` on; blocks."""
     found = Journals()
     for name, node in nodes:
@@ -144,6 +157,7 @@ def read_journals(store: UUID, nodes: Iterable[tuple[str, Node]], first: int) ->
             for segment in node.segments(Run.JOURNAL):
                 if segment >= first:
                     _read_segment(found, Place(store, name, Run.JOURNAL, segment), node)
+                    progress(found.size)
         except NodeError as error:
             found.failed[name] = error
     return found

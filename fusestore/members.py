@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from .config import NodeConfig
+from .config import NodeConfig, StoreConfig, read_identity
 from .erasure import Code
-from .errors import NodeError
+from .errors import NodeError, NodeIdentityError
 from .limits import METADATA_SHARE, RESERVE_BYTES, SHARD_SEGMENT_BYTES
 from .nodes.base import Node, Space
+from .nodes.directory import DirectoryNode
 from .placement import place, turns
 from .records import HEADER_BYTES, record_length
-from .schema import SegmentState, ShardPlace
+from .schema import NodeRow, SegmentState, ShardPlace
 
 log = logging.getLogger(__name__)
 
@@ -146,8 +147,13 @@ class Members:
 
     def can_store(self, code: Code) -> bool:
         """Whether every stripe of this code would get at least k shards, and commits a node."""
-        return bool(self.in_sync) and all(
-            sum(member.writable for member in self.place(code, turn)) >= code.k
+        writable = {member.id for member in self.writable}
+        return bool(self.in_sync) and self.could_store(code, writable)
+
+    def could_store(self, code: Code, ids: Collection[int]) -> bool:
+        """Whether these nodes alone would get at least k shards of every stripe of this code."""
+        return all(
+            sum(member.id in ids for member in self.place(code, turn)) >= code.k
             for turn in range(turns(self.regions))
         )
 
@@ -180,3 +186,35 @@ class Members:
         except OSError as error:
             log.error("The metadata's free space cannot be told: %s.", error.strerror)
         return min(totals, default=0), min(frees, default=0)
+
+
+def open_node(config: StoreConfig, node: NodeConfig, *, read_only: bool = False) -> Node:
+    """Open a node of the configuration; NodeError when it is not there or not itself."""
+    identity = read_identity(node.path)
+    if (identity.store, identity.node) != (config.uuid, node.name):
+        raise NodeIdentityError(
+            f"{node.path} belongs to node {identity.node} of store {identity.store}, "
+            f"not to node {node.name} of {config.store}."
+        )
+    return DirectoryNode(node.path, identity, read_only=read_only)
+
+
+def open_members(
+    config: StoreConfig, rows: Sequence[NodeRow], *, read_only: bool = False
+) -> Members:
+    """The nodes of a store, those that are there opened; `rows` are those that the log knows."""
+    known = {row.name: row.id for row in rows}
+    spare = max(known.values(), default=0)
+    members = []
+    for node in config.nodes:
+        if node.name not in known:
+            spare += 1
+            known[node.name] = spare
+        member = Member(known[node.name], node)
+        try:
+            member.node = open_node(config, node, read_only=read_only)
+            member.state = State.BEHIND
+        except NodeError as error:
+            member.error = str(error)
+        members.append(member)
+    return Members(members, config.metadata)

@@ -51,6 +51,17 @@ class Reader:
         for key, value in engine.scan(low, high):
             yield Extent.decode(key, value).part(start, end)
 
+    def owners(self, number: int) -> set[int]:
+        """Inodes of the files that have bytes in a stripe."""
+        prefix = schema.owners_key(number, 0)[:9]
+        found = set()
+        for _, packed in self._log.engine.scan(prefix, schema.after(prefix)):
+            for ino, offset, length, _ in schema.OWNER.iter_unpack(packed):
+                extents = self.extents(ino, offset, offset + length)
+                if any(extent.stripe == number for extent in extents):
+                    found.add(ino)
+        return found
+
     async def read(self, ino: int, start: int, end: int) -> bytes | bytearray | memoryview:
         """The file's bytes start <= i < end; holes are zeros; LostError."""
         if end <= start:

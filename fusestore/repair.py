@@ -32,10 +32,8 @@ from .commit import Committer
 from .config import (
     IDENTITY_NAME,
     IDENTITY_VERSION,
-    NodeConfig,
     NodeIdentity,
     StoreConfig,
-    read_identity,
     write_identity,
 )
 from .errors import FusestoreError, LostError, NodeError, NodeIdentityError, UsageError
@@ -48,9 +46,8 @@ from .limits import (
     RETRY_SECONDS_MIN,
 )
 from .log import Log
-from .members import Member, State
+from .members import Member, State, open_node
 from .nodes.base import Node
-from .nodes.directory import DirectoryNode
 from .read_path import Reader, verified
 from .records import HEADER_BYTES, Header, Run, payload_checksum, records
 from .replay import shard_is_intact
@@ -62,17 +59,6 @@ log = logging.getLogger(__name__)
 Progress = Callable[[dict[str, Any]], None]
 _Rebuilt = tuple[int, int, Stripe, ShardPlace]
 """A stripe's number, a shard's index, the stripe as it was read, and the shard's place."""
-
-
-def open_node(config: StoreConfig, node: NodeConfig) -> Node:
-    """Open a node of the configuration; NodeError when it is not there or not itself."""
-    identity = read_identity(node.path)
-    if (identity.store, identity.node) != (config.uuid, node.name):
-        raise NodeIdentityError(
-            f"{node.path} belongs to node {identity.node} of store {identity.store}, "
-            f"not to node {node.name} of {config.store}."
-        )
-    return DirectoryNode(node.path, identity)
 
 
 class Repairer:
@@ -319,7 +305,7 @@ class Repairer:
         lost = set(self._lacks(member))
         self._retry_wait.pop(member.id, None)
         self._retry_at.pop(member.id, None)
-        paths = sorted({path_of(ino) for number in lost for ino in self._owners(number)})
+        paths = sorted({path_of(ino) for number in lost for ino in self._reader.owners(number)})
         return {
             "node": name,
             "shards_rebuilt": shards + more[0],
@@ -334,17 +320,6 @@ class Repairer:
         prefix = schema.missing_prefix(member.id)
         for key, _ in self._log.engine.scan(prefix, schema.after(prefix)):
             yield schema.decode_missing_key(key)[1]
-
-    def _owners(self, number: int) -> set[int]:
-        """Inodes of the files that have bytes in a stripe."""
-        prefix = schema.owners_key(number, 0)[:9]
-        found = set()
-        for _, packed in self._log.engine.scan(prefix, schema.after(prefix)):
-            for ino, offset, length, _ in schema.OWNER.iter_unpack(packed):
-                extents = self._reader.extents(ino, offset, offset + length)
-                if any(extent.stripe == number for extent in extents):
-                    found.add(ino)
-        return found
 
     def _total(self, member: Member) -> int:
         """About how many bytes the node holds when it is whole."""

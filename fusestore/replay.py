@@ -58,6 +58,7 @@ def replay(
         error = journals.failed.get(member.name)
         if error is not None:
             member.fail(error)
+    journals.forget_before(start.epoch)
     durable = journals.durable
     result = Replayed(start, in_sync=frozenset(in_sync))
     last, digest = start.commit, start.checksum

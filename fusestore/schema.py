@@ -119,6 +119,11 @@ def name_key(parent: int, name: bytes) -> bytes:
     return b"N" + _Q.pack(parent) + name
 
 
+def decode_name_key(key: bytes) -> tuple[int, bytes]:
+    """(parent, name)."""
+    return _Q.unpack_from(key, 1)[0], key[9:]
+
+
 def name_value(ino: int, cookie: int) -> bytes:
     return _QQ.pack(ino, cookie)
 

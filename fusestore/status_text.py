@@ -120,6 +120,21 @@ def repair_line(node: str, result: dict[str, Any]) -> str:
     return line + "."
 
 
+def recovery_lines(result: dict[str, Any]) -> Iterator[str]:
+    """What was recovered, and from where."""
+    seconds = result["seconds"]
+    speed = result["journal_bytes"] / 1e6 / seconds if seconds > 0 else 0.0
+    there = sum(node["found"] for node in result["nodes"])
+    yield (
+        f"{result['store']}: recovered to commit {result['commit']}: {result['files']:,} files, "
+        f"{bytes_text(result['bytes'])}, from the journals of {there} of {len(result['nodes'])} "
+        f"nodes ({bytes_text(result['journal_bytes'])} in {seconds:.1f} s, {speed:.1f} MB/s)."
+    )
+    for node in result["nodes"]:
+        if node["problem"]:
+            yield f"  {node['name']}: {node['problem']} After mounting, repair it."
+
+
 # --- inspect -----------------------------------------------------------------
 
 

@@ -25,12 +25,12 @@ from .errors import FusestoreError, MetadataError, NodeError, ReplayError, Usage
 from .journal import last_commit
 from .limits import CATCH_UP_SHARDS_MAX
 from .log import Log
-from .members import Member, Members, State
+from .members import State, open_members
 from .placement import check_region_rule
 from .read_path import Reader
 from .reclaim import Reclaimer
 from .records import Run
-from .repair import Repairer, open_node
+from .repair import Repairer
 from .replay import Replayed, replay, suspect_shards
 from .schema import Counters, LogState, NodeRow, SegmentState
 from .snapshot import Snapshotter
@@ -137,7 +137,7 @@ async def open_store(config: StoreConfig, *, read_only: bool = False) -> AsyncIt
     engine = Engine(config.metadata, read_only=read_only)
     try:
         rows = _check_format(config, engine)
-        members = _open_members(config, rows)
+        members = open_members(config, rows, read_only=read_only)
         state = Log(engine, members, config.uuid, config.code, read_only=read_only)
         start = _load(state, config)
         in_sync = [row.id for row in rows if row.in_sync]
@@ -179,24 +179,6 @@ def _check_format(config: StoreConfig, engine: Engine) -> list[NodeRow]:
         )
     nodes = engine.get(schema.NODES_KEY)
     return schema.decode_nodes(nodes) if nodes else []
-
-
-def _open_members(config: StoreConfig, rows: list[NodeRow]) -> Members:
-    known = {row.name: row.id for row in rows}
-    spare = max(known.values(), default=0)
-    members = []
-    for node in config.nodes:
-        if node.name not in known:
-            spare += 1
-            known[node.name] = spare
-        member = Member(known[node.name], node)
-        try:
-            member.node = open_node(config, node)
-            member.state = State.BEHIND
-        except NodeError as error:
-            member.error = str(error)
-        members.append(member)
-    return Members(members, config.metadata)
 
 
 def _load(state: Log, config: StoreConfig) -> LogState:

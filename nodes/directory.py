@@ -70,13 +70,15 @@ class _Segment:
 class DirectoryNode:
     """Keeps segments in a directory; see `base.Node` for the contract."""
 
-    def __init__(self, path: Path, identity: NodeIdentity) -> None:
+    def __init__(self, path: Path, identity: NodeIdentity, *, read_only: bool = False) -> None:
         """Use the directory of the node with this identity, which has been verified."""
         self.path = path
         self._name = identity.node
+        self._flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
         for folder, _ in _FOLDERS.values():
             with self._errors("open"):
-                (path / folder).mkdir(mode=0o700, exist_ok=True)
+                if not read_only:
+                    (path / folder).mkdir(mode=0o700, exist_ok=True)
         with self._errors("open"):
             self._marker = os.stat(path / "node.toml")
         self._lock = threading.Lock()
@@ -112,7 +114,10 @@ class DirectoryNode:
     def segments(self, run: Run) -> list[int]:
         """See Node."""
         with self._errors("list its segments"):
-            names = os.listdir(self.path / _FOLDERS[run][0])
+            try:
+                names = os.listdir(self.path / _FOLDERS[run][0])
+            except FileNotFoundError:
+                return []
         return sorted(n for n in (_segment_number(run, name) for name in names) if n is not None)
 
     def _segment(self, run: Run, segment: int, *, create: bool = False) -> _Segment:
@@ -124,11 +129,11 @@ class DirectoryNode:
                 return found
             path = self.path / segment_path(run, segment)
             try:
-                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                fd = os.open(path, self._flags)
             except FileNotFoundError:
                 if not create:
                     raise
-                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_CREAT | os.O_EXCL, 0o600)
+                fd = os.open(path, self._flags | os.O_CREAT | os.O_EXCL, 0o600)
                 try:
                     os.fsync(fd)
                     sync_directory(path.parent)

@@ -16,11 +16,11 @@ LAYERS: list[set[str]] = [
     {"members", "log", "journal", "write_path", "read_path", "commit", "replay", "reclaim",
      "snapshot", "repair", "store"},
     # 3: the file system
-    {"tree", "contents", "attributes", "filesystem"},
+    {"tree", "contents", "attributes", "filesystem", "recover"},
     # 4: faces
     {"operations", "mounts", "control_client", "control", "logs", "status_text"},
     # 5: assembly
-    {"daemon", "launch", "bench", "cli_mount", "cli_store", "cli", "__main__"},
+    {"daemon", "launch", "bench", "cli_mount", "cli_store", "cli_rescue", "cli", "__main__"},
 ]  # fmt: skip
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 
@@ -29,7 +29,7 @@ DOORS = {
     "pyfuse3": {"operations", "daemon", "bench"},
     "cffi": {"erasure", "linux"},
     "reedsolo": {"erasure"},
-    "click": {"cli", "cli_mount", "cli_store", "status_text"},
+    "click": {"cli", "cli_mount", "cli_store", "cli_rescue", "status_text"},
 }
 
 

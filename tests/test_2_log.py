@@ -37,10 +37,10 @@ from fusestore.errors import (
 )
 from fusestore.filesystem import FileSystem
 from fusestore.limits import STRIPE_BYTES, TAIL_BYTES_MAX
+from fusestore.members import open_node
 from fusestore.mkfs import make_store
 from fusestore.nodes.directory import segment_path
 from fusestore.records import Kind, Place, Run, decode_changes, decode_commit, records
-from fusestore.repair import open_node
 from fusestore.schema import ROOT, Inode, Stripe
 from fusestore.store import Store, open_store
 

@@ -504,7 +504,7 @@ async def mounted(config, mountpoint, options, on_ready, mode):
         await pyfuse3.main()
         stopping.set()
 
-    with lock_store(config):
+    with lock_store(config.store):
         source = "fsname=" + mounts.source_of(config.store)
         pyfuse3.init(Null(), str(mountpoint),
             {"default_permissions", source, "subtype=fusestore", *options.kernel})
@@ -569,7 +569,7 @@ class Fakes:
 
     def nothing_is_left(self) -> bool:
         """No mount, and nobody who has the store."""
-        with lock_store(load(self.store)):
+        with lock_store(load(self.store).store):
             return mounts.find(self.mountpoint) is None
 
 

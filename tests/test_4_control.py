@@ -442,12 +442,8 @@ def a_store(path: Path) -> StoreConfig:
 HOLDER = """
 import sys
 from pathlib import Path
-from uuid import uuid4
-from fusestore.config import StoreConfig
 from fusestore.control import lock_store
-from fusestore.erasure import Code
-path = Path(sys.argv[1])
-with lock_store(StoreConfig(path, uuid4(), Code(2, 1), False, path, ())):
+with lock_store(Path(sys.argv[1])):
     print("locked", flush=True)
     sys.stdin.read()
 """
@@ -481,13 +477,13 @@ def test_two_processes_never_have_a_store_open(
     tmp_path: Path, another_process: Callable[[], subprocess.Popen[str]]
 ) -> None:
     child = another_process()
-    with pytest.raises(StoreBusyError) as found, lock_store(a_store(tmp_path)):
+    with pytest.raises(StoreBusyError) as found, lock_store(a_store(tmp_path).store):
         pass
     assert str(found.value) == f"{tmp_path} is in use by process {child.pid}."
     assert lock_holder(tmp_path) == child.pid
     child.communicate()
     assert lock_holder(tmp_path) is None
-    with lock_store(a_store(tmp_path)):
+    with lock_store(a_store(tmp_path).store):
         assert lock_holder(tmp_path) == os.getpid()
 
 
@@ -498,24 +494,24 @@ def test_a_process_that_is_killed_loses_the_lock(
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert lock_holder(tmp_path) == child.pid
-    with lock_store(a_store(tmp_path)):
+    with lock_store(a_store(tmp_path).store):
         pass
 
 
 def test_the_lock_is_held_alone_within_a_process_too_and_is_let_go_on_errors(
     tmp_path: Path,
 ) -> None:
-    with pytest.raises(ZeroDivisionError), lock_store(a_store(tmp_path)):
-        with pytest.raises(StoreBusyError), lock_store(a_store(tmp_path)):
+    with pytest.raises(ZeroDivisionError), lock_store(a_store(tmp_path).store):
+        with pytest.raises(StoreBusyError), lock_store(a_store(tmp_path).store):
             pass
         raise ZeroDivisionError
-    with lock_store(a_store(tmp_path)):
+    with lock_store(a_store(tmp_path).store):
         assert stat.S_IMODE((tmp_path / "fusestore.lock").stat().st_mode) == 0o600
 
 
 def test_a_store_that_cannot_be_locked_is_one_sentence(tmp_path: Path) -> None:
     problem = pytest.raises(FusestoreError, match="cannot be opened: No such file")
-    with problem, lock_store(a_store(tmp_path / "gone")):
+    with problem, lock_store(a_store(tmp_path / "gone").store):
         pass
 
 

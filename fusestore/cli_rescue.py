@@ -1,0 +1,100 @@
+"""The commands `recover` and `fsck`: what to do when the metadata is gone or in doubt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .cli_store import Bar, answering, print_json
+
+SHOWN_MAX = 20
+
+
+@click.command(short_help="Make lost metadata anew from the nodes.")
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option(
+    "extra",
+    "--from",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="NODE_DIR",
+    help="A node that lies elsewhere than fusestore.toml says.  May be repeated.",
+)
+@click.option(
+    "--metadata",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where the new metadata goes; default: where fusestore.toml says, or STORE/metadata.",
+)
+@click.option(
+    "--accept-loss",
+    is_flag=True,
+    help="Go on without newer commits that nodes which are gone may have held.",
+)
+@click.option("--quiet", "-q", is_flag=True, help="No progress bar.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
+@click.pass_context
+def recover(
+    context: click.Context,
+    store: Path,
+    extra: tuple[Path, ...],
+    metadata: Path | None,
+    accept_loss: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Make the metadata of STORE anew from its nodes, to the last commit that counts.
+
+    For a store whose metadata is gone, and perhaps a region and fusestore.toml
+    too.  The nodes are only read, and metadata that is there is not touched.
+    Afterwards mount the store, and repair the nodes that were missing.
+
+    Exit status 0: all files can be read; 1: some cannot, and are named; 3: it
+    was refused or failed, and nothing was changed.
+
+    \b
+      fusestore recover ~/store
+      fusestore recover ~/store --from /mnt/usb/eu-west-1
+    """
+    from .control import lock_store
+    from .errors import UsageError
+    from .recover import recover as make_metadata
+
+    bar = Bar(quiet)
+    try:
+        with answering(as_json):
+            if not store.is_dir():
+                raise UsageError(f"There is no directory {store}.")
+            with lock_store(store):
+                result = make_metadata(
+                    store, extra, metadata, accept_loss=accept_loss, progress=bar.show
+                )
+    finally:
+        bar.close()
+    if as_json:
+        print_json(result)
+    else:
+        _print_recovery(result)
+    if result["lost"]:
+        context.exit(1)
+
+
+def _print_recovery(result: dict[str, Any]) -> None:
+    from .status_text import recovery_lines
+
+    for line in recovery_lines(result):
+        click.echo(line)
+    for dropped in result["dropped"]:
+        names = ", ".join(dropped["names"][:SHOWN_MAX]) or "no names"
+        click.echo(f"dropped: commit {dropped['commit']}, never acknowledged or lost ({names})")
+    _print_paths("cannot be read now", result["lost"])
+    click.echo(f"Mount it: fusestore mount {result['store']} MOUNTPOINT")
+
+
+def _print_paths(what: str, paths: list[str]) -> None:
+    for path in paths[:SHOWN_MAX]:
+        click.echo(f"{what}: {path}", err=True)
+    if len(paths) > SHOWN_MAX:
+        click.echo(f"and {len(paths) - SHOWN_MAX} more: see --json", err=True)
