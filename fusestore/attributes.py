@@ -194,7 +194,8 @@ class Attributes:
     def _stripe(self, number: int) -> dict[str, Any]:
         row = None if number in self._log.unsealed else self._reader.stripe(number)
         if row is None:
-            return {"length": 0, "shard_length": 0, "state": "open", "shards": []}
+            state = "open" if number in self._log.unsealed else "lost"
+            return {"length": 0, "shard_length": 0, "state": state, "shards": []}
         shards = []
         for index, place in enumerate(row.shards):
             member = self._log.members.by_id[place.node]

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .cli_store import Bar, answering, print_json
+from .cli_store import Bar, answering, ask, print_json
 
 SHOWN_MAX = 20
 
@@ -79,6 +79,53 @@ def recover(
         _print_recovery(result)
     if result["lost"]:
         context.exit(1)
+
+
+@click.command(short_help="Check the metadata, and mend it.")
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--repair", is_flag=True, help="Mend what is found; the store must not be mounted.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
+@click.pass_context
+def fsck(context: click.Context, store: Path, repair: bool, as_json: bool) -> None:
+    """Check that all tables of STORE's metadata agree with each other and with the nodes.
+
+    A mounted store is checked as it is at one instant, while it goes on.  With
+    --repair what is found is mended: nothing is dropped, what has no place any
+    more goes to lost+found, and bytes that are nowhere become an error to read.
+    The bytes of shards are not read: that is what repair and reading do.
+
+    Exit status 0: nothing found; 1: something was found, mended or not.
+
+    \b
+      fusestore fsck ~/store
+      fusestore fsck ~/store --repair
+    """
+    with answering(as_json):
+        from .config import load
+
+        config = load(store)
+        _, result = ask(config, "fsck", {"repair": repair}, lambda progress: None)
+    if as_json:
+        print_json(result)
+    else:
+        for line in result["findings"]:
+            click.echo(line)
+        click.echo(_verdict(result, repair))
+    if result["findings"]:
+        context.exit(1)
+
+
+def _verdict(result: dict[str, Any], repair: bool) -> str:
+    count = len(result["findings"])
+    about = f"{result['files']:,} files and {result['stripes']:,} stripes checked"
+    if result["lost_bytes"]:
+        about += f", {result['lost_bytes']:,} bytes known to be lost"
+    if not count:
+        return f"Clean: {about}."
+    if result["left"]:
+        how = "not all could be mended" if repair else "mend them with --repair, unmounted"
+        return f"{count:,} findings, {how}: {about}."
+    return f"{count:,} findings, all mended: {about}."
 
 
 def _print_recovery(result: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ LAYOUT = "user.fusestore.layout"
 UNREPAIRABLE_SHOWN_MAX = 20
 
 
-def _ask(
+def ask(
     config: StoreConfig, command: str, arguments: Message, progress: Progress
 ) -> tuple[int | None, Message]:
     """Have a command done; returns the daemon that did it, by number, if one did; its result."""
@@ -79,7 +79,7 @@ def status(context: click.Context, store: Path, as_json: bool) -> None:
         from .config import load
 
         config = load(store)
-        pid, result = _ask(config, "status", {}, lambda progress: None)
+        pid, result = ask(config, "status", {}, lambda progress: None)
         seen = _circumstances(config, pid)
         result |= {key: value for key, value in seen.items() if result.get(key) is None}
     if as_json:
@@ -177,7 +177,7 @@ def repair(context: click.Context, store: Path, node: str, quiet: bool, as_json:
         with answering(as_json):
             config = load(store)
             config.node(node)
-            _, result = _ask(config, "repair", {"node": node}, bar.show)
+            _, result = ask(config, "repair", {"node": node}, bar.show)
     finally:
         bar.close()
     lost = result["unrepairable"]

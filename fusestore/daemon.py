@@ -22,6 +22,7 @@ from .config import MountOptions, StoreConfig
 from .control import ControlServer, lock_store
 from .errors import FusestoreError, StoreBusyError, UsageError
 from .filesystem import FileSystem
+from .fsck_repair import fsck
 from .limits import FUSE_TASKS_MAX
 from .operations import Operations
 from .store import Store, open_store
@@ -54,14 +55,18 @@ async def offline(
     """Do a control command on a store that is not mounted; FusestoreError."""
     with lock_store(config.store):
         try:
-            read_only = command == "status"
+            read_only = command in _LOOKING and not arguments.get("repair")
             if read_only and not (config.metadata / "data.mdb").exists():
                 read_only = False  # never mounted: there is no journal to leave alone
+            checking = command == "fsck"
             async with (
-                open_store(config, read_only=read_only) as store,
+                open_store(config, read_only=read_only, background=not checking) as store,
                 trio.open_nursery() as nursery,
             ):
                 files = FileSystem(store, nursery)
+                if checking:  # of what is there, before anything goes on from it
+                    repair = bool(arguments.get("repair"))
+                    return await fsck(store, repair=repair, at_rest=True)
                 await files.begin()
                 return await _commands(store, files)[command](arguments, progress)
         except ExceptionGroup as group:
@@ -79,6 +84,9 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return error
 
 
+_LOOKING = {"status", "fsck"}
+"""Commands that need not change a store."""
+
 Command = Callable[[dict[str, Any], Progress], Awaitable[dict[str, Any]]]
 
 
@@ -94,7 +102,12 @@ def _commands(store: Store, files: FileSystem) -> dict[str, Command]:
     async def layout(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
         return files.attributes.layout(int(arguments["inode"]), 0, None)
 
-    return {"status": status, "repair": repair, "layout": layout}
+    async def check(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        if arguments.get("repair"):
+            raise UsageError("The store is mounted: unmount it to have it mended.")
+        return await fsck(store, repair=False, at_rest=False)
+
+    return {"status": status, "repair": repair, "layout": layout, "fsck": check}
 
 
 class _Daemon:

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Self, TypeAlias
 
 import lmdb
 from sortedcontainers import SortedDict
@@ -27,6 +28,8 @@ from .errors import MetadataError
 from .limits import KEY_BYTES_MAX, MAP_BYTES, METADATA_PREALLOCATE_BYTES, VALUE_BYTES_MAX
 from .records import Changes
 
+_Overlay: TypeAlias = "SortedDict[bytes, bytes | None]"
+
 
 class Engine:
     """Ordered keys of at most 511 bytes with values of at most 64 KiB."""
@@ -34,8 +37,8 @@ class Engine:
     def __init__(self, directory: Path, *, read_only: bool = False) -> None:
         """Open or make the environment in `directory`; MetadataError when it cannot be used."""
         self._directory = directory
-        self._active: SortedDict[bytes, bytes | None] = SortedDict()
-        self._frozen: SortedDict[bytes, bytes | None] | None = None
+        self._active: _Overlay = SortedDict()
+        self._frozen: _Overlay | None = None
         try:
             self._env = lmdb.open(
                 os.fspath(directory),
@@ -78,50 +81,19 @@ class Engine:
     def scan(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
         """Keys and values with start <= key < end, in order."""
         overlays = [self._active] if self._frozen is None else [self._active, self._frozen]
-        walks = []
-        for overlay in overlays:
-            walk = overlay.irange(start, end, inclusive=(True, False))
-            first = next(walk, None)
-            if first is not None:
-                walks.append([first, walk, overlay])
-        stored = self._stored(start, end)
-        if not walks:
-            yield from stored
-            return
-        below = next(stored, None)
-        while walks or below is not None:
-            # The first of the walks (the newest) wins where keys are equal.
-            key = min(walk[0] for walk in walks) if walks else None
-            if below is not None and (key is None or below[0] < key):
-                yield below
-                below = next(stored, None)
-                continue
-            if below is not None and below[0] == key:
-                below = next(stored, None)
-            value: bytes | None = None
-            found = False
-            for walk in list(walks):
-                if walk[0] == key:
-                    if not found:
-                        value, found = walk[2][key], True
-                    walk[0] = next(walk[1], None)
-                    if walk[0] is None:
-                        walks.remove(walk)
-            if value is not None and key is not None:
-                yield key, value
-
-    def _stored(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
-        cursor = self._txn.cursor()
-        if not cursor.set_range(start):
-            return
-        for key, value in cursor:
-            if key >= end:
-                return
-            yield key, value
+        return _merged(overlays, self._txn, start, end)
 
     def scan_stored(self, start: bytes, end: bytes) -> list[tuple[bytes, bytes]]:
         """What the last checkpoint holds of start <= key < end."""
-        return list(self._stored(start, end))
+        return list(_stored(self._txn, start, end))
+
+    def view(self) -> View:
+        """All rows as they are now, for another thread; close it soon."""
+        overlays = [self._active] if self._frozen is None else [self._active, self._frozen]
+        try:
+            return View([overlay.copy() for overlay in overlays], self._env.begin())
+        except lmdb.Error as error:
+            raise MetadataError(f"The metadata in {self._directory}: {error}.") from error
 
     def last(self, start: bytes, end: bytes) -> tuple[bytes, bytes] | None:
         """The greatest key with start <= key <= end, and its value, or None."""
@@ -227,6 +199,80 @@ class Engine:
     def bytes_used(self) -> int:
         """What the database takes on disk."""
         return (self._directory / "data.mdb").stat().st_blocks * 512
+
+
+class View:
+    """The rows as they were at one instant; for one thread, any one.
+
+    While it is open the database keeps the pages that it needs.
+    """
+
+    def __init__(self, overlays: Sequence[_Overlay], txn: lmdb.Transaction) -> None:
+        self._overlays, self._txn = overlays, txn
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._txn.abort()
+
+    def get(self, key: bytes) -> bytes | None:
+        """The value of a key, or None."""
+        for overlay in self._overlays:
+            if key in overlay:
+                return overlay[key]  # type: ignore[no-any-return]
+        return self._txn.get(key)  # type: ignore[return-value]
+
+    def scan(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Keys and values with start <= key < end, in order."""
+        return _merged(self._overlays, self._txn, start, end)
+
+
+def _stored(txn: lmdb.Transaction, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
+    cursor = txn.cursor()
+    if not cursor.set_range(start):
+        return
+    for key, value in cursor:
+        if key >= end:  # type: ignore[operator]
+            return
+        yield key, value  # type: ignore[misc]
+
+
+def _merged(
+    overlays: Sequence[_Overlay], txn: lmdb.Transaction, start: bytes, end: bytes
+) -> Iterator[tuple[bytes, bytes]]:
+    """Rows of the database below the overlays, of which the first is the newest."""
+    walks = []
+    for overlay in overlays:
+        walk = overlay.irange(start, end, inclusive=(True, False))
+        first = next(walk, None)
+        if first is not None:
+            walks.append([first, walk, overlay])
+    stored = _stored(txn, start, end)
+    if not walks:
+        yield from stored
+        return
+    below = next(stored, None)
+    while walks or below is not None:
+        # The first of the walks (the newest) wins where keys are equal.
+        key = min(walk[0] for walk in walks) if walks else None
+        if below is not None and (key is None or below[0] < key):
+            yield below
+            below = next(stored, None)
+            continue
+        if below is not None and below[0] == key:
+            below = next(stored, None)
+        value: bytes | None = None
+        found = False
+        for walk in list(walks):
+            if walk[0] == key:
+                if not found:
+                    value, found = walk[2][key], True
+                walk[0] = next(walk[1], None)
+                if walk[0] is None:
+                    walks.remove(walk)
+        if value is not None and key is not None:
+            yield key, value
 
 
 def _before(key: bytes) -> bytes:

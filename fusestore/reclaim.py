@@ -4,11 +4,17 @@ Only rows of `reclaim` that a checkpoint holds are worked off: before that, a
 replay might still want the shards.  A shard segment with nothing live is
 deleted; else the dead payloads are punched out.  Headers are never punched.
 A node that is away keeps its debt.
+
+Segments that a crash left behind, of which no commit speaks, are deleted after
+the mount, and only when no stripe has a shard in them: a lost row of `segments`
+must not cost what it counts.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
+from itertools import islice
 
 import trio
 
@@ -18,6 +24,12 @@ from .limits import RECLAIM_BATCH
 from .log import Log
 from .members import Member
 from .records import Run, record_length
+from .schema import Stripe
+
+log = logging.getLogger(__name__)
+
+SWEEP_ROWS = 256
+"""Stripes that are looked at before the next request runs."""
 
 Debt = dict[int, list[tuple[int, int]]]
 """By segment: (payload offset, payload length)."""
@@ -29,6 +41,8 @@ class Reclaimer:
     def __init__(self, state: Log) -> None:
         self._log = state
         self._wake = trio.Event()
+        self.strays: dict[int, set[int]] = {}
+        """By node: segments on it that the tables do not have."""
 
     def wake(self) -> None:
         """A checkpoint has been made."""
@@ -36,11 +50,41 @@ class Reclaimer:
 
     async def run(self) -> None:
         """Reclaim after each checkpoint, until cancelled."""
+        await self._sweep()
         while True:
             await self._wake.wait()
             self._wake = trio.Event()
             for member in self._log.members.writable:
                 await self._reclaim(member)
+
+    async def _sweep(self) -> None:
+        """Delete the segments that no commit speaks of, once no stripe is found in them."""
+        start = schema.STRIPES_START
+        while any(self.strays.values()):
+            rows = list(islice(self._log.engine.scan(start, schema.STRIPES_END), SWEEP_ROWS))
+            for _, value in rows:
+                for place in Stripe.decode(value).shards:
+                    strays = self.strays.get(place.node, set())
+                    if place.written and place.segment in strays:
+                        strays.discard(place.segment)
+                        log.error(
+                            "Segment %d of node %d is in use and not in the tables: run "
+                            "'fusestore fsck --repair'.",
+                            place.segment,
+                            place.node,
+                        )
+            if len(rows) < SWEEP_ROWS:
+                break
+            start = rows[-1][0] + b"\0"
+            await trio.lowlevel.checkpoint()
+        for member in self._log.members.writable:
+            node = member.node
+            assert node is not None
+            try:
+                for segment in self.strays.pop(member.id, ()):
+                    await trio.to_thread.run_sync(node.delete, Run.SHARDS, segment)
+            except NodeError as error:
+                member.fail(error)
 
     async def _reclaim(self, member: Member) -> None:
         engine = self._log.engine

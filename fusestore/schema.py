@@ -258,6 +258,8 @@ class Stripe:
 
 
 STRIPES_START, STRIPES_END = b"S", b"T"
+LOST_STRIPE = 0
+"""No stripe: fsck points extents at it whose bytes are nowhere, so that they are an error."""
 
 
 def stripe_key(stripe: int) -> bytes:
@@ -423,6 +425,10 @@ class Counters:
     """Stripes that are sealed or about to be."""
 
     _STRUCT = struct.Struct("<QQqqq")
+
+    def copy(self) -> Self:
+        """The counters as they are now."""
+        return replace(self)
 
     def encode(self) -> bytes:
         """The row's value."""

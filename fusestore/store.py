@@ -126,9 +126,12 @@ class Store:
 
 
 @asynccontextmanager
-async def open_store(config: StoreConfig, *, read_only: bool = False) -> AsyncIterator[Store]:
+async def open_store(
+    config: StoreConfig, *, read_only: bool = False, background: bool = True
+) -> AsyncIterator[Store]:
     """Open a store whose lock the caller holds; FusestoreError when it cannot be.
 
+    Without `background` nothing is healed, reclaimed or dumped while it is open.
     On leaving, everything is committed and checkpointed; NotDurableError when
     that was not possible.
     """
@@ -148,7 +151,13 @@ async def open_store(config: StoreConfig, *, read_only: bool = False) -> AsyncIt
             store = Store(config, state, nursery)
             _adopt_tails(store)
             if not read_only:
-                await _begin_epoch(store, nursery)
+                await _begin_epoch(store)
+                nursery.start_soon(store.committer.run)
+                if background:
+                    await store.repairer.catch_up(CATCH_UP_SHARDS_MAX)
+                    for task in (store.reclaimer, store.snapshotter, store.repairer):
+                        nursery.start_soon(task.run)
+                    store.reclaimer.wake()
             try:
                 yield store
             finally:
@@ -262,7 +271,7 @@ def _adopt_tails(store: Store) -> None:
         store.writer.adopt(number, code, parts)
 
 
-async def _begin_epoch(store: Store, nursery: trio.Nursery) -> None:
+async def _begin_epoch(store: Store) -> None:
     """Log again what was replayed, in a new epoch, and checkpoint it."""
     state, committer = store.log, store.committer
     state.state = replace(state.state, epoch=state.state.epoch + 1, nonce=os.urandom(16).hex())
@@ -273,10 +282,6 @@ async def _begin_epoch(store: Store, nursery: trio.Nursery) -> None:
     store.writer.seal_all()
     async with committer.lock:
         await committer.commit_now(checkpoint=True)
-    await store.repairer.catch_up(CATCH_UP_SHARDS_MAX)
-    for task in (committer, store.reclaimer, store.snapshotter, store.repairer):
-        nursery.start_soon(task.run)
-    store.reclaimer.wake()
 
 
 def _tidy_nodes(store: Store) -> None:
@@ -301,9 +306,7 @@ def _tidy_nodes(store: Store) -> None:
                 member.state = State.REBUILDING  # what it lacks is in `missing`
             if not member.writable:
                 continue
-            for segment in on_disk:
-                if segment not in member.segments:
-                    node.delete(Run.SHARDS, segment)
+            store.reclaimer.strays[member.id] = {n for n in on_disk if n not in member.segments}
             for segment in on_disk[-2:]:
                 if segment in member.segments:
                     node.truncate(Run.SHARDS, segment, node.size(Run.SHARDS, segment))

@@ -16,7 +16,8 @@ LAYERS: list[set[str]] = [
     {"members", "log", "journal", "write_path", "read_path", "commit", "replay", "reclaim",
      "snapshot", "repair", "store"},
     # 3: the file system
-    {"tree", "contents", "attributes", "filesystem", "recover"},
+    {"tree", "contents", "attributes", "filesystem", "recover", "fsck",
+     "fsck_repair"},
     # 4: faces
     {"operations", "mounts", "control_client", "control", "logs", "status_text"},
     # 5: assembly

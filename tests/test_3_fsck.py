@@ -1,0 +1,352 @@
+"""fsck finds what does not fit together, mends it, and drops nothing.
+
+The fault model: rows of the metadata that are gone, or that have the value of
+another row of their table.  Not modelled: rows that are wrong and fit all others.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import stat
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from test_2_log import Opened, opened
+
+from fusestore import schema
+from fusestore.config import StoreConfig, load
+from fusestore.daemon import offline
+from fusestore.engine import Engine
+from fusestore.errors import LostError, UsageError
+from fusestore.fsck_repair import fsck
+from fusestore.limits import STRIPE_BYTES
+from fusestore.mkfs import make_store
+from fusestore.schema import ROOT, Extent, Inode, Stripe
+
+Rows = dict[bytes, bytes]
+
+
+async def make_tree(one: Opened) -> None:
+    """A tree with everything in it that has rows."""
+    tree, contents = one.files.tree, one.files.contents
+    chance = random.Random(1)
+    folder, _ = tree.make(ROOT, b"folder", stat.S_IFDIR | 0o755, 1, 2)
+    inner, _ = tree.make(folder, b"inner", stat.S_IFDIR | 0o700, 1, 2)
+    for place in (int(ROOT), folder, inner):
+        for number in range(4):
+            ino, _ = tree.make(place, b"file%d" % number, stat.S_IFREG | 0o644, 0, 0)
+            await contents.write(ino, 0, chance.randbytes(chance.randrange(1, 100_000)))
+        await contents.write(ino, 1 << 20, chance.randbytes(STRIPE_BYTES))
+        await contents.write(ino, 50, b"overwritten")
+        tree.make(place, b"empty", stat.S_IFREG | 0o600, 0, 0)
+        tree.make(place, b"pipe", stat.S_IFIFO | 0o600, 0, 0)
+        one.files.attributes.set(ino, b"user.a", b"value")
+        tree.link(ino, place, b"linked")
+        tree.make(place, b"link", stat.S_IFLNK | 0o777, 0, 0, target=b"somewhere")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with a tree, unmounted; to be copied."""
+    path: Path = tmp_path_factory.mktemp("fsck") / "store"
+    config = make_store(path)
+
+    async def make() -> None:
+        async with opened(config) as one:
+            await make_tree(one)
+
+    trio.run(make)
+    return path
+
+
+@pytest.fixture
+def config(whole: Path, tmp_path: Path) -> StoreConfig:
+    shutil.copytree(whole, tmp_path / "store")
+    return load(tmp_path / "store")
+
+
+def edit(config: StoreConfig, change: Callable[[Rows], Any]) -> Any:
+    """Change rows of the metadata of a store that is not open, behind its back."""
+    engine = Engine(config.metadata)
+    before = dict(engine.scan(b"A", b"["))
+    after = dict(before)
+    result = change(after)
+    gone = {key: None for key in before if key not in after}
+    engine.apply({**gone, **{k: v for k, v in after.items() if before.get(k) != v}})
+    engine.freeze()
+    engine.write()
+    engine.thaw()
+    engine.close()
+    return result
+
+
+async def check(config: StoreConfig, *, repair: bool = False) -> dict[str, Any]:
+    return await offline(config, "fsck", {"repair": repair}, lambda message: None)
+
+
+async def read_all(one: Opened) -> dict[str, bytes | str | None]:
+    """By path: a file's bytes, None where they are lost, or what else an inode is."""
+    tree = one.files.tree
+    found: dict[str, bytes | str | None] = {}
+
+    async def walk(ino: int, path: str) -> None:
+        for _, child, name in list(tree.entries(ino, 0)):
+            assert tree.lookup(ino, name) == child
+            inode = tree.inode(child)
+            below = f"{path}/{name.decode()}"
+            if stat.S_ISDIR(inode.mode):
+                found[below] = "directory"
+                await walk(child, below)
+            elif stat.S_ISLNK(inode.mode):
+                found[below] = tree.target(child).decode()
+            elif stat.S_ISREG(inode.mode):
+                try:
+                    found[below] = bytes(await one.files.contents.read(child, 0, 1 << 40))
+                except LostError:
+                    found[below] = None
+            else:
+                found[below] = "special"
+
+    await walk(ROOT, "")
+    return found
+
+
+@asynccontextmanager
+async def mended(config: StoreConfig) -> AsyncIterator[Opened]:
+    """The store, mended, and found to be clean afterwards, open."""
+    done = await check(config, repair=True)
+    assert done["findings"]
+    assert done["left"] == []
+    again = await check(config)
+    assert again["findings"] == []
+    async with opened(config) as one:
+        yield one
+    assert (await check(config))["findings"] == []
+
+
+async def test_a_whole_store_is_clean(config: StoreConfig) -> None:
+    for repair in (False, True):
+        done = await check(config, repair=repair)
+        assert (done["clean"], done["findings"], done["lost_bytes"]) == (True, [], 0)
+        assert done["files"] == 24
+
+
+async def test_an_open_store_is_checked_while_it_is_written_to(config: StoreConfig) -> None:
+    async with opened(config) as one, trio.open_nursery() as nursery:
+        busy = True
+
+        async def load() -> None:
+            for number in range(2000):
+                if not busy:
+                    return
+                await one.put(f"n{number}", random.Random(number).randbytes(number * 50))
+                if number % 3 == 0:
+                    one.delete(f"n{number // 2}")
+                await trio.lowlevel.checkpoint()
+
+        nursery.start_soon(load)
+        for _ in range(10):
+            assert (await fsck(one.store, repair=False, at_rest=False))["findings"] == []
+            await one.store.committer.commit()
+        busy = False
+
+
+async def test_a_crashed_store_is_clean(config: StoreConfig, tmp_path: Path) -> None:
+    async with opened(config) as one:
+        await one.put("a", b"a" * 3_000_000)
+        one.delete("file1")
+        await one.store.committer.commit()
+        shutil.copytree(config.store, tmp_path / "crash")
+    crash = load(tmp_path / "crash")
+    assert (await check(crash))["findings"] == []
+    assert (await check(crash, repair=True))["findings"] == []
+
+
+@pytest.mark.parametrize("letter", [b"N", b"L", b"V", b"O", b"G", b"Zcounters"])
+async def test_rows_that_can_be_made_anew_are(config: StoreConfig, letter: bytes) -> None:
+    async with opened(config) as one:
+        before = await read_all(one)
+
+    def drop(rows: Rows) -> None:
+        victims = [key for key in rows if key.startswith(letter)]
+        for key in random.Random(3).sample(victims, -(-len(victims) // 2)):
+            del rows[key]
+
+    edit(config, drop)
+    async with mended(config) as one:
+        after = await read_all(one)
+    if letter == b"N":
+        assert sorted(map(repr, after.values())) == sorted(map(repr, before.values()))
+    else:
+        assert after == before
+
+
+async def test_lost_inodes_come_back_with_all_their_bytes(config: StoreConfig) -> None:
+    async with opened(config) as one:
+        before = await read_all(one)
+
+    def drop(rows: Rows) -> None:
+        for key in [key for key in rows if key[:1] == b"I"]:
+            del rows[key]
+
+    edit(config, drop)
+    async with mended(config) as one:
+        after = await read_all(one)
+    contents = [value for value in before.values() if isinstance(value, bytes)]
+    assert set(contents) <= set(after.values())
+    assert after["/folder/link"] == "somewhere"
+    assert after["/folder/inner"] == "directory"
+
+
+async def test_lost_extents_are_found_by_their_owners(config: StoreConfig) -> None:
+    async with opened(config) as one:
+        before = await read_all(one)
+
+    def drop(rows: Rows) -> None:
+        for key in [key for key in rows if key[:1] == b"E"]:
+            del rows[key]
+
+    edit(config, drop)
+    async with mended(config) as one:
+        assert await read_all(one) == before
+
+
+async def test_bytes_that_are_nowhere_are_an_error_and_no_zeros(config: StoreConfig) -> None:
+    async with opened(config) as one:
+        before = await read_all(one)
+
+    def drop(rows: Rows) -> int:
+        victim = max(key for key in rows if key[:1] == b"S")
+        del rows[victim]
+        return schema.decode_stripe_key(victim)
+
+    edit(config, drop)
+    async with mended(config) as one:
+        after = await read_all(one)
+    lost = [path for path in before if after[path] is None]
+    assert lost
+    assert {path: after[path] for path in before if path not in lost} == {
+        path: before[path] for path in before if path not in lost
+    }
+    assert (await check(config))["lost_bytes"] > 0
+
+
+async def test_what_has_no_place_goes_to_lost_and_found(config: StoreConfig) -> None:
+    def drop(rows: Rows) -> int:
+        key = schema.name_key(ROOT, b"folder")
+        ino, cookie = schema.decode_name(rows.pop(key))
+        del rows[schema.listing_key(ROOT, cookie)]
+        return ino
+
+    async with opened(config) as one:
+        before = await read_all(one)
+    ino = edit(config, drop)
+    async with mended(config) as one:
+        after = await read_all(one)
+    assert after[f"/lost+found/#{ino}/inner/file2"] == before["/folder/inner/file2"]
+
+
+async def test_directories_inside_themselves_are_taken_out(config: StoreConfig) -> None:
+    def loop(rows: Rows) -> None:
+        folder, cookie = schema.decode_name(rows.pop(schema.name_key(ROOT, b"folder")))
+        del rows[schema.listing_key(ROOT, cookie)]
+        inner, _ = schema.decode_name(rows[schema.name_key(folder, b"inner")])
+        rows[schema.name_key(inner, b"folder")] = schema.name_value(folder, cookie)
+        rows[schema.listing_key(inner, cookie)] = schema.listing_value(folder, b"folder")
+
+    edit(config, loop)
+    async with mended(config) as one:
+        after = await read_all(one)
+    assert sum(path.endswith("/file1") for path in after) == 3
+
+
+async def test_extents_that_overlap_or_lie_past_the_end_become_files(config: StoreConfig) -> None:
+    def overlap(rows: Rows) -> None:
+        key, value = next(
+            (k, v) for k, v in rows.items() if k[:1] == b"E" and Extent.decode(k, v).length > 5000
+        )
+        extent = Extent.decode(key, value)
+        ino = schema.decode_ino_key(key)
+        inside = Extent(extent.offset + 100, 50, extent.stripe, extent.stripe_offset)
+        rows[schema.extent_key(ino, inside.offset)] = inside.encode()
+        inode = Inode.decode(rows[schema.inode_key(ino)])
+        past = Extent(inode.size + 10, 60, extent.stripe, extent.stripe_offset)
+        rows[schema.extent_key(ino, past.offset)] = past.encode()
+
+    edit(config, overlap)
+    async with opened(config) as one:
+        before = await read_all(one)
+    async with mended(config) as one:
+        after = await read_all(one)
+    found = {path: after[path] for path in after if path.startswith("/lost+found/")}
+    assert sorted(len(value or b"") for value in found.values()) == [50, 60]
+    assert {path: after[path] for path in before}.keys() == before.keys()
+
+
+async def test_shards_that_lie_on_each_other_are_rebuilt(config: StoreConfig) -> None:
+    async with opened(config) as one:
+        before = await read_all(one)
+
+    def move(rows: Rows) -> None:
+        one, two, *_ = [key for key in rows if key[:1] == b"S"]
+        first, second = Stripe.decode(rows[one]), Stripe.decode(rows[two])
+        place = first.shards[0]
+        index = next(i for i, p in enumerate(second.shards) if p.node == place.node)
+        rows[two] = second.moved(index, place).encode()
+
+    edit(config, move)
+    async with mended(config) as one:
+        assert await read_all(one) == before
+        with trio.fail_after(20):
+            while one.rows(b"M"):
+                one.store.repairer.wake()
+                await trio.sleep(0.05)
+
+
+async def test_a_mounted_store_is_not_mended(config: StoreConfig) -> None:
+    from fusestore.daemon import _commands
+
+    async with opened(config) as one:
+        with pytest.raises(UsageError):
+            await _commands(one.store, one.files)["fsck"]({"repair": True}, lambda m: None)
+
+
+def damage(rows: Rows, chance: random.Random) -> None:
+    """Remove some rows, or give them the value of another of their table."""
+    tables = sorted({key[:1] for key in rows} - {b"Z"})
+    for _ in range(chance.randrange(1, 12)):
+        table = chance.choice(tables)
+        keys = [key for key in rows if key[:1] == table]
+        if not keys:
+            continue
+        key = chance.choice(keys)
+        if chance.random() < 0.6:
+            del rows[key]
+        else:
+            rows[key] = rows[chance.choice(keys)]
+
+
+async def test_any_damage_is_mended(
+    config: StoreConfig, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    for number in range(300 if pytestconfig.getoption("--long") else 25):
+        seed = pytestconfig.getoption("--model-seed") + number
+        print("seed", seed)
+        chance = random.Random(seed)
+        target = tmp_path / str(number)
+        shutil.copytree(config.store, target)
+        hurt = load(target)
+        edit(hurt, lambda rows, chance=chance: damage(rows, chance))
+        done = await check(hurt, repair=True)
+        assert done["left"] == [], seed
+        assert (await check(hurt))["findings"] == [], seed
+        async with opened(hurt) as one:
+            await read_all(one)
+            await one.put("new", b"n" * 2_000_000)
+        assert (await check(hurt))["findings"] == [], seed
+        shutil.rmtree(target)
