@@ -43,7 +43,7 @@ from .records import (
     encode_commit,
     record_length,
 )
-from .schema import LogState, NodeRow
+from .schema import LogState, NodeRow, Stripe
 from .write_path import Taken, Writer
 
 log = logging.getLogger(__name__)
@@ -266,12 +266,13 @@ class Committer:
             Kind.COMMIT, len(payload), checksum(payload, len(payload)), commit.epoch, commit.number
         )
         await self.append(header, payload)
-        if not state.members.in_sync:
+        if not self._is_held(taken):
             state.break_(
-                "No node could take a commit: the mount is read-only now; "
+                "Too few nodes could take a commit: the mount is read-only now; "
                 "mend the nodes and mount again."
             )
             raise NotDurableError(state.broken)
+        self.writer.fresh.difference_update(map(schema.decode_stripe_key, self._puts(taken)))
         state.state = replace(
             state.state,
             commit=commit.number,
@@ -280,6 +281,32 @@ class Committer:
         )
         self._durable_through = commit.number
         self.epoch_base = None
+
+    def _puts(self, taken: Taken) -> list[bytes]:
+        """Keys of the new stripes that a commit puts."""
+        keys = map(schema.stripe_key, self.writer.fresh)
+        return [key for key in keys if taken.changes.get(key) is not None]
+
+    def _is_held(self, taken: Taken) -> bool:
+        """Whether a commit counts with the nodes that have flushed it, and may be checkpointed."""
+        members, engine = self._log.members, self._log.engine
+        lost = {
+            shard
+            for member in members.all
+            if member.state is State.DOWN
+            for shard in member.unflushed
+        }
+        for key in self._puts(taken):
+            number, row = schema.decode_stripe_key(key), Stripe.decode(taken.changes[key] or b"")
+            good = [
+                place.written
+                and (number, index) not in lost
+                and engine.get(schema.missing_key(place.node, number, index)) is None
+                for index, place in enumerate(row.shards)
+            ]
+            if sum(good) < row.code.k:
+                return False
+        return members.can_store(self._log.code)
 
     async def append(self, header: Header, payload: bytes) -> None:
         """Append a record to the journals of all nodes in sync, and flush all nodes.

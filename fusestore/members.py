@@ -35,7 +35,7 @@ class State(StrEnum):
     REBUILDING = "rebuilding"
     """Read and written, while repair brings back what it lacks."""
     BEHIND = "behind"
-    """Read, but not written until repair brought back what it missed."""
+    """Read: the mount is read-only, or only just begins."""
     DOWN = "down"
     """Not used."""
 
@@ -57,6 +57,8 @@ class Member:
     """The shard segment being filled, and where it goes on."""
     offset: int = 0
     segments: dict[int, SegmentState] = field(default_factory=dict)
+    doubted: bool = False
+    """It lacks commits, so all its shards have to be looked at."""
     lost_segments: set[int] = field(default_factory=set)
     """Segments with live shards that are gone from the node."""
     changed: set[int] = field(default_factory=set)

@@ -118,25 +118,25 @@ class Repairer:
     async def _bring_back(self, member: Member, quick: bool) -> None:
         """Let a node that was away be in sync again; when it cannot be, try later."""
         try:
-            whole = True
+            node = None
             if member.state is not State.REBUILDING:
                 node = await trio.to_thread.run_sync(open_node, self._config, member.config)
                 last = await trio.to_thread.run_sync(
                     last_commit, self._log.store, member.name, node
                 )
                 member.note_segments(await trio.to_thread.run_sync(node.segments, Run.SHARDS))
-                whole = last >= member.holds and not member.lost_segments
-                if quick and not whole:
-                    return
+                member.doubted = last < member.holds
+            if quick and (member.doubted or member.lost_segments):
+                return
+            if node is not None:
                 await self._enter(member, node)
         except FusestoreError as error:
             member.error = str(error)
             return
         log.info("Node %s is there again: it gets what it missed.", member.name)
         try:
-            if not whole:
+            if member.doubted or member.lost_segments:
                 await self._all_shards(member, lambda message: None)
-                member.lost_segments.clear()
             await self._heal(member)
             await self._join(member, lambda message: None)
         except FusestoreError as error:
@@ -156,7 +156,6 @@ class Repairer:
         await trio.to_thread.run_sync(member.node.check)
         if member.lost_segments:
             await self._all_shards(member, lambda message: None)
-            member.lost_segments.clear()
         await self._heal(member)
 
     async def _heal(self, member: Member) -> tuple[int, int]:
@@ -374,6 +373,8 @@ class Repairer:
         while True:
             rows = list(islice(self._log.engine.scan(start, schema.STRIPES_END), REPAIR_SCAN_ROWS))
             if not rows:
+                member.doubted = False
+                member.lost_segments.clear()
                 return shards, size
             start = rows[-1][0] + b"\0"
             for first in range(0, len(rows), REPAIR_BATCH):

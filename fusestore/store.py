@@ -300,12 +300,10 @@ def _tidy_nodes(store: Store) -> None:
             on_disk = node.segments(Run.SHARDS)
             member.segment = max([0, *member.segments, *on_disk]) + 1
             member.note_segments(on_disk)
-            if member.state is State.BEHIND and (
-                last_commit(store.log.store, member.name, node) >= member.holds
-            ):
-                member.state = State.REBUILDING  # what it lacks is in `missing`
-            if not member.writable:
-                continue
+            if member.state is State.BEHIND:
+                # Unless it is doubted, it lacks no more than what is in `missing`.
+                member.doubted = last_commit(store.log.store, member.name, node) < member.holds
+                member.state = State.REBUILDING
             store.reclaimer.strays[member.id] = {n for n in on_disk if n not in member.segments}
             for segment in on_disk[-2:]:
                 if segment in member.segments:
@@ -332,7 +330,7 @@ def _trim_nodes(store: Store) -> None:
         assert member.node is not None
         try:
             committer = store.committer
-            if committer.journal_offset:
+            if member.in_sync and committer.journal_offset:
                 end = committer.journal_offset
                 member.node.truncate(Run.JOURNAL, committer.journal_segment, end)
             if member.offset:

@@ -106,6 +106,8 @@ class Writer:
         """Stripes that the last mount left open."""
         self._pool: dict[Code, list[bytearray]] = {}
         self._parity: dict[Code, list[bytearray]] = {}
+        self.fresh: set[int] = set()
+        """Sealed stripes that no durable commit has yet."""
         self._seals = 0
         log.unwritten = self._unwritten
         self._room = trio.Condition()
@@ -323,6 +325,7 @@ class Writer:
         log, number = self._log, stripe.number
         alive = log.engine.get(schema.live_key(number)) is not None
         if alive or stripe.taken is not None:
+            self.fresh.add(number)
             changes: dict[bytes, bytes | None] = {schema.stripe_key(number): row.encode()}
             changes.update(self._owners(stripe))
             changes.update((schema.tail_key(number, offset), None) for offset in stripe.tails)
