@@ -78,6 +78,8 @@ class Committer:
         self.rows: list[NodeRow] = []
         """The nodes as the last commit has them."""
         self._durable_through = 0
+        self._uncovered = False
+        """The last commit changed something, and none after it says that it is durable."""
         self.epoch_base: int | None = None
         """Until an epoch's first commit: the commit past which that one holds every change."""
         self.checkpointed = 0
@@ -110,29 +112,31 @@ class Committer:
     async def run(self) -> None:
         """Commit until cancelled."""
         while True:
-            with trio.move_on_after(COMMIT_SECONDS_MAX):
+            with trio.move_on_after(COMMIT_SECONDS_MAX) as pause:
                 await self._wanted.wait()
             self._wanted = trio.Event()
             current, self._next = self._next, _Round()
             try:
                 async with self.lock:
-                    await self.commit_now()
+                    await self.commit_now(cover=pause.cancelled_caught)
             except NotDurableError as error:
                 current.error = str(error)
             current.done.set()
 
     # --- a commit ------------------------------------------------------------
 
-    async def commit_now(self, *, checkpoint: bool = False) -> None:
+    async def commit_now(self, *, checkpoint: bool = False, cover: bool = False) -> None:
         """One commit, with the lock held; with the checkpoint of it, if that is asked for.
 
+        With `cover`, when there is nothing to commit, an empty commit says that the
+        last one was flushed by all, so that it counts whatever happens to a shard.
         NotDurableError when no sufficient set of nodes has flushed it.  Once it has
         begun it is not cancelled: what it took must reach the journals.
         """
         with trio.CancelScope(shield=True):
-            await self._commit_now(checkpoint)
+            await self._commit_now(checkpoint, cover)
 
-    async def _commit_now(self, checkpoint: bool) -> None:
+    async def _commit_now(self, checkpoint: bool, cover: bool) -> None:
         while True:
             if self._log.broken:
                 raise NotDurableError(self._log.broken)
@@ -142,7 +146,7 @@ class Committer:
             if checkpoint:
                 await self._checkpoint()  # so that this commit can set its changes aside
             unflushed = self.writer.unflushed
-            taken = self._take(force=checkpoint)
+            taken = self._take(force=checkpoint, cover=cover)
             try:
                 if taken is not None:
                     await self._flush(taken)
@@ -205,7 +209,7 @@ class Committer:
         self._log.apply({schema.NODES_KEY: schema.encode_nodes(rows)})
         return True
 
-    def _take(self, *, force: bool) -> Taken | None:
+    def _take(self, *, force: bool, cover: bool) -> Taken | None:
         """What there is to commit, or None; no await in here."""
         state, engine = self._log, self._log.engine
         self.writer.settle()
@@ -227,7 +231,7 @@ class Committer:
                 or trio.current_time() - self._checkpointed_at >= CHECKPOINT_SECONDS_MAX
             )
         )
-        nothing = not state.pending and not sealing
+        nothing = not state.pending and not sealing and not (cover and self._uncovered)
         freeze = due and not engine.frozen and (not nothing or engine.changed_keys > 0 or force)
         if freeze:
             engine.freeze()
@@ -280,6 +284,7 @@ class Committer:
             journal_segment=self.journal_segment,
         )
         self._durable_through = commit.number
+        self._uncovered = bool(taken.changes)
         self.epoch_base = None
 
     def _puts(self, taken: Taken) -> list[bytes]:

@@ -36,11 +36,14 @@ class Snapshotter:
         self._committer = committer
         self._wake = trio.Event()
         value = state.engine.get(schema.SNAPSHOT_KEY)
-        self._last_bytes = int(json.loads(value)["bytes"]) if value else 0
+        row = json.loads(value) if value else {"bytes": 0, "segment": 0}
+        self.last_bytes: int = row["bytes"]
+        """Of the last snapshot, and the journal segment that it begins in."""
+        self.first_segment: int = row["segment"]
 
     def look(self) -> None:
         """A commit has been made: see whether it is time."""
-        if self._committer.journal_bytes > max(SNAPSHOT_JOURNAL_BYTES_MIN, self._last_bytes):
+        if self._committer.journal_bytes > max(SNAPSHOT_JOURNAL_BYTES_MIN, self.last_bytes):
             self._wake.set()
 
     async def run(self) -> None:
@@ -85,8 +88,11 @@ class Snapshotter:
             "bytes": total,
         }
         self._log.apply({schema.SNAPSHOT_KEY: json.dumps(row).encode()})
-        self._last_bytes = total
+        self.last_bytes, self.first_segment = total, first_segment
         await committer.commit()
+        # The snapshot counts for certain before what it replaces goes.
+        async with committer.lock:
+            await committer.commit_now(cover=True)
         await self._delete_before(first_segment)
 
     async def _piece(self, start: bytes) -> tuple[Changes, bytes | None]:

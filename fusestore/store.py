@@ -199,13 +199,14 @@ def _load(state: Log, config: StoreConfig) -> LogState:
     if state.read_only:
         raise UsageError("The store was never mounted: mount it read-write once.")
     for member in members.all:
-        if member.node is None:
-            raise NodeError(f"A new store needs all of its nodes: {member.error}")
-        if member.node.segments(Run.JOURNAL):
+        if member.node is not None and member.node.segments(Run.JOURNAL):
             raise MetadataError(
                 f"Node {member.name} holds a journal, but the metadata is gone: mounting would "
                 f"start an empty store; run 'fusestore recover {config.store}'."
             )
+    for member in members.all:
+        if member.node is None:
+            raise NodeError(f"A new store needs all of its nodes: {member.error}")
     # From here on the metadata says that this is its store: a crash before the first
     # checkpoint leaves a journal that can be replayed.
     engine.apply({schema.FORMAT_KEY: _format(config), schema.LOG_KEY: LogState().encode()})
@@ -295,8 +296,9 @@ def _tidy_nodes(store: Store) -> None:
             own = node.segments(Run.JOURNAL)
             journals += own
             if member.in_sync:
-                sizes = [node.size(Run.JOURNAL, segment) for segment in own]
-                store.committer.journal_bytes = sum(sizes)
+                since = [n for n in own if n >= store.snapshotter.first_segment]
+                size = sum(node.size(Run.JOURNAL, segment) for segment in since)
+                store.committer.journal_bytes = size - store.snapshotter.last_bytes
             on_disk = node.segments(Run.SHARDS)
             member.segment = max([0, *member.segments, *on_disk]) + 1
             member.note_segments(on_disk)
@@ -320,7 +322,8 @@ async def _finish(store: Store) -> None:
     committer = store.committer
     async with committer.lock:
         store.writer.seal_all()
-        await committer.commit_now(checkpoint=True)
+        await committer.commit_now()
+        await committer.commit_now(checkpoint=True, cover=True)
     await trio.to_thread.run_sync(_trim_nodes, store)
 
 
