@@ -214,13 +214,17 @@ class Committer:
         state, engine = self._log, self._log.engine
         self.writer.settle()
         sealing = self.writer.being_sealed()
+        for stripe in sealing:
+            if engine.get(schema.live_key(stripe.number)) is None:
+                stripe.dead = True
+                state.counters.stripes -= 1
         counters = state.counters.encode()
         if counters != self._counters:
             self._counters = counters
             state.apply({schema.COUNTERS_KEY: counters})
         for member in state.members.all:
             for segment in member.changed:
-                found = member.segments.get(segment)
+                found = member.committed(segment)
                 key = schema.segment_key(member.id, segment)
                 state.apply({key: found.encode() if found else None})
             member.changed.clear()

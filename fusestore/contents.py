@@ -43,6 +43,7 @@ class Contents:
 
     async def read(self, ino: int, offset: int, size: int) -> Data:
         """Up to `size` bytes from `offset`; fewer only at the end of the file."""
+        self._log.used_at = trio.current_time()
         value = self._log.engine.get(schema.inode_key(ino))
         if value is None:
             raise StaleError(f"There is no inode {ino}.")
@@ -55,6 +56,7 @@ class Contents:
             raise FileTooLargeError(f"A file may have {FILE_BYTES_MAX} bytes.")
         if not data:
             return 0
+        self._log.used_at = trio.current_time()
         await self._writer.room()
         while ino in self._trimming:
             await self._trimming[ino].wait()

@@ -106,14 +106,15 @@ class Journals:
     @property
     def durable(self) -> int:
         """The last commit that was acknowledged for certain; 0 for none."""
-        return max((e.durable_through for e in self._entries()), default=0)
+        return max((e.durable_through for e in self.entries()), default=0)
 
     @property
     def epoch(self) -> int:
         """The latest epoch of any record."""
-        return max((e.header.epoch for e in self._entries()), default=0)
+        return max((e.header.epoch for e in self.entries()), default=0)
 
-    def _entries(self) -> Iterator[Entry]:
+    def entries(self) -> Iterator[Entry]:
+        """All commits, in no order."""
         for entries in self.commits.values():
             yield from entries
 
@@ -138,7 +139,7 @@ class Journals:
         if not chained:
             chained = [
                 entry
-                for entry in self._entries()
+                for entry in self.entries()
                 if entry.base <= number < entry.number - 1 and entry.header.epoch > epoch
             ]
         return max(chained, key=lambda entry: entry.header.epoch, default=None)
@@ -203,6 +204,59 @@ def _commit_entry(header: Header, payload: memoryview) -> Entry | None:
         commit.nonce,
         json.loads(row) if row else None,
     )
+
+
+def copy_journals(
+    store: UUID,
+    sources: Iterable[tuple[str, Node]],
+    target: tuple[str, Node],
+    before: int | None = None,
+) -> int:
+    """Give a node the records that others have, in segments below `before`; how many it lacked.
+
+    Blocks; NodeError.  What is written is read back from the medium and checked.
+    """
+    name, node = target
+    journals = read_journals(store, [*sources, target])
+    if name in journals.failed:
+        raise journals.failed[name]
+    lacking: dict[int, list[Entry]] = defaultdict(list)
+    for entry in [*journals.entries(), *journals.pieces.values()]:
+        if all(place[0] is not node for place in entry.places):
+            lacking[entry.segment].append(entry)
+    for segment, entries in lacking.items():
+        if before is None or segment < before:
+            _copy_segment(Place(store, name, Run.JOURNAL, segment), node, entries)
+    return sum(map(len, lacking.values()))
+
+
+def _copy_segment(place: Place, node: Node, entries: list[Entry]) -> None:
+    segment = place.segment
+    written: list[tuple[int, Header]] = []
+    for entry in sorted(entries, key=lambda entry: entry.places[0][2]):
+        header, offset = entry.header, entry.places[0][2] - HEADER_BYTES
+        try:
+            payload = entry.payload()
+        except ReplayError:
+            continue  # a snapshot has replaced it meanwhile
+        padding = bytes(header.record_length - HEADER_BYTES - len(payload))
+        encoded = header.encode(place.seed(offset))
+        node.write(Run.JOURNAL, segment, offset, [encoded, payload, padding])
+        written.append((offset, header))
+    if not written:
+        return
+    node.truncate(Run.JOURNAL, segment, node.size(Run.JOURNAL, segment))
+    back = memoryview(node.read_back(Run.JOURNAL, segment, 0, node.size(Run.JOURNAL, segment)))
+    for offset, header in written:
+        start = offset + HEADER_BYTES
+        payload = back[start : start + header.payload_length].tobytes()
+        if (
+            back[offset:start] != header.encode(place.seed(offset))
+            or checksum_of(payload, header.payload_length) != header.payload_checksum
+        ):
+            raise NodeError(
+                f"Node {place.node} gives back other bytes than it was given: replace its disk."
+            )
 
 
 def last_commit(store: UUID, name: str, node: Node) -> int:

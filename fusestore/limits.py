@@ -70,6 +70,12 @@ RETRY_SECONDS_MAX = 600.0
 REPAIR_BATCH = 16
 """Stripes that repair rebuilds between two flushes."""
 REPAIR_SCAN_ROWS = 256
+REPAIRS_KEPT_MAX = 20
+"""Repairs whose size and time are remembered."""
+BACKGROUND_BUSY_RATE = 32 * MIB
+"""Bytes a second of I/O that repair, healing and scrubbing do while users read or write."""
+USERS_AWAY_SECONDS = 1.0
+"""After the last read or write of a file the background may do as it likes."""
 TAIL_EXTENTS_MAX = 1024
 """Files whose last written extent is remembered."""
 TRIM_BATCH = 256

@@ -18,10 +18,10 @@ from .engine import Engine
 from .erasure import Code
 from .errors import NoSpaceError, ReadOnlyError
 from .limits import METADATA_ROW_BYTES, METADATA_SHARE, RESERVE_BYTES
-from .members import Members
+from .members import Members, State
 from .nodes.base import Space
 from .records import Changes, Place, Run
-from .schema import Counters, LogState, Stripe
+from .schema import Counters, LogState, ShardPlace, Stripe
 
 
 class Unsealed(Protocol):
@@ -152,6 +152,8 @@ class Log:
         """Why nothing can be committed any more; the mount is read-only then."""
         self.metadata_error = ""
         """Why the last checkpoint failed; nothing may grow until one succeeds."""
+        self.used_at = 0.0
+        """When a file was last read or written, by trio's clock."""
         self._room = 0
         self.unwritten: Callable[[], int] = lambda: 0
         """Bytes of file data that are not on the nodes yet; the writer tells."""
@@ -193,6 +195,18 @@ class Log:
     def break_(self, reason: str) -> None:
         """Turn read-only for good: what was promised cannot be kept."""
         self.broken = self.broken or reason
+
+    def has_shard(self, number: int, index: int, place: ShardPlace) -> bool:
+        """Whether a shard is where it should be, as far as is known without reading it."""
+        member = self.members.by_id.get(place.node)
+        return (
+            place.written
+            and member is not None
+            and member.node is not None
+            and member.state is not State.DOWN
+            and place.segment not in member.lost_segments
+            and self.engine.get(schema.missing_key(place.node, number, index)) is None
+        )
 
     # --- room ----------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -63,6 +64,8 @@ class Member:
     """Segments with live shards that are gone from the node."""
     changed: set[int] = field(default_factory=set)
     """Segments whose state differs from the last commit's."""
+    unclaimed: Counter[int] = field(default_factory=Counter)
+    """By segment: bytes reserved for shards that no row has yet; no commit counts them."""
     dirty: set[int] = field(default_factory=set)
     """Segments with bytes that are not flushed."""
     unflushed: list[tuple[int, int]] = field(default_factory=list)
@@ -90,6 +93,18 @@ class Member:
         state.live += length
         self.changed.add(self.segment)
         return reserved
+
+    def claim(self, place: ShardPlace, payload_length: int, sign: int = 1) -> None:
+        """A row has a shard that was rebuilt at a new place; with -1: it has it not yet."""
+        self.unclaimed[place.segment] -= sign * record_length(payload_length)
+        self.changed.add(place.segment)
+
+    def committed(self, segment: int) -> SegmentState | None:
+        """A segment's state for a commit."""
+        state = self.segments.get(segment)
+        if state is None:
+            return None
+        return SegmentState(state.size, state.live - self.unclaimed[segment])
 
     def release(self, segment: int, payload_length: int) -> None:
         """A shard is no more: its record counts as dead."""

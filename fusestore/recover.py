@@ -56,8 +56,6 @@ DRAFT_NAME = "recovering"
 DATABASE = "data.mdb"
 EPOCHS_SKIPPED = 1000
 """With accepted losses: epochs that nodes which are not there may have opened meanwhile."""
-NEVER_WHOLE = 1 << 62
-"""`holds` of a node that may have gone another way: all its shards are checked when it returns."""
 
 
 @dataclass
@@ -339,7 +337,9 @@ def _settle(state: Log, replayed: Replayed) -> LogState:
             and replayed.reached[member.id] >= last
         )
         place = (member.config.region, str(member.config.path))
-        rows.append(NodeRow(member.id, member.name, *place, whole, 0 if whole else NEVER_WHOLE))
+        rows.append(
+            NodeRow(member.id, member.name, *place, whole, 0 if whole else schema.NEVER_WHOLE)
+        )
     state.apply({schema.NODES_KEY: schema.encode_nodes(rows)})
     return replace(replayed.state, epoch=replayed.state.epoch + EPOCHS_SKIPPED)
 

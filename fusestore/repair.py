@@ -2,14 +2,15 @@
 
 1. The directory becomes the node again (a wiped one gets a new incarnation), and
    new shards go there.
-2. Every stripe with a shard on the node: a shard that is there and intact stays;
-   any other is computed from k others and written where it was, or, if the node
-   never had it, to a new place.  It counts when it was flushed, read back from
-   the medium and checked.
+2. The journal is copied from the nodes in sync, read back and checked.
+3. Every stripe with a shard on the node, those that lack other shards first: a
+   shard that is there and intact stays; any other is computed from k others and
+   written where it was, or, if the node never had it, to a new place.  It counts
+   when it was flushed, read back from the medium and checked.
    A node that was only away, and still holds what it held, is not read through:
    `missing` has what it lacks.
-3. The journals are copied from a node in sync, read back and checked; between
-   two commits the node joins those that are in sync.
+4. Between two commits the rest of the journal is copied, and the node joins those
+   that are in sync.
 
 What cannot be rebuilt stays in `missing` and is named, file by file.  Repair
 may be killed at any moment and begun again: what is intact is not done twice.
@@ -37,7 +38,7 @@ from .config import (
     write_identity,
 )
 from .errors import FusestoreError, LostError, NodeError, NodeIdentityError, UsageError
-from .journal import last_commit
+from .journal import copy_journals, last_commit
 from .limits import (
     PROBE_SECONDS,
     REPAIR_BATCH,
@@ -48,8 +49,9 @@ from .limits import (
 from .log import Log
 from .members import Member, State, open_node
 from .nodes.base import Node
+from .pace import Pace
 from .read_path import Reader, verified
-from .records import HEADER_BYTES, Header, Run, payload_checksum, records
+from .records import HEADER_BYTES, Header, Run, payload_checksum
 from .replay import shard_is_intact
 from .schema import ShardPlace, Stripe
 from .write_path import shard_header, write_shard
@@ -59,6 +61,8 @@ log = logging.getLogger(__name__)
 Progress = Callable[[dict[str, Any]], None]
 _Rebuilt = tuple[int, int, Stripe, ShardPlace]
 """A stripe's number, a shard's index, the stripe as it was read, and the shard's place."""
+_Here = tuple[int, Stripe, list[int]]
+"""A stripe's number, the stripe, and the indices of its shards on a node."""
 
 
 class Repairer:
@@ -135,6 +139,7 @@ class Repairer:
             return
         log.info("Node %s is there again: it gets what it missed.", member.name)
         try:
+            await self._journal_first(member, lambda message: None)
             if member.doubted or member.lost_segments:
                 await self._all_shards(member, lambda message: None)
             await self._heal(member)
@@ -207,6 +212,7 @@ class Repairer:
             place = row.shards[index]
             if not place.written:
                 place = member.reserve(length)
+                member.claim(place, length, -1)
             written.append((number, index, row, place))
             header = shard_header(row.code, row.length, number, index, row.checksums[index])
             await trio.to_thread.run_sync(
@@ -252,6 +258,8 @@ class Repairer:
                 self._give_back(member, row, index, place)
                 self._log.apply({key: None})
                 continue
+            if place != row.shards[index]:
+                member.claim(place, row.shard_length)
             moved = now.moved(index, place)
             self._log.apply({schema.stripe_key(number): moved.encode(), key: None})
             self._reader.forget(number)
@@ -262,6 +270,7 @@ class Repairer:
     def _give_back(member: Member, row: Stripe, index: int, place: ShardPlace) -> None:
         """A place that was reserved for a rebuilt shard is not needed."""
         if place != row.shards[index]:
+            member.claim(place, row.shard_length)
             member.release(place.segment, row.shard_length)
 
     def _row(self, number: int) -> Stripe | None:
@@ -285,6 +294,7 @@ class Repairer:
         async with self._busy:
             try:
                 await self._begin(member)
+                await self._journal_first(member, progress)
                 progress({"phase": "shards", "done": 0, "total": self._total(member)})
                 shards, size = await self._all_shards(member, progress)
                 more = await self._heal(member)
@@ -363,81 +373,109 @@ class Repairer:
                 self._config.uuid, member.name, member.config.region, uuid4(), IDENTITY_VERSION
             )
             write_identity(path, identity)
+            member.holds = schema.NEVER_WHOLE  # until it is in sync again
         return open_node(self._config, member.config)
 
-    async def _all_shards(self, member: Member, progress: Progress) -> tuple[int, int]:
-        """Go through all stripes; (shards, bytes) rebuilt."""
-        start = schema.STRIPES_START
+    async def _all_shards(
+        self, member: Member, progress: Progress, pace: Pace | None = None
+    ) -> tuple[int, int]:
+        """Go through all stripes, the weakest first; (shards, bytes) rebuilt."""
+        pace = pace or Pace(self._log)
         shards = size = done = 0
         total = self._total(member)
+        for weak in (True, False):
+            for batch in self._batches(member, weak):
+                length = sum(row.shard_length for _, row, _ in batch)
+                await pace.spend(length)
+                bad = await trio.to_thread.run_sync(_not_intact, member, batch)
+                await pace.spend(sum(self._row_cost(number) for number in bad))
+                more = await self._rebuild(member, bad)
+                shards, size = shards + more[0], size + more[1]
+                done += sum(len(here) * row.shard_length for _, row, here in batch)
+                progress({"phase": "shards", "done": min(done, total), "total": total})
+        member.doubted = False
+        member.lost_segments.clear()
+        return shards, size
+
+    def _batches(self, member: Member, weak: bool) -> Iterator[list[_Here]]:
+        """Stripes with shards on a node that lack, or do not lack, shards elsewhere.
+
+        A batch may be empty, so that others can run.
+        """
+        start = schema.STRIPES_START
+        batch: list[_Here] = []
         while True:
             rows = list(islice(self._log.engine.scan(start, schema.STRIPES_END), REPAIR_SCAN_ROWS))
-            if not rows:
-                member.doubted = False
-                member.lost_segments.clear()
-                return shards, size
+            for key, value in rows:
+                number, row = schema.decode_stripe_key(key), Stripe.decode(value)
+                here = [i for i, place in enumerate(row.shards) if place.node == member.id]
+                if here and self._is_weak(number, row, member) is weak:
+                    batch.append((number, row, here))
+                    if len(batch) == REPAIR_BATCH:
+                        yield batch
+                        batch = []
+            yield batch
+            batch = []
+            if len(rows) < REPAIR_SCAN_ROWS:
+                return
             start = rows[-1][0] + b"\0"
-            for first in range(0, len(rows), REPAIR_BATCH):
-                wanted: dict[int, list[int]] = {}
-                for key, value in rows[first : first + REPAIR_BATCH]:
-                    row = Stripe.decode(value)
-                    here = [i for i, p in enumerate(row.shards) if p.node == member.id]
-                    bad = [
-                        index
-                        for index in here
-                        if not row.shards[index].written
-                        or not await trio.to_thread.run_sync(shard_is_intact, member, row, index)
-                    ]
-                    if bad:
-                        wanted[schema.decode_stripe_key(key)] = bad
-                    done += len(here) * (HEADER_BYTES + row.shard_length)
-                more = await self._rebuild(member, wanted)
-                shards, size = shards + more[0], size + more[1]
-                progress({"phase": "shards", "done": min(done, total), "total": total})
+
+    def _is_weak(self, number: int, row: Stripe, member: Member) -> bool:
+        """Whether a stripe lacks shards besides those on this node."""
+        return any(
+            place.node != member.id and not self._log.has_shard(number, index, place)
+            for index, place in enumerate(row.shards)
+        )
+
+    def _row_cost(self, number: int) -> int:
+        """Bytes of I/O that rebuilding a shard of a stripe takes."""
+        row = self._row(number)
+        return (row.code.k + 1) * row.shard_length if row is not None else 0
+
+    async def _journal_first(self, member: Member, progress: Progress) -> None:
+        """Copy the journal as it is, while commits go on; what comes later is copied at the end."""
+        if member.in_sync:
+            return
+        assert member.node is not None
+        if member.holds == schema.NEVER_WHOLE:  # what it has may be of another history
+            await trio.to_thread.run_sync(_drop_journals, member.node)
+        async with self._committer.lock:
+            self._committer.roll_journal()
+        await self._copy_journals(member, self._committer.journal_segment, progress)
 
     async def _join(self, member: Member, progress: Progress) -> None:
-        """Copy the journals and let the node be in sync."""
+        """Copy the rest of the journal between two commits, and let the node be in sync."""
         async with self._committer.lock:
             await self._heal(member)
             if not member.in_sync:
                 self._committer.roll_journal()
-                source = next(iter(self._log.members.in_sync))
-                progress({"phase": "journal", "done": 0, "total": 1})
-                await trio.to_thread.run_sync(
-                    self._copy_journals, source, member, self._committer.journal_segment
-                )
-                member.state, member.in_sync = State.UP, True
+                await self._copy_journals(member, self._committer.journal_segment, progress)
+                member.state, member.in_sync, member.holds = State.UP, True, 0
             await self._committer.commit_now(checkpoint=True)
-            progress({"phase": "journal", "done": 1, "total": 1})
 
-    def _copy_journals(self, source: Member, target: Member, before: int) -> None:
-        """In a thread: the segments below `before`, record by record."""
-        assert source.node is not None
+    async def _copy_journals(self, target: Member, before: int, progress: Progress) -> None:
+        """Give a node all journal segments below `before`."""
+        sources = [
+            (m.name, m.node) for m in self._log.members.in_sync if m.node and m is not target
+        ]
         assert target.node is not None
-        for segment in target.node.segments(Run.JOURNAL):
-            target.node.delete(Run.JOURNAL, segment)
-        for segment in source.node.segments(Run.JOURNAL):
-            if segment >= before:
-                continue
-            size = source.node.size(Run.JOURNAL, segment)
-            data = source.node.read(Run.JOURNAL, segment, 0, size)
-            place = self._log.journal(target.name, segment)
-            end = count = 0
-            for offset, header, payload in records(self._log.journal(source.name, segment), data):
-                padding = bytes(header.record_length - HEADER_BYTES - len(payload))
-                target.node.write(
-                    Run.JOURNAL,
-                    segment,
-                    offset,
-                    [header.encode(place.seed(offset)), payload, padding],
-                )
-                end, count = offset + header.record_length, count + 1
-            if count == 0:
-                continue
-            target.node.truncate(Run.JOURNAL, segment, end)
-            back = target.node.read_back(Run.JOURNAL, segment, 0, end)
-            if sum(1 for _ in records(place, back)) != count:
-                raise NodeError(
-                    f"Node {target.name} gives back other bytes than it was given: "
-                    "replace its disk."
-                )
+        progress({"phase": "journal", "done": 0, "total": 1})
+        await trio.to_thread.run_sync(
+            copy_journals, self._log.store, sources, (target.name, target.node), before
+        )
+        progress({"phase": "journal", "done": 1, "total": 1})
+
+
+def _drop_journals(node: Node) -> None:
+    for segment in node.segments(Run.JOURNAL):
+        node.delete(Run.JOURNAL, segment)
+
+
+def _not_intact(member: Member, batch: list[_Here]) -> dict[int, list[int]]:
+    """In a thread: by stripe the shards of a node that are not there or not right."""
+    found = {}
+    for number, row, here in batch:
+        bad = [i for i in here if not row.shards[i].written or not shard_is_intact(member, row, i)]
+        if bad:
+            found[number] = bad
+    return found

@@ -474,6 +474,10 @@ class LogState:
         return cls(**json.loads(value))
 
 
+NEVER_WHOLE = 1 << 62
+"""`holds` of a node that may lack anything, whatever its journal says."""
+
+
 @dataclass(slots=True)
 class NodeRow:
     """A node as the log knows it; the row holds a JSON list of all of them."""

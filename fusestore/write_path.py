@@ -75,6 +75,8 @@ class UnsealedStripe:
     owners: list[tuple[int, int, int, int]] = field(default_factory=list)
     """(ino, file offset, length, stripe offset) that no commit holds."""
     owners_count: int = 0
+    dead: bool = False
+    """No file had bytes of it when a commit took it: that commit gives its room back."""
     taken: Taken | None = None
     """The commit that waits for the stripe to be sealed."""
     sealed: trio.Event = field(default_factory=trio.Event)
@@ -323,23 +325,22 @@ class Writer:
 
     def _sealed(self, stripe: UnsealedStripe, row: Stripe) -> None:
         log, number = self._log, stripe.number
+        if stripe.dead:
+            with Transaction(log) as txn:
+                txn.reclaim(number, row)
+                changes, txn.changes = txn.changes, {}
+            self._amend(stripe, changes)
+            return
         alive = log.engine.get(schema.live_key(number)) is not None
         if alive or stripe.taken is not None:
             self.fresh.add(number)
-            changes: dict[bytes, bytes | None] = {schema.stripe_key(number): row.encode()}
+            changes = {schema.stripe_key(number): row.encode()}
             changes.update(self._owners(stripe))
             changes.update((schema.tail_key(number, offset), None) for offset in stripe.tails)
             for index, place in enumerate(row.shards):
                 if not place.written:
                     changes[schema.missing_key(place.node, number, index)] = b""
-            if stripe.taken is None:
-                log.apply(changes)
-            else:
-                stripe.taken.changes.update(changes)
-                if stripe.taken.frozen:
-                    log.engine.amend(changes)
-                else:
-                    log.engine.apply(changes)
+            self._amend(stripe, changes)
         if not alive:
             # It died on its way: the commit that took it needs the row, the next one frees it.
             with Transaction(log) as txn:
@@ -348,6 +349,17 @@ class Writer:
                 else:
                     txn.stripes -= 1
                     txn.reclaim(number, row)
+
+    def _amend(self, stripe: UnsealedStripe, changes: Changes) -> None:
+        """Add to the commit that waits for a stripe, or to the next one."""
+        if stripe.taken is None:
+            self._log.apply(changes)
+            return
+        stripe.taken.changes.update(changes)
+        if stripe.taken.frozen:
+            self._log.engine.amend(changes)
+        else:
+            self._log.engine.apply(changes)
 
     def _write_shards(
         self,
