@@ -265,7 +265,7 @@ _SWITCHES = {
     "exec": "noexec",
 }
 _IGNORED = {"", "defaults", "atime", "noatime"}
-_OWN = {"ro", "allow_other", "writeback", "nonempty"}
+_OWN = {"ro", "allow_other", "writeback", "nonempty", "accept_loss"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +279,8 @@ class MountOptions:
     """The kernel collects small writes; it loses them when the daemon dies."""
     nonempty: bool = False
     """The mount may cover what the directory has."""
+    accept_loss: bool = False
+    """Commits that nodes which are not there may hold are given up."""
     switches: tuple[str, ...] = ()
     """Of nosuid, nodev, noexec."""
 
@@ -306,6 +308,7 @@ class MountOptions:
             allow_other=chosen.get("allow_other", False),
             writeback=chosen.get("writeback", False),
             nonempty=chosen.get("nonempty", False),
+            accept_loss=chosen.get("accept_loss", False),
             switches=tuple(name for name in ("nosuid", "nodev", "noexec") if chosen.get(name)),
         )
 
@@ -330,6 +333,7 @@ class MountOptions:
         """The options as `parse` reads them."""
         own = [("ro", self.read_only), ("allow_other", self.allow_other)]
         own += [("writeback", self.writeback), ("nonempty", self.nonempty)]
+        own += [("accept_loss", self.accept_loss)]
         return ",".join([*(name for name, chosen in own if chosen), *self.switches])
 
 

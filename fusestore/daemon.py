@@ -125,7 +125,11 @@ class _Daemon:
         async with trio.open_nursery() as outer:
             try:
                 async with (
-                    open_store(self._config, read_only=self._options.read_only) as store,
+                    open_store(
+                        self._config,
+                        read_only=self._options.read_only,
+                        accept_loss=self._options.accept_loss,
+                    ) as store,
                     trio.open_nursery() as nursery,
                 ):
                     files = FileSystem(store, nursery)

@@ -63,6 +63,10 @@ class NodeIdentityError(NodeError):
     """A node's directory is not there, or is not the node it should be."""
 
 
+class NodeLacksError(NodeError):
+    """A node does not hold what it was asked for; asking again would not help."""
+
+
 class NodeFullError(NodeError):
     """A node has no room left."""
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
 from . import schema
-from .errors import FormatError, NodeError, ReplayError
+from .errors import FormatError, NodeError, NodeLacksError, ReplayError
 from .nodes.base import Node
 from .records import (
     HEADER_BYTES,
@@ -157,7 +157,11 @@ def read_journals(
         try:
             for segment in node.segments(Run.JOURNAL):
                 if segment >= first:
-                    _read_segment(found, Place(store, name, Run.JOURNAL, segment), node)
+                    try:
+                        _read_segment(found, Place(store, name, Run.JOURNAL, segment), node)
+                    except NodeLacksError as error:
+                        # A snapshot has replaced it meanwhile, or the file shrank under us.
+                        log.info("%s", error)
                     progress(found.size)
         except NodeError as error:
             found.failed[name] = error
@@ -208,7 +212,7 @@ def _commit_entry(header: Header, payload: memoryview) -> Entry | None:
 
 def copy_journals(
     store: UUID,
-    sources: Iterable[tuple[str, Node]],
+    sources: Sequence[tuple[str, Node]],
     target: tuple[str, Node],
     before: int | None = None,
 ) -> int:
@@ -218,8 +222,9 @@ def copy_journals(
     """
     name, node = target
     journals = read_journals(store, [*sources, target])
-    if name in journals.failed:
-        raise journals.failed[name]
+    for failed in (name, *(source for source, _ in sources)):
+        if failed in journals.failed:
+            raise journals.failed[failed]
     lacking: dict[int, list[Entry]] = defaultdict(list)
     for entry in [*journals.entries(), *journals.pieces.values()]:
         if all(place[0] is not node for place in entry.places):

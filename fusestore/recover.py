@@ -43,7 +43,7 @@ from .nodes.directory import DirectoryNode
 from .placement import check_region_rule
 from .read_path import Reader
 from .records import Changes, Run
-from .replay import Replayed, replay, suspect_shards
+from .replay import EPOCHS_SKIPPED, Replayed, replay, suspect_shards
 from .schema import Counters, LogState, NodeRow, Stripe
 from .tree import Tree
 
@@ -54,8 +54,6 @@ Progress = Callable[[dict[str, Any]], None]
 DRAFT_NAME = "recovering"
 """In the metadata directory, until the database in it is whole."""
 DATABASE = "data.mdb"
-EPOCHS_SKIPPED = 1000
-"""With accepted losses: epochs that nodes which are not there may have opened meanwhile."""
 
 
 @dataclass
@@ -119,10 +117,7 @@ def recover(
             state = Log(engine, members, config.uuid, config.code, read_only=True)
             in_sync = [row.id for row in rows if row.in_sync]
             replayed = replay(state, checkpoint, in_sync, accept_loss=accept_loss)
-            _check_alone(state, replayed, accept_loss)
-            lossy = accept_loss and bool(
-                replayed.dropped or replayed.durable > replayed.state.commit
-            )
+            lossy = _may_lack(state, replayed, accept_loss) or replayed.lossy
             state.apply(replayed.changes)
             if lossy:
                 _save(engine, {schema.LOG_KEY: _settle(state, replayed).encode()})
@@ -307,22 +302,23 @@ def _write_config(found: Found, config: StoreConfig) -> None:
 # --- what must not be lost ---------------------------------------------------
 
 
-def _check_alone(state: Log, replayed: Replayed, accept_loss: bool) -> None:
-    """Refuse when the nodes that are not there could have gone on without those that are."""
+def _may_lack(state: Log, replayed: Replayed, accept_loss: bool) -> bool:
+    """Whether nodes that are not there could have gone on without those that are; ReplayError."""
     vouching = {
         member.id
         for member in state.members.all
         if member.node is not None and replayed.reached[member.id] >= replayed.durable
     }
     others = {member.id for member in state.members.all} - vouching
-    if accept_loss or not others & replayed.in_sync:
-        return
-    if state.members.could_store(state.code, others):
+    if not others & replayed.in_sync or not state.members.could_store(state.code, others):
+        return False
+    if not accept_loss:
         away = ", ".join(m.name for m in state.members.all if m.id in others)
         raise ReplayError(
             f"Newer commits than {replayed.state.commit} may be on {away}: bring these nodes back "
             "and name their places with --from, or say --accept-loss if they are gone for good."
         )
+    return True
 
 
 def _settle(state: Log, replayed: Replayed) -> LogState:

@@ -35,6 +35,7 @@ from .config import (
     IDENTITY_VERSION,
     NodeIdentity,
     StoreConfig,
+    sync_directory,
     write_identity,
 )
 from .errors import FusestoreError, LostError, NodeError, NodeIdentityError, UsageError
@@ -369,6 +370,7 @@ class Repairer:
                     "another place."
                 )
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            sync_directory(path.parent)
             identity = NodeIdentity(
                 self._config.uuid, member.name, member.config.region, uuid4(), IDENTITY_VERSION
             )

@@ -15,15 +15,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from . import schema
-from .errors import NodeError, ReplayError
+from .errors import NodeError, NodeLacksError, ReplayError
 from .journal import read_journals
 from .log import Log
-from .members import Member
+from .members import Member, State
 from .read_path import verified
 from .records import Commit, Run
 from .schema import LogState, Stripe
 
 log = logging.getLogger(__name__)
+
+EPOCHS_SKIPPED = 1000
+"""With accepted losses: epochs that nodes which are not there may have opened meanwhile."""
+HOW_TO_GIVE_UP = " If they are gone for good, mount with -o accept_loss."
 
 
 @dataclass(slots=True)
@@ -39,6 +43,8 @@ class Replayed:
     """The last commit that every node in sync is known to hold."""
     dropped: list[int] = field(default_factory=list)
     """Commits that do not count."""
+    lossy: bool = False
+    """Something was dropped that may have been acknowledged."""
     in_sync: frozenset[int] = frozenset()
     """Ids of the nodes that the last commit counts as in sync."""
     reached: dict[int, int] = field(default_factory=dict)
@@ -71,25 +77,28 @@ def replay(
             except ReplayError:
                 if not accept_loss:
                     raise
+                result.lossy = True
                 break
             result.doubtful.update(commit.changes)
         result.changes.update(commit.changes)
         result.in_sync = frozenset(commit.in_sync)
         result.commits += 1
         last, digest = commit.number, entry.header.payload_checksum
-    result.durable = max(durable, start.commit)
+    result.durable = min(max(durable, start.commit), last)
     result.dropped = sorted(number for number in journals.commits if number > last)
-    if durable > last and not accept_loss:
-        raise ReplayError(
-            f"Commit {last + 1} was acknowledged, and no node that is there holds it: bring the "
-            "missing nodes back, then mount again."
-        )
+    if durable > last:
+        if not accept_loss:
+            raise ReplayError(
+                f"Commit {last + 1} was acknowledged, and no node that is there holds it: bring "
+                f"the missing nodes back, then mount again.{HOW_TO_GIVE_UP}"
+            )
+        result.lossy = True
     if result.dropped:
         log.warning("%d commits that were never acknowledged are dropped.", len(result.dropped))
     for member in state.members.all:
         chain = [n for n in journals.holders.get(member.name, ()) if n <= last]
         result.reached[member.id] = max(chain, default=0)
-    epoch = max(start.epoch, journals.epoch)
+    epoch = max(start.epoch, journals.epoch) + (EPOCHS_SKIPPED if result.lossy else 0)
     result.state = LogState(epoch, start.nonce, last, digest, start.journal_segment)
     return result
 
@@ -105,16 +114,22 @@ def _counts(state: Log, commit: Commit) -> bool:
             member = state.members.by_id.get(place.node)
             if not place.written:
                 continue
-            if member is None or member.node is None:
+            if member is None or member.node is None or member.state is State.DOWN:
                 away += 1
-            elif shard_is_intact(member, row, index):
-                intact += 1
+                continue
+            try:
+                intact += _verify(member, row, index)
+            except NodeLacksError:
+                continue
+            except NodeError as error:
+                log.warning("%s", error)
+                away += 1
         if intact >= row.code.k:
             continue
         if intact + away >= row.code.k:
             raise ReplayError(
-                f"Whether commit {commit.number} counts depends on nodes that are away: "
-                "bring them back, then mount again."
+                f"Whether commit {commit.number} counts depends on nodes that are away, or cannot "
+                f"be read: bring them back, then mount again.{HOW_TO_GIVE_UP}"
             )
         return False
     return True
@@ -122,12 +137,16 @@ def _counts(state: Log, commit: Commit) -> bool:
 
 def shard_is_intact(member: Member, row: Stripe, index: int) -> bool:
     """Read a whole shard and check it; blocks."""
-    place = row.shards[index]
-    assert member.node is not None
     try:
-        data = member.node.read(Run.SHARDS, place.segment, place.offset, row.shard_length)
+        return _verify(member, row, index)
     except NodeError:
         return False
+
+
+def _verify(member: Member, row: Stripe, index: int) -> bool:
+    place = row.shards[index]
+    assert member.node is not None
+    data = member.node.read(Run.SHARDS, place.segment, place.offset, row.shard_length)
     return verified(row, index, 0, data)
 
 

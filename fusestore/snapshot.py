@@ -117,16 +117,16 @@ class Snapshotter:
         """Journal before `segment` is not needed, once a checkpoint is past it too."""
         async with self._committer.lock:
             await self._committer.commit_now(checkpoint=True)
-        for member in self._log.members.in_sync:
-            node = member.node
-            assert node is not None
+            for member in self._log.members.in_sync:
+                node = member.node
+                assert node is not None
 
-            def delete(node: Node = node) -> None:
-                for old in node.segments(Run.JOURNAL):
-                    if old < segment:
-                        node.delete(Run.JOURNAL, old)
+                def delete(node: Node = node) -> None:
+                    for old in node.segments(Run.JOURNAL):
+                        if old < segment:
+                            node.delete(Run.JOURNAL, old)
 
-            try:
-                await trio.to_thread.run_sync(delete)
-            except NodeError as error:
-                member.fail(error)
+                try:
+                    await trio.to_thread.run_sync(delete)
+                except NodeError as error:
+                    member.fail(error)

@@ -12,13 +12,14 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import trio
 
 from . import erasure, schema
 from .commit import Committer
-from .config import StoreConfig
+from .config import StoreConfig, sync_directory
 from .engine import Engine
 from .erasure import Code
 from .errors import FusestoreError, MetadataError, NodeError, ReplayError, UsageError
@@ -127,11 +128,16 @@ class Store:
 
 @asynccontextmanager
 async def open_store(
-    config: StoreConfig, *, read_only: bool = False, background: bool = True
+    config: StoreConfig,
+    *,
+    read_only: bool = False,
+    background: bool = True,
+    accept_loss: bool = False,
 ) -> AsyncIterator[Store]:
     """Open a store whose lock the caller holds; FusestoreError when it cannot be.
 
-    Without `background` nothing is healed, reclaimed or dumped while it is open.
+    Without `background` nothing is healed, reclaimed or dumped while it is open; with
+    `accept_loss` commits that nodes which are not there may hold are given up.
     On leaving, everything is committed and checkpointed; NotDurableError when
     that was not possible.
     """
@@ -144,7 +150,9 @@ async def open_store(
         state = Log(engine, members, config.uuid, config.code, read_only=read_only)
         start = _load(state, config)
         in_sync = [row.id for row in rows if row.in_sync]
-        replayed = await trio.to_thread.run_sync(replay, state, start, in_sync)
+        replayed = await trio.to_thread.run_sync(
+            partial(replay, state, start, in_sync, accept_loss=accept_loss)
+        )
         suspects = await trio.to_thread.run_sync(suspect_shards, state, replayed)
         _apply(state, replayed, suspects)
         async with trio.open_nursery() as nursery:
@@ -213,6 +221,7 @@ def _load(state: Log, config: StoreConfig) -> LogState:
     engine.freeze()
     engine.write()
     engine.thaw()
+    sync_directory(config.metadata)
     return LogState()
 
 
@@ -246,6 +255,8 @@ def _apply(state: Log, replayed: Replayed, suspects: dict[bytes, bytes | None]) 
         owner = state.members.by_id.get(row.id)
         if owner is not None:
             owner.holds = replayed.durable if row.in_sync else row.holds
+            if replayed.lossy and not owner.in_sync:
+                owner.holds = schema.NEVER_WHOLE
     for key, value in engine.scan(schema.SEGMENTS_START, schema.SEGMENTS_END):
         node, segment = schema.decode_segment_key(key)
         owner = state.members.by_id.get(node)

@@ -3,9 +3,9 @@
 A node keeps two runs of segments, journal and shards.  A segment is written
 forward, never over what it holds; the log chooses numbers and offsets.
 `write` may be called from several threads at a time for different ranges;
-bytes are durable once `flush` has returned.  All errors are NodeError, or
-NodeFullError where there is no room; a read that cannot give every byte that
-it was asked for raises, it never returns less.
+bytes are durable once `flush` has returned.  All errors are NodeError:
+NodeFullError where there is no room, NodeLacksError where a segment or bytes of
+it are not there; a read never returns less than it was asked for.
 
 Repair writes at places that were written before, with the bytes that belong
 there; a node that cannot do so (an object store) writes the segment anew.

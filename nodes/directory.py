@@ -26,7 +26,7 @@ from typing_extensions import Buffer
 
 from .. import linux
 from ..config import NodeIdentity, sync_directory
-from ..errors import NodeError, NodeFullError, NodeIdentityError
+from ..errors import NodeError, NodeFullError, NodeIdentityError, NodeLacksError
 from ..limits import (
     JOURNAL_PREALLOCATE_BYTES,
     OPEN_SEGMENTS_MAX,
@@ -77,8 +77,9 @@ class DirectoryNode:
         self._flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
         for folder, _ in _FOLDERS.values():
             with self._errors("open"):
-                if not read_only:
-                    (path / folder).mkdir(mode=0o700, exist_ok=True)
+                if not read_only and not (path / folder).is_dir():
+                    (path / folder).mkdir(mode=0o700)
+                    sync_directory(path)
         with self._errors("open"):
             self._marker = os.stat(path / "node.toml")
         self._lock = threading.Lock()
@@ -89,7 +90,11 @@ class DirectoryNode:
         try:
             yield
         except OSError as error:
-            kind = NodeFullError if error.errno in _FULL else NodeError
+            kind: type[NodeError] = NodeError
+            if error.errno in _FULL:
+                kind = NodeFullError
+            elif error.errno in (errno.ENOENT, errno.ENODATA):
+                kind = NodeLacksError
             reason = error.strerror or str(error)
             raise kind(f"Node {self._name} ({self.path}) cannot {what}: {reason}.") from error
 
@@ -185,7 +190,7 @@ class DirectoryNode:
             while len(data) < length:
                 more = os.pread(source.fd, length - len(data), offset + len(data))
                 if not more:
-                    raise OSError(errno.EIO, f"it ends before byte {offset + length}")
+                    raise OSError(errno.ENODATA, f"it ends before byte {offset + length}")
                 data += more
             return data
 
