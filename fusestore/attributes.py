@@ -30,7 +30,6 @@ from .errors import (
 )
 from .limits import FILE_BYTES_MAX, XATTR_BYTES_MAX, XATTR_LIST_BYTES_MAX
 from .log import Log
-from .members import State
 from .nodes.directory import segment_path
 from .placement import check_region_rule
 from .read_path import Reader
@@ -200,7 +199,7 @@ class Attributes:
         for index, place in enumerate(row.shards):
             member = self._log.members.by_id[place.node]
             missing = self._log.engine.get(schema.missing_key(place.node, number, index))
-            here = place.written and missing is None and member.state is not State.DOWN
+            here = place.written and missing is None and not member.unused
             shards.append(
                 {
                     "index": index,

@@ -32,7 +32,7 @@ from .limits import (
     JOURNAL_SEGMENT_BYTES,
 )
 from .log import Log
-from .members import Member, State
+from .members import Member
 from .records import (
     HEADER_BYTES,
     Commit,
@@ -184,8 +184,7 @@ class Committer:
         return [
             member
             for member in self._log.members.all
-            if (member.id in before and not member.in_sync)
-            or (member.state is State.DOWN and member.unflushed)
+            if (member.id in before and not member.in_sync) or (member.unused and member.unflushed)
         ]
 
     def _note_nodes(self) -> bool:
@@ -299,12 +298,7 @@ class Committer:
     def _is_held(self, taken: Taken) -> bool:
         """Whether a commit counts with the nodes that have flushed it, and may be checkpointed."""
         members, engine = self._log.members, self._log.engine
-        lost = {
-            shard
-            for member in members.all
-            if member.state is State.DOWN
-            for shard in member.unflushed
-        }
+        lost = {shard for member in members.all if member.unused for shard in member.unflushed}
         for key in self._puts(taken):
             number, row = schema.decode_stripe_key(key), Stripe.decode(taken.changes[key] or b"")
             good = [
@@ -339,9 +333,7 @@ class Committer:
         dirty, member.dirty = member.dirty, set()
         shards = len(member.unflushed)
         try:
-            await trio.to_thread.run_sync(
-                self._write_node, member, offset, header, payload, sorted(dirty)
-            )
+            await member.call(self._write_node, member, offset, header, payload, sorted(dirty))
         except NodeError as error:
             member.fail(error)
             return
@@ -369,7 +361,7 @@ class Committer:
             state = member.segments.get(segment)
             if state is not None and member.is_full(segment):
                 node.truncate(Run.SHARDS, segment, state.size)
-        node.check()
+        member.sample()
 
     def roll_journal(self) -> None:
         """Go on in a new journal segment."""

@@ -94,7 +94,7 @@ def _commands(store: Store, files: FileSystem) -> dict[str, Command]:
     """What works on a store whether it is mounted or not."""
 
     async def status(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        return store.status()
+        return await store.status()
 
     async def repair(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
         return await store.repairer.repair(str(arguments["node"]), progress, files.tree.path)

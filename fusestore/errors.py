@@ -67,6 +67,10 @@ class NodeLacksError(NodeError):
     """A node does not hold what it was asked for; asking again would not help."""
 
 
+class NodeTimeoutError(NodeError):
+    """A node did not answer in time."""
+
+
 class NodeFullError(NodeError):
     """A node has no room left."""
 

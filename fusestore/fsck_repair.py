@@ -17,7 +17,6 @@ from . import schema
 from .fsck import Around, Check, Finding
 from .limits import OWNERS_PER_ROW_MAX
 from .log import Log, Transaction
-from .members import State
 from .records import Run
 from .schema import (
     LOST_STRIPE,
@@ -102,7 +101,7 @@ def _sizes(state: Log) -> _Sizes:
     """In a thread: the bytes in each shard segment of the nodes that are there."""
     found: _Sizes = {}
     for member in state.members.all:
-        if member.node is not None and member.state is not State.DOWN:
+        if member.node is not None and not member.unused:
             found[member.id] = {}
             for segment in member.node.segments(Run.SHARDS):
                 found[member.id][segment] = member.node.size(Run.SHARDS, segment)

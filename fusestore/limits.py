@@ -62,6 +62,16 @@ RECLAIM_BATCH = 256
 """Shards that are punched out in one thread hop and one transaction."""
 CATCH_UP_SHARDS_MAX = 64
 """Shards that a node may lack to be brought back before the mount answers."""
+NODE_SECONDS_MAX = 30.0
+"""How long a node may take for a write or a flush before it is given up."""
+READ_SECONDS_MAX = 3.0
+"""How long a node may take for a read before others are read instead."""
+SLOW_SECONDS = 30.0
+"""How long a node that was too slow is then not read, if others will do."""
+NODE_THREADS_MAX = 12
+"""Calls of one node at a time, so that one that hangs cannot take all threads."""
+SUSPICIONS_MAX = 3
+"""Failed attempts to bring a node back after which it is called down."""
 PROBE_SECONDS = 10.0
 """How often nodes that are away are looked for."""
 RETRY_SECONDS_MIN = 5.0

@@ -18,7 +18,7 @@ from .engine import Engine
 from .erasure import Code
 from .errors import NoSpaceError, ReadOnlyError
 from .limits import METADATA_ROW_BYTES, METADATA_SHARE, RESERVE_BYTES
-from .members import Members, State
+from .members import Members
 from .nodes.base import Space
 from .records import Changes, Place, Run
 from .schema import Counters, LogState, ShardPlace, Stripe
@@ -203,7 +203,7 @@ class Log:
             place.written
             and member is not None
             and member.node is not None
-            and member.state is not State.DOWN
+            and not member.unused
             and place.segment not in member.lost_segments
             and self.engine.get(schema.missing_key(place.node, number, index)) is None
         )

@@ -2,7 +2,10 @@
 
 A node that is in sync holds every commit, and a commit is acknowledged only
 when all of them have flushed it.  One that failed leaves the set until repair
-brings it back.  All methods run on the event loop without an await.
+brings it back.  All methods run on the event loop, and only `call` awaits.
+
+No call of a node is waited for longer than NODE_SECONDS_MAX: its thread is then
+left to itself, and the node is given up.
 """
 
 from __future__ import annotations
@@ -10,15 +13,25 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Any, TypeVar
+
+import trio
 
 from .config import NodeConfig, StoreConfig, read_identity
 from .erasure import Code
-from .errors import NodeError, NodeIdentityError
-from .limits import METADATA_SHARE, RESERVE_BYTES, SHARD_SEGMENT_BYTES
+from .errors import NodeError, NodeIdentityError, NodeTimeoutError
+from .limits import (
+    METADATA_SHARE,
+    NODE_SECONDS_MAX,
+    NODE_THREADS_MAX,
+    RESERVE_BYTES,
+    SHARD_SEGMENT_BYTES,
+    SUSPICIONS_MAX,
+)
 from .nodes.base import Node, Space
 from .nodes.directory import DirectoryNode
 from .placement import place, turns
@@ -26,6 +39,8 @@ from .records import HEADER_BYTES, record_length
 from .schema import NodeRow, SegmentState, ShardPlace
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class State(StrEnum):
@@ -37,8 +52,10 @@ class State(StrEnum):
     """Read and written, while repair brings back what it lacks."""
     BEHIND = "behind"
     """Read: the mount is read-only, or only just begins."""
+    SUSPECT = "suspect"
+    """Not used: it failed, or did not answer in time; it is tried again by itself."""
     DOWN = "down"
-    """Not used."""
+    """Not used: it is gone, is not itself, or has failed again and again."""
 
 
 @dataclass(slots=True)
@@ -54,6 +71,17 @@ class Member:
     """The last commit that the node is known to have flushed."""
     error: str = ""
     """Why the node is not up, for people."""
+    slow_until: float = 0.0
+    """By trio's clock: until then it is read only if others will not do."""
+    suspicions: int = 0
+    """How often in a row it could not be brought back."""
+    space: Space | None = None
+    """Room on its device, as of the last flush or probe."""
+    calls: set[trio.CancelScope] = field(default_factory=set)
+    """Of what is waited for; given up at once when the node fails."""
+    threads: trio.CapacityLimiter = field(
+        default_factory=lambda: trio.CapacityLimiter(NODE_THREADS_MAX)
+    )
     segment: int = 1
     """The shard segment being filled, and where it goes on."""
     offset: int = 0
@@ -80,6 +108,41 @@ class Member:
     def writable(self) -> bool:
         """Whether new shards go there."""
         return self.state in (State.UP, State.REBUILDING)
+
+    @property
+    def unused(self) -> bool:
+        """Whether nothing is asked of it."""
+        return self.state in (State.SUSPECT, State.DOWN)
+
+    async def call(
+        self, function: Callable[..., T], *arguments: Any, seconds: float | None = None
+    ) -> T:
+        """Do something with the node in a thread; NodeTimeoutError when it takes too long."""
+        seconds = NODE_SECONDS_MAX if seconds is None else seconds
+        with trio.move_on_after(seconds) as scope:
+            self.calls.add(scope)
+            try:
+                return await trio.to_thread.run_sync(
+                    function, *arguments, abandon_on_cancel=True, limiter=self.threads
+                )
+            finally:
+                self.calls.discard(scope)
+        raise NodeTimeoutError(f"Node {self.name} did not answer within {seconds:.0f} seconds.")
+
+    def open(self, config: StoreConfig, *, read_only: bool) -> None:
+        """In a thread, or where it may block: open the node if it is there."""
+        try:
+            self.node = open_node(config, self.config, read_only=read_only)
+            self.space = self.node.space()
+            self.state = State.BEHIND
+        except NodeError as error:
+            self.error = str(error)
+
+    def sample(self) -> None:
+        """In a thread: see that the node is still there and itself, and how much room it has."""
+        assert self.node is not None
+        self.node.check()
+        self.space = self.node.space()
 
     def reserve(self, payload_length: int) -> ShardPlace:
         """Take the next place for a shard; the caller then writes it."""
@@ -129,10 +192,14 @@ class Member:
 
     def fail(self, error: Exception) -> None:
         """Take the node out of use; its unflushed shards are what it now lacks."""
-        if self.state is State.DOWN:
+        if self.unused:
             return
         log.error("%s It is out of use now; see 'fusestore status'.", error)
-        self.state, self.in_sync, self.error = State.DOWN, False, str(error)
+        gone = isinstance(error, NodeIdentityError) or self.suspicions >= SUSPICIONS_MAX
+        self.state = State.DOWN if gone else State.SUSPECT
+        self.in_sync, self.error = False, str(error)
+        for scope in list(self.calls):
+            scope.cancel()
 
 
 class Members:
@@ -178,12 +245,8 @@ class Members:
         """By device: its room, and how many nodes share it; nodes that are away do not count."""
         found: dict[int, tuple[Space, int]] = {}
         for member in self.all:
-            if member.node is None or not member.writable:
-                continue
-            try:
-                space = member.node.space()
-            except NodeError as error:
-                member.fail(error)
+            space = member.space
+            if space is None or not member.writable:
                 continue
             found[space.device] = (space, found.get(space.device, (space, 0))[1] + 1)
         return found
@@ -217,9 +280,13 @@ def open_node(config: StoreConfig, node: NodeConfig, *, read_only: bool = False)
 
 
 def open_members(
-    config: StoreConfig, rows: Sequence[NodeRow], *, read_only: bool = False
+    config: StoreConfig,
+    rows: Sequence[NodeRow],
+    *,
+    read_only: bool = False,
+    opened: bool = True,
 ) -> Members:
-    """The nodes of a store, those that are there opened; `rows` are those that the log knows."""
+    """The nodes of a store; `rows` are those that the log knows."""
     known = {row.name: row.id for row in rows}
     spare = max(known.values(), default=0)
     members = []
@@ -228,10 +295,7 @@ def open_members(
             spare += 1
             known[node.name] = spare
         member = Member(known[node.name], node)
-        try:
-            member.node = open_node(config, node, read_only=read_only)
-            member.state = State.BEHIND
-        except NodeError as error:
-            member.error = str(error)
+        if opened:
+            member.open(config, read_only=read_only)
         members.append(member)
     return Members(members, config.metadata)

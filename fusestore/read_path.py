@@ -16,10 +16,16 @@ from collections.abc import Iterable, Iterator
 import trio
 
 from . import erasure, schema
-from .errors import LostError, NodeError
-from .limits import BLOCK_BYTES, STRIPES_CACHED_MAX
+from .errors import LostError, NodeError, NodeTimeoutError
+from .limits import (
+    BLOCK_BYTES,
+    NODE_SECONDS_MAX,
+    READ_SECONDS_MAX,
+    SLOW_SECONDS,
+    STRIPES_CACHED_MAX,
+)
 from .log import Log
-from .members import Member, State
+from .members import Member
 from .records import Run, block_checksums
 from .schema import Extent, Stripe
 
@@ -137,22 +143,31 @@ class Reader:
         return memoryview(blocks)[start - low : end - low]
 
     async def read_blocks(
-        self, number: int, row: Stripe, index: int, low: int, high: int
+        self, number: int, row: Stripe, index: int, low: int, high: int, *, patient: bool = False
     ) -> bytes | None:
-        """Whole blocks of a shard, verified; None when they are missing or bad."""
+        """Whole blocks of a shard, verified; None when they are missing, late or bad.
+
+        With `patient` a slow node is waited for as long as for a write.
+        """
         place = row.shards[index]
         member = self._log.members.by_id[place.node]
         node = member.node
         if not place.written or node is None:
             return None
-        if member.state is State.DOWN and not self._log.broken:
+        if member.unused and not self._log.broken:
             return None  # once too few are up, whatever still answers is asked
+        if member.slow_until > trio.current_time() and not patient:
+            return None
         data = node.read_now(Run.SHARDS, place.segment, place.offset + low, high - low)
         if data is None:
+            arguments = (Run.SHARDS, place.segment, place.offset + low, high - low)
+            seconds = NODE_SECONDS_MAX if patient else READ_SECONDS_MAX
             try:
-                data = await trio.to_thread.run_sync(
-                    node.read, Run.SHARDS, place.segment, place.offset + low, high - low
-                )
+                data = await member.call(node.read, *arguments, seconds=seconds)
+            except NodeTimeoutError as error:
+                log.warning("%s Others are read for a while.", error)
+                member.slow_until = trio.current_time() + SLOW_SECONDS
+                return None
             except NodeError as error:
                 await self._failed(member, number, index, error)
                 return None
@@ -167,7 +182,7 @@ class Reader:
         """A read failed: because of the node, or of this shard alone."""
         assert member.node is not None
         try:
-            await trio.to_thread.run_sync(member.node.check)
+            await member.call(member.node.check)
         except NodeError as gone:
             member.fail(gone)
         else:
@@ -202,7 +217,7 @@ class Reader:
         for start in range(low, high, BLOCK_BYTES):
             end = min(start + BLOCK_BYTES, high)
             every = range(row.code.n)
-            found = await self._gather(number, row, every, wanted, start, end)
+            found = await self._gather(number, row, every, wanted, start, end, patient=True)
             if found is None:
                 nodes = ", ".join(self._log.members.by_id[p.node].name for p in row.shards)
                 raise LostError(
@@ -221,11 +236,13 @@ class Reader:
         wanted: list[int],
         low: int,
         high: int,
+        *,
+        patient: bool = False,
     ) -> dict[int, bytearray] | None:
         """The blocks of the shards `wanted` from k good ones of `sources`; None if too few."""
         present: dict[int, bytes] = {}
         for index in sources:
-            data = await self.read_blocks(number, row, index, low, high)
+            data = await self.read_blocks(number, row, index, low, high, patient=patient)
             if data is not None:
                 present[index] = data
                 if len(present) == row.code.k:

@@ -82,7 +82,7 @@ class Reclaimer:
             assert node is not None
             try:
                 for segment in self.strays.pop(member.id, ()):
-                    await trio.to_thread.run_sync(node.delete, Run.SHARDS, segment)
+                    await member.call(node.delete, Run.SHARDS, segment)
             except NodeError as error:
                 member.fail(error)
 
@@ -112,7 +112,7 @@ class Reclaimer:
     async def _drop(self, member: Member, segment: int, shards: list[tuple[int, int]]) -> None:
         """Delete a segment in which nothing lives."""
         assert member.node is not None
-        await trio.to_thread.run_sync(member.node.delete, Run.SHARDS, segment)
+        await member.call(member.node.delete, Run.SHARDS, segment)
         self._paid(member, segment, shards)
         member.segments.pop(segment, None)
 
@@ -124,7 +124,7 @@ class Reclaimer:
             for offset, length in shards:
                 node.punch(segment, offset, length)
 
-        await trio.to_thread.run_sync(punch)
+        await member.call(punch)
         self._paid(member, segment, shards)
 
     def _paid(self, member: Member, segment: int, shards: list[tuple[int, int]]) -> None:

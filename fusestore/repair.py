@@ -38,7 +38,14 @@ from .config import (
     sync_directory,
     write_identity,
 )
-from .errors import FusestoreError, LostError, NodeError, NodeIdentityError, UsageError
+from .errors import (
+    FusestoreError,
+    LostError,
+    NodeError,
+    NodeIdentityError,
+    NodeTimeoutError,
+    UsageError,
+)
 from .journal import copy_journals, last_commit
 from .limits import (
     PROBE_SECONDS,
@@ -109,7 +116,7 @@ class Repairer:
             now = trio.current_time()
             if member.state is State.UP or self._log.broken:
                 continue
-            if shards_max is None and member.state is State.DOWN:
+            if shards_max is None and member.unused:
                 # What has just failed is left alone for a while.
                 at = self._retry_at.setdefault(member.id, now + RETRY_SECONDS_MIN)
                 if now < at:
@@ -125,11 +132,9 @@ class Repairer:
         try:
             node = None
             if member.state is not State.REBUILDING:
-                node = await trio.to_thread.run_sync(open_node, self._config, member.config)
-                last = await trio.to_thread.run_sync(
-                    last_commit, self._log.store, member.name, node
-                )
-                member.note_segments(await trio.to_thread.run_sync(node.segments, Run.SHARDS))
+                node = await member.call(open_node, self._config, member.config)
+                last = await member.call(last_commit, self._log.store, member.name, node)
+                member.note_segments(await member.call(node.segments, Run.SHARDS))
                 member.doubted = last < member.holds
             if quick and (member.doubted or member.lost_segments):
                 return
@@ -137,6 +142,10 @@ class Repairer:
                 await self._enter(member, node)
         except FusestoreError as error:
             member.error = str(error)
+            if isinstance(error, NodeIdentityError):
+                member.state = State.DOWN
+            elif isinstance(error, NodeTimeoutError):
+                self._retry_later(member)
             return
         log.info("Node %s is there again: it gets what it missed.", member.name)
         try:
@@ -146,20 +155,26 @@ class Repairer:
             await self._heal(member)
             await self._join(member, lambda message: None)
         except FusestoreError as error:
-            wait = min(2 * self._retry_wait.get(member.id, RETRY_SECONDS_MIN), RETRY_SECONDS_MAX)
-            self._retry_wait[member.id] = wait
-            self._retry_at[member.id] = trio.current_time() + wait
+            self._retry_later(member)
             member.fail(error)
             self._committer.ask()
         else:
             self._retry_wait.pop(member.id, None)
             self._retry_at.pop(member.id, None)
+            member.suspicions = 0
             log.info("Node %s is up and in sync.", member.name)
+
+    def _retry_later(self, member: Member) -> None:
+        """Leave a node alone for a while, twice as long each time."""
+        member.suspicions += 1
+        wait = min(2 * self._retry_wait.get(member.id, RETRY_SECONDS_MIN), RETRY_SECONDS_MAX)
+        self._retry_wait[member.id] = wait
+        self._retry_at[member.id] = trio.current_time() + wait
 
     async def _look_after(self, member: Member) -> None:
         """See that a node is still there, and give it what it lacks; FusestoreError."""
         assert member.node is not None
-        await trio.to_thread.run_sync(member.node.check)
+        await member.call(member.sample)
         if member.lost_segments:
             await self._all_shards(member, lambda message: None)
         await self._heal(member)
@@ -216,26 +231,22 @@ class Repairer:
                 member.claim(place, length, -1)
             written.append((number, index, row, place))
             header = shard_header(row.code, row.length, number, index, row.checksums[index])
-            await trio.to_thread.run_sync(
-                write_shard, self._log, member, place, header, data[index]
-            )
+            await member.call(write_shard, self._log, member, place, header, data[index])
 
     async def _prove(self, member: Member, written: list[_Rebuilt]) -> tuple[int, int]:
         """Read rebuilt shards back; those that are right count from then on."""
         node = member.node
         assert node is not None
-        await trio.to_thread.run_sync(
-            node.flush, Run.SHARDS, sorted({place.segment for *_, place in written})
-        )
+        await member.call(node.flush, Run.SHARDS, sorted({place.segment for *_, place in written}))
         for segment in {place.segment for *_, place in written if member.is_full(place.segment)}:
             # To what is reserved, not to what is there: a seal may still be writing to it.
             state = member.segments.get(segment)
             if state is not None:
-                await trio.to_thread.run_sync(node.truncate, Run.SHARDS, segment, state.size)
+                await member.call(node.truncate, Run.SHARDS, segment, state.size)
         shards = size = 0
         while written:
             number, index, row, place = written[-1]
-            data = await trio.to_thread.run_sync(
+            data = await member.call(
                 node.read_back,
                 Run.SHARDS,
                 place.segment,
@@ -339,18 +350,18 @@ class Repairer:
         """Open or make the node's directory, and let new shards go there."""
         if member.state is State.UP and member.node is not None:
             try:
-                await trio.to_thread.run_sync(member.node.check)
+                await member.call(member.node.check)
                 return
             except NodeError as error:
                 member.fail(error)
-        await self._enter(member, await trio.to_thread.run_sync(self._claim, member))
+        await self._enter(member, await member.call(self._claim, member))
 
     async def _enter(self, member: Member, node: Node) -> None:
         """Let new shards go to a node that is not in sync yet."""
         async with self._committer.lock:
             # The loss itself is committed first, so that what it lacks is known.
             await self._committer.commit_now()
-            on_disk = await trio.to_thread.run_sync(node.segments, Run.SHARDS)
+            on_disk = await member.call(node.segments, Run.SHARDS)
             if member.node is not None:
                 member.node.close()
             member.node = node
@@ -389,7 +400,7 @@ class Repairer:
             for batch in self._batches(member, weak):
                 length = sum(row.shard_length for _, row, _ in batch)
                 await pace.spend(length)
-                bad = await trio.to_thread.run_sync(_not_intact, member, batch)
+                bad = await member.call(_not_intact, member, batch)
                 await pace.spend(sum(self._row_cost(number) for number in bad))
                 more = await self._rebuild(member, bad)
                 shards, size = shards + more[0], size + more[1]
@@ -440,7 +451,7 @@ class Repairer:
             return
         assert member.node is not None
         if member.holds == schema.NEVER_WHOLE:  # what it has may be of another history
-            await trio.to_thread.run_sync(_drop_journals, member.node)
+            await member.call(_drop_journals, member.node)
         async with self._committer.lock:
             self._committer.roll_journal()
         await self._copy_journals(member, self._committer.journal_segment, progress)

@@ -127,6 +127,6 @@ class Snapshotter:
                             node.delete(Run.JOURNAL, old)
 
                 try:
-                    await trio.to_thread.run_sync(delete)
+                    await member.call(delete)
                 except NodeError as error:
                     member.fail(error)

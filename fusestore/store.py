@@ -26,7 +26,7 @@ from .errors import FusestoreError, MetadataError, NodeError, ReplayError, Usage
 from .journal import last_commit
 from .limits import CATCH_UP_SHARDS_MAX
 from .log import Log
-from .members import State, open_members
+from .members import Member, State, open_members
 from .placement import check_region_rule
 from .read_path import Reader
 from .reclaim import Reclaimer
@@ -77,16 +77,17 @@ class Store:
         codes = dict.fromkeys([self.log.code, *known])
         return [str(code) for code in codes if check_region_rule(code, regions)]
 
-    def status(self) -> dict[str, Any]:
+    async def status(self) -> dict[str, Any]:
         """The store's part of `fusestore status`; looks at every segment of the nodes."""
         state = self.log
         nodes = []
         for member in state.members.all:
             used = free = 0
-            if member.node is not None and member.state is not State.DOWN:
+            if member.node is not None and not member.unused:
                 try:
-                    member.node.check()
-                    used, free = member.node.bytes_used(), member.node.space().free
+                    await member.call(member.sample)
+                    used = await member.call(member.node.bytes_used)
+                    free = member.space.free if member.space else 0
                 except NodeError as error:
                     member.fail(error)
                     self.committer.ask()
@@ -146,7 +147,10 @@ async def open_store(
     engine = Engine(config.metadata, read_only=read_only)
     try:
         rows = _check_format(config, engine)
-        members = open_members(config, rows, read_only=read_only)
+        members = open_members(config, rows, opened=False)
+        async with trio.open_nursery() as nursery:
+            for member in members.all:
+                nursery.start_soon(_open, member, config, read_only)
         state = Log(engine, members, config.uuid, config.code, read_only=read_only)
         start = _load(state, config)
         in_sync = [row.id for row in rows if row.in_sync]
@@ -177,6 +181,13 @@ async def open_store(
                         nursery.cancel_scope.cancel()
     finally:
         engine.close()
+
+
+async def _open(member: Member, config: StoreConfig, read_only: bool) -> None:
+    try:
+        await member.call(partial(member.open, config, read_only=read_only))
+    except NodeError as error:
+        member.node, member.state, member.error = None, State.DOWN, str(error)
 
 
 def _check_format(config: StoreConfig, engine: Engine) -> list[NodeRow]:

@@ -20,8 +20,9 @@ from typing_extensions import Buffer
 
 from . import erasure, schema
 from .erasure import Code
-from .errors import NodeError
+from .errors import NodeError, NodeTimeoutError
 from .limits import (
+    NODE_SECONDS_MAX,
     OWNERS_PER_ROW_MAX,
     SEALS_MAX,
     STRIPE_BYTES,
@@ -94,6 +95,32 @@ class UnsealedStripe:
                 return
         self.owners.append((ino, offset, length, self.position))
         self.owners_count += 1
+
+
+@dataclass(slots=True, eq=False)
+class _Seal:
+    """A stripe on its way to the nodes."""
+
+    stripe: UnsealedStripe
+    targets: list[tuple[Member, ShardPlace]]
+    parity: bytearray
+    checksums: list[bytes] = field(default_factory=list)
+    errors: dict[int, NodeError] = field(default_factory=dict)
+    next: int = 0
+    """The shard that is being written."""
+    attempt: int = 0
+    """A thread of an earlier attempt is left to itself, and must not go on."""
+    hung: bool = False
+
+    def give_up(self) -> None:
+        """Leave the node that is being written to, and its thread, to themselves."""
+        member, _ = self.targets[self.next]
+        self.errors[self.next] = NodeTimeoutError(
+            f"Node {member.name} did not take a shard within {NODE_SECONDS_MAX:.0f} seconds."
+        )
+        self.hung = True
+        self.attempt += 1
+        self.next += 1
 
 
 class Writer:
@@ -288,11 +315,13 @@ class Writer:
     ) -> None:
         free = self._parity.setdefault(stripe.code, [])
         size = stripe.code.m * stripe.code.shard_length(STRIPE_BYTES)
-        parity = free.pop() if free else bytearray(size)
-        checksums, errors = await trio.to_thread.run_sync(
-            self._write_shards, stripe, targets, parity
-        )
-        free.append(parity)
+        work = _Seal(stripe, targets, free.pop() if free else bytearray(size))
+        await self._run(work)
+        checksums, errors = work.checksums, work.errors
+        if work.hung:
+            stripe.pooled = False  # a thread that hangs still holds the buffers
+        else:
+            free.append(work.parity)
         places = []
         length = stripe.code.shard_length(stripe.position)
         for index, (member, place) in enumerate(targets):
@@ -361,32 +390,53 @@ class Writer:
         else:
             self._log.engine.apply(changes)
 
-    def _write_shards(
-        self,
-        stripe: UnsealedStripe,
-        targets: list[tuple[Member, ShardPlace]],
-        parity: bytearray,
-    ) -> tuple[list[bytes], dict[int, NodeError]]:
-        """In a thread: code, checksum and write; the checksums, and errors by index."""
-        code, length = stripe.code, stripe.code.shard_length(stripe.position)
-        padding = code.k * length - stripe.position
-        if padding:
-            stripe.data[stripe.position : stripe.position + padding] = bytes(padding)
+    async def _run(self, work: _Seal) -> None:
+        """Code and write in one thread; go on in another when a node hangs in the first."""
+        while work.next < len(work.targets):
+            done = trio.Event()
+
+            async def attempt(done: trio.Event = done) -> None:
+                await trio.to_thread.run_sync(
+                    self._write_shards, work, work.attempt, abandon_on_cancel=True
+                )
+                done.set()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(attempt)
+                while not done.is_set():
+                    before = work.next
+                    with trio.move_on_after(NODE_SECONDS_MAX):
+                        await done.wait()
+                    if not done.is_set() and work.checksums and work.next == before:
+                        work.give_up()
+                        nursery.cancel_scope.cancel()
+                        break
+
+    def _write_shards(self, work: _Seal, attempt: int) -> None:
+        """In a thread: code, checksum and write."""
+        stripe, code = work.stripe, work.stripe.code
+        length = code.shard_length(stripe.position)
         shards = [stripe.data[i * length : (i + 1) * length] for i in range(code.k)]
-        view = memoryview(parity)
+        view = memoryview(work.parity)
         shards += [view[i * length : (i + 1) * length] for i in range(code.m)]
-        erasure.encode(code, length, shards[: code.k], shards[code.k :])
-        checksums = [block_checksums(shard, length) for shard in shards]
-        errors: dict[int, NodeError] = {}
-        for index, (member, place) in enumerate(targets):
-            if not place.written or member.node is None:
-                continue
-            header = shard_header(code, stripe.position, stripe.number, index, checksums[index])
-            try:
-                write_shard(self._log, member, place, header, shards[index])
-            except NodeError as error:
-                errors[index] = error
-        return checksums, errors
+        if not work.checksums:
+            padding = code.k * length - stripe.position
+            if padding:
+                stripe.data[stripe.position : stripe.position + padding] = bytes(padding)
+            erasure.encode(code, length, shards[: code.k], shards[code.k :])
+            work.checksums = [block_checksums(shard, length) for shard in shards]
+        while work.attempt == attempt and work.next < len(work.targets):
+            index = work.next
+            member, place = work.targets[index]
+            if place.written and member.node is not None:
+                sums = work.checksums[index]
+                header = shard_header(code, stripe.position, stripe.number, index, sums)
+                try:
+                    write_shard(self._log, member, place, header, shards[index])
+                except NodeError as error:
+                    work.errors[index] = error
+            if work.attempt == attempt:
+                work.next += 1
 
 
 def shard_header(code: Code, length: int, number: int, index: int, checksums: bytes) -> Header:

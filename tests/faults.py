@@ -89,3 +89,35 @@ class SlowNode:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.node, name)
+
+
+class HangingNode:
+    """Passes everything on to a node; while it hangs, what may block does."""
+
+    def __init__(self, node: Any) -> None:
+        self.node = node
+        self.awake = threading.Event()
+        self.awake.set()
+
+    def hang(self) -> None:
+        """From now on nothing returns."""
+        self.awake.clear()
+
+    def read_now(self, run: Run, segment: int, offset: int, length: int) -> bytes | None:
+        """Never have it at hand."""
+        return None
+
+    def close(self) -> None:
+        """Not a call of the medium."""
+        self.node.close()
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.node, name)
+        if not callable(method):
+            return method
+
+        def wait(*arguments: Any) -> Any:
+            assert self.awake.wait(60)
+            return method(*arguments)
+
+        return wait

@@ -287,7 +287,7 @@ async def test_what_was_committed_survives_a_crash(
         assert await one.get("a") == (b"later" * 1000 + held["a"][5000:] if counted else held["a"])
         assert await one.get("b") == held["b"]
         assert (one.files.tree.lookup(ROOT, b"late") is not None) is counted
-        assert one.store.status()["healthy"] is True
+        assert (await one.store.status())["healthy"] is True
         one.check_counters()
 
 
@@ -300,14 +300,14 @@ async def test_a_crash_while_a_node_was_away(config: StoreConfig, tmp_path: Path
         await one.put("b", random.Random(3).randbytes(2 << 20))
         await one.store.committer.commit()
         held = {name: await one.get(name) for name in ("a", "b")}
-        assert one.store.status()["nodes"][1]["state"] == "down"
+        assert (await one.store.status())["nodes"][1]["state"] in ("suspect", "down")
         crash = crashed(config, tmp_path / "crash")
         (tmp_path / "away").rename(away)
     async with opened(crash) as one:
         assert {name: await one.get(name) for name in held} == held
     shutil.copytree(away, crash.nodes[1].path)
     async with opened(crash) as one:
-        assert one.store.status()["healthy"] is True
+        assert (await one.store.status())["healthy"] is True
     shutil.rmtree(crash.nodes[0].path)
     async with opened(crash) as one:
         assert {name: await one.get(name) for name in held} == held
@@ -353,10 +353,10 @@ async def test_a_node_lost_under_writes_costs_nothing(config: StoreConfig, lost:
         await one.store.committer.commit()
         assert await one.get("a") == random.Random(5).randbytes(2 << 20)
         assert await one.get("b") == random.Random(6).randbytes(5 << 20)
-        assert one.store.status()["nodes"][lost]["state"] == "down"
+        assert (await one.store.status())["nodes"][lost]["state"] in ("suspect", "down")
         done = await one.store.repairer.repair(REGIONS[lost], lambda m: None, one.files.tree.path)
         assert done["unrepairable"] == []
-        assert one.store.status()["healthy"] is True
+        assert (await one.store.status())["healthy"] is True
     shutil.rmtree(config.nodes[(lost + 1) % 3].path)
     async with opened(config) as one:
         assert await one.get("a") == random.Random(5).randbytes(2 << 20)
@@ -534,13 +534,13 @@ async def test_an_interrupted_repair_is_no_repair(config: StoreConfig) -> None:
 
             await one.store.repairer.repair(REGIONS[0], first, one.files.tree.path)
         assert scope.cancelled_caught
-        assert one.store.status()["nodes"][0]["state"] == "down"
-        assert one.store.status()["healthy"] is False
+        assert (await one.store.status())["nodes"][0]["state"] in ("suspect", "down")
+        assert (await one.store.status())["healthy"] is False
     for _ in range(2):
         async with opened(config) as one:
-            assert one.store.status()["healthy"] is False or one.rows(b"M") == []
+            assert (await one.store.status())["healthy"] is False or one.rows(b"M") == []
             with trio.fail_after(20):
-                while not one.store.status()["healthy"]:
+                while not (await one.store.status())["healthy"]:
                     one.store.repairer.wake()
                     await trio.sleep(0.05)
     shutil.rmtree(config.nodes[1].path)
@@ -606,7 +606,7 @@ async def test_what_a_node_that_is_away_had_not_flushed_is_rebuilt(
     (tmp_path / "away").rename(node)
     async with opened(crash) as one:
         with trio.fail_after(20):
-            while not one.store.status()["healthy"]:
+            while not (await one.store.status())["healthy"]:
                 one.store.repairer.wake()
                 await trio.sleep(0.05)
     await loses_a_region(crash, 0, {"f": data})
@@ -656,13 +656,13 @@ async def test_a_node_that_fails_while_it_comes_back_is_owed_all_again(
             await trio.testing.wait_all_tasks_blocked(0.1)
             faulty.fail_at = 0
             await one.store.committer.commit()
-            assert str(member.state) == "down"
+            assert member.unused
             assert len(one.rows(b"M")) == 4
         for segment in member.dirty | {member.segment}:
             (config.nodes[0].path / segment_path(Run.SHARDS, segment)).unlink(missing_ok=True)
     async with opened(config) as one:
         with trio.fail_after(20):
-            while not one.store.status()["healthy"]:
+            while not (await one.store.status())["healthy"]:
                 one.store.repairer.wake()
                 await trio.sleep(0.05)
     await loses_a_region(config, 1, files)
@@ -698,7 +698,10 @@ async def test_lost_segments_are_rebuilt_without_being_asked(
             segment.unlink()
     async with opened(config) as one:
         with trio.fail_after(20):
-            while not one.store.status()["healthy"] or one.store.log.members.all[0].lost_segments:
+            while (
+                not (await one.store.status())["healthy"]
+                or one.store.log.members.all[0].lost_segments
+            ):
                 one.store.repairer.wake()
                 await trio.sleep(0.05)
     await loses_a_region(config, 1, {"f": data})
@@ -720,7 +723,7 @@ async def test_a_rebuild_that_fails_keeps_no_room(config: StoreConfig) -> None:
             faulty.fail_at = None
             await one.store.repairer._heal(member)
             await one.store.repairer._join(member, lambda m: None)
-        assert one.store.status()["healthy"] is True
+        assert (await one.store.status())["healthy"] is True
         one.delete("f")
         with trio.fail_after(20):
             while list((path / "shards").iterdir()):

@@ -1,0 +1,115 @@
+"""A node whose disk hangs stalls nobody for longer than its deadline, and comes back by itself."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+from faults import HangingNode
+from test_2_log import Opened, opened
+
+from fusestore import members, read_path, repair, write_path
+from fusestore.config import StoreConfig
+from fusestore.limits import STRIPE_BYTES
+from fusestore.mkfs import make_store
+
+DEADLINE = 0.3
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StoreConfig:
+    for module in (members, write_path, read_path):
+        monkeypatch.setattr(module, "NODE_SECONDS_MAX", DEADLINE)
+    monkeypatch.setattr(read_path, "READ_SECONDS_MAX", DEADLINE)
+    monkeypatch.setattr(repair, "RETRY_SECONDS_MIN", 0.1)
+    return make_store(tmp_path / "store")
+
+
+@asynccontextmanager
+async def hanging(config: StoreConfig, which: int = 0) -> AsyncIterator[tuple[Opened, HangingNode]]:
+    """An open store with a file on it, and a node that can hang; it is awake at the end."""
+    async with opened(config) as one:
+        await one.put("before", data("before"))
+        await one.store.committer.commit()
+        member = one.store.log.members.all[which]
+        node = HangingNode(member.node)
+        member.node = node
+        try:
+            yield one, node
+        finally:
+            node.awake.set()
+
+
+def data(name: str) -> bytes:
+    return random.Random(name).randbytes(3 * STRIPE_BYTES + 12345)
+
+
+async def healthy(one: Opened) -> None:
+    """Wait until everything is healed."""
+    with trio.fail_after(20):
+        while not (await one.store.status())["healthy"]:
+            one.store.repairer.wake()
+            await trio.sleep(0.05)
+
+
+@pytest.mark.parametrize("which", range(3))
+async def test_reads_go_to_others(config: StoreConfig, which: int) -> None:
+    async with hanging(config, which) as (one, node):
+        node.hang()
+        with trio.fail_after(10 * DEADLINE + 5):
+            assert await one.get("before") == data("before")
+        node.awake.set()
+
+
+@pytest.mark.parametrize("which", range(3))
+async def test_writes_and_syncs_go_on_without_it(config: StoreConfig, which: int) -> None:
+    async with hanging(config, which) as (one, node):
+        node.hang()
+        with trio.fail_after(20 * DEADLINE + 5):
+            await one.put("meanwhile", data("meanwhile"))
+            await one.store.committer.commit()
+            assert await one.get("meanwhile") == data("meanwhile")
+            await one.put("small", b"small")
+            await one.store.committer.commit()
+        assert one.store.log.members.all[which].unused
+        node.awake.set()
+        await one.put("after", data("after"))
+        await healthy(one)
+    shutil.rmtree(config.nodes[(which + 1) % 3].path)
+    async with opened(config) as one:
+        for name in ("before", "meanwhile", "after"):
+            assert await one.get(name) == data(name)
+
+
+async def test_a_sync_under_way_when_it_hangs_is_kept(config: StoreConfig) -> None:
+    async with hanging(config, 1) as (one, node):
+        await one.put("a", data("a"))
+        node.hang()
+        with trio.fail_after(20 * DEADLINE + 5):
+            await one.store.committer.commit()
+    shutil.rmtree(config.nodes[1].path)
+    async with opened(config) as one:
+        assert await one.get("a") == data("a")
+
+
+async def test_a_slow_node_is_read_when_no_other_will_do(config: StoreConfig) -> None:
+    async with hanging(config, 0) as (one, node):
+        slow = one.store.log.members.all[0]
+        slow.slow_until = trio.current_time() + 1000
+        one.store.log.members.all[1].fail(OSError("It is gone."))
+        assert await one.get("before") == data("before")
+        assert node.awake.is_set()
+
+
+async def test_the_room_is_told_while_a_disk_hangs(config: StoreConfig) -> None:
+    async with hanging(config, 2) as (one, node):
+        node.hang()
+        total, free = one.files.space()
+        assert 0 < free <= total
+        with trio.fail_after(10 * DEADLINE + 5):
+            await one.store.status()
