@@ -19,6 +19,7 @@ import click
 from . import __version__
 from .cli_mount import mount, umount
 from .cli_rescue import fsck, recover
+from .cli_safety import drill, risk, scrub
 from .cli_store import inspect, repair, status
 from .errors import ConfigError, FusestoreError, NotHealthyError, UsageError
 
@@ -86,7 +87,7 @@ def cli() -> None:
     logging.basicConfig(format="fusestore: %(message)s", level=logging.WARNING)
 
 
-for _command in (mount, umount, status, repair, fsck, recover, inspect):
+for _command in (mount, umount, status, repair, scrub, risk, drill, fsck, recover, inspect):
     cli.add_command(_command)
 
 

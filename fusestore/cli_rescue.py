@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .cli_store import Bar, answering, ask, print_json
+from .cli_store import Bar, answering, ask, print_json, print_paths
 
 SHOWN_MAX = 20
 
@@ -136,12 +136,5 @@ def _print_recovery(result: dict[str, Any]) -> None:
     for dropped in result["dropped"]:
         names = ", ".join(dropped["names"][:SHOWN_MAX]) or "no names"
         click.echo(f"dropped: commit {dropped['commit']}, never acknowledged or lost ({names})")
-    _print_paths("cannot be read now", result["lost"])
+    print_paths("cannot be read now", result["lost"])
     click.echo(f"Mount it: fusestore mount {result['store']} MOUNTPOINT")
-
-
-def _print_paths(what: str, paths: list[str]) -> None:
-    for path in paths[:SHOWN_MAX]:
-        click.echo(f"{what}: {path}", err=True)
-    if len(paths) > SHOWN_MAX:
-        click.echo(f"and {len(paths) - SHOWN_MAX} more: see --json", err=True)

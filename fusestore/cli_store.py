@@ -131,7 +131,8 @@ class Bar:
 
             self.close()
             self._phase = progress["phase"]
-            self._bar = tqdm(desc=self._phase, unit="B", unit_scale=True, leave=False)
+            unit = progress.get("unit", "B")
+            self._bar = tqdm(desc=self._phase, unit=unit, unit_scale=True, leave=False)
         self._bar.total = progress["total"]
         self._bar.update(progress["done"] - self._bar.n)
 
@@ -153,46 +154,85 @@ def _complete_node(context: click.Context, _: click.Parameter, incomplete: str) 
     return [node.name for node in config.nodes if node.name.startswith(incomplete)]
 
 
+def rate_option(function: Any) -> Any:
+    """The option --rate, in MB/s; its value is in bytes a second."""
+    return click.option(
+        "--rate",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="MB/s",
+        callback=lambda context, option, value: value * 1e6 if value else None,
+        help="Read and write at most so much a second.",
+    )(function)
+
+
 @click.command(short_help="Rebuild a node that lost its data.")
 @click.argument("store", type=click.Path(path_type=Path))
 @click.argument("node", shell_complete=_complete_node)
+@click.option(
+    "--to",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Rebuild it in this directory, new or empty, and keep it there.",
+)
+@click.option("--dry-run", is_flag=True, help="Only say what there is to do.")
+@rate_option
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
 @click.pass_context
-def repair(context: click.Context, store: Path, node: str, quiet: bool, as_json: bool) -> None:
+def repair(
+    context: click.Context,
+    store: Path,
+    node: str,
+    to: Path | None,
+    dry_run: bool,
+    rate: float | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
     """Rebuild NODE of STORE from the other nodes, mounted or not.
 
-    For a node whose directory is gone, empty, or has lost or bad shards.  Each
-    shard is read back and checked before it counts; afterwards any other
-    region may go.  What cannot be rebuilt is named file by file, with exit
-    status 1.
+    For a node whose directory is gone, empty, or has lost or bad shards.  The
+    journal comes first, then the shards, those of the weakest stripes first.
+    Each shard is read back and checked before it counts; afterwards any other
+    region may go.  A repair that was killed goes on where it was.  What cannot
+    be rebuilt is named file by file, with exit status 1.
 
     \b
       fusestore repair ~/store us-east-1
+      fusestore repair ~/store us-east-1 --to /mnt/new-disk/us-east-1
     """
     from .config import load
+    from .status_text import plan_lines, repair_line
 
     bar = Bar(quiet)
+    place = os.fspath(to.absolute()) if to else None
+    arguments = {"node": node, "to": place, "dry_run": dry_run, "rate": rate}
     try:
         with answering(as_json):
             config = load(store)
             config.node(node)
-            _, result = ask(config, "repair", {"node": node}, bar.show)
+            _, result = ask(config, "repair", arguments, bar.show)
     finally:
         bar.close()
-    lost = result["unrepairable"]
     if as_json:
         print_json(result)
     else:
-        from .status_text import repair_line
-
-        click.echo(repair_line(node, result))
-        for path in lost[:UNREPAIRABLE_SHOWN_MAX]:
-            click.echo(f"lost: {path}", err=True)
-        if len(lost) > UNREPAIRABLE_SHOWN_MAX:
-            click.echo(f"and {len(lost) - UNREPAIRABLE_SHOWN_MAX} more: see --json", err=True)
-    if lost:
+        for line in plan_lines(result["plan"]):
+            click.echo(line)
+        if not dry_run:
+            click.echo(repair_line(node, result))
+    if not dry_run and result["unrepairable"]:
+        if not as_json:
+            print_paths("lost", result["unrepairable"])
         context.exit(1)
+
+
+def print_paths(what: str, paths: list[str]) -> None:
+    """Name files on standard error, not too many."""
+    for path in paths[:UNREPAIRABLE_SHOWN_MAX]:
+        click.echo(f"{what}: {path}", err=True)
+    if len(paths) > UNREPAIRABLE_SHOWN_MAX:
+        click.echo(f"and {len(paths) - UNREPAIRABLE_SHOWN_MAX} more: see --json", err=True)
 
 
 # --- inspect -----------------------------------------------------------------

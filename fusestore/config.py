@@ -60,6 +60,10 @@ class StoreConfig:
     """Codes that would not survive the loss of a region are taken."""
     metadata: Path
     nodes: tuple[NodeConfig, ...]
+    spare_shards: int = 0
+    """Shards more than k that each new stripe must find a place for."""
+    scrub_days: int = 30
+    """A scrub begins by itself when the last one ended so long ago; 0: never."""
 
     @property
     def regions(self) -> tuple[str, ...]:
@@ -134,6 +138,8 @@ def load(store: Path) -> StoreConfig:
         allow_unsafe=table.take("allow_unsafe", bool, False),
         metadata=table.take_path("metadata", store, METADATA_NAME),
         nodes=tuple(_node(store, row) for row in table.take_tables("node")),
+        spare_shards=table.take_count("spare_shards", 0, 63),
+        scrub_days=table.take_count("scrub_days", 30, 36_500),
     )
     table.end()
     problem = _consistency(config)
@@ -173,6 +179,12 @@ def write(config: StoreConfig) -> None:
         "allow_unsafe", unsafe.comment("true: take codes that do not survive the loss of a region")
     )
     document.add("metadata", tomlkit.item(_text(config.store, config.metadata)))
+    spare = tomlkit.item(config.spare_shards)
+    document.add(
+        "spare_shards", spare.comment("new data is refused unless so many shards more than needed")
+    )
+    days = tomlkit.item(config.scrub_days)
+    document.add("scrub_days", days.comment("everything is read and verified so often; 0: never"))
     rows = tomlkit.aot()
     for node in config.nodes:
         row = tomlkit.table()

@@ -20,11 +20,13 @@ import trio
 from . import mounts
 from .config import MountOptions, StoreConfig
 from .control import ControlServer, lock_store
+from .engine import DATABASE
 from .errors import FusestoreError, StoreBusyError, UsageError
 from .filesystem import FileSystem
 from .fsck_repair import fsck
 from .limits import FUSE_TASKS_MAX
 from .operations import Operations
+from .safety import Safety
 from .store import Store, open_store
 
 log = logging.getLogger(__name__)
@@ -55,8 +57,10 @@ async def offline(
     """Do a control command on a store that is not mounted; FusestoreError."""
     with lock_store(config.store):
         try:
-            read_only = command in _LOOKING and not arguments.get("repair")
-            if read_only and not (config.metadata / "data.mdb").exists():
+            looks = command in _LOOKING or arguments.get("dry_run")
+            looks = looks or (command == "scrub" and arguments.get("action") == "status")
+            read_only = bool(looks) and not arguments.get("repair")
+            if read_only and not (config.metadata / DATABASE).exists():
                 read_only = False  # never mounted: there is no journal to leave alone
             checking = command == "fsck"
             async with (
@@ -68,6 +72,8 @@ async def offline(
                     repair = bool(arguments.get("repair"))
                     return await fsck(store, repair=repair, at_rest=True)
                 await files.begin()
+                if command == "scrub":
+                    arguments = {**arguments, "wait": not read_only, "alone": True}
                 return await _commands(store, files)[command](arguments, progress)
         except ExceptionGroup as group:
             raise _first(group) from None
@@ -84,7 +90,7 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return error
 
 
-_LOOKING = {"status", "fsck"}
+_LOOKING = {"status", "fsck", "risk", "drill"}
 """Commands that need not change a store."""
 
 Command = Callable[[dict[str, Any], Progress], Awaitable[dict[str, Any]]]
@@ -96,8 +102,33 @@ def _commands(store: Store, files: FileSystem) -> dict[str, Command]:
     async def status(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
         return await store.status()
 
+    safety = Safety(store.log, store.reader, files.tree.path)
+
     async def repair(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        return await store.repairer.repair(str(arguments["node"]), progress, files.tree.path)
+        member = store.repairer.member(str(arguments["node"]))
+        to = Path(arguments["to"]) if arguments.get("to") else None
+        plan = await safety.plan(member, anew=to is not None)
+        if arguments.get("dry_run"):
+            return {"plan": plan}
+        rate = arguments.get("rate")
+        done = await store.repairer.repair(member.name, progress, files.tree.path, to=to, rate=rate)
+        return {"plan": plan, **done}
+
+    async def risk(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        return await safety.risk(arguments.get("if_lost", ()))
+
+    async def drill(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        sample = float(arguments.get("sample", 1.0))
+        return await safety.drill(str(arguments["region"]), sample, arguments.get("rate"), progress)
+
+    async def scrub(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        return await store.scrubber.command(
+            str(arguments["action"]),
+            arguments.get("rate"),
+            wait=bool(arguments.get("wait")),
+            alone=bool(arguments.get("alone")),
+            progress=progress,
+        )
 
     async def layout(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
         return files.attributes.layout(int(arguments["inode"]), 0, None)
@@ -107,7 +138,15 @@ def _commands(store: Store, files: FileSystem) -> dict[str, Command]:
             raise UsageError("The store is mounted: unmount it to have it mended.")
         return await fsck(store, repair=False, at_rest=False)
 
-    return {"status": status, "repair": repair, "layout": layout, "fsck": check}
+    return {
+        "status": status,
+        "repair": repair,
+        "layout": layout,
+        "fsck": check,
+        "risk": risk,
+        "drill": drill,
+        "scrub": scrub,
+    }
 
 
 class _Daemon:

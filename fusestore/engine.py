@@ -28,6 +28,9 @@ from .errors import MetadataError
 from .limits import KEY_BYTES_MAX, MAP_BYTES, METADATA_PREALLOCATE_BYTES, VALUE_BYTES_MAX
 from .records import Changes
 
+DATABASE, DATABASE_LOCK = "data.mdb", "lock.mdb"
+"""What LMDB makes in the directory."""
+
 _Overlay: TypeAlias = "SortedDict[bytes, bytes | None]"
 
 
@@ -173,7 +176,7 @@ class Engine:
         """Keep room for deletes: on a full disk even they need new pages."""
         info = self._env.info()
         used = (info["last_pgno"] + 1) * 4096
-        path = self._directory / "data.mdb"
+        path = self._directory / DATABASE
         want = used + METADATA_PREALLOCATE_BYTES + 2 * coming
         if path.stat().st_blocks * 512 >= used + METADATA_PREALLOCATE_BYTES // 2 + coming:
             return
@@ -198,7 +201,7 @@ class Engine:
     @property
     def bytes_used(self) -> int:
         """What the database takes on disk."""
-        return (self._directory / "data.mdb").stat().st_blocks * 512
+        return (self._directory / DATABASE).stat().st_blocks * 512
 
 
 class View:

@@ -96,6 +96,37 @@ class Journals:
     size: int = 0
     """Bytes read."""
 
+    def keep_latest(self) -> None:
+        """Leave out the commits of histories that were given up: the latest epoch decides.
+
+        What is known of the latest history is followed backwards, and other commits
+        from where that begins are left out.
+        """
+        at = max(self.entries(), key=lambda e: (e.header.epoch, e.number), default=None)
+        kept: dict[int, Entry] = {}
+        while at is not None:
+            kept[at.number] = at
+            at = self._predecessor(at)
+        first = min(kept, default=0)
+        for number in list(self.commits):
+            if number >= first:
+                if number in kept:
+                    self.commits[number] = [kept[number]]
+                else:
+                    del self.commits[number]
+
+    def _predecessor(self, entry: Entry) -> Entry | None:
+        for before in self.commits.get(entry.number - 1, ()):
+            if before.header.payload_checksum == entry.previous:
+                return before
+        earlier = [
+            before
+            for number in range(max(entry.base, 1), entry.number - 1)
+            for before in self.commits.get(number, ())
+            if before.header.epoch < entry.header.epoch
+        ]
+        return max(earlier, key=lambda e: (e.number, e.header.epoch), default=None)
+
     def forget_before(self, epoch: int) -> None:
         """Leave out the commits of earlier epochs."""
         for number, entries in list(self.commits.items()):

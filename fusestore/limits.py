@@ -79,6 +79,8 @@ RETRY_SECONDS_MAX = 600.0
 """How long a node that failed while it was brought back is left alone."""
 REPAIR_BATCH = 16
 """Stripes that repair rebuilds between two flushes."""
+SCRUB_NOTE_SECONDS = 10.0
+"""How often a scrub notes where it stands."""
 REPAIR_SCAN_ROWS = 256
 REPAIRS_KEPT_MAX = 20
 """Repairs whose size and time are remembered."""

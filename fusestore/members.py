@@ -119,7 +119,7 @@ class Member:
     ) -> T:
         """Do something with the node in a thread; NodeTimeoutError when it takes too long."""
         seconds = NODE_SECONDS_MAX if seconds is None else seconds
-        with trio.move_on_after(seconds) as scope:
+        with trio.move_on_after(seconds, shield=True) as scope:
             self.calls.add(scope)
             try:
                 return await trio.to_thread.run_sync(
@@ -205,8 +205,9 @@ class Member:
 class Members:
     """All nodes, in the order of the configuration."""
 
-    def __init__(self, members: Sequence[Member], metadata: Path) -> None:
+    def __init__(self, members: Sequence[Member], metadata: Path, spare_shards: int = 0) -> None:
         self.all = list(members)
+        self._spare_shards = spare_shards
         self.by_id = {member.id: member for member in members}
         self.regions = tuple(member.config.region for member in members)
         self._metadata = metadata
@@ -230,14 +231,15 @@ class Members:
         return [member for member in self.all if member.writable]
 
     def can_store(self, code: Code) -> bool:
-        """Whether every stripe of this code would get at least k shards, and commits a node."""
+        """Whether every stripe of this code would get shards enough, and commits a node."""
         writable = {member.id for member in self.writable}
         return bool(self.in_sync) and self.could_store(code, writable)
 
     def could_store(self, code: Code, ids: Collection[int]) -> bool:
-        """Whether these nodes alone would get at least k shards of every stripe of this code."""
+        """Whether these nodes alone would get enough shards of every stripe of this code."""
+        enough = min(code.k + self._spare_shards, code.n)
         return all(
-            sum(member.id in ids for member in self.place(code, turn)) >= code.k
+            sum(member.id in ids for member in self.place(code, turn)) >= enough
             for turn in range(turns(self.regions))
         )
 
@@ -298,4 +300,4 @@ def open_members(
         if opened:
             member.open(config, read_only=read_only)
         members.append(member)
-    return Members(members, config.metadata)
+    return Members(members, config.metadata, config.spare_shards)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import trio
 
@@ -227,6 +227,26 @@ class Reader:
             for index in wanted:
                 result[index] += found[index]
         return result
+
+    async def reads_without(self, number: int, row: Stripe, without: Sequence[int]) -> bool:
+        """Whether a stripe can be read without some shards, and what is decoded is right."""
+        length = row.shard_length
+        if await self._decodes(number, row, without, 0, length):
+            return True
+        for start in range(0, length, BLOCK_BYTES):
+            end = min(start + BLOCK_BYTES, length)
+            if not await self._decodes(number, row, without, start, end):
+                return False
+        return True
+
+    async def _decodes(
+        self, number: int, row: Stripe, without: Sequence[int], low: int, high: int
+    ) -> bool:
+        sources = [index for index in range(row.code.n) if index not in without]
+        found = await self._gather(number, row, sources, list(without), low, high)
+        return found is not None and all(
+            verified(row, index, low, bytes(data)) for index, data in found.items()
+        )
 
     async def _gather(
         self,

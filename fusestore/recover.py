@@ -31,7 +31,7 @@ from uuid import UUID
 from . import config as names
 from . import schema
 from .config import NodeConfig, NodeIdentity, StoreConfig, read_identity, sync_directory
-from .engine import Engine
+from .engine import DATABASE, DATABASE_LOCK, Engine
 from .erasure import Code
 from .errors import FusestoreError, NodeError, ReplayError, UsageError
 from .journal import Entry, Journals, read_journals
@@ -51,9 +51,9 @@ log = logging.getLogger(__name__)
 
 Progress = Callable[[dict[str, Any]], None]
 
+HOW_TO_GIVE_UP = "say --accept-loss"
 DRAFT_NAME = "recovering"
 """In the metadata directory, until the database in it is whole."""
-DATABASE = "data.mdb"
 
 
 @dataclass
@@ -105,6 +105,7 @@ def recover(
         progress=lambda done: progress({"phase": "journals", "done": done, "total": sizes}),
     )
     found.problems.update((name, str(error)) for name, error in journals.failed.items())
+    journals.keep_latest()
     with _draft(target) as (draft, finish):
         engine = Engine(draft)
         try:
@@ -116,7 +117,9 @@ def recover(
             members = open_members(config, rows, read_only=True)
             state = Log(engine, members, config.uuid, config.code, read_only=True)
             in_sync = [row.id for row in rows if row.in_sync]
-            replayed = replay(state, checkpoint, in_sync, accept_loss=accept_loss)
+            replayed = replay(
+                state, checkpoint, in_sync, accept_loss=accept_loss, how=HOW_TO_GIVE_UP
+            )
             lossy = _may_lack(state, replayed, accept_loss) or replayed.lossy
             state.apply(replayed.changes)
             if lossy:
@@ -150,7 +153,10 @@ def find_nodes(store: Path, extra: Sequence[Path]) -> Found:
             raise UsageError(f"There is no directory {store}.")
         for path in sorted(store.iterdir()):
             if os.path.lexists(path / names.IDENTITY_NAME):
-                candidates.append((path, read_identity(path)))
+                try:
+                    candidates.append((path, read_identity(path)))
+                except NodeError as error:
+                    problems[path.name] = str(error)
     candidates += [(path, read_identity(path)) for path in map(Path.resolve, extra)]
     if not candidates:
         raise UsageError(
@@ -234,7 +240,9 @@ def _snapshot(journals: Journals) -> tuple[LogState, list[Entry]]:
         pieces = [
             piece
             for piece in journals.pieces.values()
-            if piece.number == row["commit"] and piece.segment >= row["segment"]
+            if piece.number == row["commit"]
+            and piece.segment >= row["segment"]
+            and piece.header.epoch == entry.header.epoch
         ]
         start = LogState(0, "", row["commit"], row["checksum"], row["segment"])
         if (
@@ -422,7 +430,7 @@ def _draft(target: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
     draft = target / DRAFT_NAME
     try:
         target.mkdir(mode=0o700, parents=True, exist_ok=True)
-        present = set(os.listdir(target)) - {"lost+found", DRAFT_NAME, "lock.mdb"}
+        present = set(os.listdir(target)) - {"lost+found", DRAFT_NAME, DATABASE_LOCK}
         if present:
             raise UsageError(
                 f"{target} is not empty (it has {sorted(present)[0]!r}), and recover makes new "

@@ -22,7 +22,9 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -33,9 +35,12 @@ from .commit import Committer
 from .config import (
     IDENTITY_NAME,
     IDENTITY_VERSION,
+    NodeConfig,
     NodeIdentity,
     StoreConfig,
+    check_places,
     sync_directory,
+    write,
     write_identity,
 )
 from .errors import (
@@ -114,7 +119,7 @@ class Repairer:
         """Bring back each node that was away and is there again, if it lacks at most that much."""
         for member in self._log.members.all:
             now = trio.current_time()
-            if member.state is State.UP or self._log.broken:
+            if self._log.broken or (member.state is State.UP and shards_max is None):
                 continue
             if shards_max is None and member.unused:
                 # What has just failed is left alone for a while.
@@ -125,7 +130,13 @@ class Repairer:
             if shards_max is not None and sum(1 for _ in debt) > shards_max:
                 continue
             async with self._busy:
-                await self._bring_back(member, shards_max is not None)
+                if member.state is not State.UP:
+                    await self._bring_back(member, shards_max is not None)
+                    continue
+                try:  # shards that the last crash tore
+                    await self._heal(member)
+                except FusestoreError as error:
+                    member.fail(error)
 
     async def _bring_back(self, member: Member, quick: bool) -> None:
         """Let a node that was away be in sync again; when it cannot be, try later."""
@@ -170,6 +181,17 @@ class Repairer:
         wait = min(2 * self._retry_wait.get(member.id, RETRY_SECONDS_MIN), RETRY_SECONDS_MAX)
         self._retry_wait[member.id] = wait
         self._retry_at[member.id] = trio.current_time() + wait
+
+    async def heal(self) -> None:
+        """Rebuild what nodes that are up lack."""
+        async with self._busy:
+            for member in self._log.members.all:
+                if member.state is State.UP:
+                    try:
+                        await self._heal(member)
+                    except FusestoreError as error:
+                        member.fail(error)
+                        self._committer.ask()
 
     async def _look_after(self, member: Member) -> None:
         """See that a node is still there, and give it what it lacks; FusestoreError."""
@@ -291,24 +313,37 @@ class Repairer:
 
     # --- a whole node --------------------------------------------------------
 
-    async def repair(
-        self, name: str, progress: Progress, path_of: Callable[[int], str]
-    ) -> dict[str, Any]:
-        """Bring a node back; counts, and the paths of what could not be rebuilt.
-
-        UsageError when there is no such node; NodeError when its place cannot be used.
-        """
+    def member(self, name: str) -> Member:
+        """The node with this name; UsageError when there is none."""
         member = self._log.members.named(name)
         if member is None:
             known = ", ".join(m.name for m in self._log.members.all)
             raise UsageError(f"There is no node {name!r} in this store; there are {known}.")
+        return member
+
+    async def repair(
+        self,
+        name: str,
+        progress: Progress,
+        path_of: Callable[[int], str],
+        *,
+        to: Path | None = None,
+        rate: float | None = None,
+    ) -> dict[str, Any]:
+        """Bring a node back, at a new place if one is given; counts, and the paths of what is lost.
+
+        `rate` is in bytes of I/O a second.  UsageError when there is no such node, or
+        the new place makes no sense; NodeError when its place cannot be used.
+        """
+        member = self.member(name)
+        pace = Pace(self._log, rate)
         started = time.monotonic()
         async with self._busy:
             try:
-                await self._begin(member)
+                await self._begin(member, to)
                 await self._journal_first(member, progress)
                 progress({"phase": "shards", "done": 0, "total": self._total(member)})
-                shards, size = await self._all_shards(member, progress)
+                shards, size = await self._all_shards(member, progress, pace)
                 more = await self._heal(member)
                 await self._join(member, progress)
             except (FusestoreError, OSError) as error:
@@ -346,15 +381,34 @@ class Repairer:
         """About how many bytes the node holds when it is whole."""
         return sum(max(state.live, 0) for state in member.segments.values())
 
-    async def _begin(self, member: Member) -> None:
+    async def _begin(self, member: Member, to: Path | None) -> None:
         """Open or make the node's directory, and let new shards go there."""
-        if member.state is State.UP and member.node is not None:
+        if to is not None and to != member.config.path:
+            await self._move(member, to)
+        elif member.state is State.UP and member.node is not None:
             try:
                 await member.call(member.node.check)
                 return
             except NodeError as error:
                 member.fail(error)
-        await self._enter(member, await member.call(self._claim, member))
+        node = await member.call(self._claim, member.config)
+        last = await member.call(last_commit, self._log.store, member.name, node)
+        if last < max(member.holds, 1):
+            member.holds = schema.NEVER_WHOLE  # until it is in sync again
+        await self._enter(member, node)
+
+    async def _move(self, member: Member, to: Path) -> None:
+        """Give a node another place, in the configuration, too; it is empty yet."""
+        moved = replace(member.config, path=to)
+        nodes = tuple(moved if node.name == moved.name else node for node in self._config.nodes)
+        problem = check_places(self._config.store, self._config.metadata, nodes)
+        if problem:
+            raise UsageError(problem)
+        await member.call(self._claim, moved)
+        self._config = replace(self._config, nodes=nodes)
+        await trio.to_thread.run_sync(write, self._config)
+        member.fail(NodeError(f"Node {member.name} moves to {to}."))
+        member.config = moved
 
     async def _enter(self, member: Member, node: Node) -> None:
         """Let new shards go to a node that is not in sync yet."""
@@ -371,9 +425,9 @@ class Repairer:
             member.error = ""
             member.state = State.REBUILDING
 
-    def _claim(self, member: Member) -> Node:
-        """In a thread: open the node's directory, made anew if it is gone or wiped."""
-        path = member.config.path
+    def _claim(self, node: NodeConfig) -> Node:
+        """In a thread: open a node's directory, made anew if it is gone or wiped."""
+        path = node.path
         if not os.path.lexists(path / IDENTITY_NAME):
             if path.is_dir() and set(os.listdir(path)) - {"journal", "shards", "lost+found"}:
                 raise NodeIdentityError(
@@ -383,11 +437,10 @@ class Repairer:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             sync_directory(path.parent)
             identity = NodeIdentity(
-                self._config.uuid, member.name, member.config.region, uuid4(), IDENTITY_VERSION
+                self._config.uuid, node.name, node.region, uuid4(), IDENTITY_VERSION
             )
             write_identity(path, identity)
-            member.holds = schema.NEVER_WHOLE  # until it is in sync again
-        return open_node(self._config, member.config)
+        return open_node(self._config, node)
 
     async def _all_shards(
         self, member: Member, progress: Progress, pace: Pace | None = None
@@ -400,15 +453,25 @@ class Repairer:
             for batch in self._batches(member, weak):
                 length = sum(row.shard_length for _, row, _ in batch)
                 await pace.spend(length)
-                bad = await member.call(_not_intact, member, batch)
+                bad = await member.call(not_intact, member, batch)
                 await pace.spend(sum(self._row_cost(number) for number in bad))
                 more = await self._rebuild(member, bad)
                 shards, size = shards + more[0], size + more[1]
                 done += sum(len(here) * row.shard_length for _, row, here in batch)
                 progress({"phase": "shards", "done": min(done, total), "total": total})
+        await self._forget_lost(member)
+        return shards, size
+
+    async def _forget_lost(self, member: Member) -> None:
+        """All shards of a node have been looked at: what is not there now counts for nothing."""
+        assert member.node is not None
+        on_disk = await member.call(member.node.segments, Run.SHARDS)
+        if next(self._lacks(member), None) is None:
+            for segment in member.lost_segments.difference(on_disk):
+                member.segments.pop(segment, None)
+                member.changed.add(segment)
         member.doubted = False
         member.lost_segments.clear()
-        return shards, size
 
     def _batches(self, member: Member, weak: bool) -> Iterator[list[_Here]]:
         """Stripes with shards on a node that lack, or do not lack, shards elsewhere.
@@ -484,7 +547,7 @@ def _drop_journals(node: Node) -> None:
         node.delete(Run.JOURNAL, segment)
 
 
-def _not_intact(member: Member, batch: list[_Here]) -> dict[int, list[int]]:
+def not_intact(member: Member, batch: list[_Here]) -> dict[int, list[int]]:
     """In a thread: by stripe the shards of a node that are not there or not right."""
     found = {}
     for number, row, here in batch:

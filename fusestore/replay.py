@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 
 EPOCHS_SKIPPED = 1000
 """With accepted losses: epochs that nodes which are not there may have opened meanwhile."""
-HOW_TO_GIVE_UP = " If they are gone for good, mount with -o accept_loss."
 
 
 @dataclass(slots=True)
@@ -51,12 +50,22 @@ class Replayed:
     """By node: the last commit of the chain that its journal holds."""
 
 
+class _UndecidedError(Exception):
+    """Nodes that are away could decide."""
+
+
 def replay(
-    state: Log, start: LogState, in_sync: Sequence[int], *, accept_loss: bool = False
+    state: Log,
+    start: LogState,
+    in_sync: Sequence[int],
+    *,
+    accept_loss: bool = False,
+    how: str = "mount with -o accept_loss",
 ) -> Replayed:
     """Read the journals; blocks; ReplayError when the store must not be mounted so.
 
-    With `accept_loss` what cannot be decided, or is gone, is dropped instead.
+    With `accept_loss` what cannot be decided, or is gone, is dropped instead; `how`
+    tells people how to say that.
     """
     nodes = [(member.name, member.node) for member in state.members.all if member.node]
     journals = read_journals(state.store, nodes, start.journal_segment)
@@ -74,9 +83,13 @@ def replay(
             try:
                 if not _counts(state, commit):
                     break
-            except ReplayError:
+            except _UndecidedError as error:
                 if not accept_loss:
-                    raise
+                    raise ReplayError(
+                        f"Whether commit {commit.number} counts depends on nodes that are away or "
+                        f"cannot be read ({error}): bring them back, or, if they are gone for "
+                        f"good, {how}."
+                    ) from None
                 result.lossy = True
                 break
             result.doubtful.update(commit.changes)
@@ -90,7 +103,7 @@ def replay(
         if not accept_loss:
             raise ReplayError(
                 f"Commit {last + 1} was acknowledged, and no node that is there holds it: bring "
-                f"the missing nodes back, then mount again.{HOW_TO_GIVE_UP}"
+                f"the missing nodes back, or, if they are gone for good, {how}."
             )
         result.lossy = True
     if result.dropped:
@@ -104,18 +117,18 @@ def replay(
 
 
 def _counts(state: Log, commit: Commit) -> bool:
-    """Whether each stripe that a commit names has k intact shards; ReplayError if unknown."""
+    """Whether each stripe that a commit names has k intact shards; _UndecidedError if unknown."""
     for key, value in commit.changes.items():
         if key[:1] != b"S" or value is None:
             continue
         row = Stripe.decode(value)
-        intact = away = 0
+        intact, away = 0, list[str]()
         for index, place in enumerate(row.shards):
             member = state.members.by_id.get(place.node)
             if not place.written:
                 continue
             if member is None or member.node is None or member.state is State.DOWN:
-                away += 1
+                away.append(member.name if member else str(place.node))
                 continue
             try:
                 intact += _verify(member, row, index)
@@ -123,14 +136,11 @@ def _counts(state: Log, commit: Commit) -> bool:
                 continue
             except NodeError as error:
                 log.warning("%s", error)
-                away += 1
+                away.append(member.name)
         if intact >= row.code.k:
             continue
-        if intact + away >= row.code.k:
-            raise ReplayError(
-                f"Whether commit {commit.number} counts depends on nodes that are away, or cannot "
-                f"be read: bring them back, then mount again.{HOW_TO_GIVE_UP}"
-            )
+        if intact + len(away) >= row.code.k:
+            raise _UndecidedError(", ".join(sorted(set(away))))
         return False
     return True
 

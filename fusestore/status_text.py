@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -104,7 +105,81 @@ def _node_row(node: dict[str, Any]) -> Row:
     )
 
 
+# --- safety ----------------------------------------------------------------
+
+
+def scrub_line(scrub: dict[str, Any]) -> str:
+    """Where a scrub stands, or how it ended."""
+    if scrub["state"] == "never":
+        return "This store was never scrubbed."
+    read = f"{scrub['shards']:,} shards read and verified, {bytes_text(scrub['size'])}"
+    found = "nothing found" if not scrub["found"] else f"{scrub['found']:,} bad or gone"
+    if scrub["skipped"]:
+        found += f", {scrub['skipped']:,} of nodes that are not up skipped"
+    if scrub["state"] != "done":
+        stripes = f"{scrub['stripes']:,} of {scrub['total']:,} stripes"
+        return f"{scrub['state']}: {stripes}: {read}, {found}."
+    seconds = max(scrub["finished"] - scrub["started"], 1e-9)
+    if scrub["left"]:
+        found += f", {scrub['left']:,} still missing"
+    elif scrub["found"]:
+        found += ", all repaired"
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(scrub["finished"]))
+    speed = scrub["size"] / 1e6 / seconds
+    return f"done {when}: {read} in {seconds:.1f} s ({speed:.1f} MB/s), {found}."
+
+
+def risk_lines(risk: dict[str, Any]) -> Iterator[str]:
+    """What could be lost."""
+    without = f" without {', '.join(risk['if_lost'])}" if risk["if_lost"] else ""
+    if risk["lost_stripes"]:
+        yield f"{len(risk['lost']):,} files would be lost{without}."
+    elif risk["next_region_loses"]:
+        count = len(risk["next_region_loses"])
+        yield f"Nothing is lost{without}, but one more region would take {count:,} files with it."
+    else:
+        least = min(map(int, risk["by_regions"]), default=0)
+        more = f"any {least} more regions may go" if least > 1 else "any one more region may go"
+        yield (
+            f"Nothing is lost{without}, and {more}." if risk["stripes"] else "There is no data yet."
+        )
+    for what, key in (("regions", "by_regions"), ("shards", "by_shards")):
+        for count, stripes in risk[key].items():
+            share = f"{stripes:,} of {risk['stripes']:,} stripes"
+            yield f"  {share} survive the loss of any {count} more {what}"
+    yield f"  the metadata is in {risk['metadata_regions']} regions besides its own place"
+
+
+def drill_line(drill: dict[str, Any]) -> str:
+    """What a drill showed."""
+    seconds = max(drill["seconds"], 1e-9)
+    read = (
+        f"{drill['stripes']:,} stripes, {bytes_text(drill['bytes'])}, read without "
+        f"{drill['region']} in {seconds:.1f} s ({drill['bytes'] / 1e6 / seconds:.1f} MB/s)"
+    )
+    if drill["failed_stripes"]:
+        failed = f"{drill['failed_stripes']:,} failed"
+        return f"{drill['region']} could not be lost now: {read}, {failed}."
+    return f"{drill['region']} could be lost now: {read}, all right."
+
+
 # --- repair ------------------------------------------------------------------
+
+
+def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
+    """What a repair has to do."""
+    yield (
+        f"{plan['node']} at {plan['path']}: {plan['stripes']:,} stripes, "
+        f"{bytes_text(plan['bytes_to_check'])} to check, {plan['shards_to_rebuild']:,} shards "
+        f"({bytes_text(plan['bytes_to_rebuild'])}) to rebuild"
+    )
+    if plan["reads"]:
+        reads = ", ".join(f"{bytes_text(size)} from {name}" for name, size in plan["reads"].items())
+        yield f"  reads: {reads}"
+    if plan["weak_stripes"]:
+        yield f"  first {plan['weak_stripes']:,} stripes that lack shards elsewhere, too"
+    if plan["hopeless_shards"]:
+        yield f"  {plan['hopeless_shards']:,} shards cannot be rebuilt: too many others are gone"
 
 
 def repair_line(node: str, result: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -20,7 +20,7 @@ import trio
 from . import erasure, schema
 from .commit import Committer
 from .config import StoreConfig, sync_directory
-from .engine import Engine
+from .engine import DATABASE, DATABASE_LOCK, Engine
 from .erasure import Code
 from .errors import FusestoreError, MetadataError, NodeError, ReplayError, UsageError
 from .journal import last_commit
@@ -34,6 +34,7 @@ from .records import Run
 from .repair import Repairer
 from .replay import Replayed, replay, suspect_shards
 from .schema import Counters, LogState, NodeRow, SegmentState
+from .scrub import Scrubber
 from .snapshot import Snapshotter
 from .write_path import Writer
 
@@ -58,8 +59,13 @@ class Store:
         self.reclaimer = Reclaimer(state)
         self.snapshotter = Snapshotter(state, self.committer)
         self.repairer = Repairer(config, state, self.reader, self.committer)
+        self.scrubber = Scrubber(state, self.committer, self.repairer, config.scrub_days)
         self.committer.on_checkpoint += [self.reclaimer.wake, self.repairer.wake]
         self.committer.on_commit.append(self.snapshotter.look)
+
+    def tasks(self) -> list[Callable[[], Awaitable[None]]]:
+        """What goes on in the background while it is open."""
+        return [self.reclaimer.run, self.snapshotter.run, self.repairer.run, self.scrubber.run]
 
     def warnings(self) -> list[str]:
         """A sentence for each node that is not as it should be."""
@@ -144,6 +150,7 @@ async def open_store(
     """
     erasure.self_check(config.code)
     os.makedirs(config.metadata, mode=0o700, exist_ok=True)
+    fresh = not read_only and not (config.metadata / DATABASE).exists()
     engine = Engine(config.metadata, read_only=read_only)
     try:
         rows = _check_format(config, engine)
@@ -165,13 +172,15 @@ async def open_store(
             if not read_only:
                 await _begin_epoch(store)
                 nursery.start_soon(store.committer.run)
-                if background:
-                    await store.repairer.catch_up(CATCH_UP_SHARDS_MAX)
-                    for task in (store.reclaimer, store.snapshotter, store.repairer):
-                        nursery.start_soon(task.run)
-                    store.reclaimer.wake()
             try:
-                yield store
+                async with trio.open_nursery() as tasks:
+                    if background and not read_only:
+                        await store.repairer.catch_up(CATCH_UP_SHARDS_MAX)
+                        for run in store.tasks():
+                            tasks.start_soon(run)
+                        store.reclaimer.wake()
+                    yield store
+                    tasks.cancel_scope.cancel()
             finally:
                 with trio.CancelScope(shield=True):
                     try:
@@ -180,7 +189,11 @@ async def open_store(
                     finally:
                         nursery.cancel_scope.cancel()
     finally:
+        refused = fresh and engine.get(schema.LOG_KEY) is None
         engine.close()
+        if refused:  # what was made for nothing must not stand in the way of `recover`
+            for name in (DATABASE, DATABASE_LOCK):
+                (config.metadata / name).unlink(missing_ok=True)
 
 
 async def _open(member: Member, config: StoreConfig, read_only: bool) -> None:
@@ -300,7 +313,7 @@ async def _begin_epoch(store: Store) -> None:
     state.state = replace(state.state, epoch=state.state.epoch + 1, nonce=os.urandom(16).hex())
     await trio.to_thread.run_sync(_tidy_nodes, store)
     committer.epoch_base = committer.checkpointed
-    if state.engine.get(schema.FORMAT_KEY) != _format(store.config):
+    if state.state.commit == 0 or state.engine.get(schema.FORMAT_KEY) != _format(store.config):
         state.apply({schema.FORMAT_KEY: _format(store.config)})
     store.writer.seal_all()
     async with committer.lock:
@@ -346,7 +359,7 @@ async def _finish(store: Store) -> None:
         store.writer.seal_all()
         await committer.commit_now()
         await committer.commit_now(checkpoint=True, cover=True)
-    await trio.to_thread.run_sync(_trim_nodes, store)
+        await trio.to_thread.run_sync(_trim_nodes, store)
 
 
 def _trim_nodes(store: Store) -> None:

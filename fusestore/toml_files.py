@@ -58,6 +58,13 @@ class Table:
             raise self.bad(key, f"must be {_KINDS[kind]}, and is {value!r}")
         return value
 
+    def take_count(self, key: str, default: int, most: int) -> int:
+        """The whole number that a key has, from 0 to `most`."""
+        count = self.take(key, int, default)
+        if not 0 <= count <= most:
+            raise self.bad(key, f"must be a number from 0 to {most}, and is {count}")
+        return count
+
     def take_uuid(self, key: str) -> UUID:
         """The UUID that a key has as text."""
         text = self.take(key, str)

@@ -40,8 +40,9 @@ from .records import (
     Run,
     block_checksums,
     payload_checksum,
+    record_length,
 )
-from .schema import OWNER, ShardPlace, Stripe
+from .schema import OWNER, SegmentState, ShardPlace, Stripe
 
 NOT_WRITTEN = 0
 """The segment of a shard that was never written."""
@@ -327,14 +328,14 @@ class Writer:
         for index, (member, place) in enumerate(targets):
             if index in errors:
                 member.fail(errors[index])
-                member.release(place.segment, length)
+                self._take_back(stripe, member, place, length)
                 place = ShardPlace(member.id, NOT_WRITTEN, 0)
             elif place.written and member.writable:
                 member.dirty.add(place.segment)
                 member.unflushed.append((stripe.number, index))
             elif place.written:
                 # It failed while this shard was on its way: do not count on the shard.
-                member.release(place.segment, length)
+                self._take_back(stripe, member, place, length)
                 place = ShardPlace(member.id, NOT_WRITTEN, 0)
             places.append(place)
         if sum(place.written for place in places) < stripe.code.k:
@@ -378,6 +379,18 @@ class Writer:
                 else:
                     txn.stripes -= 1
                     txn.reclaim(number, row)
+
+    def _take_back(
+        self, stripe: UnsealedStripe, member: Member, place: ShardPlace, length: int
+    ) -> None:
+        """A shard did not get where its place was reserved, also for the commit that counts it."""
+        member.release(place.segment, length)
+        key = schema.segment_key(member.id, place.segment)
+        value = stripe.taken.changes.get(key) if stripe.taken is not None else None
+        if value is not None:
+            counted = SegmentState.decode(value)
+            counted.live -= record_length(length)
+            self._amend(stripe, {key: counted.encode()})
 
     def _amend(self, stripe: UnsealedStripe, changes: Changes) -> None:
         """Add to the commit that waits for a stripe, or to the next one."""

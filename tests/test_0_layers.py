@@ -14,14 +14,15 @@ LAYERS: list[set[str]] = [
     {"toml_files", "config", "mkfs", "nodes", "nodes.base", "nodes.directory", "engine"},
     # 2: the log
     {"members", "log", "journal", "write_path", "read_path", "commit", "replay", "reclaim",
-     "snapshot", "repair", "store"},
+     "snapshot", "pace", "repair", "scrub", "store"},
     # 3: the file system
     {"tree", "contents", "attributes", "filesystem", "recover", "fsck",
-     "fsck_repair"},
+     "fsck_repair", "safety"},
     # 4: faces
     {"operations", "mounts", "control_client", "control", "logs", "status_text"},
     # 5: assembly
-    {"daemon", "launch", "bench", "cli_mount", "cli_store", "cli_rescue", "cli", "__main__"},
+    {"daemon", "launch", "bench", "cli_mount", "cli_store", "cli_rescue", "cli_safety", "cli",
+     "__main__"},
 ]  # fmt: skip
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 
@@ -30,7 +31,7 @@ DOORS = {
     "pyfuse3": {"operations", "daemon", "bench"},
     "cffi": {"erasure", "linux"},
     "reedsolo": {"erasure"},
-    "click": {"cli", "cli_mount", "cli_store", "cli_rescue", "status_text"},
+    "click": {"cli", "cli_mount", "cli_store", "cli_rescue", "cli_safety", "status_text"},
 }
 
 

@@ -1,0 +1,196 @@
+"""How safe the data is: what each stripe and file would survive, and whether that is true.
+
+`risk` counts, from what is known; `drill` reads without a region, and verifies;
+`plan` says what repairing a node would take.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from itertools import islice
+from typing import Any
+
+import trio
+
+from . import schema
+from .errors import UsageError
+from .limits import REPAIR_SCAN_ROWS
+from .log import Log
+from .members import Member
+from .pace import Pace
+from .read_path import Reader
+from .schema import Stripe
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+class Safety:
+    """Looks at all stripes of an open store."""
+
+    def __init__(self, state: Log, reader: Reader, path_of: Callable[[int], str]) -> None:
+        self._log = state
+        self._reader = reader
+        self._path_of = path_of
+
+    async def _stripes(self) -> AsyncIterator[list[tuple[int, Stripe]]]:
+        """All sealed stripes, some at a time."""
+        start = schema.STRIPES_START
+        while True:
+            rows = list(islice(self._log.engine.scan(start, schema.STRIPES_END), REPAIR_SCAN_ROWS))
+            yield [(schema.decode_stripe_key(key), Stripe.decode(value)) for key, value in rows]
+            if len(rows) < REPAIR_SCAN_ROWS:
+                return
+            start = rows[-1][0] + b"\0"
+            await trio.lowlevel.checkpoint()
+
+    def _check_regions(self, regions: Iterable[str]) -> None:
+        known = set(self._log.members.regions)
+        for region in regions:
+            if region not in known:
+                raise UsageError(
+                    f"There is no region {region!r} in this store; there are "
+                    f"{', '.join(sorted(known))}."
+                )
+
+    def _paths(self, stripes: Iterable[int]) -> list[str]:
+        inodes = {ino for number in stripes for ino in self._reader.owners(number)}
+        return sorted({self._path_of(ino) for ino in inodes})
+
+    # --- risk ----------------------------------------------------------------
+
+    async def risk(self, if_lost: Collection[str]) -> dict[str, Any]:
+        """How many more losses each stripe would survive, now or without some regions."""
+        self._check_regions(if_lost)
+        shards: Counter[int] = Counter()
+        regions: Counter[int] = Counter()
+        codes: Counter[str] = Counter()
+        lost: list[int] = []
+        weakest: list[int] = []
+        async for batch in self._stripes():
+            for number, row in batch:
+                good = self._good_by_region(number, row, if_lost)
+                spare = sum(good.values()) - row.code.k
+                codes[str(row.code)] += 1
+                if spare < 0:
+                    lost.append(number)
+                    continue
+                shards[spare] += 1
+                more = _losses(good, row.code.k)
+                regions[more] += 1
+                if more == 0:
+                    weakest.append(number)
+        in_sync = {m.config.region for m in self._log.members.in_sync} - set(if_lost)
+        return {
+            "if_lost": sorted(if_lost),
+            "stripes": sum(codes.values()),
+            "codes": dict(sorted(codes.items())),
+            "by_shards": {str(n): shards[n] for n in sorted(shards)},
+            "by_regions": {str(n): regions[n] for n in sorted(regions)},
+            "metadata_regions": len(in_sync),
+            "lost_stripes": len(lost),
+            "lost": self._paths(lost),
+            "next_region_loses": self._paths(weakest),
+        }
+
+    def _good_by_region(self, number: int, row: Stripe, without: Collection[str]) -> Counter[str]:
+        """The shards that a stripe has, by region."""
+        good: Counter[str] = Counter()
+        for index, place in enumerate(row.shards):
+            if self._log.has_shard(number, index, place):
+                region = self._log.members.by_id[place.node].config.region
+                if region not in without:
+                    good[region] += 1
+        return good
+
+    # --- drill ---------------------------------------------------------------
+
+    async def drill(
+        self, region: str, sample: float, rate: float | None, progress: Progress
+    ) -> dict[str, Any]:
+        """Decode a share of all stripes without a region, and verify what comes out."""
+        self._check_regions([region])
+        gone = {m.id for m in self._log.members.all if m.config.region == region}
+        pace = Pace(self._log, rate)
+        seed = random.randrange(1 << 32)
+        chance = random.Random(seed)
+        started = time.monotonic()
+        checked = size = 0
+        failed: list[int] = []
+        total = self._log.counters.file_bytes
+        async for batch in self._stripes():
+            for number, row in batch:
+                if chance.random() >= sample:
+                    continue
+                await pace.spend(row.code.k * row.shard_length)
+                without = [i for i, place in enumerate(row.shards) if place.node in gone]
+                good = await self._reader.reads_without(number, row, without)
+                if not good and self._log.engine.get(schema.stripe_key(number)) is not None:
+                    failed.append(number)
+                checked += 1
+                size += row.length
+                progress({"phase": f"without {region}", "done": size, "total": total * sample})
+        return {
+            "region": region,
+            "stripes": checked,
+            "bytes": size,
+            "seconds": time.monotonic() - started,
+            "seed": seed,
+            "failed_stripes": len(failed),
+            "lost": self._paths(failed),
+        }
+
+    # --- the plan of a repair ------------------------------------------------
+
+    async def plan(self, member: Member, *, anew: bool) -> dict[str, Any]:
+        """What repairing a node takes, as far as is known without reading its shards.
+
+        `anew`: it is to be filled from nothing.
+        """
+        stripes = shards = check = rebuild = weak = hopeless = 0
+        reads: Counter[str] = Counter()
+        anew = anew or member.node is None
+        async for batch in self._stripes():
+            for number, row in batch:
+                here = [i for i, place in enumerate(row.shards) if place.node == member.id]
+                if not here:
+                    continue
+                stripes += 1
+                others = [
+                    self._log.members.by_id[place.node].config.region
+                    for index, place in enumerate(row.shards)
+                    if index not in here and self._log.has_shard(number, index, place)
+                ]
+                for index in here:
+                    if not anew and self._log.has_shard(number, index, row.shards[index]):
+                        check += row.shard_length
+                        continue
+                    shards += 1
+                    rebuild += row.shard_length
+                    for region in others[: row.code.k]:
+                        reads[region] += row.shard_length
+                    hopeless += len(others) < row.code.k
+                weak += len(others) < row.code.n - len(here)
+        return {
+            "node": member.name,
+            "path": str(member.config.path),
+            "stripes": stripes,
+            "weak_stripes": weak,
+            "shards_to_rebuild": shards,
+            "bytes_to_rebuild": rebuild,
+            "bytes_to_check": check,
+            "hopeless_shards": hopeless,
+            "reads": dict(sorted(reads.items())),
+        }
+
+
+def _losses(good: Counter[str], k: int) -> int:
+    """How many regions may go, the fullest first, while k shards are left."""
+    left = sum(good.values())
+    for lost, count in enumerate(sorted(good.values(), reverse=True)):
+        left -= count
+        if left < k:
+            return lost
+    return len(good)
