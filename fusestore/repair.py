@@ -339,8 +339,10 @@ class Repairer:
         pace = Pace(self._log, rate)
         started = time.monotonic()
         async with self._busy:
+            if to is not None and to != member.config.path:
+                await self._move(member, to)
             try:
-                await self._begin(member, to)
+                await self._begin(member)
                 await self._journal_first(member, progress)
                 progress({"phase": "shards", "done": 0, "total": self._total(member)})
                 shards, size = await self._all_shards(member, progress, pace)
@@ -381,11 +383,9 @@ class Repairer:
         """About how many bytes the node holds when it is whole."""
         return sum(max(state.live, 0) for state in member.segments.values())
 
-    async def _begin(self, member: Member, to: Path | None) -> None:
+    async def _begin(self, member: Member) -> None:
         """Open or make the node's directory, and let new shards go there."""
-        if to is not None and to != member.config.path:
-            await self._move(member, to)
-        elif member.state is State.UP and member.node is not None:
+        if member.state is State.UP and member.node is not None:
             try:
                 await member.call(member.node.check)
                 return
@@ -398,7 +398,10 @@ class Repairer:
         await self._enter(member, node)
 
     async def _move(self, member: Member, to: Path) -> None:
-        """Give a node another place, in the configuration, too; it is empty yet."""
+        """Give a node another place, in the configuration, too; it is empty yet.
+
+        FusestoreError when it cannot be there; nothing has changed then.
+        """
         moved = replace(member.config, path=to)
         nodes = tuple(moved if node.name == moved.name else node for node in self._config.nodes)
         problem = check_places(self._config.store, self._config.metadata, nodes)

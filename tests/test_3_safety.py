@@ -1,0 +1,302 @@
+"""Scrub finds and mends all rot, and risk and drill tell the truth about what may be lost.
+
+The fault model: in one region, at random: flipped bits, zeroed pages, truncated,
+deleted and swapped segments, shards and journals alike.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from test_2_log import Opened, loses_a_region, opened
+
+from fusestore import schema
+from fusestore.config import StoreConfig, load
+from fusestore.daemon import _commands, offline
+from fusestore.erasure import Code
+from fusestore.errors import UsageError
+from fusestore.limits import STRIPE_BYTES
+from fusestore.mkfs import make_store
+from fusestore.recover import recover
+from fusestore.schema import Stripe
+
+REGIONS = ["us-east-1", "us-west-1", "eu-west-1"]
+
+
+@pytest.fixture(params=["2+1", "4+2", "1+2"])
+def config(request: pytest.FixtureRequest, tmp_path: Path) -> StoreConfig:
+    return make_store(tmp_path / "store", code=Code.parse(request.param))
+
+
+def content(name: str, stripes: int = 6) -> bytes:
+    return random.Random(name).randbytes(stripes * STRIPE_BYTES + 4321)
+
+
+async def do(one: Opened, command: str, **arguments: Any) -> dict[str, Any]:
+    """A command as the daemon of a mounted store does it."""
+    return await _commands(one.store, one.files)[command](arguments, lambda message: None)
+
+
+async def fill(one: Opened, names: str = "abc") -> dict[str, bytes]:
+    files = {name: content(name) for name in names}
+    for name, data in files.items():
+        await one.put(name, data)
+    await one.put("small", b"small")
+    await one.store.committer.commit()
+    return {**files, "small": b"small"}
+
+
+async def is_right(one: Opened, files: dict[str, bytes]) -> None:
+    for name, data in files.items():
+        assert await one.get(name) == data
+
+
+def spoil(path: Path, chance: random.Random) -> None:
+    """Hurt one segment file."""
+    size = path.stat().st_size
+    if size == 0:
+        return
+    kind = chance.choice(["flip"] * 6 + ["page"] * 3 + ["cut"])
+    with path.open("r+b") as file:
+        at = chance.randrange(size)
+        if kind == "flip":
+            file.seek(at)
+            byte = file.read(1)[0]
+            file.seek(at)
+            file.write(bytes([byte ^ 1 << chance.randrange(8)]))
+        elif kind == "page":
+            at = at // 4096 * 4096
+            file.seek(at)
+            file.write(bytes(min(4096, size - at)))
+        else:
+            file.truncate(at)
+
+
+def storm(node: Path, chance: random.Random, hits: int) -> None:
+    """Spoil a node's segments, delete one and swap two."""
+    segments = sorted([*(node / "shards").iterdir(), *(node / "journal").iterdir()])
+    for _ in range(hits):
+        spoil(chance.choice(segments), chance)
+    shards = sorted((node / "shards").iterdir())
+    if len(shards) > 2:
+        one, two, gone = chance.sample(shards, 3)
+        one.rename(node / "swap")
+        two.rename(one)
+        (node / "swap").rename(two)
+        gone.unlink()
+
+
+async def test_a_storm_in_one_region_is_scrubbed_away(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:
+    monkeypatch.setattr("fusestore.members.SHARD_SEGMENT_BYTES", 1 << 20)
+    seed = pytestconfig.getoption("--model-seed")
+    hits = 1000 if pytestconfig.getoption("--long") else 100
+    print("seed", seed)
+    chance = random.Random(seed)
+    async with opened(config) as one:
+        files = await fill(one)
+    for node in chance.sample(config.nodes, 2):
+        storm(node.path, chance, hits)
+        async with opened(config) as one:
+            await is_right(one, files)
+            first = await do(one, "scrub", action="start", wait=True)
+            assert first["left"] == 0
+            second = await do(one, "scrub", action="start", wait=True)
+            assert (second["found"], second["skipped"], second["left"]) == (0, 0, 0)
+            assert second["shards"] == sum(
+                len(Stripe.decode(value).shards) for _, value in one.rows(b"S")
+            )
+            await is_right(one, files)
+            done = await do(one, "fsck")
+            assert done["findings"] == []
+    await loses_a_region(config, 0, files)
+
+
+async def test_a_rotten_journal_is_mended(config: StoreConfig) -> None:
+    async with opened(config) as one:
+        files = await fill(one)
+        for number in range(50):
+            await one.put(f"n{number}", b"%d" % number)
+            await one.store.committer.commit()
+        node = config.nodes[1].path
+        before = {path.name: path.read_bytes() for path in (node / "journal").iterdir()}
+        (path,) = [path for path in (node / "journal").iterdir() if path.stat().st_size > 10_000]
+        with path.open("r+b") as file:
+            for at in range(0, 8192, 1000):
+                file.seek(at)
+                file.write(b"rot")
+        assert (await do(one, "scrub", action="start", wait=True))["found"] > 0
+        assert path.read_bytes().startswith(before[path.name].rstrip(b"\0"))
+        assert (await do(one, "scrub", action="start", wait=True))["found"] == 0
+    shutil.rmtree(config.metadata)
+    if config.code.k > 1:  # else the node that is gone might have gone on alone
+        shutil.rmtree(config.nodes[0].path)
+
+    recover(config.store, [], None, accept_loss=False, progress=lambda message: None)
+    async with opened(config) as one:
+        await is_right(one, files)
+        assert await one.get("n49") == b"49"
+
+
+async def reaches(one: Opened, stripes: int) -> None:
+    """Wait until a scrub has come so far."""
+    with trio.fail_after(20):
+        while one.store.scrubber.scrub.stripes < stripes:
+            await one.store.committer.commit()
+
+
+async def test_a_scrub_keeps_its_place(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusestore.scrub.REPAIR_BATCH", 2)
+    async with opened(config) as one:
+        await fill(one)
+        await do(one, "scrub", action="start", rate=30e6)
+        with pytest.raises(UsageError):
+            await do(one, "scrub", action="start")
+        await reaches(one, 4)
+        await do(one, "scrub", action="pause")
+        with pytest.raises(UsageError):
+            await do(one, "scrub", action="pause")
+        paused = await do(one, "scrub", action="status")
+    async with opened(config) as one:
+        again = await do(one, "scrub", action="status")
+        assert (again["state"], again["position"]) == ("paused", paused["position"])
+        done = await do(one, "scrub", action="resume", wait=True)
+        assert done["state"] == "done"
+        assert done["stripes"] == len(one.rows(b"S"))
+    offline_done = await offline(load(config.store), "scrub", {"action": "start"}, lambda m: None)
+    assert (offline_done["state"], offline_done["found"]) == ("done", 0)
+
+
+async def test_risk_says_what_would_be_lost(config: StoreConfig) -> None:
+    m = config.code.m
+    async with opened(config) as one:
+        await fill(one)
+        risk = await do(one, "risk")
+        assert set(risk["by_shards"]) == {str(m)}
+        assert risk["lost"] == []
+        assert risk["metadata_regions"] == 3
+        per_region = config.code.n // 3
+        assert set(risk["by_regions"]) == {str(m // per_region)}
+        one_gone = await do(one, "risk", if_lost=["us-east-1"])
+        assert one_gone["lost"] == []
+        two_gone = await do(one, "risk", if_lost=["us-east-1", "eu-west-1"])
+        alive = m // per_region >= 2
+        assert bool(two_gone["lost"]) is not alive
+        assert alive or {"/a", "/b", "/c"} <= set(two_gone["lost"])
+        with pytest.raises(UsageError):
+            await do(one, "risk", if_lost=["mars"])
+        shutil.rmtree(config.nodes[0].path)
+        await one.put("d", content("d", 1))
+        await one.store.committer.commit()
+        now = await do(one, "risk")
+        assert set(now["by_regions"]) == {str(m // per_region - 1)}
+        assert (now["next_region_loses"] == []) is (m // per_region >= 2)
+
+
+@pytest.mark.parametrize("region", REGIONS)
+async def test_a_drill_reads_without_a_region(config: StoreConfig, region: str) -> None:
+    async with opened(config) as one:
+        await fill(one)
+        done = await do(one, "drill", region=region, sample=1.0)
+        assert (done["failed_stripes"], done["stripes"]) == (0, len(one.rows(b"S")))
+        assert done["bytes"] >= 18 * STRIPE_BYTES
+        some = await do(one, "drill", region=region, sample=0.3)
+        assert some["failed_stripes"] == 0
+
+
+async def test_a_drill_finds_what_could_not_be_lost(tmp_path: Path) -> None:
+    config = make_store(tmp_path / "store")
+    async with opened(config) as one:
+        await fill(one)
+        number, row = next(
+            (schema.decode_stripe_key(key), Stripe.decode(value)) for key, value in one.rows(b"S")
+        )
+        place = next(
+            p for p in row.shards if one.store.log.members.by_id[p.node].name == REGIONS[0]
+        )
+        (path,) = (config.nodes[0].path / "shards").iterdir()
+        fd = os.open(path, os.O_RDWR)
+        os.pwrite(fd, bytes(100), place.offset)
+        os.close(fd)
+        done = await do(one, "drill", region=REGIONS[1], sample=1.0)
+        assert done["failed_stripes"] == 1
+        assert done["lost"] == sorted(
+            one.files.tree.path(ino) for ino in one.store.reader.owners(number)
+        )
+
+
+async def test_a_plan_says_what_a_repair_will_do(tmp_path: Path) -> None:
+    config = make_store(tmp_path / "store")
+    async with opened(config) as one:
+        files = await fill(one)
+        whole = (await do(one, "repair", node=REGIONS[0], dry_run=True))["plan"]
+        assert (whole["shards_to_rebuild"], whole["bytes_to_rebuild"]) == (0, 0)
+        assert whole["stripes"] == len(one.rows(b"S"))
+        shutil.rmtree(config.nodes[0].path)
+        await one.put("meanwhile", content("meanwhile"))
+        await one.store.committer.commit()
+        files["meanwhile"] = content("meanwhile")
+        plan = (await do(one, "repair", node=REGIONS[0], dry_run=True))["plan"]
+        assert not config.nodes[0].path.exists()
+        done = await do(one, "repair", node=REGIONS[0])
+        assert done["shards_rebuilt"] == plan["shards_to_rebuild"] == plan["stripes"]
+        assert done["bytes"] == plan["bytes_to_rebuild"]
+        assert set(plan["reads"]) == set(REGIONS[1:])
+        assert (done["unrepairable"], plan["hopeless_shards"]) == ([], 0)
+    await loses_a_region(config, 1, files)
+
+
+@pytest.mark.parametrize("gone", [False, True])
+async def test_a_node_moves_to_another_place(
+    config: StoreConfig, tmp_path: Path, gone: bool
+) -> None:
+    place = tmp_path / "elsewhere" / "us-west-1"
+    async with opened(config) as one:
+        files = await fill(one)
+        if gone:
+            shutil.rmtree(config.nodes[1].path)
+        done = await do(one, "repair", node=REGIONS[1], to=str(place))
+        assert done["unrepairable"] == []
+        assert (await one.store.status())["healthy"] is True
+    moved = load(config.store)
+    assert moved.nodes[1].path == place
+    assert not gone or not config.nodes[1].path.exists()
+    async with opened(moved) as one:
+        assert (await one.store.status())["healthy"] is True
+        with pytest.raises(UsageError):
+            await do(one, "repair", node=REGIONS[1], to=str(config.metadata / "inside"))
+    await loses_a_region(moved, 2, files)
+
+
+async def test_the_weakest_stripes_come_first(tmp_path: Path) -> None:
+    config = make_store(tmp_path / "store", code=Code(4, 2))
+    async with opened(config) as one:
+        files = await fill(one)
+        weak = {schema.decode_stripe_key(key) for key, _ in one.rows(b"S")[::4]}
+        other = one.store.log.members.all[1]
+        for number in weak:
+            row = one.store.reader.stripe(number)
+            assert row is not None
+            index = next(i for i, place in enumerate(row.shards) if place.node == other.id)
+            one.store.log.apply({schema.missing_key(other.id, number, index): b""})
+        order: list[int] = []
+        rebuild = one.store.repairer._rebuild
+
+        async def note(member: Any, wanted: dict[int, list[int]]) -> tuple[int, int]:
+            order.extend(wanted)
+            return await rebuild(member, wanted)
+
+        one.store.repairer._rebuild = note  # type: ignore[method-assign]
+        shutil.rmtree(config.nodes[0].path)
+        await do(one, "repair", node=REGIONS[0])
+        assert set(order[: len(weak)]) == weak
+    await loses_a_region(config, 2, files)
