@@ -80,9 +80,32 @@ def scrub(
     metavar="REGION",
     help="Suppose that this region is gone, too.  May be repeated.",
 )
+@click.option("--model", is_flag=True, help="Add the expected losses of data a year.")
+@click.option(
+    "--disk-failures", type=float, default=0.015, show_default=True, help="A disk and year."
+)
+@click.option(
+    "--region-losses", type=float, default=0.01, show_default=True, help="A region and year."
+)
+@click.option(
+    "--replace-hours",
+    type=float,
+    default=24.0,
+    show_default=True,
+    help="From a failure to the beginning of its repair.",
+)
 @_JSON
 @click.pass_context
-def risk(context: click.Context, store: Path, if_lost: tuple[str, ...], as_json: bool) -> None:
+def risk(
+    context: click.Context,
+    store: Path,
+    if_lost: tuple[str, ...],
+    model: bool,
+    disk_failures: float,
+    region_losses: float,
+    replace_hours: float,
+    as_json: bool,
+) -> None:
     """Say how many more losses each stripe and file of STORE would survive now.
 
     By shard and by region, from what is known without reading the shards:
@@ -95,7 +118,13 @@ def risk(context: click.Context, store: Path, if_lost: tuple[str, ...], as_json:
     """
     from .status_text import risk_lines
 
-    result = _do(store, "risk", {"if_lost": if_lost}, True, as_json)
+    rates = {
+        "disk_failures": disk_failures,
+        "region_losses": region_losses,
+        "replace_hours": replace_hours,
+    }
+    arguments = {"if_lost": if_lost, "model": rates if model else None}
+    result = _do(store, "risk", arguments, True, as_json)
     if not as_json:
         for line in risk_lines(result):
             click.echo(line)

@@ -26,7 +26,7 @@ from .filesystem import FileSystem
 from .fsck_repair import fsck
 from .limits import FUSE_TASKS_MAX
 from .operations import Operations
-from .safety import Safety
+from .safety import Rates, Safety
 from .store import Store, open_store
 
 log = logging.getLogger(__name__)
@@ -115,7 +115,10 @@ def _commands(store: Store, files: FileSystem) -> dict[str, Command]:
         return {"plan": plan, **done}
 
     async def risk(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        return await safety.risk(arguments.get("if_lost", ()))
+        found = await safety.risk(arguments.get("if_lost", ()))
+        if arguments.get("model"):
+            found["model"] = safety.model(found["codes"], Rates(**arguments["model"]))
+        return found
 
     async def drill(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
         sample = float(arguments.get("sample", 1.0))

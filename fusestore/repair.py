@@ -18,6 +18,7 @@ may be killed at any moment and begun again: what is intact is not done twice.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -56,6 +57,7 @@ from .limits import (
     PROBE_SECONDS,
     REPAIR_BATCH,
     REPAIR_SCAN_ROWS,
+    REPAIRS_KEPT_MAX,
     RETRY_SECONDS_MAX,
     RETRY_SECONDS_MIN,
 )
@@ -360,6 +362,8 @@ class Repairer:
                     member.fail(NodeError(f"Repair of node {name} was interrupted."))
                     self._committer.ask()
                 raise
+        seconds = time.monotonic() - started
+        self._remember(name, size + more[1], seconds)
         lost = set(self._lacks(member))
         self._retry_wait.pop(member.id, None)
         self._retry_at.pop(member.id, None)
@@ -368,10 +372,20 @@ class Repairer:
             "node": name,
             "shards_rebuilt": shards + more[0],
             "bytes": size + more[1],
-            "seconds": time.monotonic() - started,
+            "seconds": seconds,
             "stripes_lost": len(lost),
             "unrepairable": paths,
         }
+
+    def _remember(self, name: str, size: int, seconds: float) -> None:
+        """Keep how long repairs took."""
+        if size == 0:
+            return
+        value = self._log.engine.get(schema.REPAIRS_KEY)
+        known = json.loads(value) if value else []
+        known.append({"node": name, "at": time.time(), "bytes": size, "seconds": seconds})
+        row = json.dumps(known[-REPAIRS_KEPT_MAX:]).encode()
+        self._log.apply({schema.REPAIRS_KEY: row})
 
     def _lacks(self, member: Member) -> Iterator[int]:
         """Stripes of which a node lacks a shard, as far as that is known."""

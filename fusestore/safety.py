@@ -6,16 +6,19 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import trio
 
 from . import schema
+from .erasure import Code
 from .errors import UsageError
 from .limits import REPAIR_SCAN_ROWS
 from .log import Log
@@ -25,6 +28,23 @@ from .read_path import Reader
 from .schema import Stripe
 
 Progress = Callable[[dict[str, Any]], None]
+
+
+ASSUMED_REPAIR_RATE = 50e6
+"""Bytes a second, for a store on which nothing was repaired yet."""
+YEAR_SECONDS = 365.25 * 86_400
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What the model assumes."""
+
+    disk_failures: float = 0.015
+    """A disk and year."""
+    region_losses: float = 0.01
+    """A region and year: fire, theft, a closed account, a mistake."""
+    replace_hours: float = 24.0
+    """From a failure to the beginning of its repair."""
 
 
 class Safety:
@@ -105,6 +125,46 @@ class Safety:
                     good[region] += 1
         return good
 
+    def model(self, codes: Iterable[str], rates: Rates) -> dict[str, Any]:
+        """The expected losses of data a year, by code, for stated rates; see README.md.
+
+        A node that fails is down for the time to replace it and the time to repair it
+        at the rate measured on this store (`measured`), or else at an assumed one.
+        """
+        members = self._log.members
+        value = self._log.engine.get(schema.REPAIRS_KEY)
+        repairs = json.loads(value) if value else []
+        size = sum(repair["bytes"] for repair in repairs)
+        seconds = sum(repair["seconds"] for repair in repairs)
+        speed = size / seconds if size and seconds else ASSUMED_REPAIR_RATE
+        held = max(
+            (sum(max(s.live, 0) for s in member.segments.values()) for member in members.all),
+            default=0,
+        )
+        down = (rates.replace_hours * 3600 + held / speed) / YEAR_SECONDS
+        regions = len(set(members.regions))
+        disks = len(members.all) / regions
+        found = {}
+        for text in codes:
+            code = Code.parse(text)
+            bears = code.m // -(-code.n // regions)
+            disk = _losses_a_year(regions, bears, disks * rates.disk_failures, down)
+            every = disks * rates.disk_failures + rates.region_losses
+            found[text] = {
+                "regions_borne": bears,
+                "disks_only": disk,
+                "with_regions": _losses_a_year(regions, bears, every, down),
+            }
+        return {
+            "disk_failures_a_year": rates.disk_failures,
+            "region_losses_a_year": rates.region_losses,
+            "replace_hours": rates.replace_hours,
+            "repair_bytes_a_second": speed,
+            "measured": bool(size),
+            "repair_seconds": held / speed,
+            "codes": found,
+        }
+
     # --- drill ---------------------------------------------------------------
 
     async def drill(
@@ -184,6 +244,18 @@ class Safety:
             "hopeless_shards": hopeless,
             "reads": dict(sorted(reads.items())),
         }
+
+
+def _losses_a_year(regions: int, bears: int, rate: float, down: float) -> float:
+    """How often a year more regions than a code bears are down at a time.
+
+    Independent failures at `rate` a region and year, each down for `down` years: the
+    usual first-order term of the Markov model of arrays of disks.
+    """
+    result = 1.0
+    for already in range(bears + 1):
+        result *= (regions - already) * rate * (down if already else 1.0)
+    return result
 
 
 def _losses(good: Counter[str], k: int) -> int:

@@ -407,6 +407,7 @@ COUNTERS_KEY = b"Zcounters"
 FORMAT_KEY = b"Zformat"
 LOG_KEY = b"Zlog"
 NODES_KEY = b"Znodes"
+REPAIRS_KEY = b"Zrepairs"
 SCRUB_KEY = b"Zscrub"
 SNAPSHOT_KEY = b"Zsnapshot"
 FORMAT = 1

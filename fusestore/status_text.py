@@ -148,6 +148,24 @@ def risk_lines(risk: dict[str, Any]) -> Iterator[str]:
             share = f"{stripes:,} of {risk['stripes']:,} stripes"
             yield f"  {share} survive the loss of any {count} more {what}"
     yield f"  the metadata is in {risk['metadata_regions']} regions besides its own place"
+    if risk.get("model"):
+        yield from model_lines(risk["model"])
+
+
+def model_lines(model: dict[str, Any]) -> Iterator[str]:
+    """The expected losses a year, never of disks alone."""
+    how = "measured here" if model["measured"] else "assumed: nothing was repaired yet"
+    yield (
+        f"Expected losses of data a year, with {model['disk_failures_a_year']:g} failures a disk, "
+        f"{model['region_losses_a_year']:g} losses a region, {model['replace_hours']:g} h to "
+        f"replace and {model['repair_seconds']:,.0f} s to repair a node "
+        f"({model['repair_bytes_a_second'] / 1e6:.0f} MB/s, {how}):"
+    )
+    for code, found in model["codes"].items():
+        yield (
+            f"  {code}: {found['with_regions']:.2g} (of disk failures alone "
+            f"{found['disks_only']:.2g}); it bears the loss of {found['regions_borne']} regions"
+        )
 
 
 def drill_line(drill: dict[str, Any]) -> str:

@@ -300,3 +300,19 @@ async def test_the_weakest_stripes_come_first(tmp_path: Path) -> None:
         await do(one, "repair", node=REGIONS[0])
         assert set(order[: len(weak)]) == weak
     await loses_a_region(config, 2, files)
+
+
+async def test_the_model_counts_regions_too(tmp_path: Path) -> None:
+    config = make_store(tmp_path / "store")
+    async with opened(config) as one:
+        await fill(one)
+        shutil.rmtree(config.nodes[0].path)
+        await do(one, "repair", node=REGIONS[0])
+        rates = {"disk_failures": 0.02, "region_losses": 0.01, "replace_hours": 876.6}
+        model = (await do(one, "risk", model=rates))["model"]
+        assert model["measured"] is True
+        # 3 regions, 2+1 bears one: 3 * rate * 2 * rate * a tenth of a year
+        found = model["codes"]["2+1"]
+        assert found["regions_borne"] == 1
+        assert found["disks_only"] == pytest.approx(3 * 0.02 * 2 * 0.02 * 0.1, rel=0.01)
+        assert found["with_regions"] == pytest.approx(3 * 0.03 * 2 * 0.03 * 0.1, rel=0.01)
