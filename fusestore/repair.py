@@ -195,6 +195,15 @@ class Repairer:
                         member.fail(error)
                         self._committer.ask()
 
+    async def look_at(self, member: Member) -> None:
+        """Notice now whether a node is still there."""
+        if member.node is not None and not member.unused:
+            try:
+                await member.call(member.sample)
+            except NodeError as error:
+                member.fail(error)
+                self._committer.ask()
+
     async def _look_after(self, member: Member) -> None:
         """See that a node is still there, and give it what it lacks; FusestoreError."""
         assert member.node is not None
