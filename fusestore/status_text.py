@@ -143,10 +143,13 @@ def risk_lines(risk: dict[str, Any]) -> Iterator[str]:
         yield (
             f"Nothing is lost{without}, and {more}." if risk["stripes"] else "There is no data yet."
         )
-    for what, key in (("regions", "by_regions"), ("shards", "by_shards")):
+    for what, key in (("region", "by_regions"), ("shard", "by_shards")):
         for count, stripes in risk[key].items():
             share = f"{stripes:,} of {risk['stripes']:,} stripes"
-            yield f"  {share} survive the loss of any {count} more {what}"
+            if count == "0":
+                yield f"  {share} would not survive the loss of one more {what}"
+            else:
+                yield f"  {share} survive the loss of any {count} more {what}{'s'[: count != '1']}"
     yield f"  the metadata is in {risk['metadata_regions']} regions besides its own place"
     if risk.get("model"):
         yield from model_lines(risk["model"])
@@ -164,7 +167,7 @@ def model_lines(model: dict[str, Any]) -> Iterator[str]:
     for code, found in model["codes"].items():
         yield (
             f"  {code}: {found['with_regions']:.2g} (of disk failures alone "
-            f"{found['disks_only']:.2g}); it bears the loss of {found['regions_borne']} regions"
+            f"{found['disks_only']:.2g}); regions that may go: {found['regions_borne']}"
         )
 
 
