@@ -94,6 +94,8 @@ class Repairer:
         self._wake = trio.Event()
         self._retry_at: dict[int, float] = {}
         self._retry_wait: dict[int, float] = {}
+        self._told: set[int] = set()
+        """Stripes that cannot be rebuilt now, and of which the log has a line."""
 
     # --- healing -------------------------------------------------------------
 
@@ -253,7 +255,9 @@ class Repairer:
         try:
             data = await self._reader.decode(number, row, indices, 0, length)
         except LostError as error:
-            log.error("%s", error)
+            if number not in self._told:
+                self._told.add(number)
+                log.error("%s", error)
             keys = [schema.missing_key(member.id, number, index) for index in indices]
             self._log.apply({key: b"" for key in keys if self._log.engine.get(key) is None})
             return
@@ -354,6 +358,7 @@ class Repairer:
                 await self._move(member, to)
             try:
                 await self._begin(member)
+                self._told.clear()
                 await self._journal_first(member, progress)
                 progress({"phase": "shards", "done": 0, "total": self._total(member)})
                 shards, size = await self._all_shards(member, progress, pace)
