@@ -16,6 +16,7 @@ class FileSystem:
     def __init__(self, store: Store, nursery: trio.Nursery) -> None:
         self.log = store.log
         self.tree = Tree(store.log)
+        store.log.path_of = self.tree.path
         self.contents = Contents(store.log, store.reader, store.writer, nursery)
         self.attributes = Attributes(
             store.log, self.tree, store.reader, allow_unsafe=store.config.allow_unsafe

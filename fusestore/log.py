@@ -155,6 +155,8 @@ class Log:
         self.used_at = 0.0
         """When a file was last read or written, by trio's clock."""
         self._room = 0
+        self.path_of: Callable[[int], str] = lambda ino: f"inode {ino}"
+        """A path of an inode, for people; the file system tells."""
         self.unwritten: Callable[[], int] = lambda: 0
         """Bytes of file data that are not on the nodes yet; the writer tells."""
         self._next_stripe = 1

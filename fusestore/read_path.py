@@ -40,6 +40,9 @@ class Reader:
     def __init__(self, state: Log) -> None:
         self._log = state
         self._cache: OrderedDict[int, Stripe] = OrderedDict()
+        self._told: set[tuple[int, int]] = set()
+        self.errors = 0
+        """Reads that were answered with EIO."""
         self.degraded = 0
         """Ranges that had to be decoded because a shard was missing or bad."""
 
@@ -88,9 +91,19 @@ class Reader:
         except LostError as error:
             again = list(self.extents(ino, extent.offset, extent.end))
             if again == [extent]:  # else it was overwritten or moved meanwhile
-                log.error("Inode %d, bytes %d to %d: %s", ino, extent.offset, extent.end, error)
+                self._lost(ino, extent, error)
                 raise
         return memoryview(await self.read(ino, extent.offset, extent.end))
+
+    def _lost(self, ino: int, extent: Extent, error: LostError) -> None:
+        """Bytes of a file cannot be had: say so, once for each stripe of a file."""
+        self.errors += 1
+        if (ino, extent.stripe) not in self._told:
+            if len(self._told) >= STRIPES_CACHED_MAX:
+                self._told.clear()
+            self._told.add((ino, extent.stripe))
+            where = f"{self._log.path_of(ino)}, bytes {extent.offset} to {extent.end}"
+            log.error("%s cannot be read: %s", where, error)
 
     # --- stripes -------------------------------------------------------------
 

@@ -167,7 +167,7 @@ class Repairer:
             await self._journal_first(member, lambda message: None)
             if member.doubted or member.lost_segments:
                 await self._all_shards(member, lambda message: None)
-            await self._heal(member)
+            await self._heal(member, Pace(self._log))
             await self._join(member, lambda message: None)
         except FusestoreError as error:
             self._retry_later(member)
@@ -192,7 +192,7 @@ class Repairer:
             for member in self._log.members.all:
                 if member.state is State.UP:
                     try:
-                        await self._heal(member)
+                        await self._heal(member, Pace(self._log))
                     except FusestoreError as error:
                         member.fail(error)
                         self._committer.ask()
@@ -212,9 +212,9 @@ class Repairer:
         await member.call(member.sample)
         if member.lost_segments:
             await self._all_shards(member, lambda message: None)
-        await self._heal(member)
+        await self._heal(member, Pace(self._log))
 
-    async def _heal(self, member: Member) -> tuple[int, int]:
+    async def _heal(self, member: Member, pace: Pace | None = None) -> tuple[int, int]:
         """Rebuild what `missing` has of a node; (shards, bytes) rebuilt; NodeError."""
         shards = size = 0
         start = prefix = schema.missing_prefix(member.id)
@@ -230,6 +230,8 @@ class Repairer:
                     self._log.apply({key: None})
                 else:
                     wanted.setdefault(number, []).append(index)
+            if pace is not None:
+                await pace.spend(sum(self._row_cost(number) for number in wanted))
             more = await self._rebuild(member, wanted)
             shards, size = shards + more[0], size + more[1]
 
@@ -362,7 +364,7 @@ class Repairer:
                 await self._journal_first(member, progress)
                 progress({"phase": "shards", "done": 0, "total": self._total(member)})
                 shards, size = await self._all_shards(member, progress, pace)
-                more = await self._heal(member)
+                more = await self._heal(member, pace)
                 await self._join(member, progress)
             except (FusestoreError, OSError) as error:
                 reason = NodeError(f"Repair of node {name} stopped: {error}")

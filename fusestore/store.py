@@ -129,6 +129,7 @@ class Store:
             "epoch": state.state.epoch,
             "metadata_bytes": state.engine.bytes_used,
             "degraded_reads": self.reader.degraded,
+            "failed_reads": self.reader.errors,
             "nodes": nodes,
         }
 
