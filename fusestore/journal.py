@@ -15,6 +15,7 @@ from typing import Any
 from uuid import UUID
 
 from . import schema
+from .engine import Engine
 from .errors import FormatError, NodeError, NodeLacksError, ReplayError
 from .nodes.base import Node
 from .records import (
@@ -241,28 +242,42 @@ def _commit_entry(header: Header, payload: memoryview) -> Entry | None:
     )
 
 
+def first_needed(engine: Engine) -> int:
+    """The journal segment before which nothing is needed: where the last snapshot begins.
+
+    As the last checkpoint has it: a snapshot that is under way does not count yet.
+    """
+    rows = engine.scan_stored(schema.SNAPSHOT_KEY, schema.after(schema.SNAPSHOT_KEY))
+    return int(json.loads(rows[0][1])["segment"]) if rows else 0
+
+
 def copy_journals(
     store: UUID,
     sources: Sequence[tuple[str, Node]],
     target: tuple[str, Node],
-    before: int | None = None,
+    first: int,
+    before: int,
 ) -> int:
-    """Give a node the records that others have, in segments below `before`; how many it lacked.
+    """Give a node the records that others have in segments from `first` on and below `before`.
+
+    Segments below `first` are of no use any more, and go.  How many it lacked.
 
     Blocks; NodeError.  What is written is read back from the medium and checked.
     """
     name, node = target
-    journals = read_journals(store, [*sources, target])
+    for segment in node.segments(Run.JOURNAL):
+        if segment < first:
+            node.delete(Run.JOURNAL, segment)
+    journals = read_journals(store, [*sources, target], first)
     for failed in (name, *(source for source, _ in sources)):
         if failed in journals.failed:
             raise journals.failed[failed]
     lacking: dict[int, list[Entry]] = defaultdict(list)
     for entry in [*journals.entries(), *journals.pieces.values()]:
-        if all(place[0] is not node for place in entry.places):
+        if entry.segment < before and all(place[0] is not node for place in entry.places):
             lacking[entry.segment].append(entry)
     for segment, entries in lacking.items():
-        if before is None or segment < before:
-            _copy_segment(Place(store, name, Run.JOURNAL, segment), node, entries)
+        _copy_segment(Place(store, name, Run.JOURNAL, segment), node, entries)
     return sum(map(len, lacking.values()))
 
 

@@ -11,9 +11,10 @@ from .log import Log
 class Pace:
     """Call `spend` before each piece of work with its bytes of I/O."""
 
-    def __init__(self, state: Log, rate: float | None = None) -> None:
-        """At most `rate` bytes a second, None for as fast as users' own I/O allows."""
+    def __init__(self, state: Log, rate: float | None = None, *, polite: bool = True) -> None:
+        """At most `rate` bytes a second; if polite, less while users read or write."""
         self._log = state
+        self._polite = polite
         self._rate = rate
         self._next = 0.0
 
@@ -21,7 +22,7 @@ class Pace:
         """Wait until `length` more bytes may be read or written."""
         now = trio.current_time()
         rate = self._rate
-        if now - self._log.used_at < USERS_AWAY_SECONDS:
+        if self._polite and now - self._log.used_at < USERS_AWAY_SECONDS:
             rate = min(rate or BACKGROUND_BUSY_RATE, BACKGROUND_BUSY_RATE)
         start = max(self._next, now)
         self._next = start + (length / rate if rate else 0.0)

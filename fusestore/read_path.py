@@ -169,7 +169,7 @@ class Reader:
             return None
         if member.unused and not self._log.broken:
             return None  # once too few are up, whatever still answers is asked
-        if member.slow_until > trio.current_time() and not patient:
+        if (member.doubted or member.slow_until > trio.current_time()) and not patient:
             return None
         data = node.read_now(Run.SHARDS, place.segment, place.offset + low, high - low)
         if data is None:

@@ -52,7 +52,7 @@ from .errors import (
     NodeTimeoutError,
     UsageError,
 )
-from .journal import copy_journals, last_commit
+from .journal import copy_journals, first_needed, last_commit
 from .limits import (
     PROBE_SECONDS,
     REPAIR_BATCH,
@@ -353,7 +353,7 @@ class Repairer:
         the new place makes no sense; NodeError when its place cannot be used.
         """
         member = self.member(name)
-        pace = Pace(self._log, rate)
+        pace = Pace(self._log, rate, polite=False)
         started = time.monotonic()
         async with self._busy:
             if to is not None and to != member.config.path:
@@ -425,6 +425,7 @@ class Repairer:
         last = await member.call(last_commit, self._log.store, member.name, node)
         if last < max(member.holds, 1):
             member.holds = schema.NEVER_WHOLE  # until it is in sync again
+            member.doubted = True
         await self._enter(member, node)
 
     async def _move(self, member: Member, to: Path) -> None:
@@ -570,7 +571,12 @@ class Repairer:
         assert target.node is not None
         progress({"phase": "journal", "done": 0, "total": 1})
         await trio.to_thread.run_sync(
-            copy_journals, self._log.store, sources, (target.name, target.node), before
+            copy_journals,
+            self._log.store,
+            sources,
+            (target.name, target.node),
+            first_needed(self._log.engine),
+            before,
         )
         progress({"phase": "journal", "done": 1, "total": 1})
 

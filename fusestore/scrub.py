@@ -20,7 +20,7 @@ import trio
 from . import schema
 from .commit import Committer
 from .errors import NodeError, NotDurableError, UsageError
-from .journal import copy_journals
+from .journal import copy_journals, first_needed
 from .limits import REPAIR_BATCH, SCRUB_NOTE_SECONDS
 from .log import Log
 from .members import State
@@ -189,14 +189,14 @@ class Scrubber:
         async with self._committer.lock:
             self._committer.roll_journal()
             before = self._committer.journal_segment
-        found = 0
+        found, first = 0, first_needed(self._log.engine)
         members = [member for member in self._log.members.in_sync if member.node]
         nodes = [(member.name, member.node) for member in members if member.node]
         for target in nodes:
             others = [node for node in nodes if node is not target]
             if others:
                 found += await trio.to_thread.run_sync(
-                    copy_journals, self._log.store, others, target, before
+                    copy_journals, self._log.store, others, target, first, before
                 )
         return found
 
