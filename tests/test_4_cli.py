@@ -357,11 +357,35 @@ def test_the_status_of_no_store_is_json_all_the_same(tmp_path: Path) -> None:
     assert json.loads(result.stdout)["healthy"] is False
 
 
-def test_repair_says_what_it_did(store: Path, daemon: Callable[..., None]) -> None:
-    done = {"shards_rebuilt": 1234, "bytes": 600_000_000, "seconds": 2.0, "unrepairable": []}
+PLAN = {
+    "node": "us-east-1",
+    "path": "/srv/us-east-1",
+    "stripes": 1300,
+    "weak_stripes": 2,
+    "shards_to_rebuild": 1234,
+    "bytes_to_rebuild": 600_000_000,
+    "bytes_to_check": 0,
+    "hopeless_shards": 1,
+    "reads": {"us-west-1": 600_000_000},
+}
+
+
+def test_repair_says_what_it_will_do_and_what_it_did(
+    store: Path, daemon: Callable[..., None]
+) -> None:
+    done = {
+        "plan": PLAN,
+        "shards_rebuilt": 1234,
+        "bytes": 600_000_000,
+        "seconds": 2.0,
+        "unrepairable": [],
+    }
     daemon(store, repair=done)
     result = run("repair", store, "us-east-1", "--quiet")
     assert result.exit_code == 0
+    assert "1,300 stripes, 0 B to check, 1,234 shards (572.2 MiB) to rebuild" in result.stdout
+    assert "572.2 MiB from us-west-1" in result.stdout
+    assert "1 shards cannot be rebuilt" in result.stdout
     assert "1,234 shards rebuilt and checked, 572.2 MiB in 2.0 s (300.0 MB/s)" in result.stdout
     assert result.stderr == ""
     assert json.loads(run("repair", store, "us-east-1", "--json").stdout) == done
@@ -369,7 +393,8 @@ def test_repair_says_what_it_did(store: Path, daemon: Callable[..., None]) -> No
 
 def test_what_cannot_be_repaired_is_named(store: Path, daemon: Callable[..., None]) -> None:
     lost = [f"a/{i}" for i in range(30)]
-    daemon(store, repair={"shards_rebuilt": 0, "bytes": 0, "seconds": 0.0, "unrepairable": lost})
+    done = {"shards_rebuilt": 0, "bytes": 0, "seconds": 0.0, "unrepairable": lost}
+    daemon(store, repair={"plan": PLAN, **done})
     result = run("repair", store, "us-east-1")
     assert result.exit_code == 1
     assert "30 files cannot be repaired" in result.stdout
@@ -447,7 +472,7 @@ def test_a_layout_as_a_table() -> None:
 
 
 def test_a_repair_in_no_time() -> None:
-    done = {"shards_rebuilt": 0, "bytes": 0, "seconds": 0.0, "unrepairable": []}
+    done = {"plan": PLAN, "shards_rebuilt": 0, "bytes": 0, "seconds": 0.0, "unrepairable": []}
     assert repair_line("n", done) == "n: 0 shards rebuilt and checked, 0 B in 0.0 s (0.0 MB/s)."
 
 
