@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from fusestore import schema
 from fusestore.commit import Committer
 from fusestore.config import StoreConfig, load
+from fusestore.daemon import offline
 from fusestore.engine import Engine
 from fusestore.erasure import Code
 from fusestore.errors import (
@@ -809,3 +810,22 @@ async def test_a_full_metadata_disk_hangs_no_sync(
         assert await one.get("b") == b"b"
         assert await one.get("c") == b"c"
         assert one.files.tree.lookup(ROOT, b"a") is None
+
+
+async def test_a_place_that_a_failed_node_did_not_take_is_not_counted(
+    config: StoreConfig, tmp_path: Path
+) -> None:
+    async with opened(config, faults=True) as one:
+        await one.put("a", b"a")
+        await one.store.committer.commit()
+        node = one.store.log.members.all[0].node
+        assert isinstance(node, FaultyNode)
+        node.fail_at = node.operations + 1
+        await one.put("f", random.Random(30).randbytes(3 << 20))
+        await one.store.committer.commit()
+        crash = crashed(config, tmp_path / "crash")
+    for _ in range(2):
+        done = await offline(crash, "fsck", {}, lambda message: None)
+        assert done["findings"] == []
+        async with opened(crash) as one:
+            assert one.store.log.members.all[0].lost_segments == set()
