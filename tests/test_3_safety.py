@@ -1,7 +1,8 @@
 """Scrub finds and mends all rot, and risk and drill tell the truth about what may be lost.
 
 The fault model: in one region, at random: flipped bits, zeroed pages, truncated,
-deleted and swapped segments, shards and journals alike.
+deleted and swapped segments, records that are valid elsewhere, or are another
+node's, shards and journals alike.
 """
 
 from __future__ import annotations
@@ -57,12 +58,12 @@ async def is_right(one: Opened, files: dict[str, bytes]) -> None:
         assert await one.get(name) == data
 
 
-def spoil(path: Path, chance: random.Random) -> None:
+def spoil(path: Path, chance: random.Random, others: list[Path], *, cut: bool = True) -> None:
     """Hurt one segment file."""
     size = path.stat().st_size
     if size == 0:
         return
-    kind = chance.choice(["flip"] * 6 + ["page"] * 3 + ["cut"])
+    kind = chance.choice(["flip"] * 12 + ["page"] * 5 + ["copy"] * 2 + ["cut"] * cut)
     with path.open("r+b") as file:
         at = chance.randrange(size)
         if kind == "flip":
@@ -70,6 +71,11 @@ def spoil(path: Path, chance: random.Random) -> None:
             byte = file.read(1)[0]
             file.seek(at)
             file.write(bytes([byte ^ 1 << chance.randrange(8)]))
+        elif kind == "copy":  # a shard that is right, but elsewhere, or on another node
+            source = chance.choice(others).read_bytes()
+            start = chance.randrange(len(source) // 64 + 1) * 64
+            file.seek(at // 64 * 64)
+            file.write(source[start : start + 4096])
         elif kind == "page":
             at = at // 4096 * 4096
             file.seek(at)
@@ -78,11 +84,12 @@ def spoil(path: Path, chance: random.Random) -> None:
             file.truncate(at)
 
 
-def storm(node: Path, chance: random.Random, hits: int) -> None:
+def storm(node: Path, other: Path, chance: random.Random, hits: int) -> None:
     """Spoil a node's segments, delete one and swap two."""
     segments = sorted([*(node / "shards").iterdir(), *(node / "journal").iterdir()])
+    foreign = sorted((other / "shards").iterdir())
     for _ in range(hits):
-        spoil(chance.choice(segments), chance)
+        spoil(chance.choice(segments), chance, [*segments, *foreign])
     shards = sorted((node / "shards").iterdir())
     if len(shards) > 2:
         one, two, gone = chance.sample(shards, 3)
@@ -92,31 +99,58 @@ def storm(node: Path, chance: random.Random, hits: int) -> None:
         gone.unlink()
 
 
-async def test_a_storm_in_one_region_is_scrubbed_away(
+async def scrubbed(one: Opened, files: dict[str, bytes]) -> int:
+    """All reads right; a scrub mends all, and another finds nothing; what the first found."""
+    await is_right(one, files)
+    first = await do(one, "scrub", action="start", wait=True)
+    assert first["left"] == 0
+    second = await do(one, "scrub", action="start", wait=True)
+    assert (second["found"], second["skipped"], second["left"]) == (0, 0, 0)
+    assert second["shards"] == sum(len(Stripe.decode(row).shards) for _, row in one.rows(b"S"))
+    await is_right(one, files)
+    assert (await do(one, "fsck"))["findings"] == []
+    return int(first["found"])
+
+
+async def test_a_storm_while_it_is_unmounted_is_mended(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
 ) -> None:
+    """What is gone is noticed by the mount, and mended without being asked."""
     monkeypatch.setattr("fusestore.members.SHARD_SEGMENT_BYTES", 1 << 20)
     seed = pytestconfig.getoption("--model-seed")
-    hits = 1000 if pytestconfig.getoption("--long") else 100
     print("seed", seed)
     chance = random.Random(seed)
     async with opened(config) as one:
         files = await fill(one)
-    for node in chance.sample(config.nodes, 2):
-        storm(node.path, chance, hits)
+    for node, other in (config.nodes[:2], config.nodes[1:]):
+        storm(node.path, other.path, chance, hits(pytestconfig))
         async with opened(config) as one:
-            await is_right(one, files)
-            first = await do(one, "scrub", action="start", wait=True)
-            assert first["left"] == 0
-            second = await do(one, "scrub", action="start", wait=True)
-            assert (second["found"], second["skipped"], second["left"]) == (0, 0, 0)
-            assert second["shards"] == sum(
-                len(Stripe.decode(value).shards) for _, value in one.rows(b"S")
-            )
-            await is_right(one, files)
-            done = await do(one, "fsck")
-            assert done["findings"] == []
+            await scrubbed(one, files)
     await loses_a_region(config, 0, files)
+
+
+async def test_a_storm_under_a_mount_is_scrubbed_away(
+    config: StoreConfig, pytestconfig: pytest.Config
+) -> None:
+    seed = pytestconfig.getoption("--model-seed")
+    print("seed", seed)
+    chance = random.Random(seed)
+    async with opened(config) as one:
+        files = await fill(one)
+        for node, other in (config.nodes[:2], config.nodes[1:]):
+            shards = list((node.path / "shards").iterdir())
+            foreign = list((other.path / "shards").iterdir())
+            for _ in range(hits(pytestconfig)):
+                spoil(chance.choice(shards), chance, [*shards, *foreign], cut=False)
+            found = await do(one, "scrub", action="start", wait=True)
+            print(hits(pytestconfig), "hits in", node.name, "bad shards found", found["found"])
+            assert found["found"] > 0
+            await scrubbed(one, files)
+    await loses_a_region(config, 0, files)
+
+
+def hits(config: pytest.Config) -> int:
+    return 1000 if config.getoption("--long") else 100
 
 
 async def test_a_rotten_journal_is_mended(config: StoreConfig) -> None:
