@@ -49,6 +49,7 @@ def mount(
       writeback     the kernel collects small writes: faster, but what no
                     fsync covered is lost when the daemon dies
       nonempty      MOUNTPOINT may have files; they are hidden meanwhile
+      accept_loss   give up newer commits that nodes which are not there may hold
       nosuid, nodev, noexec, noatime    as for mount(8); noatime is always so
     """
     from . import launch
