@@ -201,6 +201,12 @@ class Store:
         if clear:
             self.clear_mount()
 
+    def end_by(self, number: signal.Signals) -> None:
+        """Send the daemon a signal, and wait for its end."""
+        assert self._pidfd is not None
+        signal.pidfd_send_signal(self._pidfd, number)
+        self._await_end()
+
     def kill_soon(self, seconds: float) -> threading.Timer:
         """SIGKILL the daemon in `seconds`, while the test goes on."""
         assert self._pidfd is not None

@@ -13,6 +13,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -499,3 +500,17 @@ def test_a_killed_writer_leaves_a_prefix(store: Store) -> None:
     assert len(found) % 1024 == 0
     for number in range(len(found) // 1024):
         assert found[number * 1024 : (number + 1) * 1024] == b"%015d\n" % number * 64
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_mount_with_everything_committed(
+    store: Store, number: signal.Signals
+) -> None:
+    data = random.Random(number).randbytes(3 * MIB)
+    (store.mountpoint / "unsynced").write_bytes(data)
+    store.end_by(number)
+    assert not is_mounted(store.mountpoint)
+    status = store.status()
+    assert (status["mounted"], status["healthy"]) == (False, True)
+    store.mount()
+    assert read_uncached(store.mountpoint / "unsynced") == data
