@@ -288,7 +288,9 @@ def _copy_segment(place: Place, node: Node, entries: list[Entry]) -> None:
         header, offset = entry.header, entry.places[0][2] - HEADER_BYTES
         try:
             payload = entry.payload()
-        except ReplayError:
+        except ReplayError as error:
+            if any(segment in source.segments(Run.JOURNAL) for source, _, _ in entry.places):
+                raise NodeError(str(error)) from error
             continue  # a snapshot has replaced it meanwhile
         padding = bytes(header.record_length - HEADER_BYTES - len(payload))
         encoded = header.encode(place.seed(offset))
