@@ -13,11 +13,13 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import trio
 
@@ -129,14 +131,9 @@ class Member:
                 self.calls.discard(scope)
         raise NodeTimeoutError(f"Node {self.name} did not answer within {seconds:.0f} seconds.")
 
-    def open(self, config: StoreConfig, *, read_only: bool) -> None:
-        """In a thread, or where it may block: open the node if it is there."""
-        try:
-            self.node = open_node(config, self.config, read_only=read_only)
-            self.space = self.node.space()
-            self.state = State.BEHIND
-        except NodeError as error:
-            self.error = str(error)
+    def take(self, node: Node, space: Space) -> None:
+        """The node is there; what it lacks is still to be seen."""
+        self.node, self.space, self.state = node, space, State.BEHIND
 
     def sample(self) -> None:
         """In a thread: see that the node is still there and itself, and how much room it has."""
@@ -202,6 +199,25 @@ class Member:
             scope.cancel()
 
 
+class _Watched:
+    """A node for work in a thread of trio's: no call of it takes longer than its deadline."""
+
+    def __init__(self, member: Member) -> None:
+        self._member = member
+        self._node = member.node
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._node, name)
+        return lambda *arguments: trio.from_thread.run(partial(self._ask, method, *arguments))
+
+    async def _ask(self, method: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return await self._member.call(method, *arguments)
+        except NodeTimeoutError as error:
+            self._member.fail(error)
+            raise
+
+
 class Members:
     """All nodes, in the order of the configuration."""
 
@@ -211,6 +227,18 @@ class Members:
         self.by_id = {member.id: member for member in members}
         self.regions = tuple(member.config.region for member in members)
         self._metadata = metadata
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Meanwhile a thread that uses the nodes waits for none longer than its deadline."""
+        nodes = [(member, member.node) for member in self.all if member.node is not None]
+        for member, _ in nodes:
+            member.node = cast("Node", _Watched(member))
+        try:
+            yield
+        finally:
+            for member, node in nodes:
+                member.node = node
 
     def named(self, name: str) -> Member | None:
         """The member with this name."""
@@ -298,6 +326,10 @@ def open_members(
             known[node.name] = spare
         member = Member(known[node.name], node)
         if opened:
-            member.open(config, read_only=read_only)
+            try:
+                opened_node = open_node(config, node, read_only=read_only)
+                member.take(opened_node, opened_node.space())
+            except NodeError as error:
+                member.error = str(error)
         members.append(member)
     return Members(members, config.metadata, config.spare_shards)

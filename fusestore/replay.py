@@ -18,7 +18,7 @@ from . import schema
 from .errors import NodeError, NodeLacksError, ReplayError
 from .journal import read_journals
 from .log import Log
-from .members import Member, State
+from .members import Member
 from .read_path import verified
 from .records import Commit, Run
 from .schema import LogState, Stripe
@@ -127,7 +127,7 @@ def _counts(state: Log, commit: Commit) -> bool:
             member = state.members.by_id.get(place.node)
             if not place.written:
                 continue
-            if member is None or member.node is None or member.state is State.DOWN:
+            if member is None or member.node is None or member.unused:
                 away.append(member.name if member else str(place.node))
                 continue
             try:
@@ -172,6 +172,6 @@ def suspect_shards(state: Log, replayed: Replayed) -> dict[bytes, bytes | None]:
             if member is None or not place.written:
                 continue
             # Of a node that is away nobody can tell: it may have flushed nothing of this.
-            if member.node is None or not shard_is_intact(member, row, index):
+            if member.node is None or member.unused or not shard_is_intact(member, row, index):
                 rows[schema.missing_key(place.node, number, index)] = b""
     return rows

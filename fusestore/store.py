@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from .errors import FusestoreError, MetadataError, NodeError, ReplayError, Usage
 from .journal import last_commit
 from .limits import CATCH_UP_SHARDS_MAX
 from .log import Log
-from .members import Member, State, open_members
+from .members import Member, State, open_members, open_node
 from .placement import check_region_rule
 from .read_path import Reader
 from .reclaim import Reclaimer
@@ -162,10 +162,11 @@ async def open_store(
         state = Log(engine, members, config.uuid, config.code, read_only=read_only)
         start = _load(state, config)
         in_sync = [row.id for row in rows if row.in_sync]
-        replayed = await trio.to_thread.run_sync(
-            partial(replay, state, start, in_sync, accept_loss=accept_loss)
-        )
-        suspects = await trio.to_thread.run_sync(suspect_shards, state, replayed)
+        with members.watched():
+            replayed = await trio.to_thread.run_sync(
+                partial(replay, state, start, in_sync, accept_loss=accept_loss)
+            )
+            suspects = await trio.to_thread.run_sync(suspect_shards, state, replayed)
         _apply(state, replayed, suspects)
         async with trio.open_nursery() as nursery:
             store = Store(config, state, nursery)
@@ -199,9 +200,10 @@ async def open_store(
 
 async def _open(member: Member, config: StoreConfig, read_only: bool) -> None:
     try:
-        await member.call(partial(member.open, config, read_only=read_only))
+        opened = await member.call(partial(open_node, config, member.config, read_only=read_only))
+        member.take(opened, await member.call(opened.space))
     except NodeError as error:
-        member.node, member.state, member.error = None, State.DOWN, str(error)
+        member.error = str(error)
 
 
 def _check_format(config: StoreConfig, engine: Engine) -> list[NodeRow]:
@@ -267,7 +269,7 @@ def _apply(state: Log, replayed: Replayed, suspects: dict[bytes, bytes | None]) 
         state.counters = Counters.decode(counters)
     new = replayed.state.commit == 0
     for member in state.members.all:
-        if member.node is None:
+        if member.node is None or member.unused:
             continue
         if new or (
             member.id in replayed.in_sync and replayed.reached[member.id] >= replayed.durable
@@ -312,7 +314,14 @@ async def _begin_epoch(store: Store) -> None:
     """Log again what was replayed, in a new epoch, and checkpoint it."""
     state, committer = store.log, store.committer
     state.state = replace(state.state, epoch=state.state.epoch + 1, nonce=os.urandom(16).hex())
-    await trio.to_thread.run_sync(_tidy_nodes, store)
+    journals = [state.state.journal_segment]
+    for member in state.members.all:
+        if member.node is not None and not member.unused:
+            try:
+                journals += _take_over(store, member, await member.call(_tidy, store, member))
+            except FusestoreError as error:
+                member.fail(error)
+    committer.journal_segment = max(journals) + 1
     committer.epoch_base = committer.checkpointed
     if state.state.commit == 0 or state.engine.get(schema.FORMAT_KEY) != _format(store.config):
         state.apply({schema.FORMAT_KEY: _format(store.config)})
@@ -321,36 +330,46 @@ async def _begin_epoch(store: Store) -> None:
         await committer.commit_now(checkpoint=True)
 
 
-def _tidy_nodes(store: Store) -> None:
-    """In a thread: find where to go on, and remove what no commit speaks of."""
-    journals = [store.log.state.journal_segment]
-    for member in store.log.members.all:
-        node = member.node
-        if node is None:
-            continue
-        try:
-            own = node.segments(Run.JOURNAL)
-            journals += own
-            if member.in_sync:
-                since = [n for n in own if n >= store.snapshotter.first_segment]
-                size = sum(node.size(Run.JOURNAL, segment) for segment in since)
-                store.committer.journal_bytes = size - store.snapshotter.last_bytes
-            on_disk = node.segments(Run.SHARDS)
-            member.segment = max([0, *member.segments, *on_disk]) + 1
-            member.note_segments(on_disk)
-            if member.state is State.BEHIND:
-                # Unless it is doubted, it lacks no more than what is in `missing`.
-                member.doubted = last_commit(store.log.store, member.name, node) < member.holds
-                member.state = State.REBUILDING
-            store.reclaimer.strays[member.id] = {n for n in on_disk if n not in member.segments}
-            for segment in on_disk[-2:]:
-                if segment in member.segments:
-                    node.truncate(Run.SHARDS, segment, node.size(Run.SHARDS, segment))
-            for segment in own[-2:]:
-                node.truncate(Run.JOURNAL, segment, node.size(Run.JOURNAL, segment))
-        except FusestoreError as error:
-            member.fail(error)
-    store.committer.journal_segment = max(journals) + 1
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a node holds when its store is opened."""
+
+    journals: list[int]
+    shards: list[int]
+    journal_bytes: int
+    """Since the last snapshot."""
+    last: int
+    """The last commit in its journal."""
+
+
+def _tidy(store: Store, member: Member) -> _Found:
+    """In a thread: look at a node, and give back what it has allocated ahead."""
+    node = member.node
+    assert node is not None
+    journals, shards = node.segments(Run.JOURNAL), node.segments(Run.SHARDS)
+    since = [segment for segment in journals if segment >= store.snapshotter.first_segment]
+    size = sum(node.size(Run.JOURNAL, segment) for segment in since)
+    last = 0 if member.in_sync else last_commit(store.log.store, member.name, node)
+    for segment in shards[-2:]:
+        if segment in member.segments:
+            node.truncate(Run.SHARDS, segment, node.size(Run.SHARDS, segment))
+    for segment in journals[-2:]:
+        node.truncate(Run.JOURNAL, segment, node.size(Run.JOURNAL, segment))
+    return _Found(journals, shards, size, last)
+
+
+def _take_over(store: Store, member: Member, found: _Found) -> list[int]:
+    """Go on with a node where it stands; its journal segments."""
+    if member.in_sync:
+        store.committer.journal_bytes = found.journal_bytes - store.snapshotter.last_bytes
+    member.segment = max([0, *member.segments, *found.shards]) + 1
+    member.note_segments(found.shards)
+    if member.state is State.BEHIND:
+        # Unless it is doubted, it lacks no more than what is in `missing`.
+        member.doubted = found.last < member.holds
+        member.state = State.REBUILDING
+    store.reclaimer.strays[member.id] = {n for n in found.shards if n not in member.segments}
+    return found.journals
 
 
 async def _finish(store: Store) -> None:
@@ -360,21 +379,21 @@ async def _finish(store: Store) -> None:
         store.writer.seal_all()
         await committer.commit_now()
         await committer.commit_now(checkpoint=True, cover=True)
-        await trio.to_thread.run_sync(_trim_nodes, store)
+        for member in store.log.members.writable:
+            try:
+                await member.call(_trim, committer, member)
+            except NodeError as error:
+                log.warning("%s", error)
 
 
-def _trim_nodes(store: Store) -> None:
+def _trim(committer: Committer, member: Member) -> None:
     """In a thread: give back what was allocated ahead."""
-    for member in store.log.members.writable:
-        assert member.node is not None
-        try:
-            committer = store.committer
-            if member.in_sync and committer.journal_offset:
-                end = committer.journal_offset
-                member.node.truncate(Run.JOURNAL, committer.journal_segment, end)
-            if member.offset:
-                member.node.truncate(Run.SHARDS, member.segment, member.offset)
-        except NodeError as error:
-            log.warning("%s", error)
-        finally:
-            member.node.close()
+    node = member.node
+    assert node is not None
+    try:
+        if member.in_sync and committer.journal_offset:
+            node.truncate(Run.JOURNAL, committer.journal_segment, committer.journal_offset)
+        if member.offset:
+            node.truncate(Run.SHARDS, member.segment, member.offset)
+    finally:
+        node.close()

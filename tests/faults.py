@@ -94,10 +94,12 @@ class SlowNode:
 class HangingNode:
     """Passes everything on to a node; while it hangs, what may block does."""
 
-    def __init__(self, node: Any) -> None:
+    def __init__(self, node: Any, after: int | None = None) -> None:
+        """With `after` it hangs by itself once it was asked so many things."""
         self.node = node
         self.awake = threading.Event()
         self.awake.set()
+        self.left = after
 
     def hang(self) -> None:
         """From now on nothing returns."""
@@ -117,6 +119,11 @@ class HangingNode:
             return method
 
         def wait(*arguments: Any) -> Any:
+            if self.left is not None:
+                self.left -= 1
+                if self.left < 0:
+                    self.left = None
+                    self.hang()
             assert self.awake.wait(60)
             return method(*arguments)
 

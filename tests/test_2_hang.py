@@ -7,6 +7,7 @@ import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -113,3 +114,41 @@ async def test_the_room_is_told_while_a_disk_hangs(config: StoreConfig) -> None:
         assert 0 < free <= total
         with trio.fail_after(10 * DEADLINE + 5):
             await one.store.status()
+
+
+@pytest.mark.parametrize("calls", [0, 3, 8])
+async def test_a_mount_does_not_wait_for_a_node_that_hangs_half_way(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    async with opened(config) as one:
+        await one.put("before", data("before"))
+    crashed = config.metadata.with_name("crashed")
+    async with opened(config) as one:
+        await one.put("late", data("late"))
+        await one.store.committer.commit()
+        shutil.copytree(config.metadata, crashed)  # of the checkpoint before: replay has work
+    shutil.rmtree(config.metadata)
+    crashed.rename(config.metadata)
+    made: list[HangingNode] = []
+
+    def open_node(*arguments: Any, **options: Any) -> Any:
+        node = members.open_node(*arguments, **options)
+        if config.nodes[0] in arguments:
+            node = HangingNode(node, after=calls)
+            made.append(node)
+        return node
+
+    monkeypatch.setattr("fusestore.store.open_node", open_node)
+    try:
+        with trio.fail_after(20 * DEADLINE + 5):
+            async with opened(config) as one:
+                assert await one.get("late") == data("late")
+                await one.put("meanwhile", data("meanwhile"))
+    finally:
+        for node in made:
+            node.awake.set()
+    monkeypatch.undo()
+    async with opened(config) as one:
+        await healthy(one)
+        for name in ("before", "late", "meanwhile"):
+            assert await one.get(name) == data(name)
