@@ -68,6 +68,8 @@ READ_SECONDS_MAX = 3.0
 """How long a node may take for a read before others are read instead."""
 SLOW_SECONDS = 30.0
 """How long a node that was too slow is then not read, if others will do."""
+READ_NOW_BYTES_MAX = 64 * KIB
+"""Reads that are first tried from the page cache; longer ones may find a part of it there."""
 NODE_THREADS_MAX = 12
 """Calls of one node at a time, so that one that hangs cannot take all threads."""
 SUSPICIONS_MAX = 3

@@ -30,14 +30,16 @@ from .limits import (
     METADATA_SHARE,
     NODE_SECONDS_MAX,
     NODE_THREADS_MAX,
+    READ_NOW_BYTES_MAX,
     RESERVE_BYTES,
     SHARD_SEGMENT_BYTES,
     SUSPICIONS_MAX,
 )
-from .nodes.base import Node, Space
+from .nodes.base import Node, Segment, Space
 from .nodes.directory import DirectoryNode
 from .placement import place, turns
-from .records import HEADER_BYTES, record_length
+from .records import HEADER_BYTES, Run, record_length
+from .ring import Ring, read_operation
 from .schema import NodeRow, SegmentState, ShardPlace
 
 log = logging.getLogger(__name__)
@@ -79,6 +81,10 @@ class Member:
     """How often in a row it could not be brought back."""
     space: Space | None = None
     """Room on its device, as of the last flush or probe."""
+    sampled_at: float = 0.0
+    """By trio's clock: when `space` was told."""
+    ring: Ring | None = None
+    """Reads and flushes without a thread, where the kernel has that."""
     calls: set[trio.CancelScope] = field(default_factory=set)
     """Of what is waited for; given up at once when the node fails."""
     threads: trio.CapacityLimiter = field(
@@ -129,7 +135,44 @@ class Member:
                 )
             finally:
                 self.calls.discard(scope)
-        raise NodeTimeoutError(f"Node {self.name} did not answer within {seconds:.0f} seconds.")
+        raise self._late(seconds)
+
+    async def read(
+        self, run: Run, segment: int, offset: int, length: int, seconds: float
+    ) -> bytes | bytearray:
+        """Exactly `length` bytes of a segment; NodeError, NodeTimeoutError."""
+        node = self.node
+        assert node is not None
+        if self.ring is None or length <= READ_NOW_BYTES_MAX:
+            data = node.read_now(run, segment, offset, length)
+            if data is not None:
+                return data
+        opened = node.opened(run, segment) if self.ring is not None else None
+        if opened is not None:
+            buffer = bytearray(length)
+            if await self._fill(opened, offset, buffer, seconds):
+                return buffer
+        return await self.call(node.read, run, segment, offset, length, seconds=seconds)
+
+    async def _fill(self, opened: Segment, offset: int, buffer: bytearray, seconds: float) -> bool:
+        assert self.ring is not None
+        operation, kept = read_operation(opened.fd, offset, buffer)
+        batch = self.ring.start([operation], (kept, opened))
+        if batch is None:
+            return False
+        if batch.left:
+            with trio.move_on_after(seconds, shield=True) as scope:
+                self.calls.add(scope)
+                try:
+                    await self.ring.wait(batch)
+                finally:
+                    self.calls.discard(scope)
+            if batch.left:
+                raise self._late(seconds)
+        return batch.results[0] == len(buffer)
+
+    def _late(self, seconds: float) -> NodeTimeoutError:
+        return NodeTimeoutError(f"Node {self.name} did not answer within {seconds:.0f} seconds.")
 
     def take(self, node: Node, space: Space) -> None:
         """The node is there; what it lacks is still to be seen."""

@@ -157,33 +157,31 @@ class Reader:
 
     async def read_blocks(
         self, number: int, row: Stripe, index: int, low: int, high: int, *, patient: bool = False
-    ) -> bytes | None:
+    ) -> bytes | bytearray | None:
         """Whole blocks of a shard, verified; None when they are missing, late or bad.
 
         With `patient` a slow node is waited for as long as for a write.
         """
         place = row.shards[index]
         member = self._log.members.by_id[place.node]
-        node = member.node
-        if not place.written or node is None:
+        if not place.written or member.node is None:
             return None
         if member.unused and not self._log.broken:
             return None  # once too few are up, whatever still answers is asked
         if (member.doubted or member.slow_until > trio.current_time()) and not patient:
             return None
-        data = node.read_now(Run.SHARDS, place.segment, place.offset + low, high - low)
-        if data is None:
-            arguments = (Run.SHARDS, place.segment, place.offset + low, high - low)
-            seconds = NODE_SECONDS_MAX if patient else READ_SECONDS_MAX
-            try:
-                data = await member.call(node.read, *arguments, seconds=seconds)
-            except NodeTimeoutError as error:
-                log.warning("%s Others are read for a while.", error)
-                member.slow_until = trio.current_time() + SLOW_SECONDS
-                return None
-            except NodeError as error:
-                await self._failed(member, number, index, error)
-                return None
+        seconds = NODE_SECONDS_MAX if patient else READ_SECONDS_MAX
+        try:
+            data = await member.read(
+                Run.SHARDS, place.segment, place.offset + low, high - low, seconds
+            )
+        except NodeTimeoutError as error:
+            log.warning("%s Others are read for a while.", error)
+            member.slow_until = trio.current_time() + SLOW_SECONDS
+            return None
+        except NodeError as error:
+            await self._failed(member, number, index, error)
+            return None
         if verified(row, index, low, data):
             return data
         self._damaged(
@@ -273,7 +271,7 @@ class Reader:
         patient: bool = False,
     ) -> dict[int, bytearray] | None:
         """The blocks of the shards `wanted` from k good ones of `sources`; None if too few."""
-        present: dict[int, bytes] = {}
+        present: dict[int, bytes | bytearray] = {}
         for index in sources:
             data = await self.read_blocks(number, row, index, low, high, patient=patient)
             if data is not None:
@@ -283,7 +281,7 @@ class Reader:
         return None
 
 
-def verified(row: Stripe, index: int, low: int, data: bytes) -> bool:
+def verified(row: Stripe, index: int, low: int, data: bytes | bytearray) -> bool:
     """Whether blocks of a shard from offset `low` on match the stripe's checksums."""
     first = low // BLOCK_BYTES * _SUM_BYTES
     found = block_checksums(data, len(data))

@@ -33,6 +33,7 @@ from .reclaim import Reclaimer
 from .records import Run
 from .repair import Repairer
 from .replay import Replayed, replay, suspect_shards
+from .ring import Ring
 from .schema import Counters, LogState, NodeRow, SegmentState
 from .scrub import Scrubber
 from .snapshot import Snapshotter
@@ -169,6 +170,11 @@ async def open_store(
             suspects = await trio.to_thread.run_sync(suspect_shards, state, replayed)
         _apply(state, replayed, suspects)
         async with trio.open_nursery() as nursery:
+            ring = Ring.open()
+            if ring is not None:
+                nursery.start_soon(ring.run)
+                for member in members.all:
+                    member.ring = ring
             store = Store(config, state, nursery)
             _adopt_tails(store)
             if not read_only:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from typing_extensions import Buffer
@@ -32,8 +33,20 @@ class Space:
     free: int
 
 
+class Segment(Protocol):
+    """A segment that is open as a file; stays so as long as it is referred to."""
+
+    fd: int
+    path: Path
+    device: int
+    inode: int
+    """Of the open file: the path may lead elsewhere by now."""
+    allocated: int
+    """Writes up to here find their room."""
+
+
 class Node(Protocol):
-    """A place that keeps segments; every method but `read_now` may block."""
+    """A place that keeps segments; all methods but `read_now` and `opened` may block."""
 
     def check(self) -> None:
         """Raise NodeError unless the node is still there, still itself, and lost nothing in use."""
@@ -52,6 +65,9 @@ class Node(Protocol):
 
     def read_now(self, run: Run, segment: int, offset: int, length: int) -> bytes | None:
         """Exactly `length` bytes if that takes no waiting, else None; never raises."""
+
+    def opened(self, run: Run, segment: int) -> Segment | None:
+        """The segment, if it is an open file that may be used directly."""
 
     def size(self, run: Run, segment: int) -> int:
         """Bytes in a segment."""

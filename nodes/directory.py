@@ -57,11 +57,13 @@ def _segment_number(run: Run, name: str) -> int | None:
 class _Segment:
     """An open segment; the descriptor is closed when the last user lets go."""
 
-    __slots__ = ("allocated", "fd")
+    __slots__ = ("allocated", "device", "fd", "inode", "path")
 
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.allocated = os.fstat(fd).st_size
+    def __init__(self, fd: int, path: Path) -> None:
+        self.fd, self.path = fd, path
+        found = os.fstat(fd)
+        self.device, self.inode = found.st_dev, found.st_ino
+        self.allocated = found.st_size
 
     def __del__(self) -> None:
         os.close(self.fd)
@@ -145,7 +147,7 @@ class DirectoryNode:
                 except OSError:
                     os.close(fd)
                     raise
-            opened = self._open[(run, segment)] = _Segment(fd)
+            opened = self._open[(run, segment)] = _Segment(fd, path)
             while len(self._open) > OPEN_SEGMENTS_MAX:
                 self._open.popitem(last=False)
             return opened
@@ -214,6 +216,10 @@ class DirectoryNode:
         except OSError:
             pass
         return None
+
+    def opened(self, run: Run, segment: int) -> _Segment | None:
+        """See Node."""
+        return self._open.get((run, segment))
 
     def size(self, run: Run, segment: int) -> int:
         """See Node."""

@@ -65,6 +65,9 @@ class FaultyNode:
         """Never have it at hand, so that every read counts."""
         return None
 
+    def opened(self, run: Run, segment: int) -> None:
+        """Be asked for everything."""
+
     def check(self) -> None:
         """Fail when the node is gone for good."""
         if self.fail_at is not None and self.for_good and self.operations >= self.fail_at:
@@ -108,6 +111,9 @@ class HangingNode:
     def read_now(self, run: Run, segment: int, offset: int, length: int) -> bytes | None:
         """Never have it at hand."""
         return None
+
+    def opened(self, run: Run, segment: int) -> None:
+        """Be asked for everything."""
 
     def close(self) -> None:
         """Not a call of the medium."""

@@ -606,6 +606,9 @@ class RecordedNode:
             return None
         return self.node.read_now(run, segment, offset, length)
 
+    def opened(self, run: Run, segment: int) -> None:
+        """See Node: here everything is asked for."""
+
     def check(self) -> None:
         """See Node."""
         self._operate("check")

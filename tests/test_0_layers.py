@@ -11,7 +11,8 @@ LAYERS: list[set[str]] = [
     # 0: pure
     {"__init__", "errors", "limits", "erasure", "placement", "records", "acl", "schema", "linux"},
     # 1: storage
-    {"toml_files", "config", "mkfs", "nodes", "nodes.base", "nodes.directory", "engine"},
+    {"toml_files", "config", "mkfs", "nodes", "nodes.base", "nodes.directory", "engine",
+     "ring"},
     # 2: the log
     {"members", "log", "journal", "write_path", "read_path", "commit", "replay", "reclaim",
      "snapshot", "pace", "repair", "scrub", "store"},
@@ -29,7 +30,7 @@ LAYER = {module: number for number, modules in enumerate(LAYERS) for module in m
 DOORS = {
     "lmdb": {"engine"},
     "pyfuse3": {"operations", "daemon", "bench"},
-    "cffi": {"erasure", "linux"},
+    "cffi": {"erasure", "linux", "ring"},
     "reedsolo": {"erasure"},
     "click": {"cli", "cli_mount", "cli_store", "cli_rescue", "cli_safety", "status_text"},
 }
