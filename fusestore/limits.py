@@ -68,6 +68,9 @@ READ_SECONDS_MAX = 3.0
 """How long a node may take for a read before others are read instead."""
 SLOW_SECONDS = 30.0
 """How long a node that was too slow is then not read, if others will do."""
+SAMPLE_SECONDS = 0.25
+"""How old the free space of a node may be, and how long ago its directory was looked at as a whole,
+when a commit is appended without a thread."""
 READ_NOW_BYTES_MAX = 64 * KIB
 """Reads that are first tried from the page cache; longer ones may find a part of it there."""
 NODE_THREADS_MAX = 12

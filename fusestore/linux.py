@@ -7,11 +7,19 @@ import os
 from cffi import FFI
 
 _ffi = FFI()
-_ffi.cdef("int fallocate(int fd, int mode, int64_t offset, int64_t length);")
+_ffi.cdef(
+    """
+    int fallocate(int fd, int mode, int64_t offset, int64_t length);
+    struct statx { uint32_t mask, block_size; uint64_t attributes; uint32_t links;
+                   char rest[236]; };
+    int statx(int folder, const char *path, int flags, unsigned int mask, struct statx *found);
+    """
+)
 _libc = _ffi.dlopen(None)
 
 _KEEP_SIZE = 1
 _PUNCH_HOLE = 2
+_EMPTY_PATH, _DONT_SYNC, _LINKS = 0x1000, 0x4000, 4
 
 
 def _fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
@@ -22,6 +30,13 @@ def _fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
 def allocate(descriptor: int, offset: int, length: int) -> None:
     """Reserve room for `length` bytes at `offset` without changing the file's size."""
     _fallocate(descriptor, _KEEP_SIZE, offset, length)
+
+
+def is_linked(descriptor: int) -> bool:
+    """Whether an open file still has a name, as far as is known without asking its medium."""
+    found = _ffi.new("struct statx *")
+    flags = _EMPTY_PATH | _DONT_SYNC
+    return bool(_libc.statx(descriptor, b"", flags, _LINKS, found) == 0 and found.links)
 
 
 def punch_hole(descriptor: int, offset: int, length: int) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import trio
+from typing_extensions import Buffer
 
 from .config import NodeConfig, StoreConfig, read_identity
 from .erasure import Code
@@ -39,7 +40,7 @@ from .nodes.base import Node, Segment, Space
 from .nodes.directory import DirectoryNode
 from .placement import place, turns
 from .records import HEADER_BYTES, Run, record_length
-from .ring import Ring, read_operation
+from .ring import Append, Ring, read_operation
 from .schema import NodeRow, SegmentState, ShardPlace
 
 log = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ class Member:
                 )
             finally:
                 self.calls.discard(scope)
-        raise self._late(seconds)
+        raise self.late(seconds)
 
     async def read(
         self, run: Run, segment: int, offset: int, length: int, seconds: float
@@ -168,10 +169,19 @@ class Member:
                 finally:
                     self.calls.discard(scope)
             if batch.left:
-                raise self._late(seconds)
+                raise self.late(seconds)
         return batch.results[0] == len(buffer)
 
-    def _late(self, seconds: float) -> NodeTimeoutError:
+    def direct_append(self, segment: int, offset: int, buffers: Sequence[Buffer]) -> Append | None:
+        """An append to the journal for the ring; None when a thread has to make room first."""
+        opened = self.node.opened(Run.JOURNAL, segment) if self.node is not None else None
+        length = sum(len(memoryview(buffer)) for buffer in buffers)
+        if opened is None or offset + length > opened.allocated:
+            return None
+        return Append(opened, offset, buffers)
+
+    def late(self, seconds: float) -> NodeTimeoutError:
+        """What is said of a node that did not answer in time."""
         return NodeTimeoutError(f"Node {self.name} did not answer within {seconds:.0f} seconds.")
 
     def take(self, node: Node, space: Space) -> None:

@@ -41,9 +41,6 @@ _ffi.cdef(
                  uint64_t offset, address; uint32_t length, how; uint64_t user_data, rest[3]; };
     struct cqe { uint64_t user_data; int32_t result; uint32_t flags; };
     struct iovec { void *base; size_t length; };
-    struct statx { uint32_t mask, block_size; uint64_t attributes; uint32_t links, uid, gid;
-                   uint16_t mode, pad; uint64_t inode, size, blocks, attributes_mask, times[8];
-                   uint32_t rdev_major, rdev_minor, dev_major, dev_minor; uint64_t rest[14]; };
     long syscall(long number, ...);
     int eventfd(unsigned int value, int flags);
     """
@@ -55,10 +52,8 @@ _REGISTER_EVENTFD = 4
 _SINGLE_MMAP = 1
 _SQES_OFFSET = 0x10000000
 _LINKED = 4
-_WRITEV, _FSYNC, _STATX, _READ = 2, 3, 21, 22
+_WRITEV, _FSYNC, _READ = 2, 3, 22
 _DATASYNC = 1
-_AT_FDCWD = -100
-_STATX_INO = 0x100
 _ENTRIES = 256
 _U32 = 0xFFFFFFFF
 
@@ -95,34 +90,29 @@ def read_operation(descriptor: int, offset: int, buffer: Buffer) -> tuple[Operat
 
 
 class Append:
-    """Write buffers one after the other, flush the file, and see that its path still leads to it.
+    """Write buffers one after the other, then flush the file.
 
     `operations` for a batch, whose results `succeeded` is then given.
     """
 
-    __slots__ = ("_found", "_kept", "_length", "_place", "operations")
+    __slots__ = ("_kept", "_length", "opened", "operations")
 
     def __init__(self, opened: Segment, offset: int, buffers: Sequence[Buffer]) -> None:
         kept = [_ffi.from_buffer(buffer) for buffer in buffers]
         vector = _ffi.new("struct iovec[]", len(kept))
         for i, buffer in enumerate(kept):
             vector[i].base, vector[i].length = buffer, len(buffer)
-        path = _ffi.new("char[]", os.fsencode(opened.path))
-        self._found = _ffi.new("struct statx *")
-        self._kept = opened, kept, vector, path
+        self.opened = opened
+        self._kept = kept, vector
         self._length = sum(map(len, kept))
-        self._place = opened.device, opened.inode
-        found, where = _address(self._found), _address(path)
-        self.operations = [
+        self.operations = (
             Operation(_WRITEV, opened.fd, offset, _address(vector), len(kept), linked=True),
-            Operation(_FSYNC, opened.fd, 0, 0, 0, _DATASYNC, linked=True),
-            Operation(_STATX, _AT_FDCWD, found, where, _STATX_INO),
-        ]
+            Operation(_FSYNC, opened.fd, 0, 0, 0, _DATASYNC),
+        )
 
     def succeeded(self, results: Sequence[int | None]) -> bool:
         """Whether all of it was done."""
-        device = os.makedev(self._found.dev_major, self._found.dev_minor)
-        return list(results) == [self._length, 0, 0] and (device, self._found.inode) == self._place
+        return list(results) == [self._length, 0]
 
 
 def _address(pointer: Any) -> int:

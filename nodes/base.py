@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from typing_extensions import Buffer
@@ -37,10 +36,6 @@ class Segment(Protocol):
     """A segment that is open as a file; stays so as long as it is referred to."""
 
     fd: int
-    path: Path
-    device: int
-    inode: int
-    """Of the open file: the path may lead elsewhere by now."""
     allocated: int
     """Writes up to here find their room."""
 

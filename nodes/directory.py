@@ -57,13 +57,11 @@ def _segment_number(run: Run, name: str) -> int | None:
 class _Segment:
     """An open segment; the descriptor is closed when the last user lets go."""
 
-    __slots__ = ("allocated", "device", "fd", "inode", "path")
+    __slots__ = ("allocated", "fd")
 
-    def __init__(self, fd: int, path: Path) -> None:
-        self.fd, self.path = fd, path
-        found = os.fstat(fd)
-        self.device, self.inode = found.st_dev, found.st_ino
-        self.allocated = found.st_size
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.allocated = os.fstat(fd).st_size
 
     def __del__(self) -> None:
         os.close(self.fd)
@@ -147,7 +145,7 @@ class DirectoryNode:
                 except OSError:
                     os.close(fd)
                     raise
-            opened = self._open[(run, segment)] = _Segment(fd, path)
+            opened = self._open[(run, segment)] = _Segment(fd)
             while len(self._open) > OPEN_SEGMENTS_MAX:
                 self._open.popitem(last=False)
             return opened
