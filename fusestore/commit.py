@@ -400,9 +400,9 @@ class Committer:
         if member.in_sync:
             seed = self._log.journal(member.name, self.journal_segment).seed(offset)
             padding = bytes(header.record_length - len(payload) - HEADER_BYTES)
-            node.write(
-                Run.JOURNAL, self.journal_segment, offset, [header.encode(seed), payload, padding]
-            )
+            buffers = [header.encode(seed), payload, padding]
+            length = header.record_length
+            member.append(self.journal_segment, offset, buffers, length, ahead=not dirty)
             node.flush(Run.JOURNAL, [self.journal_segment])
             for segment, size in self._rolled:
                 node.truncate(Run.JOURNAL, segment, size)

@@ -26,8 +26,9 @@ from typing_extensions import Buffer
 
 from .config import NodeConfig, StoreConfig, read_identity
 from .erasure import Code
-from .errors import NodeError, NodeIdentityError, NodeTimeoutError
+from .errors import NodeError, NodeFullError, NodeIdentityError, NodeTimeoutError
 from .limits import (
+    JOURNAL_AHEAD_BYTES,
     METADATA_SHARE,
     NODE_SECONDS_MAX,
     NODE_THREADS_MAX,
@@ -46,6 +47,8 @@ from .schema import NodeRow, SegmentState, ShardPlace
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_ZEROS = bytes(JOURNAL_AHEAD_BYTES)
 
 
 class State(StrEnum):
@@ -82,6 +85,8 @@ class Member:
     """How often in a row it could not be brought back."""
     space: Space | None = None
     """Room on its device, as of the last flush or probe."""
+    journal_room: tuple[int, int] = (0, 0)
+    """Up to where zeros lie ready for the journal: segment and offset."""
     sampled_at: float = 0.0
     """By trio's clock: when `space` was told."""
     ring: Ring | None = None
@@ -176,9 +181,24 @@ class Member:
         """An append to the journal for the ring; None when a thread has to make room first."""
         opened = self.node.opened(Run.JOURNAL, segment) if self.node is not None else None
         length = sum(len(memoryview(buffer)) for buffer in buffers)
-        if opened is None or offset + length > opened.allocated:
+        if opened is None or (segment, offset + length) > self.journal_room:
             return None
         return Append(opened, offset, buffers)
+
+    def append(
+        self, segment: int, offset: int, buffers: Sequence[Buffer], length: int, *, ahead: bool
+    ) -> None:
+        """In a thread: write a record of `length` bytes to the journal, and zeros behind it."""
+        assert self.node is not None
+        if ahead and (segment, offset + length) > self.journal_room:
+            try:
+                self.node.write(Run.JOURNAL, segment, offset, [*buffers, _ZEROS])
+            except NodeFullError:
+                pass
+            else:
+                self.journal_room = segment, offset + length + len(_ZEROS)
+                return
+        self.node.write(Run.JOURNAL, segment, offset, buffers)
 
     def late(self, seconds: float) -> NodeTimeoutError:
         """What is said of a node that did not answer in time."""
@@ -260,7 +280,7 @@ class _Watched:
         self._node = member.node
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        method = getattr(self._node, name)
+        method: Callable[..., Any] = getattr(self._node, name)
         return lambda *arguments: trio.from_thread.run(partial(self._ask, method, *arguments))
 
     async def _ask(self, method: Callable[..., Any], *arguments: Any) -> Any:

@@ -7,6 +7,7 @@ for the kernel to check (`default_permissions`).
 
 from __future__ import annotations
 
+import os
 import stat
 import time
 from collections.abc import Iterator
@@ -52,10 +53,11 @@ class Tree:
         """Codes that directories give to new files, as far as they were asked for."""
 
     def make_root(self) -> None:
-        """Make the root directory of a new store."""
+        """Make the root directory of a new store; it belongs to who mounts it first."""
         if self._log.engine.get(schema.inode_key(ROOT)) is None:
             now = time.time_ns()
-            root = Inode(stat.S_IFDIR | 0o755, 0, 0, 2, 0, 0, now, now, now, parent=ROOT)
+            owner = os.getuid(), os.getgid()
+            root = Inode(stat.S_IFDIR | 0o755, *owner, 2, 0, 0, now, now, now, parent=ROOT)
             self._log.apply({schema.inode_key(ROOT): root.encode()})
 
     # --- looking -------------------------------------------------------------

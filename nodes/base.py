@@ -36,8 +36,6 @@ class Segment(Protocol):
     """A segment that is open as a file; stays so as long as it is referred to."""
 
     fd: int
-    allocated: int
-    """Writes up to here find their room."""
 
 
 class Node(Protocol):

@@ -28,7 +28,6 @@ from .. import linux
 from ..config import NodeIdentity, sync_directory
 from ..errors import NodeError, NodeFullError, NodeIdentityError, NodeLacksError
 from ..limits import (
-    JOURNAL_PREALLOCATE_BYTES,
     OPEN_SEGMENTS_MAX,
     SHARD_PREALLOCATE_BYTES,
 )
@@ -39,7 +38,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _BLOCK_BYTES = 4096
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)
 _FOLDERS = {Run.JOURNAL: ("journal", "log"), Run.SHARDS: ("shards", "seg")}
-_AHEAD = {Run.JOURNAL: JOURNAL_PREALLOCATE_BYTES, Run.SHARDS: SHARD_PREALLOCATE_BYTES}
+_AHEAD = {Run.JOURNAL: 0, Run.SHARDS: SHARD_PREALLOCATE_BYTES}
 
 
 def segment_path(run: Run, segment: int) -> str:

@@ -59,7 +59,7 @@ import trio
 import trio.testing
 from typing_extensions import Buffer
 
-from fusestore import members, repair
+from fusestore import members, repair, store
 from fusestore.config import (
     CONFIG_NAME,
     IDENTITY_NAME,
@@ -689,11 +689,12 @@ class Machine:
         patch = self._patches.setattr
         patch(trio.to_thread, "run_sync", self._run_sync)
         patch(trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
+        patch(members.Members, "watched", lambda _: contextlib.nullcontext())
         patch(os, "fsync", lambda descriptor: None)  # the tape is what decides
         patch(os, "fdatasync", lambda descriptor: None)
         patch(lmdb, "open", partial(lmdb.open, sync=False))
         opening = self._opening(members.open_node)
-        for module in (members, repair):
+        for module in (members, repair, store):
             patch(module, "open_node", opening)
         patch(repair, "write_identity", self._claiming(write_identity))
         patch(Engine, "write", self._checkpointing(Engine.write))
