@@ -6,11 +6,12 @@ directory, taken while it is open and opened on its own.
 
 from __future__ import annotations
 
+import errno
 import random
 import shutil
 import stat
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +43,7 @@ from fusestore.members import open_node
 from fusestore.mkfs import make_store
 from fusestore.nodes.directory import segment_path
 from fusestore.records import Kind, Place, Run, decode_changes, decode_commit, records
+from fusestore.ring import Batch, Operation, Ring
 from fusestore.schema import ROOT, Inode, Stripe
 from fusestore.store import Store, open_store
 
@@ -830,3 +832,74 @@ async def test_a_place_that_a_failed_node_did_not_take_is_not_counted(
         assert done["findings"] == []
         async with opened(crash) as one:
             assert one.store.log.members.all[0].lost_segments == set()
+
+
+# --- the short way of small commits ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "survives"),
+    [
+        ([-errno.EIO, -errno.ECANCELED], True),  # the write: the long way tells
+        ([100, -errno.ECANCELED], True),  # a short write: written again
+        ([None, -errno.EIO], False),  # the flush: never asked again
+        ([None, -errno.ENOSPC], False),
+    ],
+)
+async def test_a_small_commit_that_fails_on_the_short_way(
+    config: StoreConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: list[int | None],
+    survives: bool,
+) -> None:
+    real, taken = Ring.start, 0
+
+    def start(self: Ring, operations: Sequence[Operation], keep: object) -> Batch | None:
+        nonlocal taken
+        batch = real(self, operations, keep)
+        if batch is not None and len(operations) == 6:
+            taken += 1
+            faulty = 2 * 1  # the second node's
+            wait = self.wait
+
+            async def waited(waited_for: Batch) -> None:
+                await wait(waited_for)
+                if waited_for is batch:
+                    for i, result in enumerate(fault):
+                        if result is not None:
+                            waited_for.results[faulty + i] = result
+
+            monkeypatch.setattr(self, "wait", waited, raising=False)
+        return batch
+
+    async with opened(config) as one:
+        if one.store.log.members.all[0].ring is None:
+            pytest.skip("this kernel offers no io_uring")
+        await one.put("a", b"before")
+        await one.store.committer.commit()
+        monkeypatch.setattr(Ring, "start", start)
+        for turn in range(20):
+            await one.put("a", b"turn %d" % turn)
+            await one.store.committer.commit()
+            if taken:
+                break
+        assert taken == 1
+        assert one.store.log.members.all[1].in_sync is survives
+        monkeypatch.undo()
+        crash = crashed(config, config.store.with_name("crash"))
+    shutil.rmtree(crash.nodes[0].path if survives else crash.nodes[1].path)
+    async with opened(crash) as one:
+        assert await one.get("a") == b"turn %d" % turn
+
+
+async def test_a_small_commit_on_a_node_whose_journal_was_deleted(config: StoreConfig) -> None:
+    async with opened(config) as one:
+        await one.put("a", b"before")
+        await one.store.committer.commit()
+        await one.put("a", b"small")
+        await one.store.committer.commit()
+        for file in (config.nodes[0].path / "journal").iterdir():
+            file.unlink()
+        await one.put("a", b"after")
+        await one.store.committer.commit()
+        assert not one.store.log.members.all[0].in_sync
