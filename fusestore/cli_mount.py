@@ -53,7 +53,8 @@ def mount(
       nosuid, nodev, noexec, noatime    as for mount(8); noatime is always so
     """
     from . import launch
-    from .config import MountOptions, load
+    from .config import load
+    from .mount_options import MountOptions
 
     config = load(store)
     chosen = MountOptions.parse(options)

@@ -18,13 +18,14 @@ import pyfuse3
 import trio
 
 from . import mounts
-from .config import MountOptions, StoreConfig
+from .config import StoreConfig
 from .control import ControlServer, lock_store
 from .engine import DATABASE
 from .errors import FusestoreError, StoreBusyError, UsageError
 from .filesystem import FileSystem
 from .fsck_repair import fsck
 from .limits import FUSE_TASKS_MAX
+from .mount_options import MountOptions
 from .operations import Operations
 from .safety import Rates, Safety
 from .store import Store, open_store

@@ -23,9 +23,10 @@ from pathlib import Path
 from types import FrameType
 
 from . import logs, mounts
-from .config import MountOptions, StoreConfig
+from .config import StoreConfig
 from .control_client import Message, encode, error_message, error_of
 from .errors import FusestoreError, StoreBusyError, UsageError
+from .mount_options import MountOptions
 
 log = logging.getLogger(__name__)
 

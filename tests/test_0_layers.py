@@ -11,8 +11,8 @@ LAYERS: list[set[str]] = [
     # 0: pure
     {"__init__", "errors", "limits", "erasure", "placement", "records", "acl", "schema", "linux"},
     # 1: storage
-    {"toml_files", "config", "mkfs", "nodes", "nodes.base", "nodes.directory", "engine",
-     "ring"},
+    {"toml_files", "config", "mount_options", "mkfs", "nodes", "nodes.base", "nodes.directory",
+     "engine", "ring"},
     # 2: the log
     {"members", "log", "journal", "write_path", "read_path", "commit", "replay", "reclaim",
      "snapshot", "pace", "repair", "scrub", "store"},

@@ -25,7 +25,7 @@ from click.testing import CliRunner, Result
 
 from fusestore import mounts
 from fusestore.cli import cli, exit_status
-from fusestore.config import MountOptions, load
+from fusestore.config import load
 from fusestore.control import ControlServer, Handler, lock_store
 from fusestore.control_client import ControlClient, Message, Progress
 from fusestore.errors import (
@@ -38,6 +38,7 @@ from fusestore.errors import (
 )
 from fusestore.launch import prepare_mountpoint
 from fusestore.mkfs import make_store
+from fusestore.mount_options import MountOptions
 from fusestore.status_text import bytes_text, layout_lines, repair_line, status_lines
 
 REPOSITORY = Path(__file__).resolve().parent.parent
