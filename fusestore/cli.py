@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from . import __version__
+from . import __version__, logs
 from .cli_mount import mount, umount
 from .cli_rescue import fsck, recover
 from .cli_safety import drill, risk, scrub
@@ -51,7 +51,8 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except FusestoreError as error:
-            click.echo(f"fusestore: {error}", err=True)
+            prefix = logs.ERROR_PRIORITY if logs.is_journal() else "fusestore: "
+            click.echo(f"{prefix}{error}", err=True)
             ctx.exit(exit_status(error))
         except KeyboardInterrupt:
             click.echo("fusestore: interrupted", err=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-LEVELS = ("debug", "info", "warning", "error")
+from .logs import LEVELS
+
 FORMATS = ("text", "json")
 EXIT_SECONDS = 60.0
 """A daemon that has answered `stop` has this long to exit."""

@@ -14,7 +14,6 @@ import logging
 import os
 import signal
 import site
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -107,7 +106,6 @@ def run(
             else:
                 _say(ready_fd, {"ready": True, "warnings": warnings})
                 ready_fd = None
-            _notify_systemd()
 
         trio.run(serve, config, mountpoint, options, on_ready)
     except (FusestoreError, OSError) as error:
@@ -131,18 +129,6 @@ def _say(fd: int, message: Message) -> None:
         os.close(fd)
 
 
-def _notify_systemd() -> None:
-    """Tell a service manager that waits for it that the mount answers (sd_notify(3))."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address.startswith(("/", "@")):
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        try:
-            manager.sendto(b"READY=1", address.replace("@", "\0", 1))
-        except OSError as error:
-            log.warning("systemd could not be told that the mount is ready: %s", error)
-
-
 # --- in the background -------------------------------------------------------
 
 
@@ -162,7 +148,7 @@ def start(
         try:
             with _ending_on_signals():
                 warnings = _wait_ready(config, child, pipe.readline(READY_BYTES_MAX))
-                _check_answers(config, mountpoint)
+                mounts.check_answers(mountpoint, config.store)
         except BaseException:
             _end(child, config, mountpoint)
             raise
@@ -233,24 +219,6 @@ def _wait_ready(config: StoreConfig, child: subprocess.Popen[bytes], line: bytes
         raise error_of(message["error"]["kind"], message["error"]["message"])
     warnings: list[str] = message["warnings"]
     return warnings
-
-
-def _check_answers(config: StoreConfig, mountpoint: Path) -> None:
-    """See for ourselves that the store is mounted and answers; FusestoreError when not."""
-    mount = mounts.find(mountpoint)
-    answer = mounts.probe(mountpoint)
-    if answer is None:
-        raise FusestoreError(f"{mountpoint} is mounted, and does not answer.")
-    if answer.errno:
-        raise FusestoreError(
-            f"{mountpoint} is mounted, and answers with an error: {os.strerror(answer.errno)}."
-        )
-    if mount is None or mount.store != config.store or mount.device != answer.device:
-        raise FusestoreError(
-            f"The daemon says that it is ready, and {mountpoint} is not its mount."
-        )
-    if answer.device == os.stat(mountpoint.parent).st_dev:
-        raise FusestoreError(f"{mountpoint} is still the directory that it was.")
 
 
 def _end(child: subprocess.Popen[bytes], config: StoreConfig, mountpoint: Path) -> None:

@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"tree", "contents", "attributes", "filesystem", "recover", "fsck",
      "fsck_repair", "safety"},
     # 4: faces
-    {"operations", "mounts", "control_client", "control", "logs", "status_text"},
+    {"operations", "mounts", "control_client", "control", "logs", "status_text", "service_manager"},
     # 5: assembly
     {"daemon", "launch", "bench", "cli_mount", "cli_store", "cli_rescue", "cli_safety", "cli",
      "__main__"},
