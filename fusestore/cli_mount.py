@@ -82,6 +82,11 @@ def umount(mountpoint: Path) -> None:
     \b
       fusestore umount ~/files
     """
+    unmount(mountpoint)
+
+
+def unmount(mountpoint: Path) -> None:
+    """Unmount a store; returns when its daemon has exited.  NotHealthyError: it had died."""
     from . import mounts
     from .control_client import ControlClient, UnansweredError, lock_holder
     from .errors import FusestoreError, NotHealthyError, NotMountedError, UsageError

@@ -307,12 +307,13 @@ def write_identity(path: Path, identity: NodeIdentity) -> None:
 # --- files -----------------------------------------------------------------
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Replace `file` (mode 0600), durable with its name; OSError when it fails."""
+def write_whole(file: Path, text: str, mode: int = 0o600) -> None:
+    """Replace `file`, durable with its name; OSError when it fails."""
     draft = file.with_name(f".{file.name}.{os.getpid()}")
     fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         with open(fd, "w", encoding="utf-8") as stream:
+            os.fchmod(fd, mode)
             stream.write(text)
             stream.flush()
             os.fsync(fd)

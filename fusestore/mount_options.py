@@ -19,6 +19,25 @@ _SWITCHES = {
 _IGNORED = {"", "defaults", "atime", "noatime"}
 _OWN = {"ro", "allow_other", "writeback", "nonempty", "accept_loss"}
 
+_OF_FSTAB = {
+    *("auto", "noauto", "nofail", "_netdev", "user", "nouser", "users", "owner", "group"),
+    *("async", "relatime", "norelatime", "nostrictatime", "diratime", "nodiratime"),
+    *("nolazytime", "silent", "loud", "nomand"),
+}
+_OF_FSTAB_WITH_VALUES = ("x-", "X-", "comment=", "user=", "uhelper=", "helper=")
+
+
+def of_fstab(values: Iterable[str], *, sloppy: bool) -> list[str]:
+    """The options that are not for mount(8) and systemd only; `sloppy`: that `parse` knows."""
+    options = [option.strip() for option in ",".join(values).split(",")]
+    left = [
+        option
+        for option in options
+        if option not in _OF_FSTAB and not option.startswith(_OF_FSTAB_WITH_VALUES)
+    ]
+    known = {*_OWN, *_SWITCHES, *_IGNORED, "rw"}
+    return [option for option in left if option in known] if sloppy else left
+
 
 @dataclass(frozen=True, slots=True)
 class MountOptions:

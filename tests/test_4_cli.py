@@ -24,7 +24,8 @@ import trio
 from click.testing import CliRunner, Result
 
 from fusestore import mounts
-from fusestore.cli import cli, exit_status
+from fusestore.cli import cli
+from fusestore.cli_errors import exit_status
 from fusestore.config import load
 from fusestore.control import ControlServer, Handler, lock_store
 from fusestore.control_client import ControlClient, Message, Progress
