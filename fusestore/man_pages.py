@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 
 import click
@@ -34,18 +35,22 @@ def _page(context: click.Context, section: str) -> str:
     page.short_help = _escaped(command.short_help or command.get_short_help_str(limit=200))
     page.synopsis = " ".join(command.collect_usage_pieces(context))
     page.description = _roff(command.help or "")
-    records = [option.get_help_record(context) for option in command.get_params(context)]
+    options = [p for p in command.get_params(context) if isinstance(p, click.Option)]
+    records = [option.get_help_record(context) for option in options]
     page.options = [(record[0], _escaped(record[1])) for record in records if record]
     if isinstance(command, click.Group):
         page.commands = [
             (name, _escaped(child.get_short_help_str(limit=200)))
             for name, child in command.commands.items()
         ]
+    name = context.command_path.replace(" ", "-")
     text = str(page).replace('"1"', f'"{section}"', 1)
+    text = text.replace(context.command_path.upper(), name.upper(), 1)
+    text = text.replace(f"See \\fB{context.command_path}-", f"See \\fB{name}-")
     if command.epilog:
         title, _, rest = inspect.cleandoc(command.epilog).removeprefix("\b\n").partition("\n")
         text += f".SH {title.rstrip(':').upper()}\n{_verbatim(rest)}\n"
-    return text
+    return re.sub(r"[^\x00-\x7f]", lambda found: f"\\[u{ord(found[0]):04X}]", text)
 
 
 def _roff(help_text: str) -> str:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import platform
 import re
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from . import __version__, erasure, schema
 
+LIBRARIES = ("libfuse3", "libisal")
 PACKAGES = ("pyfuse3", "lmdb", "trio", "cffi", "reedsolo", "xxhash")
 
 
 def versions() -> dict[str, str]:
     """The versions by name; a library that is not there is `missing`."""
-    erasure.self_check(erasure.Code(2, 1))  # which loads ISA-L
+    import_module(".operations", __package__)  # loads libfuse3
+    erasure.self_check(erasure.Code(2, 1))  # loads ISA-L
     found = {"fusestore": __version__, "format": str(schema.FORMAT)}
     found |= {"Python": platform.python_version(), "Linux": platform.release()}
-    found |= {"libfuse": _library("libfuse3"), "ISA-L": _library("libisal")}
+    found |= {name: _library(name) for name in LIBRARIES}
     return found | {name: _package(name) for name in PACKAGES}
 
 
