@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -104,10 +105,9 @@ def install(
 ) -> None:
     """Write what systemd needs to mount STORE on MOUNTPOINT at each boot.
 
-    Units go to /etc/systemd/system, and STORE, MOUNTPOINT and the options to a
-    file in /etc/fusestore; with --user all go to ~/.config.  It may be run again
-    at any time, for instance when a region has moved or fusestore was updated.
-    Nothing is started or enabled: what it prints at the end does that.
+    They go to /etc/systemd/system, with --user to ~/.config/systemd/user.  It
+    may be run again at any time, for instance when a region has moved.  Nothing
+    is started or enabled: what it prints at the end does that.
 
     \b
       fusestore service install /srv/store /srv/data -o allow_other,nodev
@@ -163,21 +163,21 @@ def uninstall(mountpoint: Path, user: bool) -> None:
     manager = units.Manager.choose(user)
     place = mounts.locate(mountpoint)
     instance = units.instance_of(place)
-    settings, places = manager.own_files(instance)
-    if not settings.exists():
-        raise UsageError(f"{place} has no service: there is no {settings}.")
+    own = manager.own_files(instance)
+    if not own[0].exists():
+        raise UsageError(f"{place} has no service: there is no {own[0]}.")
     manager.control(
         *("disable", "--now", f"fusestore@{instance}.service", f"fusestore-scrub@{instance}.timer")
     )
-    settings.unlink()
-    shutil.rmtree(places.parent, ignore_errors=True)
+    for file in own:
+        file.unlink(missing_ok=True)
+        if not any(file.parent.iterdir()):  # what `systemctl edit` put there stays
+            file.parent.rmdir()
     manager.control("daemon-reload")
 
 
 def _word(instance: str, before: str = "fusestore@", after: str = "") -> str:
     """The name of a unit, as a shell takes it."""
-    import shlex
-
     return shlex.quote(before + instance + after)
 
 

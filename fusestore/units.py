@@ -3,11 +3,13 @@
     UNITS/fusestore@.service, fusestore-scrub@.service, fusestore-scrub@.timer
                                         the same for all mounts; from fusestore/service/
     UNITS/fusestore@.service.d/*.conf   what not every manager can do
-    UNITS/fusestore@INSTANCE.service.d/places.conf   which mounts this one needs
-    SETTINGS/INSTANCE.conf              STORE, MOUNTPOINT and OPTIONS of this one
+    UNITS/fusestore@INSTANCE.service.d/store.conf, and the same for fusestore-scrub
+                                        what is mounted where, and the mounts that it needs
 
-A user's own manager has UNITS and SETTINGS below ~/.config.  INSTANCE is the
-mount point as systemd-escape(1) writes it.
+UNITS is /etc/systemd/system, or below ~/.config for a user's own manager.
+INSTANCE is the mount point as systemd-escape(1) writes it.  No environment file
+has the paths, as its name could not: systemd takes it for a pattern, in which
+the backslashes of INSTANCE mean something else.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from .errors import FusestoreError, UsageError
 from .mount_options import MountOptions
 
 SOURCE = Path(__file__).with_name("service")
-TEMPLATE = "fusestore@.service"
-SCRUB = ("fusestore-scrub@.service", "fusestore-scrub@.timer")
+SERVICE = "fusestore@.service"
+SCRUB_SERVICE = "fusestore-scrub@.service"
+SCRUB_TIMER = "fusestore-scrub@.timer"
 HARDENING = "fusestore@.service.d/hardening.conf"
 BACKOFF = "fusestore@.service.d/backoff.conf"
 BACKOFF_SINCE = 254
@@ -37,16 +39,15 @@ class Manager:
     """An instance of systemd: the system's, or a user's own."""
 
     units: Path
-    settings: Path
     user: bool
 
     @classmethod
     def choose(cls, user: bool) -> Manager:
         """The user's own, or the system's."""
         if not user:
-            return cls(Path("/etc/systemd/system"), Path("/etc/fusestore"), user)
+            return cls(Path("/etc/systemd/system"), user)
         home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-        return cls(home / "systemd/user", home / "fusestore", user)
+        return cls(home / "systemd/user", user)
 
     def control(self, *arguments: str) -> str:
         """What `systemctl` prints; FusestoreError when it fails."""
@@ -56,10 +57,10 @@ class Manager:
         """The version of systemd."""
         return int(self.control("--version").split()[1])
 
-    def own_files(self, instance: str) -> tuple[Path, Path]:
-        """The settings of one mount, and the drop-in with its places."""
-        drop_in = self.units / TEMPLATE.replace("@", f"@{instance}")
-        return self.settings / f"{instance}.conf", Path(f"{drop_in}.d/places.conf")
+    def own_files(self, instance: str) -> list[Path]:
+        """The drop-ins of one mount."""
+        names = [name.replace("@", f"@{instance}") for name in (SERVICE, SCRUB_SERVICE)]
+        return [self.units / f"{name}.d" / "store.conf" for name in names]
 
 
 def instance_of(mountpoint: Path) -> str:
@@ -77,8 +78,7 @@ def files(
                 f"{os.fspath(path)!r} cannot stand in a unit: it has control characters, "
                 "or is not UTF-8."
             )
-    settings, places = manager.own_files(instance_of(mountpoint))
-    shared = [TEMPLATE, *SCRUB]
+    shared = [SERVICE, SCRUB_SERVICE, SCRUB_TIMER]
     shared += [] if manager.user else [HARDENING]
     shared += [BACKOFF] if manager.version() >= BACKOFF_SINCE else []
     start = f"ExecStart={_quoted(os.fspath(program))} "
@@ -86,30 +86,23 @@ def files(
         manager.units / name: (SOURCE / name).read_text().replace("ExecStart=fusestore ", start)
         for name in shared
     }
-    texts[settings] = _settings(config.store, mountpoint, options)
-    texts[places] = _places(config)
-    return texts
+    drop_in = _drop_in(config, mountpoint, options)
+    return texts | dict.fromkeys(manager.own_files(instance_of(mountpoint)), drop_in)
 
 
-def _settings(store: Path, mountpoint: Path, options: MountOptions) -> str:
-    values = {"STORE": store, "MOUNTPOINT": mountpoint, "OPTIONS": options}
-    lines = [f"{name}={_shell_quoted(str(value))}" for name, value in values.items()]
-    return "# Read by systemd, see EnvironmentFile= in systemd.exec(5).\n" + _lines(lines)
-
-
-def _places(config: StoreConfig) -> str:
-    """The drop-in that has the store's own disk required, and those of its nodes awaited."""
+def _drop_in(config: StoreConfig, mountpoint: Path, options: MountOptions) -> str:
+    """What is mounted where; the store's own disk is required, those of its nodes are awaited."""
     needed = " ".join(_quoted(os.fspath(path)) for path in (config.store, config.metadata))
     lines = ["[Unit]", f"RequiresMountsFor={needed}"]
     found = dict.fromkeys(_mount_of(node.path) for node in config.nodes)
-    mounts = [_mount_unit(path) for path in found if path != Path("/")]
+    mounts = " ".join(_mount_unit(path) for path in found if path != Path("/"))
     if mounts:
-        lines += [
-            "# Waited for, but a region that is away must not keep the others from being used.",
-            f"Wants={' '.join(mounts)}",
-            f"After={' '.join(mounts)}",
-        ]
-    return _lines(lines)
+        lines += ["# A region that is away must not keep the others from being used."]
+        lines += [f"Wants={mounts}", f"After={mounts}"]
+    values = {"STORE": config.store, "MOUNTPOINT": mountpoint, "OPTIONS": options}
+    lines += ["", "[Service]"]
+    lines += [f"Environment={_quoted(f'{name}={value}')}" for name, value in values.items()]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _mount_of(path: Path) -> Path:
@@ -125,21 +118,12 @@ def _mount_unit(path: Path) -> str:
     return _output("systemd-escape", *arguments).rstrip("\n")
 
 
-def _lines(lines: Iterable[str]) -> str:
-    return "".join(f"{line}\n" for line in lines)
-
-
 def _quoted(text: str) -> str:
     """One word of a setting in a unit file."""
     text = text.replace("%", "%%")
     if re.fullmatch(r"[\w/.,:=+@%-]+", text, re.ASCII):
         return text
     return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
-
-
-def _shell_quoted(text: str) -> str:
-    """The value of a variable in an environment file."""
-    return '"' + re.sub(r'(["\\$`])', r"\\\1", text) + '"'
 
 
 def _output(*command: str) -> str:
