@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from . import __version__
+from . import __version__, logs
 from .cli_about import completion, man, version
 from .cli_errors import EndsInSentences
 from .cli_mount import mount, umount
@@ -54,6 +54,8 @@ def cli() -> None:
       fusestore umount ~/files            commit everything and unmount
     """
     logging.basicConfig(format="fusestore: %(message)s", level=logging.WARNING)
+    if logs.is_journal():
+        logging.getLogger().handlers[0].setFormatter(logs.JournalFormatter())
 
 
 for _command in (

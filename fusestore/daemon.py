@@ -216,6 +216,7 @@ class _Daemon:
                     await outer.start(ControlServer(handlers).serve, self._config.store)
                     async with self._mount(files):
                         on_ready(store.warnings())
+                        log.info("%s is mounted on %s", self._config.store, self._mountpoint)
                         outer.start_soon(self._watch_signals)
                         nursery.start_soon(self._tell_ready, store)
                         await pyfuse3.main(max_tasks=FUSE_TASKS_MAX)
