@@ -20,8 +20,20 @@ EXIT_SECONDS = 60.0
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @click.option("--foreground", "-f", is_flag=True, help="Stay, and log to standard error.")
 @click.option("options", "-o", multiple=True, metavar="OPT[,OPT…]", help="Mount options, below.")
-@click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True)
-@click.option("--log-format", type=click.Choice(FORMATS), default="text", show_default=True)
+@click.option(
+    "--log-level",
+    type=click.Choice(LEVELS),
+    default="info",
+    show_default=True,
+    help="Log from this level on; `fusestore log-level` changes it later.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(FORMATS),
+    default="text",
+    show_default=True,
+    help="Lines for people, or one JSON object a line.",
+)
 @click.option("--ready-fd", type=int, hidden=True)
 def mount(
     store: Path,

@@ -58,7 +58,7 @@ def store(tmp_path: Path) -> Path:
 
 # --- help, version, completion, exit statuses --------------------------------
 
-COMMANDS = ["mkfs", "mount", "umount", "status", "repair", "inspect", "policy", "completion"]
+COMMANDS = list(cli.commands)
 
 
 def test_help_teaches() -> None:
@@ -81,6 +81,17 @@ def test_version() -> None:
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_prints_a_script(shell: str) -> None:
     assert "_FUSESTORE_COMPLETE" in run("completion", shell).output
+
+
+def test_completion_completes() -> None:
+    environment = {"_FUSESTORE_COMPLETE": "bash_complete", "COMP_WORDS": "fusestore mo"}
+    done = subprocess.run(
+        [sys.executable, "-m", "fusestore"],
+        env={**os.environ, **environment, "COMP_CWORD": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "plain,mount\n"
 
 
 def test_exit_statuses() -> None:
