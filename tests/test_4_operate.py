@@ -252,6 +252,8 @@ HIDES_THE_MOUNT = {
     *("ExecPaths", "NoExecPaths", "BindPaths", "BindReadOnlyPaths", "TemporaryFileSystem"),
     *("MountFlags", "MountAPIVFS", "DynamicUser", "RootDirectory", "RootImage"),
     *("StateDirectory", "RuntimeDirectory", "LogsDirectory", "CacheDirectory"),
+    *("MountImages", "ExtensionImages", "ExtensionDirectories", "LogNamespace"),
+    *("NetworkNamespacePath", "IPCNamespacePath"),
 }
 """Settings of systemd that give a service a mount namespace."""
 
@@ -322,6 +324,39 @@ def test_service_install_prints_without_writing(config: StoreConfig, tmp_path: P
     assert "Environment=OPTIONS=allow_other\n" in result.stdout
     assert f"RequiresMountsFor={config.store} {config.metadata}\n" in result.stdout
     assert not list(Path("/etc/systemd/system").glob(f"fusestore@{units.instance_of(place)}*"))
+
+
+def test_a_service_is_installed_again_and_uninstalled(
+    config: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def control(manager: units.Manager, *arguments: str) -> str:
+        asked.append(arguments)
+        return "systemd 257 (257)"
+
+    monkeypatch.setattr(units.Manager, "control", control)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    place = tmp_path / "mnt"
+    place.mkdir()
+    install = ("service", "install", "--user", config.store, place)
+    first = run(*install)
+    assert first.exit_code == 0, first.stderr
+    instance = units.instance_of(place)
+    assert f"systemctl --user enable --now fusestore@{instance}\n" in first.stdout
+    home = tmp_path / "config" / "systemd" / "user"
+    written = {path: path.read_text() for path in home.rglob("*") if path.is_file()}
+    assert {f"wrote {path}" for path in written} <= set(first.stdout.splitlines())
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in written)
+    assert "wrote" not in run(*install).stdout
+    edited = home / f"fusestore@{instance}.service.d" / "override.conf"
+    edited.touch()
+    assert run("service", "uninstall", "--user", place).exit_code == 0
+    names = (f"fusestore@{instance}.service", f"fusestore-scrub@{instance}.timer")
+    assert ("disable", "--now", *names) in asked
+    left = {path for path in home.rglob(f"*{instance}*/*") if path.is_file()}
+    assert left == {edited}
+    assert (home / units.SERVICE).exists()
 
 
 @pytest.mark.parametrize(
