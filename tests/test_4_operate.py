@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -343,7 +344,8 @@ def test_a_service_is_installed_again_and_uninstalled(
     first = run(*install)
     assert first.exit_code == 0, first.stderr
     instance = units.instance_of(place)
-    assert f"systemctl --user enable --now fusestore@{instance}\n" in first.stdout
+    unit = shlex.quote(f"fusestore@{instance}")
+    assert f"systemctl --user enable --now {unit}\n" in first.stdout
     home = tmp_path / "config" / "systemd" / "user"
     written = {path: path.read_text() for path in home.rglob("*") if path.is_file()}
     assert {f"wrote {path}" for path in written} <= set(first.stdout.splitlines())
