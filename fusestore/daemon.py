@@ -22,7 +22,7 @@ from . import logs, mounts
 from .config import StoreConfig
 from .control import ControlServer, lock_store
 from .engine import DATABASE
-from .errors import FusestoreError, StoreBusyError, UsageError
+from .errors import FusestoreError, UsageError
 from .filesystem import FileSystem
 from .fsck_repair import fsck
 from .limits import FUSE_TASKS_MAX
@@ -288,7 +288,7 @@ class _Daemon:
         self._manager.ready(status)
 
     async def _watch_signals(self) -> None:
-        """Unmount on SIGTERM and SIGINT; when the mount is busy, serve on and say so."""
+        """Unmount on SIGTERM and SIGINT, busy or not; until the daemon has ended."""
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async for number in signals:
                 if self._unmounted.is_set():
@@ -297,11 +297,8 @@ class _Daemon:
                 log.info("%s: unmounting", signal.Signals(number).name)
                 try:
                     await trio.to_thread.run_sync(mounts.unmount, self._mountpoint)
-                except StoreBusyError as error:
-                    log.warning(
-                        "%s Everything is committed and the daemon ends all the same.", error
-                    )
-                    pyfuse3.terminate()
                 except FusestoreError as error:
-                    log.error("%s", error)
+                    if self._unmounted.is_set():  # by somebody else, meanwhile
+                        continue
+                    log.warning("%s The daemon commits everything and ends all the same.", error)
                     pyfuse3.terminate()

@@ -196,7 +196,8 @@ def _spawn(
 def _environment() -> dict[str, str]:
     """The environment for a daemon that has to find this very package from another directory."""
     home = os.fspath(Path(__file__).resolve().parent.parent)
-    environment = dict(os.environ)
+    ours = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")  # the service's, if it is one
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
     if home not in (*site.getsitepackages(), site.getusersitepackages()):
         paths = [home, *filter(None, [environment.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(paths)

@@ -92,8 +92,8 @@ def files(
 
 def _drop_in(config: StoreConfig, mountpoint: Path, options: MountOptions) -> str:
     """What is mounted where; the store's own disk is required, those of its nodes are awaited."""
-    needed = " ".join(_quoted(os.fspath(path)) for path in (config.store, config.metadata))
-    lines = ["[Unit]", f"RequiresMountsFor={needed}"]
+    needed = (config.store, config.metadata, mountpoint.parent)
+    lines = ["[Unit]", "RequiresMountsFor=" + " ".join(_quoted(str(path)) for path in needed)]
     found = dict.fromkeys(_mount_of(node.path) for node in config.nodes)
     mounts = " ".join(_mount_unit(path) for path in found if path != Path("/"))
     if mounts:

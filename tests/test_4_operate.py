@@ -309,6 +309,17 @@ def test_a_longer_wait_from_failure_to_failure_where_systemd_can(
         assert (tmp_path / units.BACKOFF in texts) is can
 
 
+def test_the_disks_of_regions_are_awaited_and_not_required(
+    config: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disks = {"us-east-1": "/disks/a b", "us-west-1": "/disks/a b", "eu-west-1": "/"}
+    monkeypatch.setattr(units, "_mount_of", lambda path: Path(disks[path.name]))
+    texts = settings_of(units.Manager(tmp_path, False), config, tmp_path / "mnt")
+    (text,) = {text for path, text in texts.items() if path.name == "store.conf"}
+    assert "\nWants=disks-a\\x20b.mount\nAfter=disks-a\\x20b.mount\n" in text
+    assert "/disks" not in text
+
+
 def test_paths_that_no_unit_can_hold_are_refused(tmp_path: Path) -> None:
     config = make_store(tmp_path / "s")
     for name in ["a\nb", os.fsdecode(b"\xff")]:
@@ -323,7 +334,8 @@ def test_service_install_prints_without_writing(config: StoreConfig, tmp_path: P
     assert result.exit_code == 0, result.stderr
     assert f"Environment=STORE={config.store}\n" in result.stdout
     assert "Environment=OPTIONS=allow_other\n" in result.stdout
-    assert f"RequiresMountsFor={config.store} {config.metadata}\n" in result.stdout
+    needed = f"{config.store} {config.metadata} {place.parent}"
+    assert f"RequiresMountsFor={needed}\n" in result.stdout
     assert not list(Path("/etc/systemd/system").glob(f"fusestore@{units.instance_of(place)}*"))
 
 
