@@ -1,6 +1,5 @@
 """The command line: `fusestore COMMAND …`.
 
-Errors are one sentence on standard error, and an exit status from one table.
 What a command needs is imported when it runs, so that `--help` is quick.
 """
 
@@ -10,25 +9,22 @@ import errno
 import logging
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 import click
 
-from . import __version__
+from . import __version__, logs
+from .cli_about import completion, man, version
+from .cli_errors import EndsInSentences
 from .cli_mount import mount, umount
+from .cli_operate import config, log_level, service
 from .cli_rescue import fsck, recover
 from .cli_safety import drill, risk, scrub
 from .cli_store import inspect, repair, status
-from .errors import ConfigError, FusestoreError, NotHealthyError, UsageError
+from .errors import UsageError
 
 CODE_ATTRIBUTE = "user.fusestore.code"
-
-EXIT_STATUS = {NotHealthyError: 1, UsageError: 2, ConfigError: 2}
-"""By the class of the error; FAILED for all others."""
-FAILED = 3
-INTERRUPTED = 130
 
 EPILOG = """\b
 Exit status:
@@ -39,35 +35,8 @@ Exit status:
 """
 
 
-def exit_status(error: FusestoreError) -> int:
-    """The exit status of a command that ended with `error`."""
-    return EXIT_STATUS.get(type(error), FAILED)
-
-
-class _Commands(click.Group):
-    """A group whose commands end with a sentence and a documented status, not a traceback."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except FusestoreError as error:
-            click.echo(f"fusestore: {error}", err=True)
-            ctx.exit(exit_status(error))
-        except KeyboardInterrupt:
-            click.echo("fusestore: interrupted", err=True)
-            ctx.exit(INTERRUPTED)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except OSError as error:
-            if error.errno == errno.EPIPE:
-                raise  # click ends quietly when nobody reads any more
-            where = f"{error.filename}: " if error.filename else ""
-            click.echo(f"fusestore: {where}{error.strerror or error}", err=True)
-            ctx.exit(FAILED)
-        except Exception:
-            traceback.print_exc()
-            click.echo("fusestore: this should not happen: please report it", err=True)
-            ctx.exit(FAILED)
+class _Commands(EndsInSentences, click.Group):
+    pass
 
 
 @click.group(cls=_Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
@@ -85,9 +54,14 @@ def cli() -> None:
       fusestore umount ~/files            commit everything and unmount
     """
     logging.basicConfig(format="fusestore: %(message)s", level=logging.WARNING)
+    if logs.is_journal():
+        logging.getLogger().handlers[0].setFormatter(logs.JournalFormatter())
 
 
-for _command in (mount, umount, status, repair, scrub, risk, drill, fsck, recover, inspect):
+for _command in (
+    *(mount, umount, status, repair, scrub, risk, drill, fsck, recover, inspect),
+    *(config, log_level, service, version, man, completion),
+):
     cli.add_command(_command)
 
 
@@ -231,26 +205,6 @@ def _on_mount(path: Path) -> None:
         raise UsageError(f"{path} cannot be looked at: {error.strerror}.") from error
     if mount is None:
         raise UsageError(f"{path} is not on a mount of a store.")
-
-
-# --- completion --------------------------------------------------------------
-
-
-@cli.command(short_help="Print a script for the completion of a shell.")
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-def completion(shell: str) -> None:
-    """Print a script that makes SHELL complete fusestore's commands and options.
-
-    \b
-      bash   eval "$(fusestore completion bash)"    in ~/.bashrc
-      zsh    eval "$(fusestore completion zsh)"     in ~/.zshrc
-      fish   fusestore completion fish > ~/.config/fish/completions/fusestore.fish
-    """
-    from click.shell_completion import get_completion_class
-
-    kind = get_completion_class(shell)
-    assert kind is not None
-    click.echo(kind(cli, {}, "fusestore", "_FUSESTORE_COMPLETE").source())
 
 
 def main() -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-LEVELS = ("debug", "info", "warning", "error")
+from .logs import LEVELS
+
 FORMATS = ("text", "json")
 EXIT_SECONDS = 60.0
 """A daemon that has answered `stop` has this long to exit."""
@@ -19,8 +20,20 @@ EXIT_SECONDS = 60.0
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @click.option("--foreground", "-f", is_flag=True, help="Stay, and log to standard error.")
 @click.option("options", "-o", multiple=True, metavar="OPT[,OPT…]", help="Mount options, below.")
-@click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True)
-@click.option("--log-format", type=click.Choice(FORMATS), default="text", show_default=True)
+@click.option(
+    "--log-level",
+    type=click.Choice(LEVELS),
+    default="info",
+    show_default=True,
+    help="Log from this level on; `fusestore log-level` changes it later.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(FORMATS),
+    default="text",
+    show_default=True,
+    help="Lines for people, or one JSON object a line.",
+)
 @click.option("--ready-fd", type=int, hidden=True)
 def mount(
     store: Path,
@@ -53,7 +66,8 @@ def mount(
       nosuid, nodev, noexec, noatime    as for mount(8); noatime is always so
     """
     from . import launch
-    from .config import MountOptions, load
+    from .config import load
+    from .mount_options import MountOptions
 
     config = load(store)
     chosen = MountOptions.parse(options)
@@ -80,6 +94,11 @@ def umount(mountpoint: Path) -> None:
     \b
       fusestore umount ~/files
     """
+    unmount(mountpoint)
+
+
+def unmount(mountpoint: Path) -> None:
+    """Unmount a store; returns when its daemon has exited.  NotHealthyError: it had died."""
     from . import mounts
     from .control_client import ControlClient, UnansweredError, lock_holder
     from .errors import FusestoreError, NotHealthyError, NotMountedError, UsageError

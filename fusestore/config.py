@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
@@ -101,24 +101,54 @@ def check_places(store: Path, metadata: Path, nodes: Sequence[NodeConfig]) -> st
 
     Symbolic links are resolved.  Nodes and metadata may lie below the store.
     """
+    return next((what for _, what in _conflicts(store, metadata, nodes)), None)
+
+
+def _conflicts(
+    store: Path, metadata: Path, nodes: Sequence[NodeConfig]
+) -> Iterator[tuple[int, str]]:
+    """Each place that cannot be where it is: the number of its node, or -1; and why not."""
     store = Path(os.path.realpath(store))
     places = [("the metadata", Path(os.path.realpath(metadata)))]
     places += [(f"region {node.name}", Path(os.path.realpath(node.path))) for node in nodes]
     for i, (what, path) in enumerate(places):
         if store.is_relative_to(path):
-            return f"{path}, the place of {what}, holds the store {store} itself: use another."
+            yield (
+                i - 1,
+                f"{path}, the place of {what}, holds the store {store} itself: use another.",
+            )
         for other, there in places[:i]:
             if path == there:
-                return f"{what} and {other} are both at {path}: each needs a place of its own."
-            if path.is_relative_to(there) or there.is_relative_to(path):
-                return f"{what} at {path} and {other} at {there} are nested: keep them apart."
-    return None
+                yield (
+                    i - 1,
+                    f"{what} and {other} are both at {path}: each needs a place of its own.",
+                )
+            elif path.is_relative_to(there) or there.is_relative_to(path):
+                yield (
+                    i - 1,
+                    f"{what} at {path} and {other} at {there} are nested: keep them apart.",
+                )
 
 
 def load(store: Path) -> StoreConfig:
     """Read the configuration of the store in the directory `store`; ConfigError if it is bad."""
-    store = Path(os.path.realpath(store))
-    file = store / CONFIG_NAME
+    file = Path(os.path.realpath(store)) / CONFIG_NAME
+    config, problems = examine(file)
+    if len(problems) > 1:
+        rest = f"({len(problems) - 1} more: `fusestore config check {file.parent}`)"
+        raise ConfigError(f"{problems[0].rstrip('.')} {rest}.")
+    if problems:
+        raise ConfigError(problems[0])
+    return config
+
+
+def examine(file: Path) -> tuple[StoreConfig, list[str]]:
+    """What a `fusestore.toml` says, and all that is wrong with it, as `FILE:LINE: sentence`.
+
+    What is wrong is replaced by something.  ConfigError when it is no TOML, or
+    of a format that this version does not know.
+    """
+    store = file.parent
     try:
         table = Table.read(file)
     except (FileNotFoundError, NotADirectoryError):
@@ -126,37 +156,49 @@ def load(store: Path) -> StoreConfig:
             f"{store} is not a store (it has no {CONFIG_NAME}): "
             f"make one with `fusestore mkfs {store}`."
         ) from None
-    version = table.take("format", int)
-    if version != CONFIG_VERSION:
-        raise ConfigError(
-            f"{file} has format {version}, and this version of fusestore knows {CONFIG_VERSION}."
-        )
+    _check_version(table, CONFIG_VERSION)
+    rows = table.take_tables("node")
+    nodes = [_node(store, row) for row in rows]
     config = StoreConfig(
         store=store,
         uuid=table.take_uuid("uuid"),
         code=_code(table),
         allow_unsafe=table.take("allow_unsafe", bool, False),
         metadata=table.take_path("metadata", store, METADATA_NAME),
-        nodes=tuple(_node(store, row) for row in table.take_tables("node")),
+        nodes=tuple(nodes),
         spare_shards=table.take_count("spare_shards", 0, 63),
         scrub_days=table.take_count("scrub_days", 30, 36_500),
     )
     table.end()
-    problem = _consistency(config)
-    if problem:
-        raise ConfigError(f"{file}: {problem}")
-    return config
+    for i, (node, row) in enumerate(zip(nodes, rows, strict=True)):
+        if node.name in (earlier.name for earlier in nodes[:i]):
+            row.bad("name", f"is {node.name!r}, like that of another node: each needs its own")
+    sound = [(node, row) for node, row in zip(nodes, rows, strict=True) if row.is_good()]
+    for i, problem in _conflicts(store, config.metadata, [node for node, _ in sound]):
+        place, key = (sound[i][1], "path") if i >= 0 else (table, "metadata")
+        place.bad(key, f"cannot be used: {problem.rstrip('.')}")
+    if table.is_good() and not config.allow_unsafe:
+        unsafe = check_region_rule(config.code, config.regions)
+        if unsafe:
+            table.bad("code", f"cannot be used: {unsafe.rstrip('.')}")
+    return config, table.problems()
 
 
-def _consistency(config: StoreConfig) -> str | None:
-    names = [node.name for node in config.nodes]
-    for name in names:
-        if names.count(name) > 1:
-            return f"there are {names.count(name)} nodes called {name!r}."
-    problem = check_places(config.store, config.metadata, config.nodes)
-    if problem is None and not config.allow_unsafe:
-        problem = check_region_rule(config.code, config.regions)
-    return problem
+def _check_version(table: Table, known: int) -> None:
+    """ConfigError unless the file is of the format that this version of fusestore knows."""
+    version = table.take("format", int)
+    if version > known:
+        table.bad(
+            "format", f"is {version}, and this fusestore knows {known}: use a newer fusestore"
+        )
+    elif version != known:
+        table.bad("format", f"is {version}, and there is only {known}")
+    _raise_first(table)
+
+
+def _raise_first(table: Table) -> None:
+    for problem in table.problems():
+        raise ConfigError(problem)
 
 
 def write(config: StoreConfig) -> None:
@@ -233,20 +275,16 @@ def read_identity(path: Path) -> NodeIdentity:
     except ConfigError as error:
         raise NodeIdentityError(str(error)) from None
     try:
-        version = table.take("format", int)
-        if version != IDENTITY_VERSION:
-            raise ConfigError(
-                f"{file} has format {version}, "
-                f"and this version of fusestore knows {IDENTITY_VERSION}."
-            )
+        _check_version(table, IDENTITY_VERSION)
         identity = NodeIdentity(
             store=table.take_uuid("store"),
             node=table.take("node", str),
             region=table.take("region", str),
             incarnation=table.take_uuid("incarnation"),
-            version=version,
+            version=IDENTITY_VERSION,
         )
         table.end()
+        _raise_first(table)
     except ConfigError as error:
         raise NodeIdentityError(str(error)) from None
     return identity
@@ -266,98 +304,16 @@ def write_identity(path: Path, identity: NodeIdentity) -> None:
     write_whole(path / IDENTITY_NAME, tomlkit.dumps(document))
 
 
-# --- the options of a mount ---------------------------------------------------
-
-_SWITCHES = {
-    "nosuid": "nosuid",
-    "suid": "nosuid",
-    "nodev": "nodev",
-    "dev": "nodev",
-    "noexec": "noexec",
-    "exec": "noexec",
-}
-_IGNORED = {"", "defaults", "atime", "noatime"}
-_OWN = {"ro", "allow_other", "writeback", "nonempty", "accept_loss"}
-
-
-@dataclass(frozen=True, slots=True)
-class MountOptions:
-    """How a store is mounted: what `-o` says."""
-
-    read_only: bool = False
-    allow_other: bool = False
-    """Others than the daemon's user may use the mount, as far as modes allow."""
-    writeback: bool = False
-    """The kernel collects small writes; it loses them when the daemon dies."""
-    nonempty: bool = False
-    """The mount may cover what the directory has."""
-    accept_loss: bool = False
-    """Commits that nodes which are not there may hold are given up."""
-    switches: tuple[str, ...] = ()
-    """Of nosuid, nodev, noexec."""
-
-    @classmethod
-    def parse(cls, values: Iterable[str]) -> MountOptions:
-        """Read the values of `-o`, each a list with commas; UsageError for what is unknown.
-
-        Of two that contradict each other, the later one counts.
-        """
-        chosen: dict[str, bool] = {}
-        for option in ",".join(values).split(","):
-            option = option.strip()
-            if option in _OWN:
-                chosen[option] = True
-            elif option in _SWITCHES:
-                switch = _SWITCHES[option]
-                chosen[switch] = option == switch
-            elif option == "rw":
-                chosen["ro"] = False
-            elif option not in _IGNORED:
-                known = ", ".join(sorted(_OWN | set(_SWITCHES) | {"rw", "noatime"}))
-                raise UsageError(f"There is no mount option {option!r}; there are {known}.")
-        return cls(
-            read_only=chosen.get("ro", False),
-            allow_other=chosen.get("allow_other", False),
-            writeback=chosen.get("writeback", False),
-            nonempty=chosen.get("nonempty", False),
-            accept_loss=chosen.get("accept_loss", False),
-            switches=tuple(name for name in ("nosuid", "nodev", "noexec") if chosen.get(name)),
-        )
-
-    @property
-    def kernel(self) -> tuple[str, ...]:
-        """The options as the kernel gets them; a mount never keeps times of reading.
-
-        libfuse takes nosuid and nodev for granted, other file systems do not:
-        root, who alone may, says otherwise.
-        """
-        switches = list(self.switches)
-        if os.geteuid() == 0:
-            switches += [name for name in ("suid", "dev") if f"no{name}" not in switches]
-        return (
-            "noatime",
-            *(["ro"] if self.read_only else []),
-            *(["allow_other"] if self.allow_other else []),
-            *switches,
-        )
-
-    def __str__(self) -> str:
-        """The options as `parse` reads them."""
-        own = [("ro", self.read_only), ("allow_other", self.allow_other)]
-        own += [("writeback", self.writeback), ("nonempty", self.nonempty)]
-        own += [("accept_loss", self.accept_loss)]
-        return ",".join([*(name for name, chosen in own if chosen), *self.switches])
-
-
 # --- files -----------------------------------------------------------------
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Replace `file` (mode 0600), durable with its name; OSError when it fails."""
+def write_whole(file: Path, text: str, mode: int = 0o600) -> None:
+    """Replace `file`, durable with its name; OSError when it fails."""
     draft = file.with_name(f".{file.name}.{os.getpid()}")
     fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         with open(fd, "w", encoding="utf-8") as stream:
+            os.fchmod(fd, mode)
             stream.write(text)
             stream.flush()
             os.fsync(fd)
@@ -381,11 +337,11 @@ def sync_directory(path: Path) -> None:
 
 
 def _code(table: Table) -> Code:
-    text = table.take("code", str)
     try:
-        return Code.parse(text)
+        return Code.parse(table.take("code", str))
     except UsageError as error:
-        raise table.bad("code", f"cannot be used: {str(error).rstrip('.')}") from None
+        table.bad("code", f"cannot be used: {str(error).rstrip('.')}")
+        return Code(1, 0)
 
 
 def _node(store: Path, table: Table) -> NodeConfig:
@@ -396,7 +352,7 @@ def _node(store: Path, table: Table) -> NodeConfig:
     for key, text in (("name", name), ("region", region)):
         problem = check_name(text)
         if problem:
-            raise table.bad(key, f"cannot be used: {problem.rstrip('.')}")
+            table.bad(key, f"cannot be used: {problem.rstrip('.')}")
     return NodeConfig(name, region, path)
 
 

@@ -11,25 +11,31 @@ import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyfuse3
 import trio
 
-from . import mounts
-from .config import MountOptions, StoreConfig
+from . import logs, mounts
+from .config import StoreConfig
 from .control import ControlServer, lock_store
 from .engine import DATABASE
-from .errors import FusestoreError, StoreBusyError, UsageError
+from .errors import FusestoreError, UsageError
 from .filesystem import FileSystem
 from .fsck_repair import fsck
 from .limits import FUSE_TASKS_MAX
+from .mount_options import MountOptions
 from .operations import Operations
 from .safety import Rates, Safety
+from .service_manager import ServiceManager
 from .store import Store, open_store
 
 log = logging.getLogger(__name__)
+
+READY_SECONDS = 60.0
+"""A mount that was made answers within this time, or has failed."""
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -153,6 +159,15 @@ def _commands(store: Store, files: FileSystem) -> dict[str, Command]:
     }
 
 
+async def _log_level(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Change the level of this daemon's log, if one is given, and say what it is."""
+    if arguments.get("level"):
+        before = logs.get_level()
+        logs.set_level(str(arguments["level"]))
+        log.warning("the log level is %s now, and was %s", logs.get_level(), before)
+    return {"level": logs.get_level()}
+
+
 class _Daemon:
     """One mount of one store."""
 
@@ -163,9 +178,12 @@ class _Daemon:
         self._unmounted = trio.Event()
         self._closed = trio.Event()
         self._failed: Exception | None = None
+        self._manager = ServiceManager()
 
     async def run(self, on_ready: Callable[[list[str]], None]) -> None:
+        self._manager.starting(f"Opening {self._config.store}")
         async with trio.open_nursery() as outer:
+            outer.start_soon(self._manager.keep_telling)
             try:
                 async with (
                     open_store(
@@ -177,7 +195,11 @@ class _Daemon:
                 ):
                     files = FileSystem(store, nursery)
                     await files.begin()
-                    handlers = {**_commands(store, files), "stop": self._stop}
+                    handlers = {
+                        **_commands(store, files),
+                        "stop": self._stop,
+                        "log_level": _log_level,
+                    }
                     status = handlers["status"]
 
                     async def mounted_status(
@@ -194,8 +216,11 @@ class _Daemon:
                     await outer.start(ControlServer(handlers).serve, self._config.store)
                     async with self._mount(files):
                         on_ready(store.warnings())
-                        nursery.start_soon(self._watch_signals)
+                        log.info("%s is mounted on %s", self._config.store, self._mountpoint)
+                        outer.start_soon(self._watch_signals)
+                        nursery.start_soon(self._tell_ready, store)
                         await pyfuse3.main(max_tasks=FUSE_TASKS_MAX)
+                        self._manager.stopping("Committing, and closing the store")
                     self._unmounted.set()
                     nursery.cancel_scope.cancel()
             except Exception as error:
@@ -239,18 +264,41 @@ class _Daemon:
             raise _first(error) if isinstance(error, ExceptionGroup) else error
         return {}
 
+    async def _tell_ready(self, store: Store) -> None:
+        """Tell the service manager, if there is one, once the mount answers through the kernel.
+
+        FusestoreError when it does not: the service has failed then.
+        """
+        if not self._manager.listens:
+            return
+        try:
+            await trio.to_thread.run_sync(
+                partial(mounts.check_answers, self._mountpoint, self._config.store, READY_SECONDS),
+                abandon_on_cancel=True,
+            )
+        except FusestoreError:
+            if mounts.find(self._mountpoint) is None:
+                return  # unmounted meanwhile
+            raise
+
+        def status() -> str:
+            what = store.warnings() or ["All nodes are up."]
+            return " ".join([f"Serving {self._mountpoint}.", *what])
+
+        self._manager.ready(status)
+
     async def _watch_signals(self) -> None:
-        """Unmount on SIGTERM and SIGINT; when the mount is busy, serve on and say so."""
+        """Unmount on SIGTERM and SIGINT, busy or not; until the daemon has ended."""
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async for number in signals:
+                if self._unmounted.is_set():
+                    log.info("%s: about to end already", signal.Signals(number).name)
+                    continue
                 log.info("%s: unmounting", signal.Signals(number).name)
                 try:
                     await trio.to_thread.run_sync(mounts.unmount, self._mountpoint)
-                except StoreBusyError as error:
-                    log.warning(
-                        "%s Everything is committed and the daemon ends all the same.", error
-                    )
-                    pyfuse3.terminate()
                 except FusestoreError as error:
-                    log.error("%s", error)
+                    if self._unmounted.is_set():  # by somebody else, meanwhile
+                        continue
+                    log.warning("%s The daemon commits everything and ends all the same.", error)
                     pyfuse3.terminate()

@@ -14,7 +14,6 @@ import logging
 import os
 import signal
 import site
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,9 +22,10 @@ from pathlib import Path
 from types import FrameType
 
 from . import logs, mounts
-from .config import MountOptions, StoreConfig
+from .config import StoreConfig
 from .control_client import Message, encode, error_message, error_of
 from .errors import FusestoreError, StoreBusyError, UsageError
+from .mount_options import MountOptions
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,6 @@ def run(
             else:
                 _say(ready_fd, {"ready": True, "warnings": warnings})
                 ready_fd = None
-            _notify_systemd()
 
         trio.run(serve, config, mountpoint, options, on_ready)
     except (FusestoreError, OSError) as error:
@@ -130,18 +129,6 @@ def _say(fd: int, message: Message) -> None:
         os.close(fd)
 
 
-def _notify_systemd() -> None:
-    """Tell a service manager that waits for it that the mount answers (sd_notify(3))."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address.startswith(("/", "@")):
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        try:
-            manager.sendto(b"READY=1", address.replace("@", "\0", 1))
-        except OSError as error:
-            log.warning("systemd could not be told that the mount is ready: %s", error)
-
-
 # --- in the background -------------------------------------------------------
 
 
@@ -161,7 +148,7 @@ def start(
         try:
             with _ending_on_signals():
                 warnings = _wait_ready(config, child, pipe.readline(READY_BYTES_MAX))
-                _check_answers(config, mountpoint)
+                mounts.check_answers(mountpoint, config.store)
         except BaseException:
             _end(child, config, mountpoint)
             raise
@@ -209,7 +196,8 @@ def _spawn(
 def _environment() -> dict[str, str]:
     """The environment for a daemon that has to find this very package from another directory."""
     home = os.fspath(Path(__file__).resolve().parent.parent)
-    environment = dict(os.environ)
+    ours = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")  # the service's, if it is one
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
     if home not in (*site.getsitepackages(), site.getusersitepackages()):
         paths = [home, *filter(None, [environment.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
@@ -232,24 +220,6 @@ def _wait_ready(config: StoreConfig, child: subprocess.Popen[bytes], line: bytes
         raise error_of(message["error"]["kind"], message["error"]["message"])
     warnings: list[str] = message["warnings"]
     return warnings
-
-
-def _check_answers(config: StoreConfig, mountpoint: Path) -> None:
-    """See for ourselves that the store is mounted and answers; FusestoreError when not."""
-    mount = mounts.find(mountpoint)
-    answer = mounts.probe(mountpoint)
-    if answer is None:
-        raise FusestoreError(f"{mountpoint} is mounted, and does not answer.")
-    if answer.errno:
-        raise FusestoreError(
-            f"{mountpoint} is mounted, and answers with an error: {os.strerror(answer.errno)}."
-        )
-    if mount is None or mount.store != config.store or mount.device != answer.device:
-        raise FusestoreError(
-            f"The daemon says that it is ready, and {mountpoint} is not its mount."
-        )
-    if answer.device == os.stat(mountpoint.parent).st_dev:
-        raise FusestoreError(f"{mountpoint} is still the directory that it was.")
 
 
 def _end(child: subprocess.Popen[bytes], config: StoreConfig, mountpoint: Path) -> None:

@@ -2,8 +2,9 @@
 
 In the foreground it goes to standard error; in the background to
 `STORE/fusestore.log`, or to the journal where systemd connected standard error
-to it.  The log file takes standard output and error along when it is rolled,
-so that what a library prints, or a crash, is found there too.
+to it, with its priorities and without times of our own.  The log file takes
+standard output and error along when it is rolled, so that what a library
+prints, or a crash, is found there too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
+from .errors import UsageError
+
+LEVELS = ("debug", "info", "warning", "error")
 LOG_BYTES_MAX = 10 * 1000 * 1000
 LOG_FILES = 3
 """Rolled files kept beside the one being written."""
@@ -53,6 +57,30 @@ class JSONFormatter(logging.Formatter):
         return json.dumps(line)
 
 
+class JournalFormatter(logging.Formatter):
+    """`<6>daemon: text`: a priority of sd-daemon(3) on each line; the journal has the time."""
+
+    def __init__(self, inner: logging.Formatter | None = None) -> None:
+        super().__init__("%(name)s: %(message)s")
+        self._inner = inner
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = self._inner.format(record) if self._inner else super().format(record)
+        priority = next(number for level, number in _PRIORITIES if record.levelno >= level)
+        return "\n".join(f"<{priority}>{line}" for line in text.split("\n"))
+
+
+_PRIORITIES = (
+    (logging.CRITICAL, 2),
+    (logging.ERROR, 3),
+    (logging.WARNING, 4),
+    (logging.INFO, 6),
+    (logging.NOTSET, 7),
+)
+"""The least level of Python's for each priority of syslog(3)."""
+ERROR_PRIORITY = "<3>"
+
+
 class DaemonLog(RotatingFileHandler):
     """A rolled log file (mode 0600) that standard output and error go to as well."""
 
@@ -82,13 +110,28 @@ def is_journal(fd: int = 2) -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
+def set_level(level: str) -> None:
+    """Log what is at least of this level, one of LEVELS, from now on; UsageError for others."""
+    if level not in LEVELS:
+        raise UsageError(f"There is no log level {level!r}; there are {', '.join(LEVELS)}.")
+    logging.getLogger().setLevel(level.upper())
+
+
+def get_level() -> str:
+    """The level from which on is logged, one of LEVELS."""
+    return logging.getLevelName(logging.getLogger().level).lower()
+
+
 def start(level: str, style: str, file: Path | None) -> None:
     """Send the log to `file`, or to standard error for None; OSError when it cannot be opened."""
     handler = DaemonLog(file) if file else logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JSONFormatter() if style == "json" else TextFormatter())
+    formatter: logging.Formatter = JSONFormatter() if style == "json" else TextFormatter()
+    if not file and is_journal():
+        formatter = JournalFormatter(formatter if style == "json" else None)
+    handler.setFormatter(formatter)
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(level.upper())
+    set_level(level)
     logging.captureWarnings(True)
     faulthandler.enable(2)
 

@@ -147,6 +147,24 @@ def is_dead(mountpoint: Path, seconds: float = PROBE_SECONDS) -> bool:
     return answer is not None and answer.errno in (errno.ENOTCONN, errno.ECONNABORTED)
 
 
+def check_answers(mountpoint: Path, store: Path, seconds: float = PROBE_SECONDS) -> None:
+    """See that a store is mounted and answers, through the kernel; FusestoreError when not."""
+    mount = find(mountpoint)
+    answer = probe(mountpoint, seconds)
+    if answer is None:
+        raise FusestoreError(f"{mountpoint} is mounted, and does not answer.")
+    if answer.errno:
+        raise FusestoreError(
+            f"{mountpoint} is mounted, and answers with an error: {os.strerror(answer.errno)}."
+        )
+    if mount is None or mount.store != store or mount.device != answer.device:
+        raise FusestoreError(
+            f"The daemon says that it is ready, and {mountpoint} is not its mount."
+        )
+    if answer.device == os.stat(mountpoint.parent).st_dev:
+        raise FusestoreError(f"{mountpoint} is still the directory that it was.")
+
+
 def clear_dead(mountpoint: Path) -> bool:
     """Unmount a store's mount whose daemon is gone; False when there is none there.
 

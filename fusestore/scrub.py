@@ -87,12 +87,13 @@ class Scrubber:
     ) -> dict[str, Any]:
         """Start, pause or resume a scrub, or say where it stands; with `wait`, when it ended.
 
-        `alone`: nothing else uses the store, and one that was begun before goes on.
+        A start that waits takes one that runs already for its own.  `alone`:
+        nothing else uses the store, and one that was begun before goes on.
         """
         if alone and action in ("start", "resume") and self.scrub.state in ("running", "paused"):
             self.scrub.state = "running"
             self._note()
-        elif action == "start":
+        elif action == "start" and not (wait and self.scrub.state == "running"):
             self.start(rate)
         elif action == "pause":
             self.pause()

@@ -10,10 +10,11 @@ from uuid import uuid4
 import pytest
 
 from fusestore import config as configuration
-from fusestore.config import MountOptions, NodeConfig, NodeIdentity, StoreConfig
+from fusestore.config import NodeConfig, NodeIdentity, StoreConfig
 from fusestore.erasure import Code
 from fusestore.errors import ConfigError, FusestoreError, NodeIdentityError, UsageError
 from fusestore.mkfs import make_store
+from fusestore.mount_options import MountOptions
 
 REGIONS = ["us-east-1", "us-west-1", "eu-west-1"]
 
@@ -230,7 +231,11 @@ def store(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
-        ("format = 1", "format = 2", "format 2"),
+        (
+            "format = 1",
+            "format = 2",
+            "format is 2, and this fusestore knows 1: use a newer fusestore",
+        ),
         ("format = 1", "", "format is missing"),
         ("format = 1", 'format = "1"', "format must be a whole number"),
         ("format = 1", "format = true", "format must be a whole number"),
@@ -241,7 +246,7 @@ def store(tmp_path: Path) -> Path:
         ("allow_unsafe = false", "allow_unsafe = 1", "allow_unsafe must be true or false"),
         ('name = "us-west-1"', 'nome = "us-west-1"', "node 2: name is missing"),
         ('region = "us-west-1"', 'region = "a/b"', "node 2: region cannot be used"),
-        ('name = "us-west-1"', 'name = "us-east-1"', "2 nodes called 'us-east-1'"),
+        ('name = "us-west-1"', 'name = "us-east-1"', "node 2: name is 'us-east-1', like"),
         ('path = "us-west-1"', 'path = "us-east-1"', "both at"),
         ('path = "us-west-1"', 'path = "metadata/x"', "nested"),
         ('path = "us-west-1"', 'path = ""', "holds the store"),
@@ -322,7 +327,7 @@ def test_a_directory_without_the_right_identity_is_no_node(tmp_path: Path) -> No
     file.write_bytes(b"\xff")
     assert "not UTF-8" in problem(tmp_path)
     file.write_text("format = 99")
-    assert "format 99" in problem(tmp_path)
+    assert "format is 99" in problem(tmp_path)
     file.write_text("[tool.other]\nx = 1")
     assert "format is missing" in problem(tmp_path)
     file.unlink()

@@ -203,7 +203,8 @@ async def test_a_scrub_keeps_its_place(
     async with opened(config) as one:
         again = await do(one, "scrub", action="status")
         assert (again["state"], again["position"]) == ("paused", paused["position"])
-        done = await do(one, "scrub", action="resume", wait=True)
+        await do(one, "scrub", action="resume")
+        done = await do(one, "scrub", action="start", wait=True)  # waits for the one that runs
         assert done["state"] == "done"
         assert done["stripes"] == len(one.rows(b"S"))
     offline_done = await offline(load(config.store), "scrub", {"action": "start"}, lambda m: None)

@@ -24,8 +24,9 @@ import trio
 from click.testing import CliRunner, Result
 
 from fusestore import mounts
-from fusestore.cli import cli, exit_status
-from fusestore.config import MountOptions, load
+from fusestore.cli import cli
+from fusestore.cli_errors import exit_status
+from fusestore.config import load
 from fusestore.control import ControlServer, Handler, lock_store
 from fusestore.control_client import ControlClient, Message, Progress
 from fusestore.errors import (
@@ -38,6 +39,7 @@ from fusestore.errors import (
 )
 from fusestore.launch import prepare_mountpoint
 from fusestore.mkfs import make_store
+from fusestore.mount_options import MountOptions
 from fusestore.status_text import bytes_text, layout_lines, repair_line, status_lines
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -56,7 +58,7 @@ def store(tmp_path: Path) -> Path:
 
 # --- help, version, completion, exit statuses --------------------------------
 
-COMMANDS = ["mkfs", "mount", "umount", "status", "repair", "inspect", "policy", "completion"]
+COMMANDS = list(cli.commands)
 
 
 def test_help_teaches() -> None:
@@ -79,6 +81,17 @@ def test_version() -> None:
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_prints_a_script(shell: str) -> None:
     assert "_FUSESTORE_COMPLETE" in run("completion", shell).output
+
+
+def test_completion_completes() -> None:
+    environment = {"_FUSESTORE_COMPLETE": "bash_complete", "COMP_WORDS": "fusestore mo"}
+    done = subprocess.run(
+        [sys.executable, "-m", "fusestore"],
+        env={**os.environ, **environment, "COMP_CWORD": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "plain,mount\n"
 
 
 def test_exit_statuses() -> None:
