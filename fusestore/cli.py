@@ -16,6 +16,7 @@ import click
 
 from . import __version__, logs
 from .cli_about import completion, man, version
+from .cli_bench import bench
 from .cli_errors import EndsInSentences
 from .cli_mount import mount, umount
 from .cli_operate import config, log_level, service
@@ -59,7 +60,7 @@ def cli() -> None:
 
 
 for _command in (
-    *(mount, umount, status, repair, scrub, risk, drill, fsck, recover, inspect),
+    *(mount, umount, status, repair, scrub, risk, drill, fsck, recover, inspect, bench),
     *(config, log_level, service, version, man, completion),
 ):
     cli.add_command(_command)

@@ -23,35 +23,40 @@ LAYERS: list[set[str]] = [
     {"operations", "mounts", "control_client", "control", "logs", "status_text", "service_manager",
      "units", "versions"},
     # 5: assembly
-    {"daemon", "launch", "bench", "cli_mount", "cli_store", "cli_rescue", "cli_safety", "cli",
-     "cli_errors", "cli_about", "cli_operate", "cli_mount_helper", "man_pages", "__main__"},
+    {"daemon", "launch", "cli_mount", "cli_store", "cli_rescue", "cli_safety", "cli_bench", "cli",
+     "cli_errors", "cli_about", "cli_operate", "cli_mount_helper", "man_pages", "__main__",
+     "bench", "bench.null", "bench.children", "bench.interrupts", "bench.measured",
+     "bench.scale", "bench.watching", "bench.workloads", "bench.surroundings", "bench.targets",
+     "bench.store_workloads", "bench.rounds", "bench.report", "bench.plot", "bench.session"},
 ]  # fmt: skip
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 
 DOORS = {
     "lmdb": {"engine"},
-    "pyfuse3": {"operations", "daemon", "bench"},
+    "pyfuse3": {"operations", "daemon", "bench.null"},
+    "matplotlib": {"bench.plot"},
     "cffi": {"erasure", "linux", "ring"},
     "reedsolo": {"erasure"},
     "click": {"cli", "cli_mount", "cli_store", "cli_rescue", "cli_safety", "cli_errors",
-              "cli_about", "cli_operate", "cli_mount_helper", "man_pages", "status_text"},
+              "cli_about", "cli_operate", "cli_mount_helper", "cli_bench", "man_pages",
+              "status_text"},
 }  # fmt: skip
 
 
 def modules() -> dict[str, ast.Module]:
     """All modules of the package by their name below it."""
     found = {}
-    for folder, prefix in (("fusestore", ""), ("nodes", "nodes.")):
+    for folder, prefix in (("fusestore", ""), ("fusestore/bench", "bench."), ("nodes", "nodes.")):
         for path in (ROOT / folder).glob("*.py"):
             name = prefix + path.stem
-            name = "nodes" if name == "nodes.__init__" else name
+            name = name.removesuffix(".__init__")
             found[name] = ast.parse(path.read_text())
     return found
 
 
 def imports(name: str, tree: ast.Module) -> set[str]:
     """What a module imports: own modules by their name below the package, others' top names."""
-    inside = name.startswith("nodes")
+    folder = "nodes." if name.startswith("nodes") else "bench." if name.startswith("bench") else ""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -59,7 +64,7 @@ def imports(name: str, tree: ast.Module) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             found.add("!" + str(node.module).split(".")[0])
         elif isinstance(node, ast.ImportFrom):
-            base = "nodes." if inside and node.level == 1 else ""
+            base = folder if node.level == 1 else ""
             if node.module is None:
                 found |= {base + alias.name for alias in node.names}
             else:

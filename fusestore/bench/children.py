@@ -1,0 +1,111 @@
+"""Work in processes of its own, so that a file system that hangs or a signal cannot hold us up.
+
+Children are forked: a parent has no threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+from ..errors import FusestoreError
+
+Result = TypeVar("Result")
+
+POLL_SECONDS = 0.05
+END_SECONDS = 1.0
+"""A child that has answered has this long to end by itself."""
+_FORK = multiprocessing.get_context("fork")
+
+
+def isolated(
+    work: Callable[[], Result], watch: Callable[[], None], seconds_max: float | None = None
+) -> Result:
+    """What `work` returns, or raises, in a child; meanwhile `watch` is called again and again.
+
+    FusestoreError when the child ends without an answer, or takes longer than `seconds_max`.
+    """
+    with _child(work, leads=True) as receiver:
+        deadline = time.monotonic() + (seconds_max or float("inf"))
+        while not receiver.poll(POLL_SECONDS):
+            watch()
+            if time.monotonic() > deadline:
+                raise FusestoreError(f"it did not end within {seconds_max:.0f} seconds.")
+        watch()
+        return _received(receiver)[1]  # type: ignore[no-any-return]
+
+
+def together(works: Sequence[Callable[[], Result]]) -> tuple[float, list[Result]]:
+    """Run all at the same time, each in a child; seconds from the start to the end of the last."""
+    gate, opener = os.pipe()
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(open(opener, "wb", buffering=0))
+        stack.enter_context(open(gate, "rb", buffering=0))
+
+        def at_the_gate(work: Callable[[], Result]) -> Callable[[], Result]:
+            def waiting() -> Result:
+                os.close(opener)
+                os.read(gate, 1)
+                return work()
+
+            return waiting
+
+        receivers = [stack.enter_context(_child(at_the_gate(work))) for work in works]
+        start = time.perf_counter()
+        opened.close()
+        ended = [_received(receiver) for receiver in receivers]
+    return max(end for end, _ in ended) - start, [result for _, result in ended]
+
+
+def _received(receiver: Connection) -> tuple[float, Any]:
+    """When a child had done its work, and what came out."""
+    try:
+        end, fine, value = receiver.recv()
+    except EOFError:
+        raise FusestoreError("the process that measured was killed.") from None
+    if not fine:
+        raise value
+    return end, value
+
+
+@contextlib.contextmanager
+def _child(work: Callable[[], Any], leads: bool = False) -> Iterator[Connection]:
+    """A child that works, and where its answer will come; at the end it is killed.
+
+    One that leads a process group takes all that it started with it.
+    """
+    receiver, sender = _FORK.Pipe(duplex=False)
+
+    def body() -> None:
+        if leads:
+            os.setpgid(0, 0)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        receiver.close()
+        try:
+            value: tuple[bool, Any] = (True, work())
+        except Exception as error:
+            value = (False, error)
+        sender.send((time.perf_counter(), *value))
+
+    process = _FORK.Process(target=body)
+    process.start()
+    sender.close()
+    assert process.pid is not None
+    if leads:
+        with contextlib.suppress(OSError):  # whoever of the two comes first
+            os.setpgid(process.pid, process.pid)
+    try:
+        yield receiver
+        process.join(END_SECONDS)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            (os.killpg if leads else os.kill)(process.pid, signal.SIGKILL)
+        process.join()
+        receiver.close()

@@ -1,0 +1,225 @@
+"""How often what is measured, in which order, and what comes out of the rounds.
+
+Memory that a virtual machine touches for the first time is slow, and so is the
+first of anything: memory is touched before, and the first round does not count.
+In each round every target has its turn, another one first each time, so that
+what changes on the machine changes for all.  A figure is the median of its rounds,
+and the ratio of two targets the median of the ratios of each round.
+"""
+
+from __future__ import annotations
+
+import mmap
+import shutil
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import FusestoreError
+from ..limits import MIB
+from . import store_workloads, workloads
+from .children import isolated
+from .measured import Goal, Limit, Measured
+from .scale import Scale
+from .targets import Target
+from .watching import MemoryWatch, memory_mib
+from .workloads import Place, Run
+
+RUN_SECONDS_MAX = 900.0
+"""A run that takes longer is given up: something hangs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Something to be measured."""
+
+    name: str
+    title: str
+    run: Run
+    own: bool = False
+    """It makes stores of its own, once a round."""
+    once: bool = False
+    """It takes so long that one round must do, which counts; and only if it is asked for."""
+
+
+WORKLOADS = (
+    Workload("large", "one large file", workloads.large),
+    Workload("overwrite", "synced overwrites", workloads.overwrite),
+    Workload("small", "small files", workloads.small),
+    Workload("tree", "a source tree", workloads.tree),
+    Workload("objects", "latency of small objects", workloads.objects),
+    Workload("documents", "many clients", workloads.documents),
+    Workload("parallel", "clients at once", workloads.parallel),
+    Workload("sizes", "sizes of files", workloads.sizes),
+    Workload("checkpoints", "writes during checkpoints", store_workloads.checkpoints),
+    Workload("writeback", "4 KiB writes and -o writeback", store_workloads.writeback, own=True),
+    Workload("memory", "nodes in memory", store_workloads.memory, own=True),
+    Workload("degraded", "a region lost", store_workloads.degraded, own=True),
+    Workload("repair", "repair of a region", store_workloads.repair, own=True),
+    Workload("many", "many files", store_workloads.many, once=True),
+)
+
+
+@dataclass(slots=True)
+class Row:
+    """A figure of all targets, round by round."""
+
+    workload: str
+    figure: str
+    unit: str
+    is_rate: bool
+    limit: Limit | None = None
+    goal: Goal | None = None
+    values: dict[str, list[float]] = field(default_factory=dict)
+    """By target; each has the same number of rounds."""
+
+    def median(self, target: str) -> float:
+        """The figure of a target."""
+        return statistics.median(self.values[target])
+
+    def ratio(self, target: str, other: str) -> float | None:
+        """How many times the figure of another a target has."""
+        pairs = zip(self.values.get(target, ()), self.values.get(other, ()), strict=False)
+        ratios = [one / two for one, two in pairs if two > 0]
+        return statistics.median(ratios) if ratios else None
+
+    def share(self, target: str, disk_share: float) -> float | None:
+        """How much of its limit a target reaches; `disk_share` of the disk is not parity."""
+        raw = self.ratio(target, "raw") if self.limit is not Limit.NULL else None
+        if raw is not None and self.limit is Limit.WRITTEN:
+            raw /= disk_share
+        shares = [share for share in (raw, self.ratio(target, "null")) if share is not None]
+        return max(shares) if self.limit and shares else None
+
+    def goal_met(self, target: str) -> bool | None:
+        """Whether a target reaches the goal; None when that cannot be said."""
+        if self.goal is None or target not in self.values:
+            return None
+        if self.goal.times is None:
+            return self.median(target) >= self.goal.least
+        ratio = self.ratio(target, self.goal.times)
+        return None if ratio is None else ratio >= self.goal.least
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A workload that a target did not get through."""
+
+    workload: str
+    target: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.workload} on {self.target}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Targets, and how to measure them."""
+
+    targets: Sequence[Target]
+    scale: Scale
+    tarball: Path
+    disk: Path | None
+    """A scratch directory where stores may be made: None when none are asked for."""
+    files_in_store: int | None
+    report_progress: Callable[[str], None]
+    failures: list[Failure] = field(default_factory=list)
+
+    def measure(self, chosen: Sequence[Workload]) -> Iterator[list[Row]]:
+        """The rows of one workload after the other, then those of the daemons."""
+        warm_memory(self.scale.warm_mib)
+        watches = {target.name: MemoryWatch(target.daemon) for target in self.targets}
+        for workload in chosen:
+            yield self._rounds(workload, watches)
+        yield list(memory_rows(self.targets, watches))
+
+    def _rounds(self, workload: Workload, watches: dict[str, MemoryWatch]) -> list[Row]:
+        rows: dict[str, Row] = {}
+        targets = list(self.targets[:1] if workload.own else self.targets)
+        if workload.once:
+            targets = [target for target in targets if target.name != "null"]
+        dropped, rounds = (0, 1) if workload.once else (1, self.scale.rounds)
+        for number in range(dropped + rounds):
+            turn = number % max(1, len(targets))
+            for target in targets[turn:] + targets[:turn]:
+                self.report_progress(
+                    f"{workload.name} on {target.name}, round {number + 1} of {dropped + rounds}"
+                )
+                try:
+                    found = self._run(workload, target, watches[target.name])
+                except (OSError, FusestoreError) as error:
+                    self._failed(workload, target, error)
+                    targets = [each for each in targets if each is not target]
+                    for row in rows.values():
+                        row.values.pop(target.name, None)
+                    continue
+                if number >= dropped:
+                    collect(rows, workload, target, found)
+        self.report_progress("")
+        return [row for row in rows.values() if row.values]
+
+    def _failed(self, workload: Workload, target: Target, error: OSError | FusestoreError) -> None:
+        reason = str(error)
+        if isinstance(error, OSError):
+            where = f" ({error.filename})" if error.filename else ""
+            reason = f"{error.strerror or error}{where}."
+        self.failures.append(Failure(workload.name, target.name, reason))
+
+    def _run(self, workload: Workload, target: Target, watch: MemoryWatch) -> list[Measured]:
+        """One run, in an empty directory that is gone afterwards."""
+        if workload.own:
+            assert self.disk is not None
+            return list(workload.run(Place(self.disk, self.scale, self.tarball)))
+        top = target.top / workload.name
+        place = Place(
+            top, self.scale, self.tarball, target.daemon, target.store, self.files_in_store
+        )
+
+        def work() -> list[Measured]:
+            top.mkdir()
+            return list(workload.run(place))
+
+        try:
+            return isolated(work, watch.look, None if workload.once else RUN_SECONDS_MAX)
+        finally:
+            isolated(lambda: shutil.rmtree(top, ignore_errors=True), watch.look)
+
+
+def collect(
+    rows: dict[str, Row], workload: Workload, target: Target, found: Sequence[Measured]
+) -> None:
+    """Add what one run found."""
+    for each in found:
+        row = rows.setdefault(
+            each.figure,
+            Row(workload.name, each.figure, each.unit, each.is_rate, each.limit, each.goal),
+        )
+        row.values.setdefault(target.name, []).append(each.value)
+
+
+def memory_rows(targets: Sequence[Target], watches: dict[str, MemoryWatch]) -> Iterator[Row]:
+    """What the daemons took at most, over all workloads."""
+    anonymous = Row("daemon", "memory of the daemon, most RssAnon", "MiB", False)
+    resident = Row("daemon", "memory of the daemon, VmHWM", "MiB", False)
+    for target in targets:
+        if target.daemon is None:
+            continue
+        watches[target.name].look()
+        most = memory_mib(target.daemon, "VmHWM")
+        if most is not None:
+            anonymous.values[target.name] = [watches[target.name].most_mib]
+            resident.values[target.name] = [most]
+    yield from (row for row in (anonymous, resident) if row.values)
+
+
+def warm_memory(mib: int) -> None:
+    """Touch memory once, and give it back; less when less is there."""
+    available = 0
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) // 1024
+    with mmap.mmap(-1, max(1, min(mib, available // 2)) * MIB) as memory:
+        for offset in range(0, len(memory), mmap.PAGESIZE):
+            memory[offset] = 1

@@ -1,0 +1,175 @@
+"""What only stores are measured in: lost regions, repair, checkpoints, many files.
+
+Most make stores of their own, so that they are not spoilt for others.  These run
+in the benchmark's own process, which makes and removes stores; all that touches
+their files is done in a child.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from ..control_client import ControlClient
+from ..limits import MIB
+from . import workloads
+from .children import isolated, together
+from .measured import Measured
+from .targets import check_room, own_store
+from .workloads import BLOCK_BYTES, Place, drop_caches, read_whole, seconds, write_large
+
+REGION = "us-east-1"
+MEMORY = Path("/dev/shm")
+CHURN_BATCH = 500
+"""Files that are made between two looks at the store's checkpoint."""
+FILES_PER_DIRECTORY = 1000
+
+
+def in_child(work: Callable[[], float]) -> float:
+    """How long work in a child took, as it says itself."""
+    return isolated(work, lambda: None)
+
+
+def degraded(place: Place) -> Iterator[Measured]:
+    """Read what was written before a region was lost, and write without it."""
+    scale = place.scale
+    mib, reads, block = scale.damaged_mib, scale.random_reads, os.urandom(MIB)
+    with own_store(place.top) as store:
+        large, tree, new = (store.mountpoint / name for name in ("large", "tree", "new"))
+
+        def fill() -> float:
+            write_large(large, mib, block)
+            tree.mkdir()
+            new.mkdir()
+            return seconds(lambda: workloads.unpack(place.tarball, tree))
+
+        in_child(fill)
+        store.umount()
+        store.lose(REGION)
+        store.mount()
+        drop_caches()
+        elapsed = in_child(lambda: seconds(lambda: read_whole(large)))
+        yield Measured("a region lost: sequential read, cold", "MiB/s", mib / elapsed)
+        drop_caches()
+        elapsed = in_child(lambda: seconds(lambda: workloads.read_at_random(large, mib, reads)))
+        yield Measured("a region lost: random 4 KiB read, cold", "/s", reads / elapsed)
+        drop_caches()
+        count = workloads.command("tar", "--list", "--file", str(place.tarball)).count("\n")
+        elapsed = in_child(lambda: seconds(lambda: workloads.search(tree)))
+        yield Measured("a region lost: grep -r, cold", "files/s", count / elapsed)
+        elapsed = in_child(lambda: seconds(lambda: workloads.unpack(place.tarball, new)))
+        yield Measured("a region lost: tar -x", "files/s", count / elapsed)
+        elapsed = in_child(
+            lambda: seconds(lambda: write_large(store.mountpoint / "more", mib, block))
+        )
+        yield Measured("a region lost: sequential write, fsync", "MiB/s", mib / elapsed)
+
+
+def repair(place: Place) -> Iterator[Measured]:
+    """Rebuild a region whose directory is gone, mounted."""
+    mib, block = place.scale.damaged_mib, os.urandom(MIB)
+    with own_store(place.top) as store:
+        in_child(lambda: seconds(lambda: write_large(store.mountpoint / "large", mib, block)))
+        store.umount()
+        store.lose(REGION)
+        store.mount()
+        drop_caches()
+        start = time.perf_counter()
+        done = store.repair(REGION)
+        elapsed = time.perf_counter() - start
+        rebuilt = done["bytes"] / MIB
+        yield Measured("repair of a region: rebuilt and checked", "MiB/s", rebuilt / elapsed)
+        yield Measured(f"repair of a region: a store of {mib} MiB", "s", elapsed)
+
+
+def writeback(place: Place) -> Iterator[Measured]:
+    """Write a file in pieces of 4 KiB, with and without -o writeback."""
+    mib, block = place.scale.small_write_mib, os.urandom(BLOCK_BYTES)
+
+    def write(path: Path) -> None:
+        with open(path, "wb", buffering=0) as file:
+            for _ in range(mib * MIB // BLOCK_BYTES):
+                file.write(block)
+            os.fsync(file.fileno())
+
+    for options in ((), ("writeback",)):
+        with own_store(place.top, *options) as store:
+            path = store.mountpoint / "small writes"
+            elapsed = in_child(lambda path=path: seconds(lambda: write(path)))  # type: ignore[misc]
+            name = ", ".join(["sequential 4 KiB writes, then fsync", *map("-o {}".format, options)])
+            yield Measured(name, "MiB/s", mib / elapsed)
+
+
+def memory(place: Place) -> Iterator[Measured]:
+    """The large file in a store whose nodes and metadata are in memory (/dev/shm)."""
+    check_room(MEMORY, 3 * place.scale.memory_mib * MIB)
+    with own_store(MEMORY) as store:
+        there = replace(
+            place,
+            top=store.mountpoint,
+            scale=replace(place.scale, large_mib=place.scale.memory_mib),
+            daemon=store.daemon(),
+        )
+        for each in isolated(lambda: list(workloads.large(there)), lambda: None):
+            yield replace(each, figure=f"in memory: {each.figure}", limit=None, goal=None)
+
+
+def checkpoints(place: Place) -> Iterator[Measured]:
+    """Time writes of 4 KiB while another process creates files as fast as it can.
+
+    That makes a store's daemon write checkpoints all the time.
+    """
+    path, block = place.top / "stalled", os.urandom(BLOCK_BYTES)
+    end = time.perf_counter() + place.scale.stall_seconds
+    write_large(path, 1, os.urandom(MIB))
+    churned = place.top / "churned"
+    churned.mkdir()
+
+    def write() -> list[float]:
+        latencies: list[float] = []
+        with workloads.opened(path, os.O_WRONLY) as fd:
+            while (start := time.perf_counter()) < end:
+                os.pwrite(fd, block, len(latencies) % (MIB // BLOCK_BYTES) * BLOCK_BYTES)
+                latencies.append(time.perf_counter() - start)
+        return latencies
+
+    def churn() -> list[float]:
+        seen: set[float] = set()
+        names = map(str, itertools.count())
+        while time.perf_counter() < end:
+            for name in itertools.islice(names, CHURN_BATCH):
+                with open(f"{churned}/{name}", "wb", buffering=0) as file:
+                    file.write(block[:100])
+            if place.store is not None:
+                status = ControlClient(place.store).request("status")
+                seen.add(status["checkpoint"])
+        return list(seen)
+
+    _, (latencies, seen) = together([write, churn])
+    yield from workloads.latency("4 KiB write meanwhile", latencies, ("median", "p99", "max"))
+    if place.store is not None:
+        yield Measured("checkpoints meanwhile", "", max(0, len(seen) - 1))
+
+
+def many(place: Place) -> Iterator[Measured]:
+    """The small files in a store that has 10,000 files, and again when it has many more."""
+    assert place.files_in_store is not None
+    there = 0
+    for wanted in (place.scale.files_before, place.files_in_store):
+        start, before = time.perf_counter(), there
+        while there < wanted:
+            directory = place.top / f"d{there // FILES_PER_DIRECTORY:06d}"
+            directory.mkdir()
+            for number in range(min(FILES_PER_DIRECTORY, wanted - there)):
+                with open(f"{directory}/{number:06d}", "wb", buffering=0) as file:
+                    file.write(b"one of many\n")
+                there += 1
+        if wanted > before:
+            elapsed = time.perf_counter() - start
+            yield Measured(f"filled to {wanted:,} files", "/s", (wanted - before) / elapsed)
+        for each in workloads.small(place):
+            yield replace(each, figure=f"at {wanted:,} files: {each.figure}", limit=None, goal=None)

@@ -1,0 +1,60 @@
+"""What figures depend on: the machine, its software and the file systems measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+from .. import __version__
+from .workloads import drop_caches
+
+
+def surroundings() -> dict[str, str]:
+    """What every figure of a run depends on, by name."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "fusestore": __version__,
+        "pyfuse3": metadata.version("pyfuse3"),
+        "Python": platform.python_version(),
+        "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "CPU": f"{processor()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores",
+        "memory": f"{memory:.1f} GiB",
+        "load": f"{os.getloadavg()[0]:.2f} before the start",
+        "caches": "dropped before what is called cold"
+        if drop_caches()
+        else "NOT dropped, which needs root: what is called cold may come from memory",
+    }
+
+
+def processor() -> str:
+    """The name that the processor gives itself."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown processor"
+
+
+def mount_table() -> list[tuple[str, str, str]]:
+    """Mount point, type and source of each mount, oldest first (proc_pid_mountinfo(5))."""
+    table = []
+    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).splitlines():
+        left, _, right = line.partition(" - ")
+        place = re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), left.split(" ")[4])
+        kind, source = right.split(" ")[:2]
+        table.append((place, kind, source))
+    return table
+
+
+def file_system(path: Path) -> str:
+    """Type and device of the file system that `path` is on."""
+    resolved = path.resolve()
+    best, answer = Path("/"), "unknown"
+    for place, kind, source in mount_table():
+        if resolved.is_relative_to(place) and len(Path(place).parts) >= len(best.parts):
+            best, answer = Path(place), f"{kind} on {source}"
+    return answer
