@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from ..errors import FusestoreError
+from .interrupts import deferred
 
 Result = TypeVar("Result")
 
@@ -95,17 +96,19 @@ def _child(work: Callable[[], Any], leads: bool = False) -> Iterator[Connection]
         sender.send((time.perf_counter(), *value))
 
     process = _FORK.Process(target=body)
-    process.start()
-    sender.close()
-    assert process.pid is not None
-    if leads:
-        with contextlib.suppress(OSError):  # whoever of the two comes first
-            os.setpgid(process.pid, process.pid)
     try:
+        with deferred():
+            process.start()
+            sender.close()
+            if leads:
+                with contextlib.suppress(OSError):  # whoever of the two comes first
+                    os.setpgid(process.pid or 0, process.pid or 0)
         yield receiver
         process.join(END_SECONDS)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            (os.killpg if leads else os.kill)(process.pid, signal.SIGKILL)
-        process.join()
-        receiver.close()
+        with deferred():
+            if process.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    (os.killpg if leads else os.kill)(process.pid, signal.SIGKILL)
+                process.join()
+            receiver.close()

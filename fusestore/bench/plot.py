@@ -44,7 +44,7 @@ def write(path: Path, records: Sequence[dict[str, Any]], title: str, names: Sequ
     by_key = {(each["workload"], each["figure"], each["target"]): each for each in records}
 
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fusestore", "font.size": 9}):
-        drawing = Figure(figsize=(9, 1.4 + 0.2 * (len(names) + 0.8) * len(figures)))
+        drawing = Figure(figsize=(9, 1.4 + 0.15 * (len(names) + 0.8) * len(figures)))
         axes = drawing.add_subplot()
         thick = 0.8 / len(names)
         for order, name in enumerate(names):
@@ -62,10 +62,10 @@ def write(path: Path, records: Sequence[dict[str, Any]], title: str, names: Sequ
         axes.axvline(1.0, color="#444444", linewidth=0.8, linestyle=":")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.set_xlabel(label)
-        axes.set_title(title, fontsize=9, loc="left")
+        axes.set_title(title, fontsize=9, loc="left", pad=24)
         axes.spines[["top", "right"]].set_visible(False)
         if figures:
-            axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(names), frameon=False)
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(names), frameon=False)
         svg = path.suffix.lower() == ".svg"
         drawing.savefig(path, bbox_inches="tight", dpi=150, metadata={"Date": None} if svg else {})
 

@@ -39,12 +39,17 @@ class Report:
         """Whether any target says what could be reached."""
         return not {"raw", "null"}.isdisjoint(self.names[1:])
 
+    def _goal_met(self, row: Row, target: str) -> bool | None:
+        """Goals are for stores, and only the first target may be one that counts."""
+        first = self.targets[0]
+        return row.goal_met(target) if first.name == target and first.daemon else None
+
     # --- the table -----------------------------------------------------------
 
     def head(self) -> str:
         """The names of the columns."""
-        line = " " * NAME_COLUMNS + "".join(f"{name[:10]:>11}" for name in self.names) + " " * 8
-        line += "".join(f"{'× ' + name[:8]:>11}" for name in self.names[1:])
+        line = " " * NAME_COLUMNS + "".join(f"{cut(name):>11}" for name in self.names) + " " * 8
+        line += "".join(f"{'× ' + cut(name):>13}" for name in self.names[1:])
         return line + ("  of the limit" if self.has_limits() else "")
 
     def lines(self, rows: Sequence[Row]) -> Iterator[str]:
@@ -57,11 +62,11 @@ class Report:
             line += f" {row.unit:7}"
             for name in self.names[1:]:
                 ratio = row.ratio(first, name)
-                line += f"{'' if ratio is None else f'{ratio:.2f}':>11}"
+                line += f"{'' if ratio is None else f'{ratio:.2f}':>13}"
             share = row.share(first, self.disk_share)
             if share is not None:
                 line += f"  {bar(share)} {share:4.0%}"
-            met = row.goal_met(first)
+            met = self._goal_met(row, first)
             if met is not None:
                 line += f"  goal {row.goal} {'✓' if met else '✗'}"
             yield line.rstrip()
@@ -83,7 +88,7 @@ class Report:
                 "ratio": row.ratio(self.names[0], name),
                 "share_of_limit": row.share(name, self.disk_share),
                 "goal": str(row.goal) if row.goal else None,
-                "goal_met": row.goal_met(name),
+                "goal_met": self._goal_met(row, name),
                 "values": values,
             }
             for row in rows
@@ -94,10 +99,15 @@ class Report:
 
 
 def number_text(value: float) -> str:
-    """Three digits, or more before the point."""
-    if value >= 100:
+    """Three digits, or more before the point; counts as they are."""
+    if value >= 100 or value == int(value):
         return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{value:#.3g}" if value >= 0.1 else f"{value:.2g}"
+
+
+def cut(name: str) -> str:
+    """A target's name for the head of a column."""
+    return name if len(name) <= 10 else name[:9] + "…"
 
 
 def value_text(record: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ import shutil
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from ..errors import FusestoreError
@@ -35,7 +36,6 @@ class Workload:
     """Something to be measured."""
 
     name: str
-    title: str
     run: Run
     own: bool = False
     """It makes stores of its own, once a round."""
@@ -44,20 +44,20 @@ class Workload:
 
 
 WORKLOADS = (
-    Workload("large", "one large file", workloads.large),
-    Workload("overwrite", "synced overwrites", workloads.overwrite),
-    Workload("small", "small files", workloads.small),
-    Workload("tree", "a source tree", workloads.tree),
-    Workload("objects", "latency of small objects", workloads.objects),
-    Workload("documents", "many clients", workloads.documents),
-    Workload("parallel", "clients at once", workloads.parallel),
-    Workload("sizes", "sizes of files", workloads.sizes),
-    Workload("checkpoints", "writes during checkpoints", store_workloads.checkpoints),
-    Workload("writeback", "4 KiB writes and -o writeback", store_workloads.writeback, own=True),
-    Workload("memory", "nodes in memory", store_workloads.memory, own=True),
-    Workload("degraded", "a region lost", store_workloads.degraded, own=True),
-    Workload("repair", "repair of a region", store_workloads.repair, own=True),
-    Workload("many", "many files", store_workloads.many, once=True),
+    Workload("large", workloads.large),
+    Workload("overwrite", workloads.overwrite),
+    Workload("small", workloads.small),
+    Workload("tree", workloads.tree),
+    Workload("objects", workloads.objects),
+    Workload("documents", workloads.documents),
+    Workload("parallel", workloads.parallel),
+    Workload("sizes", workloads.sizes),
+    Workload("checkpoints", store_workloads.checkpoints),
+    Workload("writeback", store_workloads.writeback, own=True),
+    Workload("memory", store_workloads.memory, own=True),
+    Workload("degraded", store_workloads.degraded, own=True),
+    Workload("repair", store_workloads.repair, own=True),
+    Workload("many", store_workloads.many, once=True),
 )
 
 
@@ -181,10 +181,16 @@ class Session:
             top.mkdir()
             return list(workload.run(place))
 
+        def clear() -> None:
+            isolated(partial(shutil.rmtree, top, ignore_errors=True), watch.look, RUN_SECONDS_MAX)
+
         try:
-            return isolated(work, watch.look, None if workload.once else RUN_SECONDS_MAX)
-        finally:
-            isolated(lambda: shutil.rmtree(top, ignore_errors=True), watch.look)
+            found = isolated(work, watch.look, None if workload.once else RUN_SECONDS_MAX)
+        except Exception:  # not an interruption: then the target goes, with all that is in it
+            clear()
+            raise
+        clear()
+        return found
 
 
 def collect(

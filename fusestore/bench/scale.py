@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..limits import KIB, MIB
@@ -45,16 +46,23 @@ class Scale:
     files_before: int = 10_000
     """Files in the store for the first of two measurements with many files."""
 
-    def bytes_max(self) -> int:
-        """The most file data that one run has on a file system at a time."""
-        parallel = max(self.parallel_mib, self.large_mib, self.damaged_mib) * MIB
-        documents = self.clients * self.documents_per_client * 1536 * KIB
-        return max(parallel, documents, *self.sizes)
+    def bytes_max(self, workloads: Iterable[str]) -> int:
+        """The most file data that one run of any of these has on a file system at a time."""
+        needed = {
+            "large": self.large_mib * MIB,
+            "parallel": self.parallel_mib * MIB,
+            "degraded": 2 * self.damaged_mib * MIB,
+            "repair": self.damaged_mib * MIB,
+            "writeback": self.small_write_mib * MIB,
+            "documents": self.clients * self.documents_per_client * 1536 * KIB,
+            "sizes": max(*self.sizes, self.size_total_bytes),
+        }
+        return max(needed.get(name, self.overwritten_mib * MIB) for name in workloads)
 
 
 FULL = Scale()
 QUICK = Scale(
-    rounds=1,
+    rounds=2,
     warm_mib=512,
     large_mib=64,
     random_reads=500,
@@ -69,7 +77,7 @@ QUICK = Scale(
     sizes=(1000, 100_000, 10_000_000),
     size_total_bytes=8 * MIB,
     size_files_max=30,
-    stall_seconds=2.0,
+    stall_seconds=4.0,
     damaged_mib=64,
     small_write_mib=8,
     memory_mib=64,

@@ -93,7 +93,8 @@ def run(options: Options, echo: Callable[[str], None], scale: Scale | None = Non
     with interrupts.caught(), contextlib.ExitStack() as stack:
         disk = options.disk or targets.working_directory()
         work = stack.enter_context(targets.scratch(disk))
-        measured = list(_targets(options, disk, scale, stack))
+        needed = scale.bytes_max(workload.name for workload in chosen)
+        measured = list(_targets(options, disk, needed, stack))
         own = measured[0].store
         reported = Report(measured, _disk_share(own))
         about = surroundings()
@@ -127,12 +128,12 @@ def _measure(
 
 
 def _targets(
-    options: Options, disk: Path, scale: Scale, stack: contextlib.ExitStack
+    options: Options, disk: Path, needed: int, stack: contextlib.ExitStack
 ) -> Iterator[Target]:
-    """What is measured, ready to be."""
+    """What is measured, ready to be; `needed`: the bytes of the largest workload."""
     taken = {"fusestore", "raw", "null"}
     if options.directory is None:
-        targets.check_room(disk, ROOM_BYTES_MIN + ROOM_FACTOR * scale.bytes_max())
+        targets.check_room(disk, ROOM_BYTES_MIN + ROOM_FACTOR * needed)
         store = stack.enter_context(targets.own_store(disk))
         about = f"2+1 in three regions on {file_system(disk)}"
         yield Target("fusestore", store.mountpoint, about, store.daemon(), store.path)
@@ -143,7 +144,7 @@ def _targets(
         if name in taken:
             raise UsageError(f"{path} is named twice.")
         taken.add(name)
-        targets.check_room(path, ROOM_BYTES_MIN + 2 * scale.bytes_max())
+        targets.check_room(path, ROOM_BYTES_MIN + 2 * needed)
         yield stack.enter_context(targets.directory(path, name))
     if options.null or options.directory is None:
         yield stack.enter_context(targets.null_daemon(disk))

@@ -25,7 +25,7 @@ from .workloads import BLOCK_BYTES, Place, drop_caches, read_whole, seconds, wri
 REGION = "us-east-1"
 MEMORY = Path("/dev/shm")
 CHURN_BATCH = 500
-"""Files that are made between two looks at the store's checkpoint."""
+"""Files that are made between two syncs."""
 FILES_PER_DIRECTORY = 1000
 
 
@@ -121,7 +121,7 @@ def memory(place: Place) -> Iterator[Measured]:
 def checkpoints(place: Place) -> Iterator[Measured]:
     """Time writes of 4 KiB while another process creates files as fast as it can.
 
-    That makes a store's daemon write checkpoints all the time.
+    It syncs them from time to time: a commit that finds many changes makes a checkpoint.
     """
     path, block = place.top / "stalled", os.urandom(BLOCK_BYTES)
     end = time.perf_counter() + place.scale.stall_seconds
@@ -139,18 +139,23 @@ def checkpoints(place: Place) -> Iterator[Measured]:
 
     def churn() -> list[float]:
         seen: set[float] = set()
-        names = map(str, itertools.count())
+        paths = (churned / str(number) for number in itertools.count())
         while time.perf_counter() < end:
-            for name in itertools.islice(names, CHURN_BATCH):
-                with open(f"{churned}/{name}", "wb", buffering=0) as file:
+            batch = list(itertools.islice(paths, CHURN_BATCH))
+            for path in batch:
+                with open(path, "wb", buffering=0) as file:
                     file.write(block[:100])
+            with workloads.opened(churned, os.O_RDONLY) as fd:
+                os.fsync(fd)
             if place.store is not None:
                 status = ControlClient(place.store).request("status")
                 seen.add(status["checkpoint"])
         return list(seen)
 
     _, (latencies, seen) = together([write, churn])
-    yield from workloads.latency("4 KiB write meanwhile", latencies, ("median", "p99", "max"))
+    yield from workloads.latency(
+        "4 KiB write, checkpoints meanwhile", latencies, ("median", "p99", "max")
+    )
     if place.store is not None:
         yield Measured("checkpoints meanwhile", "", max(0, len(seen) - 1))
 

@@ -58,10 +58,10 @@ def scratch(directory: Path) -> Iterator[Path]:
     """
     top = directory.resolve() / f"fusestore-bench-{os.getpid()}-{next(_numbers)}"
     try:
-        top.mkdir()
-    except OSError as error:
-        raise UsageError(f"{directory} cannot be measured: {error.strerror}.") from error
-    try:
+        try:
+            top.mkdir()
+        except OSError as error:
+            raise UsageError(f"{directory} cannot be measured: {error.strerror}.") from error
         yield top
     finally:
         with interrupts.deferred():
@@ -213,30 +213,31 @@ def null_daemon(disk: Path) -> Iterator[Target]:
 
 @contextlib.contextmanager
 def _null_process(mountpoint: Path) -> Iterator[int]:
-    with interrupts.deferred():
-        daemon = subprocess.Popen(
-            [sys.executable, "-P", "-m", "fusestore.bench.null", str(mountpoint)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            env=_environment(),
-        )
-    assert daemon.stdout is not None
-    assert daemon.stderr is not None
+    daemon = None
     try:
-        if daemon.stdout.readline() != "ready\n":
+        with interrupts.deferred():
+            daemon = subprocess.Popen(
+                [sys.executable, "-P", "-m", "fusestore.bench.null", str(mountpoint)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+                env=_environment(),
+            )
+            assert daemon.stdout is not None
+            assert daemon.stderr is not None
+            ready = daemon.stdout.readline() == "ready\n"
+        if not ready:
             reason = daemon.stderr.read().strip().splitlines() or ["it ended"]
             raise FusestoreError(f"The null daemon could not be mounted: {reason[-1]}")
         yield daemon.pid
     finally:
         with interrupts.deferred():
             _detach(mountpoint)
-            try:
-                daemon.wait(END_SECONDS_MAX)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
-            daemon.stdout.close()
-            daemon.stderr.close()
+            if daemon is not None:
+                try:
+                    daemon.communicate(timeout=END_SECONDS_MAX)
+                except subprocess.TimeoutExpired:
+                    daemon.kill()
+                    daemon.communicate()

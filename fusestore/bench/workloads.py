@@ -152,7 +152,7 @@ def objects(place: Place) -> Iterator[Measured]:
     randomness = random.Random(SEED)
     sizes = [randomness.randint(1000, 10_000) for _ in range(place.scale.objects)]
     data = os.urandom(10_000)
-    for what, synced in (("put", False), ("put and fsync", True)):
+    for what, synced in (("put", False), ("put, fsync", True)):
         directory = place.top / what
         directory.mkdir()
 
@@ -245,7 +245,7 @@ def documents(place: Place) -> Iterator[Measured]:
     elapsed, answers = together([partial(client, number) for number in range(scale.clients)])
     mib = sum(moved for moved, _ in answers) / MIB
     count = scale.clients * scale.documents_per_client
-    name = f"{scale.clients} clients, 10/90 read/write"
+    name = f"{scale.clients} clients, 10/90 r/w"
     yield Measured(f"{name}: documents", "/s", count / elapsed, Limit.WRITTEN)
     yield Measured(f"{name}: bytes", "MiB/s", mib / elapsed, Limit.WRITTEN)
     latencies = [seconds for _, each in answers for seconds in each]
