@@ -16,7 +16,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--disk", metavar="DIR", type=_PATH, help="Where a store of its own is made.")
 @click.option("--quick", is_flag=True, help="Little data, one round: a minute or so.")
 @click.option("--rounds", type=click.IntRange(min=1), help="Rounds that count; default: 5.")
-@click.option("--only", metavar="NAME[,NAME…]", help="Only these workloads, below.")
+@click.option("--only", metavar="NAME[,NAME…]", help="Only these of the workloads above.")
 @click.option(
     "--files-in-store",
     metavar="N",

@@ -62,7 +62,7 @@ class Scale:
 
 FULL = Scale()
 QUICK = Scale(
-    rounds=2,
+    rounds=1,
     warm_mib=512,
     large_mib=64,
     random_reads=500,
