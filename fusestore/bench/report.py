@@ -49,7 +49,7 @@ class Report:
     def head(self) -> str:
         """The names of the columns."""
         line = " " * NAME_COLUMNS + "".join(f"{cut(name):>11}" for name in self.names) + " " * 8
-        line += "".join(f"{'× ' + cut(name):>13}" for name in self.names[1:])
+        line += "".join(f"{'× ' + cut(name):>{ratio_columns(name)}}" for name in self.names[1:])
         return line + ("  of the limit" if self.has_limits() else "")
 
     def lines(self, rows: Sequence[Row]) -> Iterator[str]:
@@ -62,7 +62,7 @@ class Report:
             line += f" {row.unit:7}"
             for name in self.names[1:]:
                 ratio = row.ratio(first, name)
-                line += f"{'' if ratio is None else f'{ratio:.2f}':>13}"
+                line += f"{'' if ratio is None else f'{ratio:.2f}':>{ratio_columns(name)}}"
             share = row.share(first, self.disk_share)
             if share is not None:
                 line += f"  {bar(share)} {share:4.0%}"
@@ -108,6 +108,11 @@ def number_text(value: float) -> str:
 def cut(name: str) -> str:
     """A target's name for the head of a column."""
     return name if len(name) <= 10 else name[:9] + "…"
+
+
+def ratio_columns(name: str) -> int:
+    """The width of the column that has the first target's ratio to this one."""
+    return max(8, len(cut(name)) + 4)
 
 
 def value_text(record: dict[str, Any]) -> str:

@@ -140,7 +140,7 @@ def _targets(
         yield stack.enter_context(targets.directory(disk, "raw"))
     for path in filter(None, (options.directory, *options.against)):
         name = path.resolve().name or "/"
-        name = str(path) if name in taken else name
+        name = str(path.resolve()) if name in taken else name
         if name in taken:
             raise UsageError(f"{path} is named twice.")
         taken.add(name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from . import workloads
 from .children import isolated, together
 from .measured import Measured
 from .targets import check_room, own_store
-from .workloads import BLOCK_BYTES, Place, drop_caches, read_whole, seconds, write_large
+from .workloads import BLOCK_BYTES, Place, Run, drop_caches, read_whole, seconds, write_large
 
 REGION = "us-east-1"
 MEMORY = Path("/dev/shm")
@@ -32,6 +32,17 @@ FILES_PER_DIRECTORY = 1000
 def in_child(work: Callable[[], float]) -> float:
     """How long work in a child took, as it says itself."""
     return isolated(work, lambda: None)
+
+
+def all_of(run: Run, place: Place) -> list[Measured]:
+    """What a workload in a child measures."""
+    return isolated(lambda: list(run(place)), lambda: None)
+
+
+def renamed(circumstance: str, found: Iterable[Measured]) -> Iterator[Measured]:
+    """The figures of a workload under circumstances for which there are no limits."""
+    for each in found:
+        yield replace(each, figure=f"{circumstance}: {each.figure}", limit=None, goal=None)
 
 
 def degraded(place: Place) -> Iterator[Measured]:
@@ -53,20 +64,17 @@ def degraded(place: Place) -> Iterator[Measured]:
         store.mount()
         drop_caches()
         elapsed = in_child(lambda: seconds(lambda: read_whole(large)))
-        yield Measured("a region lost: sequential read, cold", "MiB/s", mib / elapsed)
+        yield Measured("then a region lost: sequential read, cold", "MiB/s", mib / elapsed)
         drop_caches()
         elapsed = in_child(lambda: seconds(lambda: workloads.read_at_random(large, mib, reads)))
-        yield Measured("a region lost: random 4 KiB read, cold", "/s", reads / elapsed)
+        yield Measured("then a region lost: random 4 KiB read", "/s", reads / elapsed)
         drop_caches()
         count = workloads.command("tar", "--list", "--file", str(place.tarball)).count("\n")
         elapsed = in_child(lambda: seconds(lambda: workloads.search(tree)))
-        yield Measured("a region lost: grep -r, cold", "files/s", count / elapsed)
-        elapsed = in_child(lambda: seconds(lambda: workloads.unpack(place.tarball, new)))
-        yield Measured("a region lost: tar -x", "files/s", count / elapsed)
-        elapsed = in_child(
-            lambda: seconds(lambda: write_large(store.mountpoint / "more", mib, block))
-        )
-        yield Measured("a region lost: sequential write, fsync", "MiB/s", mib / elapsed)
+        yield Measured("then a region lost: grep -r, cold", "files/s", count / elapsed)
+        there = replace(place, top=new, daemon=store.daemon())
+        for run in (workloads.large, workloads.overwrite, workloads.small, workloads.tree):
+            yield from renamed("degraded", all_of(run, there))
 
 
 def repair(place: Place) -> Iterator[Measured]:
@@ -101,7 +109,7 @@ def writeback(place: Place) -> Iterator[Measured]:
         with own_store(place.top, *options) as store:
             path = store.mountpoint / "small writes"
             elapsed = in_child(lambda path=path: seconds(lambda: write(path)))  # type: ignore[misc]
-            name = ", ".join(["sequential 4 KiB writes, then fsync", *map("-o {}".format, options)])
+            name = ", ".join(["4 KiB in sequence, fsync", *map("-o {}".format, options)])
             yield Measured(name, "MiB/s", mib / elapsed)
 
 
@@ -115,8 +123,7 @@ def memory(place: Place) -> Iterator[Measured]:
             scale=replace(place.scale, large_mib=place.scale.memory_mib),
             daemon=store.daemon(),
         )
-        for each in isolated(lambda: list(workloads.large(there)), lambda: None):
-            yield replace(each, figure=f"in memory: {each.figure}", limit=None, goal=None)
+        yield from renamed("in memory", all_of(workloads.large, there))
 
 
 def checkpoints(place: Place) -> Iterator[Measured]:
@@ -177,5 +184,4 @@ def many(place: Place) -> Iterator[Measured]:
         if wanted > before:
             elapsed = time.perf_counter() - start
             yield Measured(f"filled to {wanted:,} files", "/s", (wanted - before) / elapsed)
-        for each in workloads.small(place):
-            yield replace(each, figure=f"at {wanted:,} files: {each.figure}", limit=None, goal=None)
+        yield from renamed(f"at {wanted:,} files", workloads.small(place))
