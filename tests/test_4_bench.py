@@ -266,7 +266,7 @@ def test_an_own_store_beside_disk_and_null_daemon_leaves_nothing(
     figures = json.loads(file.read_text())["figures"]
     assert {each["workload"] for each in figures} == everything
     for each in figures:
-        assert each["median"] > 0 or each["figure"].startswith(("checkpoints", "daemon's CPU"))
+        assert each["median"] > 0 or each["unit"] in ("", "s")
     targets = {each["target"] for each in figures if each["workload"] == "large"}
     assert targets == {"fusestore", "raw", "null"}
     (write,) = (line for line in lines if line.startswith("sequential write, then fsync  "))
