@@ -82,7 +82,7 @@ def bench(
             disk=disk,
             quick=quick,
             rounds=rounds,
-            only=tuple(only.split(",")) if only else (),
+            only=tuple(name.strip() for name in only.split(",")) if only else (),
             files_in_store=files_in_store,
             json_file=json_file,
             csv_file=csv_file,

@@ -273,6 +273,7 @@ def test_an_own_store_beside_disk_and_null_daemon_leaves_nothing(
     assert "goal 0.62 × raw" in write
     assert "%" in write
     assert_nothing_is_left(place)
+    assert list(Path("/dev/shm").glob(f"fusestore-bench-{os.getpid()}-*")) == []
 
 
 def begun(place: Path, *arguments: str) -> subprocess.Popen[str]:

@@ -66,8 +66,13 @@ def write(path: Path, records: Sequence[dict[str, Any]], title: str, names: Sequ
         axes.spines[["top", "right"]].set_visible(False)
         if figures:
             axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(names), frameon=False)
-        svg = path.suffix.lower() == ".svg"
-        drawing.savefig(path, bbox_inches="tight", dpi=150, metadata={"Date": None} if svg else {})
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        drawing.savefig(
+            path,
+            bbox_inches="tight",
+            dpi=150,
+            metadata=nothing if path.suffix.lower() == ".svg" else {},
+        )
 
 
 def _shares(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], float | None]:

@@ -91,6 +91,7 @@ def run(options: Options, echo: Callable[[str], None], scale: Scale | None = Non
     options.check()
     scale = scale or options.scale()
     with interrupts.caught(), contextlib.ExitStack() as stack:
+        stack.callback(_progress, "")
         disk = options.disk or targets.working_directory()
         work = stack.enter_context(targets.scratch(disk))
         needed = scale.bytes_max(workload.name for workload in chosen)

@@ -90,7 +90,7 @@ def repair(place: Place) -> Iterator[Measured]:
         done = store.repair(REGION)
         elapsed = time.perf_counter() - start
         rebuilt = done["bytes"] / MIB
-        rate = rebuilt / done["seconds"]
+        rate = rebuilt / max(done["seconds"], 0.001)
         yield Measured("repair of a region: rebuilt and checked", "MiB/s", rate)
         yield Measured(f"repair of a region: the command, {mib} MiB", "s", elapsed)
 
@@ -132,15 +132,15 @@ def checkpoints(place: Place) -> Iterator[Measured]:
     It syncs them from time to time: a commit that finds many changes makes a checkpoint.
     """
     path, block = place.top / "stalled", os.urandom(BLOCK_BYTES)
-    end = time.perf_counter() + place.scale.stall_seconds
     write_large(path, 1, os.urandom(MIB))
     churned = place.top / "churned"
     churned.mkdir()
+    end = time.perf_counter() + place.scale.stall_seconds
 
     def write() -> list[float]:
         latencies: list[float] = []
         with workloads.opened(path, os.O_WRONLY) as fd:
-            while (start := time.perf_counter()) < end:
+            while (start := time.perf_counter()) < end or not latencies:
                 os.pwrite(fd, block, len(latencies) % (MIB // BLOCK_BYTES) * BLOCK_BYTES)
                 latencies.append(time.perf_counter() - start)
         return latencies
