@@ -6,6 +6,7 @@ committed and checkpointed, the answer goes to who asked, the process ends.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -218,6 +219,7 @@ class _Daemon:
                         on_ready(store.warnings())
                         log.info("%s is mounted on %s", self._config.store, self._mountpoint)
                         outer.start_soon(self._watch_signals)
+                        nursery.start_soon(self._read_further_ahead)
                         nursery.start_soon(self._tell_ready, store)
                         await pyfuse3.main(max_tasks=FUSE_TASKS_MAX)
                         self._manager.stopping("Committing, and closing the store")
@@ -263,6 +265,12 @@ class _Daemon:
             error = self._failed
             raise _first(error) if isinstance(error, ExceptionGroup) else error
         return {}
+
+    async def _read_further_ahead(self) -> None:
+        """Raise the kernel's read-ahead, once the first answer shows that it has set its own."""
+        with contextlib.suppress(OSError):  # unmounted meanwhile
+            await trio.to_thread.run_sync(os.statvfs, self._mountpoint, abandon_on_cancel=True)
+            mounts.read_further_ahead(self._mountpoint)
 
     async def _tell_ready(self, store: Store) -> None:
         """Tell the service manager, if there is one, once the mount answers through the kernel.

@@ -11,6 +11,7 @@ which can be left behind.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -22,8 +23,10 @@ from pathlib import Path
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from .errors import FusestoreError, StoreBusyError, UsageError
+from .limits import READ_AHEAD_BYTES
 
 SUBTYPE = "fusestore"
+BDI = Path("/sys/class/bdi")
 MOUNTINFO = Path("/proc/self/mountinfo")
 
 PROBE_SECONDS = 10.0
@@ -115,6 +118,18 @@ def find(mountpoint: Path) -> Mount | None:
     """The topmost mount of a store at exactly this path (see `locate`), or None."""
     found = [mount for mount in all_mounts() if mount.mountpoint == mountpoint]
     return found[-1] if found else None
+
+
+def read_further_ahead(mountpoint: Path) -> None:
+    """Have the kernel ask for up to a MiB at a time when files are read in order.
+
+    Its own choice is 128 KiB.  Only root may say so, and only after the first answer of the mount.
+    """
+    mount = find(mountpoint)
+    if mount is not None:
+        place = f"{os.major(mount.device)}:{os.minor(mount.device)}"
+        with contextlib.suppress(OSError):
+            (BDI / place / "read_ahead_kb").write_text(f"{READ_AHEAD_BYTES >> 10}\n")
 
 
 def containing(path: Path) -> Mount | None:
