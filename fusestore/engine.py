@@ -18,10 +18,10 @@ import errno
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Self, TypeAlias
+from typing import Any, Self
 
 import lmdb
-from sortedcontainers import SortedDict
+from sortedcontainers import SortedList
 
 from . import linux
 from .errors import MetadataError
@@ -31,7 +31,32 @@ from .records import Changes
 DATABASE, DATABASE_LOCK = "data.mdb", "lock.mdb"
 """What LMDB makes in the directory."""
 
-_Overlay: TypeAlias = "SortedDict[bytes, bytes | None]"
+
+class _Table(dict[bytes, bytes | None]):
+    """Changed keys and their values; sorted only when somebody asks for an order."""
+
+    __slots__ = ("_fresh", "_order")
+
+    def __init__(self, changes: Changes | None = None) -> None:
+        super().__init__(changes or {})
+        self._order: SortedList[bytes] = SortedList()
+        self._fresh: list[bytes] = list(self)
+
+    def take(self, changes: Changes) -> None:
+        """Add changes."""
+        for key in changes:
+            if key not in self:
+                self._fresh.append(key)
+        self.update(changes)
+
+    def irange(
+        self, start: bytes, end: bytes, inclusive: tuple[bool, bool], reverse: bool = False
+    ) -> Iterator[bytes]:
+        """Keys from start to end, in order."""
+        if self._fresh:
+            self._order.update(self._fresh)
+            self._fresh = []
+        return self._order.irange(start, end, inclusive, reverse)
 
 
 class Engine:
@@ -40,8 +65,8 @@ class Engine:
     def __init__(self, directory: Path, *, read_only: bool = False) -> None:
         """Open or make the environment in `directory`; MetadataError when it cannot be used."""
         self._directory = directory
-        self._active: _Overlay = SortedDict()
-        self._frozen: _Overlay | None = None
+        self._active = _Table()
+        self._frozen: _Table | None = None
         try:
             self._env = lmdb.open(
                 os.fspath(directory),
@@ -71,12 +96,12 @@ class Engine:
     def get(self, key: bytes) -> bytes | None:
         """The value of a key, or None."""
         try:
-            return self._active[key]  # type: ignore[no-any-return]
+            return self._active[key]
         except KeyError:
             pass
         if self._frozen is not None:
             try:
-                return self._frozen[key]  # type: ignore[no-any-return]
+                return self._frozen[key]
             except KeyError:
                 pass
         return self._txn.get(key)
@@ -94,16 +119,16 @@ class Engine:
         """All rows as they are now, for another thread; close it soon."""
         overlays = [self._active] if self._frozen is None else [self._active, self._frozen]
         try:
-            return View([overlay.copy() for overlay in overlays], self._env.begin())
+            return View([_Table(overlay) for overlay in overlays], self._env.begin())
         except lmdb.Error as error:
             raise MetadataError(f"The metadata in {self._directory}: {error}.") from error
 
     def last(self, start: bytes, end: bytes) -> tuple[bytes, bytes] | None:
         """The greatest key with start <= key <= end, and its value, or None."""
         while True:
-            best = next(self._active.irange(start, end, reverse=True), None)
+            best = next(self._active.irange(start, end, (True, True), reverse=True), None)
             if self._frozen is not None:
-                other = next(self._frozen.irange(start, end, reverse=True), None)
+                other = next(self._frozen.irange(start, end, (True, True), reverse=True), None)
                 if other is not None and (best is None or other > best):
                     best = other
             cursor = self._cursor
@@ -129,7 +154,7 @@ class Engine:
         for key, value in changes.items():
             if len(key) > KEY_BYTES_MAX or (value is not None and len(value) > VALUE_BYTES_MAX):
                 raise ValueError(f"key {key!r} or its value is too long")
-        self._active.update(changes)
+        self._active.take(changes)
 
     @property
     def changed_keys(self) -> int:
@@ -147,12 +172,12 @@ class Engine:
         """Set the changes so far aside for a checkpoint; later ones are kept apart."""
         if self._frozen is not None:
             raise RuntimeError("a checkpoint is under way")
-        self._frozen, self._active = self._active, SortedDict()
+        self._frozen, self._active = self._active, _Table()
 
     def amend(self, changes: Changes) -> None:
         """Add to the changes that were set aside; what came later stays newer."""
         assert self._frozen is not None
-        self._frozen.update(changes)
+        self._frozen.take(changes)
 
     def write(self) -> None:
         """Write what was set aside, with a full sync; MetadataError when it failed.
@@ -160,8 +185,9 @@ class Engine:
         Runs in a thread.  After an error it may simply be called again.
         """
         assert self._frozen is not None
-        puts = [(key, value) for key, value in self._frozen.items() if value is not None]
-        deletes = [key for key, value in self._frozen.items() if value is None]
+        changes = sorted(self._frozen.items())
+        puts = [(key, value) for key, value in changes if value is not None]
+        deletes = [key for key, value in changes if value is None]
         try:
             self._preallocate(sum(len(key) + len(value) for key, value in puts))
             with self._env.begin(write=True) as txn, txn.cursor() as cursor:
@@ -210,7 +236,7 @@ class View:
     While it is open the database keeps the pages that it needs.
     """
 
-    def __init__(self, overlays: Sequence[_Overlay], txn: lmdb.Transaction) -> None:
+    def __init__(self, overlays: Sequence[_Table], txn: lmdb.Transaction) -> None:
         self._overlays, self._txn = overlays, txn
 
     def __enter__(self) -> Self:
@@ -223,7 +249,7 @@ class View:
         """The value of a key, or None."""
         for overlay in self._overlays:
             if key in overlay:
-                return overlay[key]  # type: ignore[no-any-return]
+                return overlay[key]
         return self._txn.get(key)  # type: ignore[return-value]
 
     def scan(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -242,15 +268,15 @@ def _stored(txn: lmdb.Transaction, start: bytes, end: bytes) -> Iterator[tuple[b
 
 
 def _merged(
-    overlays: Sequence[_Overlay], txn: lmdb.Transaction, start: bytes, end: bytes
+    overlays: Sequence[_Table], txn: lmdb.Transaction, start: bytes, end: bytes
 ) -> Iterator[tuple[bytes, bytes]]:
     """Rows of the database below the overlays, of which the first is the newest."""
-    walks = []
+    walks: list[list[Any]] = []
     for overlay in overlays:
-        walk = overlay.irange(start, end, inclusive=(True, False))
-        first = next(walk, None)
+        keys = overlay.irange(start, end, (True, False))
+        first = next(keys, None)
         if first is not None:
-            walks.append([first, walk, overlay])
+            walks.append([first, keys, overlay])
     stored = _stored(txn, start, end)
     if not walks:
         yield from stored
