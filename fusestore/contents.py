@@ -8,9 +8,11 @@ else changes the file, so that old bytes can never come back.
 
 from __future__ import annotations
 
+import logging
 import stat
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from itertools import islice
 
 import trio
@@ -18,11 +20,20 @@ import trio
 from . import schema
 from .erasure import Code
 from .errors import FileTooLargeError, IsDirectoryError, StaleError
-from .limits import FILE_BYTES_MAX, TAIL_EXTENTS_MAX, TRIM_BATCH
+from .limits import (
+    FILE_BYTES_MAX,
+    REMOVAL_BATCH,
+    REMOVAL_PAUSE_SECONDS,
+    REMOVALS_MAX,
+    TAIL_EXTENTS_MAX,
+    TRIM_BATCH,
+)
 from .log import Log, Transaction
 from .read_path import Reader
 from .schema import Extent, Inode
 from .write_path import Writer
+
+log = logging.getLogger(__name__)
 
 Data = bytes | bytearray | memoryview
 
@@ -38,6 +49,8 @@ class Contents:
         self._tails: OrderedDict[int, Extent] = OrderedDict()
         """By inode the extent that was written last, for writes that go on behind it."""
         self._trimming: dict[int, trio.Event] = {}
+        self._dead: list[int] = []
+        """Orphans that nobody uses any more."""
 
     # --- reading and writing -------------------------------------------------
 
@@ -197,33 +210,71 @@ class Contents:
     # --- removing ------------------------------------------------------------
 
     def remove(self, ino: int) -> None:
-        """Remove an orphan that nobody uses any more, and all that it had."""
+        """Remove an orphan that nobody uses any more, and all that it had, soon.
+
+        Its row in `orphans` stays until then: after a crash the next mount does it.
+        """
+        self._dead.append(ino)
+        if len(self._dead) == 1:
+            self._nursery.start_soon(self._bury)
+
+    async def _bury(self) -> None:
+        """Remove what is dead, many at a time, once no more comes."""
+        while self._dead:
+            count = len(self._dead)
+            await trio.sleep(REMOVAL_PAUSE_SECONDS)
+            if count < len(self._dead) < REMOVALS_MAX:
+                continue
+            while self._dead and not self._log.broken:
+                batch, self._dead = self._dead[:REMOVAL_BATCH], self._dead[REMOVAL_BATCH:]
+                try:
+                    self._dead += self._remove(batch)
+                except Exception:
+                    log.exception("%d inodes could not be removed; the next mount does it", count)
+                await trio.lowlevel.checkpoint()
+            if self._log.broken:
+                self._dead.clear()
+
+    def _remove(self, inos: Sequence[int]) -> Sequence[int]:
+        """Remove orphans, and all that they had, in one transaction; those that did not fit.
+
+        Extents past the first TRIM_BATCH of a file are removed later.
+        """
+        trims: list[int] = []
+        left: Sequence[int] = []
         with Transaction(self._log) as txn:
-            value = txn.get(schema.inode_key(ino))
-            if value is None:
-                return
-            inode = Inode.decode(value)
-            prefix = schema.xattr_key(ino, b"")
-            for key, _ in list(txn.scan(prefix, schema.after(prefix))):
-                txn.delete(key)
-            if stat.S_ISLNK(inode.mode):
-                txn.delete(schema.target_key(ino))
-            txn.delete(schema.inode_key(ino))
-            txn.delete(schema.orphan_key(ino))
-            txn.files -= 1
-            more = stat.S_ISREG(inode.mode) and self._trim_batch(txn, ino, inode, 0)
-            if more:
-                txn.put(schema.trim_key(ino), bytes(8))
-        if more:
+            for i, ino in enumerate(inos):
+                if len(txn.changes) > TRIM_BATCH:
+                    left = inos[i:]
+                    break
+                value = txn.get(schema.inode_key(ino))
+                if value is None:
+                    continue
+                inode = Inode.decode(value)
+                prefix = schema.xattr_key(ino, b"")
+                for key, _ in list(txn.scan(prefix, schema.after(prefix))):
+                    txn.delete(key)
+                if stat.S_ISLNK(inode.mode):
+                    txn.delete(schema.target_key(ino))
+                txn.delete(schema.inode_key(ino))
+                txn.delete(schema.orphan_key(ino))
+                txn.files -= 1
+                if stat.S_ISREG(inode.mode) and self._trim_batch(txn, ino, inode, 0):
+                    txn.put(schema.trim_key(ino), bytes(8))
+                    trims.append(ino)
+        for ino in trims:
             self._nursery.start_soon(self._trim, ino, 0)
+        return left
 
     async def resume(self) -> None:
         """After a mount: end the trims, and remove the orphans, that were left behind."""
         engine = self._log.engine
         for key, value in list(engine.scan(schema.TRIMS_START, schema.TRIMS_END)):
             await self._trim(schema.decode_ino_key(key), int.from_bytes(value, "little"))
-        for key, _ in list(engine.scan(schema.ORPHANS_START, schema.ORPHANS_END)):
-            self.remove(schema.decode_ino_key(key))
+        rows = engine.scan(schema.ORPHANS_START, schema.ORPHANS_END)
+        orphans: Sequence[int] = [schema.decode_ino_key(key) for key, _ in rows]
+        while orphans:
+            orphans = [*self._remove(orphans[:REMOVAL_BATCH]), *orphans[REMOVAL_BATCH:]]
 
     @staticmethod
     def _inode(txn: Transaction, ino: int) -> Inode:

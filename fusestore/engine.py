@@ -56,7 +56,8 @@ class _Table(dict[bytes, bytes | None]):
         if self._fresh:
             self._order.update(self._fresh)
             self._fresh = []
-        return self._order.irange(start, end, inclusive, reverse)
+        keys: Iterator[bytes] = self._order.irange(start, end, inclusive, reverse)
+        return keys
 
 
 class Engine:

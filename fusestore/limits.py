@@ -97,6 +97,11 @@ USERS_AWAY_SECONDS = 1.0
 """After the last read or write of a file the background may do as it likes."""
 TAIL_EXTENTS_MAX = 1024
 """Files whose last written extent is remembered."""
+REMOVAL_BATCH = 32
+"""Deleted files whose rows one transaction removes."""
+REMOVAL_PAUSE_SECONDS = 0.01
+REMOVALS_MAX = 10_000
+"""Deleted files wait until none came for so long, or until there are so many."""
 TRIM_BATCH = 256
 """Extents that one transaction removes."""
 

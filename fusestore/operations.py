@@ -152,10 +152,7 @@ class Operations(pyfuse3.Operations):
             self._known.pop(ino, None)
             if ino in self._orphans:
                 self._orphans.discard(ino)
-                try:
-                    self._contents.remove(ino)
-                except Exception:
-                    log.exception("inode %d could not be removed; the next mount does it", ino)
+                self._contents.remove(ino)
 
     @_answered
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
