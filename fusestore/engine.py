@@ -90,11 +90,11 @@ class Engine:
         """What the last checkpoint holds of start <= key < end."""
         return list(_stored(self._txn, start, end))
 
-    def view(self) -> View:
-        """All rows as they are now, for another thread; close it soon."""
+    def view(self, prefix: bytes = b"") -> View:
+        """The rows whose keys start with `prefix` as they are now, for a thread; close it soon."""
         overlays = [self._active] if self._frozen is None else [self._active, self._frozen]
         try:
-            return View([overlay.copy() for overlay in overlays], self._env.begin())
+            return View([_part(overlay, prefix) for overlay in overlays], self._env.begin())
         except lmdb.Error as error:
             raise MetadataError(f"The metadata in {self._directory}: {error}.") from error
 
@@ -276,6 +276,15 @@ def _merged(
                     walks.remove(walk)
         if value is not None and key is not None:
             yield key, value
+
+
+def _part(overlay: _Overlay, prefix: bytes) -> _Overlay:
+    """A copy of the keys of a table that start with `prefix`."""
+    if not prefix:
+        return overlay.copy()
+    end = (int.from_bytes(prefix, "big") + 1).to_bytes(len(prefix), "big")
+    keys = overlay.irange(prefix, end, inclusive=(True, False))
+    return SortedDict((key, overlay[key]) for key in keys)
 
 
 def _before(key: bytes) -> bytes:
