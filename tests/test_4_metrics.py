@@ -626,7 +626,7 @@ def test_what_is_no_address(text: str, config: StoreConfig) -> None:
     if text:
         file = config.store / "fusestore.toml"
         file.write_text(f'metrics = "{text}"\n' + file.read_text())
-        with pytest.raises(ConfigError, match=r"fusestore\.toml: metrics cannot be used: "):
+        with pytest.raises(ConfigError, match=r"fusestore\.toml:1: metrics cannot be used: "):
             load(config.store)
 
 
