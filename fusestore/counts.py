@@ -86,6 +86,7 @@ class Counter:
         self._kept = Counts.read(store)
         self._began = time.monotonic()
         self._before = combined(tallies, {})
+        self._writing = trio.Lock()
 
     def now(self) -> Counts:
         """All that was counted since the last reset."""
@@ -104,7 +105,8 @@ class Counter:
         if not self._keeps:
             return
         try:
-            await trio.to_thread.run_sync(self.now().write, self._store)
+            async with self._writing:
+                await trio.to_thread.run_sync(self.now().write, self._store)
         except OSError as error:
             log.warning("The counts of operations cannot be kept: %s", error)
 

@@ -19,6 +19,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self, TypeAlias
+from weakref import WeakSet
 
 import lmdb
 from sortedcontainers import SortedDict
@@ -42,6 +43,8 @@ class Engine:
         self._directory = directory
         self._active: _Overlay = SortedDict()
         self._frozen: _Overlay | None = None
+        self._views: WeakSet[View] = WeakSet()
+        """Those that are open: threads may be reading them."""
         try:
             self._env = lmdb.open(
                 os.fspath(directory),
@@ -61,10 +64,14 @@ class Engine:
         self._cursor = self._txn.cursor()
 
     def close(self) -> None:
-        """Close the environment; changes that no checkpoint wrote are dropped."""
+        """Close the environment; changes that no checkpoint wrote are dropped.
+
+        Under a thread that still reads a view it stays open until the process ends.
+        """
         self._cursor.close()
         self._txn.abort()
-        self._env.close()
+        if not self._views:
+            self._env.close()
 
     # --- reading -------------------------------------------------------------
 
@@ -94,7 +101,8 @@ class Engine:
         """The rows whose keys start with `prefix` as they are now, for a thread; close it soon."""
         overlays = [self._active] if self._frozen is None else [self._active, self._frozen]
         try:
-            return View([_part(overlay, prefix) for overlay in overlays], self._env.begin())
+            parts = [_part(overlay, prefix) for overlay in overlays]
+            return View(parts, self._env.begin(), self._views)
         except lmdb.Error as error:
             raise MetadataError(f"The metadata in {self._directory}: {error}.") from error
 
@@ -210,14 +218,18 @@ class View:
     While it is open the database keeps the pages that it needs.
     """
 
-    def __init__(self, overlays: Sequence[_Overlay], txn: lmdb.Transaction) -> None:
-        self._overlays, self._txn = overlays, txn
+    def __init__(
+        self, overlays: Sequence[_Overlay], txn: lmdb.Transaction, views: WeakSet[View]
+    ) -> None:
+        self._overlays, self._txn, self._views = overlays, txn, views
+        views.add(self)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._txn.abort()
+        self._views.discard(self)
 
     def get(self, key: bytes) -> bytes | None:
         """The value of a key, or None."""

@@ -39,6 +39,7 @@ from test_2_log import Opened, opened
 from fusestore import operations, schema, web
 from fusestore.config import COUNTS_NAME, StoreConfig, load
 from fusestore.counts import COLUMNS, Counter, Counts, csv_text
+from fusestore.engine import Engine
 from fusestore.erasure import Code
 from fusestore.errors import ConfigError, FusestoreError, NoEntryError, NoSpaceError, UsageError
 from fusestore.limits import STRIPE_BYTES
@@ -46,6 +47,7 @@ from fusestore.mkfs import make_store
 from fusestore.monitor import BUCKETS_NS, Monitor, _page, health
 from fusestore.mount_options import MountOptions, parse_address
 from fusestore.operations import TALLIES, _answered
+from fusestore.report import count_missing
 from fusestore.status_text import duration_text, risk_line, status_lines, verdict
 from fusestore.tally import BOUNDS_NS, Histogram, Tally, combined, summary
 
@@ -246,6 +248,17 @@ async def test_missing_shards_are_counted_beside_the_loop(config: StoreConfig) -
         assert [n["missing_shards"] for n in status["nodes"]] == [0, 299, 0]
         assert not status["healthy"]
         assert status["regions_borne"] == 0
+
+
+def test_a_view_outlives_its_engine(tmp_path: Path) -> None:
+    engine = Engine(tmp_path)
+    engine.apply({schema.missing_key(1, n, 0): b"" for n in range(1000)})
+    engine.freeze()
+    engine.write()
+    engine.thaw()
+    view = engine.view(b"M")
+    engine.close()  # a thread may be in the middle of it
+    assert count_missing(view) == {1: 1000}
 
 
 STATUS: dict[str, Any] = {
