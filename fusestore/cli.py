@@ -18,11 +18,13 @@ from . import __version__, logs
 from .cli_about import completion, man, version
 from .cli_bench import bench
 from .cli_errors import EndsInSentences
+from .cli_metrics import metrics
 from .cli_mount import mount, umount
 from .cli_operate import config, log_level, service
 from .cli_rescue import fsck, recover
 from .cli_safety import drill, risk, scrub
-from .cli_store import inspect, repair, status
+from .cli_status import status
+from .cli_store import inspect, repair
 from .errors import UsageError
 
 CODE_ATTRIBUTE = "user.fusestore.code"
@@ -60,7 +62,7 @@ def cli() -> None:
 
 
 for _command in (
-    *(mount, umount, status, repair, scrub, risk, drill, fsck, recover, inspect, bench),
+    *(mount, umount, status, metrics, repair, scrub, risk, drill, fsck, recover, inspect, bench),
     *(config, log_level, service, version, man, completion),
 ):
     cli.add_command(_command)

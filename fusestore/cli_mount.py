@@ -21,6 +21,9 @@ EXIT_SECONDS = 60.0
 @click.option("--foreground", "-f", is_flag=True, help="Stay, and log to standard error.")
 @click.option("options", "-o", multiple=True, metavar="OPT[,OPT…]", help="Mount options, below.")
 @click.option(
+    "--metrics", metavar="[HOST:]PORT", help="Serve metrics and a status page there, by HTTP."
+)
+@click.option(
     "--log-level",
     type=click.Choice(LEVELS),
     default="info",
@@ -40,6 +43,7 @@ def mount(
     mountpoint: Path,
     foreground: bool,
     options: tuple[str, ...],
+    metrics: str | None,
     log_level: str,
     log_format: str,
     ready_fd: int | None,
@@ -54,6 +58,7 @@ def mount(
       fusestore mount ~/store ~/files
       fusestore mount ~/store /srv/files -o allow_other,noexec
       fusestore mount ~/store ~/files --foreground --log-level debug
+      fusestore mount ~/store ~/files --metrics 9464    http://127.0.0.1:9464/
 
     \b
     Options of -o:
@@ -63,6 +68,7 @@ def mount(
                     fsync covered is lost when the daemon dies
       nonempty      MOUNTPOINT may have files; they are hidden meanwhile
       accept_loss   give up newer commits that nodes which are not there may hold
+      metrics=[HOST:]PORT    as --metrics; off: not even if fusestore.toml says so
       nosuid, nodev, noexec, noatime    as for mount(8); noatime is always so
     """
     from . import launch
@@ -70,7 +76,9 @@ def mount(
     from .mount_options import MountOptions
 
     config = load(store)
-    chosen = MountOptions.parse(options)
+    chosen = MountOptions.parse(
+        [*options, f"metrics={metrics}"] if metrics is not None else options
+    )
     if ready_fd is not None:
         launch.run(config, mountpoint, chosen, log_level, log_format, ready_fd)
         return

@@ -1,4 +1,4 @@
-"""The commands `status`, `repair` and `inspect`: what a store is and how it fares.
+"""The commands `repair` and `inspect`, and how a command has its work done.
 
 They ask the daemon of a mounted store, and open an unmounted one themselves;
 the same code does the work in both cases.
@@ -57,58 +57,6 @@ def answering(as_json: bool, **failed: Any) -> Iterator[None]:
 def print_json(value: Message) -> None:
     """Print the one JSON object that a command was asked for."""
     click.echo(json.dumps(value, indent=2))
-
-
-# --- status ------------------------------------------------------------------
-
-
-@click.command(short_help="Say whether a store is healthy.")
-@click.argument("store", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
-@click.pass_context
-def status(context: click.Context, store: Path, as_json: bool) -> None:
-    """Say how STORE fares: is all data safe, where is it mounted, what do its nodes hold.
-
-    Exit status 0: healthy; 1: not healthy; 3: it could not be found out.
-
-    \b
-      fusestore status ~/store
-      fusestore status ~/store --json | jq .nodes
-    """
-    with answering(as_json, healthy=False):
-        from .config import load
-
-        config = load(store)
-        pid, result = ask(config, "status", {}, lambda progress: None)
-        seen = _circumstances(config, pid)
-        result |= {key: value for key, value in seen.items() if result.get(key) is None}
-    if as_json:
-        print_json(result)
-    else:
-        from .status_text import status_lines
-
-        for line in status_lines(result):
-            click.echo(line)
-    if not result.get("healthy"):
-        context.exit(1)
-
-
-def _circumstances(config: StoreConfig, pid: int | None) -> Message:
-    """What can be said of a store from outside, in the fields of `status`."""
-    from . import logs, mounts
-
-    places = mounts.mounts_of(config.store) if pid is not None else []
-    log_file = logs.destination(pid) if pid is not None else config.log_file
-    return {
-        "healthy": False,
-        "mounted": pid is not None,
-        "mountpoint": os.fspath(places[-1].mountpoint) if places else None,
-        "pid": pid,
-        "store": os.fspath(config.store),
-        "uuid": str(config.uuid),
-        "code": str(config.code),
-        "log_file": os.fspath(log_file) if log_file else None,
-    }
 
 
 # --- repair ------------------------------------------------------------------

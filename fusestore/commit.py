@@ -19,6 +19,7 @@ import contextlib
 import errno
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -48,6 +49,7 @@ from .records import (
     record_length,
 )
 from .schema import LogState, NodeRow, Stripe
+from .tally import Histogram
 from .write_path import Taken, Writer
 
 log = logging.getLogger(__name__)
@@ -94,6 +96,10 @@ class Committer:
         """Journal segments that are finished, and their sizes, until they are trimmed."""
         self.journal_bytes = 0
         """Appended to each journal since the last snapshot."""
+        self.commits, self.checkpoints = Histogram(), Histogram()
+        """How long each took, from what it took being sealed to it being durable."""
+        self.committed_at: float | None = None
+        """When the last commit was durable, in seconds since the epoch."""
         self.on_checkpoint: list[Callable[[], None]] = []
         self.on_commit: list[Callable[[], None]] = []
 
@@ -258,6 +264,7 @@ class Committer:
         if state.broken:
             # What was taken stays seen, but nothing more is acknowledged.
             raise NotDurableError(state.broken)
+        began = time.perf_counter_ns()
         commit = Commit(
             taken.number,
             state.state.epoch,
@@ -289,6 +296,8 @@ class Committer:
             checksum=header.payload_checksum,
             journal_segment=self.journal_segment,
         )
+        self.commits.add(time.perf_counter_ns() - began)
+        self.committed_at = time.time()
         self._durable_through = commit.number
         self._uncovered = bool(taken.changes)
         self.epoch_base = None
@@ -382,11 +391,14 @@ class Committer:
     ) -> None:
         dirty, member.dirty = member.dirty, set()
         shards = len(member.unflushed)
+        began = time.perf_counter_ns()
         try:
             await member.call(self._write_node, member, offset, header, payload, sorted(dirty))
         except NodeError as error:
             member.fail(error)
             return
+        finally:
+            member.flushes.add(time.perf_counter_ns() - began)
         del member.unflushed[:shards]
         member.sampled_at = trio.current_time()
         self._holds(member, header)
@@ -438,6 +450,7 @@ class Committer:
             if state is None:
                 return
             engine.amend({schema.LOG_KEY: state.encode()})
+            began = time.perf_counter_ns()
             try:
                 await trio.to_thread.run_sync(engine.write)
             except MetadataError as error:
@@ -449,6 +462,7 @@ class Committer:
             self._frozen_at = None
             engine.thaw()
             self._checkpointed_at = trio.current_time()
+            self.checkpoints.add(time.perf_counter_ns() - began)
             self.checkpointed = state.commit
         for callback in self.on_checkpoint:
             callback()

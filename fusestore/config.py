@@ -4,6 +4,7 @@
     STORE/fusestore.lock    locked while a process has the store open; holds its number
     STORE/control.sock      where the daemon listens (control.py)
     STORE/fusestore.log     what a daemon in the background says
+    STORE/metrics.json      what operations were counted (counts.py)
     NODE/node.toml          which store and which node a directory is
 
 Only this module knows these names.  Both TOML files are replaced whole, never
@@ -21,6 +22,7 @@ from uuid import UUID
 
 from .erasure import Code
 from .errors import ConfigError, NodeIdentityError, UsageError
+from .mount_options import parse_address
 from .placement import check_region_rule
 from .toml_files import Table
 
@@ -28,6 +30,7 @@ CONFIG_NAME = "fusestore.toml"
 LOCK_NAME = "fusestore.lock"
 SOCKET_NAME = "control.sock"
 LOG_NAME = "fusestore.log"
+COUNTS_NAME = "metrics.json"
 IDENTITY_NAME = "node.toml"
 METADATA_NAME = "metadata"
 
@@ -35,7 +38,7 @@ CONFIG_VERSION = 1
 IDENTITY_VERSION = 1
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-_RESERVED = {CONFIG_NAME, LOCK_NAME, SOCKET_NAME, LOG_NAME, METADATA_NAME}
+_RESERVED = {CONFIG_NAME, LOCK_NAME, SOCKET_NAME, LOG_NAME, COUNTS_NAME, METADATA_NAME}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,8 @@ class StoreConfig:
     """Shards more than k that each new stripe must find a place for."""
     scrub_days: int = 30
     """A scrub begins by itself when the last one ended so long ago; 0: never."""
+    metrics: str = ""
+    """Where a mount serves metrics and the status page, as in `parse_address`; empty: nowhere."""
 
     @property
     def regions(self) -> tuple[str, ...]:
@@ -168,6 +173,7 @@ def examine(file: Path) -> tuple[StoreConfig, list[str]]:
         nodes=tuple(nodes),
         spare_shards=table.take_count("spare_shards", 0, 63),
         scrub_days=table.take_count("scrub_days", 30, 36_500),
+        metrics=_address(table),
     )
     table.end()
     for i, (node, row) in enumerate(zip(nodes, rows, strict=True)):
@@ -227,6 +233,8 @@ def write(config: StoreConfig) -> None:
     )
     days = tomlkit.item(config.scrub_days)
     document.add("scrub_days", days.comment("everything is read and verified so often; 0: never"))
+    if config.metrics:
+        document.add("metrics", tomlkit.item(config.metrics))
     rows = tomlkit.aot()
     for node in config.nodes:
         row = tomlkit.table()
@@ -342,6 +350,16 @@ def _code(table: Table) -> Code:
     except UsageError as error:
         table.bad("code", f"cannot be used: {str(error).rstrip('.')}")
         return Code(1, 0)
+
+
+def _address(table: Table) -> str:
+    text = table.take("metrics", str, "")
+    try:
+        if text:
+            parse_address(text)
+    except UsageError as error:
+        table.bad("metrics", f"cannot be used: {str(error).rstrip('.')}")
+    return text
 
 
 def _node(store: Path, table: Table) -> NodeConfig:

@@ -10,8 +10,9 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,17 @@ import trio
 from . import logs, mounts
 from .config import StoreConfig
 from .control import ControlServer, lock_store
+from .counts import Counter
 from .engine import DATABASE
 from .errors import FusestoreError, UsageError
 from .filesystem import FileSystem
 from .fsck_repair import fsck
 from .limits import FUSE_TASKS_MAX
-from .mount_options import MountOptions
-from .operations import Operations
+from .mount_options import NO_METRICS, MountOptions, parse_address
+from .operations import TALLIES, Operations
 from .safety import Rates, Safety
 from .service_manager import ServiceManager
+from .status_text import verdict
 from .store import Store, open_store
 
 log = logging.getLogger(__name__)
@@ -107,7 +110,8 @@ def _commands(store: Store, files: FileSystem) -> dict[str, Command]:
     """What works on a store whether it is mounted or not."""
 
     async def status(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        return await store.status()
+        found = await store.status()
+        return {"summary": verdict(found), **found}
 
     safety = Safety(store.log, store.reader, files.tree.path)
 
@@ -180,6 +184,9 @@ class _Daemon:
         self._closed = trio.Event()
         self._failed: Exception | None = None
         self._manager = ServiceManager()
+        self._mounted_at = time.time()
+        self._url: str | None = None
+        """Of the status page."""
 
     async def run(self, on_ready: Callable[[list[str]], None]) -> None:
         self._manager.starting(f"Opening {self._config.store}")
@@ -196,6 +203,9 @@ class _Daemon:
                 ):
                     files = FileSystem(store, nursery)
                     await files.begin()
+                    keeps = not self._options.read_only
+                    counter = Counter(self._config.store, TALLIES, keeps=keeps)
+                    nursery.start_soon(counter.run)
                     handlers = {
                         **_commands(store, files),
                         "stop": self._stop,
@@ -206,24 +216,29 @@ class _Daemon:
                     async def mounted_status(
                         arguments: dict[str, Any], progress: Progress
                     ) -> dict[str, Any]:
-                        return {
-                            **await status(arguments, progress),
-                            "mounted": True,
-                            "mountpoint": str(self._mountpoint),
-                            "pid": os.getpid(),
-                        }
+                        return {**await status(arguments, progress), **self._about()}
 
-                    handlers["status"] = mounted_status
-                    await outer.start(ControlServer(handlers).serve, self._config.store)
-                    async with self._mount(files):
-                        on_ready(store.warnings())
-                        log.info("%s is mounted on %s", self._config.store, self._mountpoint)
-                        outer.start_soon(self._watch_signals)
-                        nursery.start_soon(self._read_further_ahead)
-                        nursery.start_soon(self._tell_ready, store)
-                        await pyfuse3.main(max_tasks=FUSE_TASKS_MAX)
-                        self._manager.stopping("Committing, and closing the store")
+                    async def metrics(
+                        arguments: dict[str, Any], progress: Progress
+                    ) -> dict[str, Any]:
+                        if arguments.get("action") == "reset":
+                            counter.reset()
+                            await counter.keep()
+                        return counter.now().rows()
+
+                    handlers |= {"status": mounted_status, "metrics": metrics}
+                    with self._monitoring(store, nursery):
+                        await outer.start(ControlServer(handlers).serve, self._config.store)
+                        async with self._mount(files):
+                            on_ready(store.warnings())
+                            log.info("%s is mounted on %s", self._config.store, self._mountpoint)
+                            outer.start_soon(self._watch_signals)
+                            nursery.start_soon(self._read_further_ahead)
+                            nursery.start_soon(self._tell_ready, store)
+                            await pyfuse3.main(max_tasks=FUSE_TASKS_MAX)
+                            self._manager.stopping("Committing, and closing the store")
                     self._unmounted.set()
+                    await counter.keep()
                     nursery.cancel_scope.cancel()
             except Exception as error:
                 self._failed = error
@@ -231,6 +246,36 @@ class _Daemon:
             finally:
                 self._closed.set()
                 outer.cancel_scope.cancel()
+
+    def _about(self) -> dict[str, Any]:
+        """What the mount adds to the fields of `status`."""
+        return {
+            "mounted": True,
+            "mounted_at": self._mounted_at,
+            "mountpoint": str(self._mountpoint),
+            "pid": os.getpid(),
+            "metrics": self._url,
+        }
+
+    @contextmanager
+    def _monitoring(self, store: Store, nursery: trio.Nursery) -> Iterator[None]:
+        """Serve metrics and the status page, if that is wanted; FusestoreError."""
+        address = self._options.metrics or self._config.metrics
+        if not address or address == NO_METRICS:
+            yield
+            return
+        from .monitor import Monitor
+        from .web import WebServer
+
+        monitor = Monitor(store, TALLIES, self._about)
+        server = WebServer(*parse_address(address), monitor.routes())
+        self._url = server.url
+        log.info("metrics and the status page are at %s", server.url)
+        nursery.start_soon(monitor.run)
+        try:
+            yield
+        finally:
+            server.close()
 
     @asynccontextmanager
     async def _mount(self, files: FileSystem) -> AsyncIterator[None]:

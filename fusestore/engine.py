@@ -19,6 +19,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
+from weakref import WeakSet
 
 import lmdb
 from sortedcontainers import SortedList
@@ -68,6 +69,8 @@ class Engine:
         self._directory = directory
         self._active = _Table()
         self._frozen: _Table | None = None
+        self._views: WeakSet[View] = WeakSet()
+        """Those that are open: threads may be reading them."""
         try:
             self._env = lmdb.open(
                 os.fspath(directory),
@@ -87,10 +90,14 @@ class Engine:
         self._cursor = self._txn.cursor()
 
     def close(self) -> None:
-        """Close the environment; changes that no checkpoint wrote are dropped."""
+        """Close the environment; changes that no checkpoint wrote are dropped.
+
+        Under a thread that still reads a view it stays open until the process ends.
+        """
         self._cursor.close()
         self._txn.abort()
-        self._env.close()
+        if not self._views:
+            self._env.close()
 
     # --- reading -------------------------------------------------------------
 
@@ -116,11 +123,12 @@ class Engine:
         """What the last checkpoint holds of start <= key < end."""
         return list(_stored(self._txn, start, end))
 
-    def view(self) -> View:
-        """All rows as they are now, for another thread; close it soon."""
+    def view(self, prefix: bytes = b"") -> View:
+        """The rows whose keys start with `prefix` as they are now, for a thread; close it soon."""
         overlays = [self._active] if self._frozen is None else [self._active, self._frozen]
         try:
-            return View([_Table(overlay) for overlay in overlays], self._env.begin())
+            parts = [_part(overlay, prefix) for overlay in overlays]
+            return View(parts, self._env.begin(), self._views)
         except lmdb.Error as error:
             raise MetadataError(f"The metadata in {self._directory}: {error}.") from error
 
@@ -237,14 +245,18 @@ class View:
     While it is open the database keeps the pages that it needs.
     """
 
-    def __init__(self, overlays: Sequence[_Table], txn: lmdb.Transaction) -> None:
-        self._overlays, self._txn = overlays, txn
+    def __init__(
+        self, overlays: Sequence[_Table], txn: lmdb.Transaction, views: WeakSet[View]
+    ) -> None:
+        self._overlays, self._txn, self._views = overlays, txn, views
+        views.add(self)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._txn.abort()
+        self._views.discard(self)
 
     def get(self, key: bytes) -> bytes | None:
         """The value of a key, or None."""
@@ -303,6 +315,14 @@ def _merged(
                     walks.remove(walk)
         if value is not None and key is not None:
             yield key, value
+
+
+def _part(overlay: _Table, prefix: bytes) -> _Table:
+    """A copy of the keys of a table that start with `prefix`."""
+    if not prefix:
+        return _Table(overlay)
+    end = (int.from_bytes(prefix, "big") + 1).to_bytes(len(prefix), "big")
+    return _Table({key: overlay[key] for key in overlay.irange(prefix, end, (True, False))})
 
 
 def _before(key: bytes) -> bytes:

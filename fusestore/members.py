@@ -39,10 +39,11 @@ from .limits import (
 )
 from .nodes.base import Node, Segment, Space
 from .nodes.directory import DirectoryNode
-from .placement import place, turns
+from .placement import losses_borne, place, turns
 from .records import HEADER_BYTES, Run, record_length
 from .ring import Append, Ring, read_operation
 from .schema import NodeRow, SegmentState, ShardPlace
+from .tally import Histogram
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,12 @@ class Member:
     """By trio's clock: when `space` was told."""
     ring: Ring | None = None
     """Reads and flushes without a thread, where the kernel has that."""
+    used: int = 0
+    """Bytes that it takes there, as of when that was last asked."""
+    corrupt: int = 0
+    """Reads whose bytes were not those that were written."""
+    flushes: Histogram = field(default_factory=Histogram)
+    """How long its part of a commit took."""
     calls: set[trio.CancelScope] = field(default_factory=set)
     """Of what is waited for; given up at once when the node fails."""
     threads: trio.CapacityLimiter = field(
@@ -343,6 +350,14 @@ class Members:
             sum(member.id in ids for member in self.place(code, turn)) >= enough
             for turn in range(turns(self.regions))
         )
+
+    def losses_borne(self, codes: Iterable[Code], lacking: Collection[int]) -> int:
+        """How many more regions may go, whichever, if these nodes are taken to have nothing.
+
+        -1: stripes may have fewer shards than they need already.
+        """
+        gone = frozenset(i for i, member in enumerate(self.all) if member.id in lacking)
+        return min(losses_borne(code, self.regions, gone) for code in codes)
 
     def spaces(self) -> dict[int, tuple[Space, int]]:
         """By device: its room, and how many nodes share it; nodes that are away do not count."""

@@ -18,6 +18,10 @@ _SWITCHES = {
 }
 _IGNORED = {"", "defaults", "atime", "noatime"}
 _OWN = {"ro", "allow_other", "writeback", "nonempty", "accept_loss"}
+_METRICS = "metrics="
+
+LOOPBACK = "127.0.0.1"
+NO_METRICS = "off"
 
 _OF_FSTAB = {
     *("auto", "noauto", "nofail", "_netdev", "user", "nouser", "users", "owner", "group"),
@@ -36,7 +40,25 @@ def of_fstab(values: Iterable[str], *, sloppy: bool) -> list[str]:
         if option not in _OF_FSTAB and not option.startswith(_OF_FSTAB_WITH_VALUES)
     ]
     known = {*_OWN, *_SWITCHES, *_IGNORED, "rw"}
-    return [option for option in left if option in known] if sloppy else left
+    if not sloppy:
+        return left
+    return [option for option in left if option in known or option.startswith(_METRICS)]
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """(host, port) of `HOST:PORT`, `[IPV6]:PORT` or, on the loopback, `PORT`; UsageError."""
+    host, colon, port = text.rpartition(":")
+    if not colon:
+        host = LOOPBACK
+    elif host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        host = ""
+    if not host or not (port.isascii() and port.isdigit()) or int(port) > 65_535:
+        raise UsageError(
+            f"{text!r} is no address for metrics: use HOST:PORT, or PORT for this machine alone."
+        )
+    return host, int(port)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +74,8 @@ class MountOptions:
     """The mount may cover what the directory has."""
     accept_loss: bool = False
     """Commits that nodes which are not there may hold are given up."""
+    metrics: str = ""
+    """Where to serve metrics (`parse_address`), or `off`; empty: as the store is configured."""
     switches: tuple[str, ...] = ()
     """Of nosuid, nodev, noexec."""
 
@@ -62,6 +86,7 @@ class MountOptions:
         Of two that contradict each other, the later one counts.
         """
         chosen: dict[str, bool] = {}
+        metrics = ""
         for option in ",".join(values).split(","):
             option = option.strip()
             if option in _OWN:
@@ -71,8 +96,12 @@ class MountOptions:
                 chosen[switch] = option == switch
             elif option == "rw":
                 chosen["ro"] = False
+            elif option.startswith(_METRICS):
+                metrics = option.removeprefix(_METRICS)
+                if metrics != NO_METRICS:
+                    parse_address(metrics)
             elif option not in _IGNORED:
-                known = ", ".join(sorted(_OWN | set(_SWITCHES) | {"rw", "noatime"}))
+                known = ", ".join(sorted(_OWN | set(_SWITCHES) | {"rw", "noatime", _METRICS}))
                 raise UsageError(f"There is no mount option {option!r}; there are {known}.")
         return cls(
             read_only=chosen.get("ro", False),
@@ -80,6 +109,7 @@ class MountOptions:
             writeback=chosen.get("writeback", False),
             nonempty=chosen.get("nonempty", False),
             accept_loss=chosen.get("accept_loss", False),
+            metrics=metrics,
             switches=tuple(name for name in ("nosuid", "nodev", "noexec") if chosen.get(name)),
         )
 
@@ -105,4 +135,5 @@ class MountOptions:
         own = [("ro", self.read_only), ("allow_other", self.allow_other)]
         own += [("writeback", self.writeback), ("nonempty", self.nonempty)]
         own += [("accept_loss", self.accept_loss)]
-        return ",".join([*(name for name, chosen in own if chosen), *self.switches])
+        metrics = [f"{_METRICS}{self.metrics}"] if self.metrics else []
+        return ",".join([*(name for name, chosen in own if chosen), *metrics, *self.switches])

@@ -14,6 +14,7 @@ import logging
 import os
 import stat
 from collections.abc import Awaitable, Callable, Sequence
+from time import perf_counter_ns
 from typing import Any, TypeVar, cast
 
 import pyfuse3
@@ -23,6 +24,7 @@ from . import errors
 from .filesystem import FileSystem
 from .limits import NAME_BYTES_MAX
 from .schema import Inode
+from .tally import Tallies, Tally
 from .tree import Change
 
 log = logging.getLogger(__name__)
@@ -56,25 +58,36 @@ ERRNO: dict[type[errors.FusestoreError], int] = {
 _Handler = TypeVar("_Handler", bound=Callable[..., Awaitable[Any]])
 _NO_FLUSH = FUSEError(errno.ENOSYS)
 
+TALLIES: Tallies = {}
+"""What this process has answered, by handler."""
+
 
 def _answered(handler: _Handler) -> _Handler:
-    """Turn what a handler raises into an errno."""
+    """Turn what a handler raises into an errno, and count what it does."""
+    tally = TALLIES.setdefault(handler.__name__, Tally())
+    add = tally.times.add
 
     @functools.wraps(handler)
     async def wrapper(*args: Any) -> Any:
+        started = perf_counter_ns()
         try:
             return await handler(*args)
-        except FUSEError:
+        except FUSEError as error:
+            tally.answered(error.errno)
             raise
         except errors.FusestoreError as error:
             number = ERRNO.get(type(error))
             if number is None:
                 log.error("%s: %s", handler.__name__, error)
                 number = errno.EIO
+            tally.answered(number)
             raise FUSEError(number) from None
         except Exception:
             log.exception("%s met an unexpected error", handler.__name__)
+            tally.answered(errno.EIO)
             raise FUSEError(errno.EIO) from None
+        finally:
+            add(perf_counter_ns() - started)
 
     return cast("_Handler", wrapper)
 
@@ -301,12 +314,15 @@ class Operations(pyfuse3.Operations):
 
     @_answered
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        # pyfuse3 takes any contiguous buffer.
-        return cast("bytes", await self._contents.read(fh, off, size))
+        data = await self._contents.read(fh, off, size)
+        TALLIES["read"].size += len(data)
+        return cast("bytes", data)  # pyfuse3 takes any contiguous buffer
 
     @_answered
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        return await self._contents.write(fh, off, buf)
+        written = await self._contents.write(fh, off, buf)
+        TALLIES["write"].size += written
+        return written
 
     async def flush(self, fh: int) -> None:
         raise _NO_FLUSH  # the kernel then stops asking: one request less for each close

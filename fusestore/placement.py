@@ -7,6 +7,7 @@ one region can be lost.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -59,3 +60,30 @@ def place(code: Code, regions: tuple[str, ...], stripe: int) -> tuple[int, ...]:
     parity, and with them reads, are spread evenly over time.
     """
     return _spread(code.n, regions, stripe % turns(regions))
+
+
+def losses(good: Counter[str], k: int) -> int:
+    """How many regions may go, whichever, while k of the shards that each has are left.
+
+    -1: there are fewer than k already.
+    """
+    left = sum(good.values())
+    if left < k:
+        return -1
+    for lost, count in enumerate(sorted(good.values(), reverse=True)):
+        left -= count
+        if left < k:
+            return lost
+    return len(good)
+
+
+@lru_cache(maxsize=256)
+def losses_borne(code: Code, regions: tuple[str, ...], lacking: frozenset[int]) -> int:
+    """How many more regions may go, whichever, if the nodes at some positions have nothing.
+
+    -1: stripes may have fewer shards than they need already.
+    """
+    return min(
+        losses(Counter(regions[i] for i in place(code, regions, turn) if i not in lacking), code.k)
+        for turn in range(turns(regions))
+    )

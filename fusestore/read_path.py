@@ -46,6 +46,11 @@ class Reader:
         self.degraded = 0
         """Ranges that had to be decoded because a shard was missing or bad."""
 
+    @property
+    def cached(self) -> int:
+        """Decoded rows of stripes in memory."""
+        return len(self._cache)
+
     # --- files ---------------------------------------------------------------
 
     def extents(self, ino: int, start: int, end: int) -> Iterator[Extent]:
@@ -184,6 +189,7 @@ class Reader:
             return None
         if verified(row, index, low, data):
             return data
+        member.corrupt += 1
         self._damaged(
             number, index, f"Shard {index} of stripe {number:#x} on node {member.name} is corrupt."
         )

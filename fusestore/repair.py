@@ -23,7 +23,8 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,28 @@ _Here = tuple[int, Stripe, list[int]]
 """A stripe's number, the stripe, and the indices of its shards on a node."""
 
 
+@dataclass(slots=True)
+class Running:
+    """A repair under way."""
+
+    node: int
+    by_itself: bool
+    """Nobody asked for it: a node came back, or lacks some shards."""
+    phase: str = "begin"
+    """begin, journal, shards or healing."""
+    since: float = 0.0
+    """When the phase began, by the monotonic clock."""
+    done: int = 0
+    total: int = 0
+    """Bytes of the phase; of healing: shards, and 0, as `missing` has what is left."""
+
+    def enter(self, phase: str, done: int, total: int) -> None:
+        """Say how far it is."""
+        if phase != self.phase:
+            self.phase, self.since = phase, time.monotonic()
+        self.done, self.total = done, total
+
+
 class Repairer:
     """Heals shards, and brings nodes back."""
 
@@ -96,6 +119,24 @@ class Repairer:
         self._retry_wait: dict[int, float] = {}
         self._told: set[int] = set()
         """Stripes that cannot be rebuilt now, and of which the log has a line."""
+        self.running: Running | None = None
+        """What repairs, or heals, right now: one node at a time."""
+
+    @contextmanager
+    def _following(self, member: Member, progress: Progress | None = None) -> Iterator[Progress]:
+        """Let `running` say how far a repair is, besides whom the caller tells."""
+        outer = self.running
+        running = self.running = outer or Running(member.id, by_itself=progress is None)
+
+        def tell(message: dict[str, Any]) -> None:
+            running.enter(message["phase"], message["done"], message["total"])
+            if progress is not None:
+                progress(message)
+
+        try:
+            yield tell
+        finally:
+            self.running = outer
 
     # --- healing -------------------------------------------------------------
 
@@ -164,11 +205,12 @@ class Repairer:
             return
         log.info("Node %s is there again: it gets what it missed.", member.name)
         try:
-            await self._journal_first(member, lambda message: None)
-            if member.doubted or member.lost_segments:
-                await self._all_shards(member, lambda message: None)
-            await self._heal(member, Pace(self._log))
-            await self._join(member, lambda message: None)
+            with self._following(member) as progress:
+                await self._journal_first(member, progress)
+                if member.doubted or member.lost_segments:
+                    await self._all_shards(member, progress)
+                await self._heal(member, Pace(self._log))
+                await self._join(member, progress)
         except FusestoreError as error:
             self._retry_later(member)
             member.fail(error)
@@ -211,14 +253,23 @@ class Repairer:
         assert member.node is not None
         await member.call(member.sample)
         if member.lost_segments:
-            await self._all_shards(member, lambda message: None)
+            with self._following(member) as progress:
+                await self._all_shards(member, progress)
         await self._heal(member, Pace(self._log))
 
     async def _heal(self, member: Member, pace: Pace | None = None) -> tuple[int, int]:
         """Rebuild what `missing` has of a node; (shards, bytes) rebuilt; NodeError."""
+        if next(self._lacks(member), None) is None:
+            return 0, 0
+        with self._following(member):
+            return await self._heal_all(member, pace)
+
+    async def _heal_all(self, member: Member, pace: Pace | None) -> tuple[int, int]:
         shards = size = 0
         start = prefix = schema.missing_prefix(member.id)
         while True:
+            if self.running is not None:
+                self.running.enter("healing", shards, 0)
             rows = list(islice(self._log.engine.scan(start, schema.after(prefix)), REPAIR_BATCH))
             if not rows:
                 return shards, size
@@ -361,11 +412,12 @@ class Repairer:
             try:
                 await self._begin(member)
                 self._told.clear()
-                await self._journal_first(member, progress)
-                progress({"phase": "shards", "done": 0, "total": self._total(member)})
-                shards, size = await self._all_shards(member, progress, pace)
-                more = await self._heal(member, pace)
-                await self._join(member, progress)
+                with self._following(member, progress) as tell:
+                    await self._journal_first(member, tell)
+                    tell({"phase": "shards", "done": 0, "total": self._total(member)})
+                    shards, size = await self._all_shards(member, tell, pace)
+                    more = await self._heal(member, pace)
+                    await self._join(member, tell)
             except (FusestoreError, OSError) as error:
                 reason = NodeError(f"Repair of node {name} stopped: {error}")
                 member.fail(reason)
@@ -393,12 +445,16 @@ class Repairer:
             "unrepairable": paths,
         }
 
+    def past(self) -> list[dict[str, Any]]:
+        """The last repairs: `node`, `at` (seconds since the epoch), `bytes`, `seconds`."""
+        value = self._log.engine.get(schema.REPAIRS_KEY)
+        return json.loads(value) if value else []
+
     def _remember(self, name: str, size: int, seconds: float) -> None:
         """Keep how long repairs took."""
         if size == 0:
             return
-        value = self._log.engine.get(schema.REPAIRS_KEY)
-        known = json.loads(value) if value else []
+        known = self.past()
         known.append({"node": name, "at": time.time(), "bytes": size, "seconds": seconds})
         row = json.dumps(known[-REPAIRS_KEPT_MAX:]).encode()
         self._log.apply({schema.REPAIRS_KEY: row})
@@ -483,8 +539,9 @@ class Repairer:
         pace = pace or Pace(self._log)
         shards = size = done = 0
         total = self._total(member)
+        end = self.stripes_end()  # later ones are written to the node, or noted as missing
         for weak in (True, False):
-            for batch in self._batches(member, weak):
+            for batch in self._batches(member, weak, end):
                 length = sum(row.shard_length for _, row, _ in batch)
                 await pace.spend(length)
                 bad = await member.call(not_intact, member, batch)
@@ -507,15 +564,20 @@ class Repairer:
         member.doubted = False
         member.lost_segments.clear()
 
-    def _batches(self, member: Member, weak: bool) -> Iterator[list[_Here]]:
-        """Stripes with shards on a node that lack, or do not lack, shards elsewhere.
+    def stripes_end(self) -> bytes:
+        """The first key past those of the stripes that there are now."""
+        last = self._log.engine.last(schema.STRIPES_START, schema.STRIPES_END)
+        return last[0] + b"\0" if last is not None else schema.STRIPES_START
+
+    def _batches(self, member: Member, weak: bool, end: bytes) -> Iterator[list[_Here]]:
+        """Stripes before `end` with shards on a node that lack, or do not lack, shards elsewhere.
 
         A batch may be empty, so that others can run.
         """
         start = schema.STRIPES_START
         batch: list[_Here] = []
         while True:
-            rows = list(islice(self._log.engine.scan(start, schema.STRIPES_END), REPAIR_SCAN_ROWS))
+            rows = list(islice(self._log.engine.scan(start, end), REPAIR_SCAN_ROWS))
             for key, value in rows:
                 number, row = schema.decode_stripe_key(key), Stripe.decode(value)
                 here = [i for i, place in enumerate(row.shards) if place.node == member.id]

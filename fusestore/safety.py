@@ -24,6 +24,7 @@ from .limits import REPAIR_SCAN_ROWS
 from .log import Log
 from .members import Member
 from .pace import Pace
+from .placement import losses
 from .read_path import Reader
 from .schema import Stripe
 
@@ -98,7 +99,7 @@ class Safety:
                     lost.append(number)
                     continue
                 shards[spare] += 1
-                more = _losses(good, row.code.k)
+                more = losses(good, row.code.k)
                 regions[more] += 1
                 if more == 0:
                     weakest.append(number)
@@ -256,13 +257,3 @@ def _losses_a_year(regions: int, bears: int, rate: float, down: float) -> float:
     for already in range(bears + 1):
         result *= (regions - already) * rate * (down if already else 1.0)
     return result
-
-
-def _losses(good: Counter[str], k: int) -> int:
-    """How many regions may go, the fullest first, while k shards are left."""
-    left = sum(good.values())
-    for lost, count in enumerate(sorted(good.values(), reverse=True)):
-        left -= count
-        if left < k:
-            return lost
-    return len(good)

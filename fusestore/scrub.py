@@ -43,6 +43,8 @@ class Scrub:
     """never, running, paused or done."""
     position: str = ""
     """The key of the next stripe, in hexadecimal; empty while the journals are read."""
+    end: str = ""
+    """The first key past those that there were when it began, in hexadecimal."""
     rate: float | None = None
     """Bytes a second, None for as fast as users' own I/O allows."""
     started: float = 0.0
@@ -79,6 +81,18 @@ class Scrubber:
         value = state.engine.get(schema.SCRUB_KEY)
         self.scrub = Scrub(**json.loads(value)) if value else Scrub()
         self._wake = trio.Event()
+        self._walk_from = (0.0, 0)
+        """When this walk began, by the monotonic clock, and the stripes read before."""
+
+    def report(self) -> dict[str, Any]:
+        """Where it stands, and `eta_seconds`, when it should end, if that can be told."""
+        scrub = self.scrub
+        began, before = self._walk_from
+        done = scrub.stripes - before
+        eta = None
+        if scrub.state == "running" and done > 0 and scrub.stripes < scrub.total:
+            eta = (scrub.total - scrub.stripes) * (time.monotonic() - began) / done
+        return {**asdict(scrub), "eta_seconds": eta}
 
     # --- commands ------------------------------------------------------------
 
@@ -164,15 +178,19 @@ class Scrubber:
 
     async def _walk(self) -> None:
         scrub = self.scrub
-        scrub.total = self._log.counters.stripes
         pace = Pace(self._log, scrub.rate)
         if not scrub.position:
             scrub.found += await self._journals()
             scrub.position = schema.STRIPES_START.hex()
+            scrub.total = self._log.counters.stripes
+            # What is written from now on is read when it is its turn, else there were no end.
+            scrub.end = self._repairer.stripes_end().hex()
+        end = bytes.fromhex(scrub.end) or schema.STRIPES_END
         noted = trio.current_time()
+        self._walk_from = (time.monotonic(), scrub.stripes)
         while scrub.state == "running":
             start = bytes.fromhex(scrub.position)
-            rows = list(islice(self._log.engine.scan(start, schema.STRIPES_END), REPAIR_BATCH))
+            rows = list(islice(self._log.engine.scan(start, end), REPAIR_BATCH))
             batch = [(schema.decode_stripe_key(key), Stripe.decode(value)) for key, value in rows]
             await pace.spend(sum(row.shard_length * row.code.n for _, row in batch))
             await self._verify(batch)

@@ -38,9 +38,13 @@ def table_lines(rows: Sequence[Row], right: Sequence[int] = ()) -> Iterator[str]
 # --- status ------------------------------------------------------------------
 
 
-def status_lines(status: dict[str, Any]) -> Iterator[str]:
-    """One screen; the first line is a sentence that says whether the data is safe."""
-    yield _verdict(status)
+def status_lines(status: dict[str, Any], now: float | None = None) -> Iterator[str]:
+    """One screen; the first line is a sentence that says whether the data is safe.
+
+    `now` is in seconds since the epoch, and the present by default.
+    """
+    now = time.time() if now is None else now
+    yield verdict(status)
     for node in status["nodes"]:
         if node.get("error"):
             yield f"  {node['name']}: {node['error']}"
@@ -52,35 +56,131 @@ def status_lines(status: dict[str, Any]) -> Iterator[str]:
         ("store", f"{status['store']} ({status['uuid']})"),
         ("mounted", where),
         ("log", status.get("log_file") or "standard error, or the journal"),
+        ("metrics", status.get("metrics")),
         ("code", status["code"]),
-        ("files", f"{status['files']:,}, {bytes_text(status['bytes'])}"),
-        ("stripes", f"{status['stripes']:,}"),
-        ("last commit", _plain(status.get("last_commit"))),
-        ("checkpoint", _plain(status.get("checkpoint"))),
+        ("files", _files(status)),
+        ("last commit", _commit(status, now)),
+        ("repair", repair_state(status)),
+        ("scrub", scrub_state(status)),
+        ("risk", risk_line(status)),
     ]
-    yield from table_lines([(f"{name}:", text) for name, text in facts])
+    yield from table_lines([(f"{name}:", text) for name, text in facts if text])
     yield ""
     heads = ("NODE", "REGION", "STATE", "USED", "FREE", "MISSING", "PATH")
     rows = [_node_row(node) for node in status["nodes"]]
     yield from table_lines([heads, *rows], right=(3, 4, 5))
 
 
-def _verdict(status: dict[str, Any]) -> str:
+def verdict(status: dict[str, Any]) -> str:
+    """Whether the data is safe, in a sentence."""
     unsafe = status.get("unsafe_codes") or []
     away = [node["name"] for node in status["nodes"] if node["state"] != "up"]
     missing = sum(node["missing_shards"] or 0 for node in status["nodes"])
     problems = [str(status["error"]).rstrip(".")] if status.get("error") else []
+    if status.get("metadata_error"):
+        problems.append(str(status["metadata_error"]).rstrip("."))
     if away:
         problems.append(f"{', '.join(away)} {'is' if len(away) == 1 else 'are'} not up")
     if missing:
-        problems.append(f"{missing:,} shards are missing")
+        problems.append(f"{missing:,} {'shard is' if missing == 1 else 'shards are'} missing")
     if unsafe:
         problems.append(f"code {', '.join(map(str, unsafe))} does not survive the loss of a region")
     if status["healthy"] and not problems:
-        return "All data is safe: every node is up, and any one region may be lost."
+        regions = _regions(status.get("regions_borne", 1))
+        return f"All data is safe: every node is up, and any {regions} may be lost."
     if status["healthy"]:
         return f"All data is there, but {'; '.join(problems)}."
     return f"Not healthy: {'; '.join(problems) or 'see the log'}."
+
+
+def risk_line(status: dict[str, Any]) -> str | None:
+    """What one more loss would mean."""
+    borne = status.get("regions_borne")
+    if borne is None:
+        return None
+    if borne > 0:
+        return f"any {_regions(borne)} may be lost"
+    if borne == 0:
+        return "the loss of one more region would lose data"
+    if status["readable"]:
+        return "some stripes may lack too many shards: 'fusestore risk' names their files"
+    return "too few nodes are there: files cannot be read"
+
+
+def _regions(count: int) -> str:
+    return "one region" if count == 1 else f"{count} regions"
+
+
+def _files(status: dict[str, Any]) -> str:
+    text = f"{status['files']:,}, {bytes_text(status['bytes'])} in {status['stripes']:,} stripes"
+    if status.get("bytes_free") is not None:
+        text += f"; {bytes_text(status['bytes_free'])} more will fit"
+    return text
+
+
+def _commit(status: dict[str, Any], now: float) -> str:
+    text = _plain(status.get("last_commit"))
+    if status.get("last_commit_at"):
+        text += f", {duration_text(max(0.0, now - status['last_commit_at']))} ago"
+    return f"{text}; checkpoint {_plain(status.get('checkpoint'))}"
+
+
+def duration_text(seconds: float) -> str:
+    """A time in the two largest units that tell: `3 min 20 s`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    units = (("day", 86_400), ("h", 3600), ("min", 60), ("s", 1))
+    parts: list[tuple[int, str]] = []
+    for name, size in units:
+        count, whole = divmod(whole, size)
+        if count or parts:
+            parts.append((count, "days" if name == "day" and count != 1 else name))
+    return " ".join(f"{count} {name}" for count, name in parts[:2] if count)
+
+
+def repair_state(status: dict[str, Any]) -> str | None:
+    """What is being repaired, and how long that takes, or how the last repairs went."""
+    if "repair" not in status:
+        return None
+    running = status["repair"]
+    if running is None:
+        repairs = status["repairs"]
+        if not repairs:
+            return "none running"
+        mean = sum(repair["seconds"] for repair in repairs) / len(repairs)
+        last = "the last took" if len(repairs) == 1 else f"the last {len(repairs)} took"
+        average = "" if len(repairs) == 1 else " on average"
+        return f"none running; {last} {duration_text(mean)}{average}"
+    size = bytes_text if running["unit"] == "bytes" else "{:,}".format
+    text = f"{running['node']}: {running['phase']}"
+    if running["total"] > 1:
+        share = 100 * running["done"] // running["total"]
+        unit = "" if running["unit"] == "bytes" else " shards"
+        text += f", {size(running['done'])} of {size(running['total'])}{unit} ({share} %)"
+    return text + _left(running)
+
+
+def scrub_state(status: dict[str, Any]) -> str | None:
+    """Where the scrub stands, or how the last one ended, in a few words."""
+    scrub = status.get("scrub")
+    if scrub is None:
+        return None
+    if scrub["state"] == "never":
+        return "never yet"
+    found = "nothing found" if not scrub["found"] else f"{scrub['found']:,} bad or gone"
+    if scrub["state"] != "done":
+        share = 100 * scrub["stripes"] // max(scrub["total"], scrub["stripes"], 1)
+        return f"{scrub['state']}, {share} %, {found}{_left(scrub)}"
+    if scrub["found"]:
+        found += f", {scrub['left']:,} still missing" if scrub["left"] else ", all repaired"
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(scrub["finished"]))
+    return f"done {when}, {found}"
+
+
+def _left(work: dict[str, Any]) -> str:
+    eta = work.get("eta_seconds")
+    return f", {duration_text(eta)} left" if eta is not None else ""
 
 
 def _plain(value: Any) -> str:

@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import trio
 
@@ -27,12 +26,12 @@ from .journal import last_commit
 from .limits import CATCH_UP_SHARDS_MAX
 from .log import Log
 from .members import Member, State, open_members, open_node
-from .placement import check_region_rule
 from .read_path import Reader
 from .reclaim import Reclaimer
 from .records import Run
 from .repair import Repairer
 from .replay import Replayed, replay, suspect_shards
+from .report import Reporter
 from .ring import Ring
 from .schema import Counters, LogState, NodeRow, SegmentState
 from .scrub import Scrubber
@@ -61,6 +60,10 @@ class Store:
         self.snapshotter = Snapshotter(state, self.committer)
         self.repairer = Repairer(config, state, self.reader, self.committer)
         self.scrubber = Scrubber(state, self.committer, self.repairer, config.scrub_days)
+        self.reporter = Reporter(
+            config, state, self.reader, self.committer, self.repairer, self.scrubber
+        )
+        self.status = self.reporter.status
         self.committer.on_checkpoint += [self.reclaimer.wake, self.repairer.wake]
         self.committer.on_commit.append(self.snapshotter.look)
 
@@ -76,63 +79,6 @@ class Store:
             for member in self.log.members.all
             if member.state is not State.UP
         ]
-
-    def _unsafe_codes(self) -> list[str]:
-        """Codes in use with which the loss of a region would lose data."""
-        known = schema.decode_codes(self.log.engine.get(schema.CODES_KEY))
-        regions = self.log.members.regions
-        codes = dict.fromkeys([self.log.code, *known])
-        return [str(code) for code in codes if check_region_rule(code, regions)]
-
-    async def status(self) -> dict[str, Any]:
-        """The store's part of `fusestore status`; looks at every segment of the nodes."""
-        state = self.log
-        nodes = []
-        for member in state.members.all:
-            used = free = 0
-            if member.node is not None and not member.unused:
-                try:
-                    await member.call(member.sample)
-                    used = await member.call(member.node.bytes_used)
-                    free = member.space.free if member.space else 0
-                except NodeError as error:
-                    member.fail(error)
-                    self.committer.ask()
-            prefix = schema.missing_prefix(member.id)
-            missing = sum(1 for _ in state.engine.scan(prefix, schema.after(prefix)))
-            nodes.append(
-                {
-                    "name": member.name,
-                    "region": member.config.region,
-                    "path": str(member.config.path),
-                    "state": str(member.state),
-                    "in_sync": member.in_sync,
-                    "error": member.error,
-                    "bytes_used": used,
-                    "bytes_free": free,
-                    "missing_shards": missing,
-                }
-            )
-        whole = all(n["state"] == State.UP and not n["missing_shards"] for n in nodes)
-        return {
-            "healthy": whole and not state.broken,
-            "store": str(self.config.store),
-            "uuid": str(self.config.uuid),
-            "code": str(state.code),
-            "unsafe_codes": self._unsafe_codes(),
-            "read_only": state.read_only or bool(state.broken),
-            "error": state.broken,
-            "files": state.counters.files,
-            "bytes": state.counters.file_bytes,
-            "stripes": state.counters.stripes,
-            "last_commit": state.state.commit,
-            "checkpoint": self.committer.checkpointed,
-            "epoch": state.state.epoch,
-            "metadata_bytes": state.engine.bytes_used,
-            "degraded_reads": self.reader.degraded,
-            "failed_reads": self.reader.errors,
-            "nodes": nodes,
-        }
 
 
 @asynccontextmanager

@@ -9,21 +9,23 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS: list[set[str]] = [
     # 0: pure
-    {"__init__", "errors", "limits", "erasure", "placement", "records", "acl", "schema", "linux"},
+    {"__init__", "errors", "limits", "erasure", "placement", "records", "acl", "schema", "linux",
+     "tally"},
     # 1: storage
     {"toml_files", "config", "mount_options", "mkfs", "nodes", "nodes.base", "nodes.directory",
      "engine", "ring"},
     # 2: the log
     {"members", "log", "journal", "write_path", "read_path", "commit", "replay", "reclaim",
-     "snapshot", "pace", "repair", "scrub", "store"},
+     "snapshot", "pace", "repair", "scrub", "report", "store"},
     # 3: the file system
     {"tree", "contents", "attributes", "filesystem", "recover", "fsck",
      "fsck_repair", "safety"},
     # 4: faces
     {"operations", "mounts", "control_client", "control", "logs", "status_text", "service_manager",
-     "units", "versions"},
+     "units", "versions", "counts", "web", "monitor"},
     # 5: assembly
-    {"daemon", "launch", "cli_mount", "cli_store", "cli_rescue", "cli_safety", "cli_bench", "cli",
+    {"daemon", "launch", "cli_mount", "cli_store", "cli_status", "cli_metrics", "cli_rescue",
+     "cli_safety", "cli_bench", "cli",
      "cli_errors", "cli_about", "cli_operate", "cli_mount_helper", "man_pages", "__main__",
      "bench", "bench.null", "bench.children", "bench.interrupts", "bench.measured",
      "bench.scale", "bench.watching", "bench.workloads", "bench.surroundings", "bench.targets",
@@ -37,7 +39,9 @@ DOORS = {
     "matplotlib": {"bench.plot"},
     "cffi": {"erasure", "linux", "ring"},
     "reedsolo": {"erasure"},
-    "click": {"cli", "cli_mount", "cli_store", "cli_rescue", "cli_safety", "cli_errors",
+    "prometheus_client": {"monitor"},
+    "click": {"cli", "cli_mount", "cli_store", "cli_status", "cli_metrics", "cli_rescue",
+              "cli_safety", "cli_errors",
               "cli_about", "cli_operate", "cli_mount_helper", "cli_bench", "man_pages",
               "status_text"},
 }  # fmt: skip
