@@ -23,6 +23,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext
 from . import errors
 from .filesystem import FileSystem
 from .limits import NAME_BYTES_MAX
+from .lookups import Lookups
 from .schema import Inode
 from .tally import Tallies, Tally
 from .tree import Change
@@ -105,8 +106,7 @@ class Operations(pyfuse3.Operations):
         self._tree = files.tree
         self._contents = files.contents
         self._attributes = files.attributes
-        self._known: dict[int, int] = {}
-        """How often the kernel has been told of each inode, less what it has forgotten."""
+        self._known = Lookups()
         self._orphans: set[int] = set()
         """Inodes without a name that the kernel has not forgotten."""
 
@@ -133,7 +133,7 @@ class Operations(pyfuse3.Operations):
 
     def _entry(self, ino: int, inode: Inode) -> EntryAttributes:
         """The reply that makes the kernel know an inode."""
-        self._known[ino] = self._known.get(ino, 0) + 1
+        self._known.add(ino)
         return self._attr(ino, inode)
 
     def _lost(self, ino: int, inode: Inode) -> None:
@@ -158,12 +158,7 @@ class Operations(pyfuse3.Operations):
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for ino, count in inode_list:
-            left = self._known.get(ino, 0) - count
-            if left > 0:
-                self._known[ino] = left
-                continue
-            self._known.pop(ino, None)
-            if ino in self._orphans:
+            if self._known.forget(ino, count) and ino in self._orphans:
                 self._orphans.discard(ino)
                 self._contents.remove(ino)
 
@@ -278,7 +273,7 @@ class Operations(pyfuse3.Operations):
         for cookie, ino, name in tree.entries(fh, start_id):
             if not pyfuse3.readdir_reply(token, name, self._attr(ino, tree.inode(ino)), cookie):
                 return
-            self._known[ino] = self._known.get(ino, 0) + 1
+            self._known.add(ino)
 
     @_answered
     async def releasedir(self, fh: int) -> None:

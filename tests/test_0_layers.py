@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS: list[set[str]] = [
     # 0: pure
-    {"__init__", "errors", "limits", "erasure", "placement", "records", "acl", "schema", "linux",
-     "tally"},
+    {"__init__", "errors", "limits", "lookups", "erasure", "placement", "records", "acl", "schema",
+     "linux", "tally"},
     # 1: storage
     {"toml_files", "config", "mount_options", "mkfs", "nodes", "nodes.base", "nodes.directory",
      "engine", "ring"},
