@@ -110,7 +110,7 @@ CODES_CACHED_MAX = 10_000
 STRIPES_CACHED_MAX = 512
 """Decoded rows of stripes that reads keep."""
 
-READ_AHEAD_BYTES = 2 * MIB
+READ_AHEAD_BYTES = 512 * KIB
 """What the kernel reads ahead of a file that is read in order, if it lets us say so."""
 FUSE_TASKS_MAX = 32
 """Requests served at a time; each keeps a buffer of a write request's size."""

@@ -121,7 +121,7 @@ def find(mountpoint: Path) -> Mount | None:
 
 
 def read_further_ahead(mountpoint: Path) -> None:
-    """Have the kernel ask for up to a MiB at a time when files are read in order.
+    """Have the kernel ask for more at a time when files are read in order.
 
     Its own choice is 128 KiB.  Only root may say so, and only after the first answer of the mount.
     """
