@@ -4,6 +4,7 @@ Virtual attributes answer getxattr and are not listed, so that tools that copy
 attributes do not see them:
 
     user.fusestore.code        a directory's code for new files (settable); a file's code
+    user.fusestore.policy      JSON: that code, where it comes from, and what it bears; read-only
     user.fusestore.layout      JSON: where each byte of a file lies; read-only
     user.fusestore.layout.N    the same from the file's byte N on
 
@@ -31,7 +32,7 @@ from .errors import (
 from .limits import FILE_BYTES_MAX, XATTR_BYTES_MAX, XATTR_LIST_BYTES_MAX
 from .log import Log
 from .nodes.directory import segment_path
-from .placement import check_region_rule
+from .placement import check_region_rule, regions_borne
 from .read_path import Reader
 from .records import Run
 from .schema import Inode
@@ -40,6 +41,7 @@ from .tree import Tree
 _NAMESPACES = (b"user.", b"trusted.", b"security.")
 VIRTUAL = b"user.fusestore."
 CODE = VIRTUAL + b"code"
+POLICY = VIRTUAL + b"policy"
 LAYOUT = VIRTUAL + b"layout"
 _LAYOUT_BYTES_MAX = 48 << 10
 
@@ -75,7 +77,7 @@ class Attributes:
         `may_keep_sgid` is false for a caller who may not set set-group-id bits here.
         """
         if name == CODE:
-            self._tree.set_code(ino, self._code(value))
+            self._tree.set_code(ino, self.parse_code(value.decode(errors="replace")))
             return
         if name.startswith(VIRTUAL):
             raise NotPermittedError("This attribute cannot be set.")
@@ -133,10 +135,11 @@ class Attributes:
             raise StaleError(f"There is no inode {ino}.")
         return Inode.decode(value)
 
-    def _code(self, value: bytes) -> Code:
+    def parse_code(self, text: str) -> Code:
+        """A code that this store may use; InvalidError."""
         try:
-            code = Code.parse(value.decode())
-        except (UsageError, UnicodeDecodeError) as error:
+            code = Code.parse(text)
+        except UsageError as error:
             raise InvalidError(str(error)) from None
         broken = check_region_rule(code, self._log.members.regions)
         if broken and not self._allow_unsafe:
@@ -148,6 +151,8 @@ class Attributes:
     def _virtual(self, ino: int, name: bytes) -> bytes:
         if name == CODE:
             return str(self._tree.code(ino)).encode()
+        if name == POLICY:
+            return json.dumps(self._policy(ino)).encode()
         start = 0
         if name.startswith(LAYOUT + b"."):
             digits = name[len(LAYOUT) + 1 :]
@@ -161,6 +166,19 @@ class Attributes:
         return json.dumps(
             self.layout(ino, start, _LAYOUT_BYTES_MAX), separators=(",", ":")
         ).encode()
+
+    def _policy(self, ino: int) -> dict[str, Any]:
+        """The code of new files below a directory, or of a file's new bytes."""
+        code, origin = self._tree.policy(ino)
+        regions = len(set(self._log.members.regions))
+        return {
+            "code": str(code),
+            "set_on": self._tree.path(origin) if origin else None,
+            "inherited": origin != ino,
+            "shards_borne": code.m,
+            "regions_borne": regions_borne(code, regions),
+            "regions": regions,
+        }
 
     def layout(self, ino: int, start: int, room: int | None) -> dict[str, Any]:
         """Where the bytes of a file from `start` on lie, as far as fits `room` bytes of JSON."""

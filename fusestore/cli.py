@@ -5,9 +5,7 @@ What a command needs is imported when it runs, so that `--help` is quick.
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,11 @@ from .cli_errors import EndsInSentences
 from .cli_metrics import metrics
 from .cli_mount import mount, umount
 from .cli_operate import config, log_level, service
+from .cli_policy import policy, quota, recode
 from .cli_rescue import fsck, recover
 from .cli_safety import drill, risk, scrub
 from .cli_status import status
 from .cli_store import inspect, repair
-from .errors import UsageError
-
-CODE_ATTRIBUTE = "user.fusestore.code"
 
 EPILOG = """\b
 Exit status:
@@ -63,7 +59,7 @@ def cli() -> None:
 
 for _command in (
     *(mount, umount, status, metrics, repair, scrub, risk, drill, fsck, recover, inspect, bench),
-    *(config, log_level, service, version, man, completion),
+    *(policy, recode, quota, config, log_level, service, version, man, completion),
 ):
     cli.add_command(_command)
 
@@ -136,78 +132,6 @@ def mkfs(
     places = ", ".join(dict.fromkeys(config.regions))
     click.echo(f"{config.store} is a store with code {config.code} in {places}.")
     click.echo(f"Mount it on an empty directory: fusestore mount {store} MOUNTPOINT")
-
-
-# --- policy ------------------------------------------------------------------
-
-
-@cli.group()
-def policy() -> None:
-    """Choose the code of new files, directory by directory.
-
-    A new file has the code of the nearest directory above it that was given one,
-    else the store's; files that exist keep theirs.  The same as the attribute user.fusestore.code.
-
-    \b
-      fusestore policy set ~/files/archive 6+3
-      fusestore policy get ~/files/archive
-      fusestore policy clear ~/files/archive
-    """
-
-
-_DIRECTORY = click.argument("directory", type=click.Path(path_type=Path))
-
-
-@policy.command("set")
-@_DIRECTORY
-@click.argument("code", metavar="K+M")
-def policy_set(directory: Path, code: str) -> None:
-    """Give new files below DIRECTORY the code K+M."""
-    from .erasure import Code
-
-    chosen = Code.parse(code)
-    _on_mount(directory)
-    try:
-        os.setxattr(directory, CODE_ATTRIBUTE, str(chosen).encode())
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        raise UsageError(
-            f"{directory} cannot have the code {chosen}: it is not a directory, or the code "
-            "would not survive the loss of a region."
-        ) from None
-
-
-@policy.command("get")
-@_DIRECTORY
-def policy_get(directory: Path) -> None:
-    """Print the code of new files below DIRECTORY, or of a file."""
-    _on_mount(directory)
-    click.echo(os.getxattr(directory, CODE_ATTRIBUTE).decode())
-
-
-@policy.command("clear")
-@_DIRECTORY
-def policy_clear(directory: Path) -> None:
-    """Let new files below DIRECTORY have the code of the directory above it again."""
-    _on_mount(directory)
-    try:
-        os.removexattr(directory, CODE_ATTRIBUTE)
-    except OSError as error:
-        if error.errno != errno.ENODATA:
-            raise
-
-
-def _on_mount(path: Path) -> None:
-    """UsageError unless the path is on a mount of a store: elsewhere it would mean nothing."""
-    from . import mounts
-
-    try:
-        mount = mounts.containing(path)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be looked at: {error.strerror}.") from error
-    if mount is None:
-        raise UsageError(f"{path} is not on a mount of a store.")
 
 
 def main() -> None:

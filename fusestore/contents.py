@@ -17,14 +17,16 @@ from itertools import islice
 
 import trio
 
-from . import schema
+from . import quota, schema
 from .erasure import Code
-from .errors import FileTooLargeError, IsDirectoryError, StaleError
+from .errors import FileTooLargeError, IsDirectoryError, QuotaError, StaleError
 from .limits import (
     FILE_BYTES_MAX,
+    QUOTA_BLOCK_BYTES,
     REMOVAL_BATCH,
     REMOVAL_PAUSE_SECONDS,
     REMOVALS_MAX,
+    STRIPE_BYTES,
     TAIL_EXTENTS_MAX,
     TRIM_BATCH,
 )
@@ -62,8 +64,11 @@ class Contents:
             raise StaleError(f"There is no inode {ino}.")
         return await self._reader.read(ino, offset, min(offset + size, Inode.decode(value).size))
 
-    async def write(self, ino: int, offset: int, data: bytes) -> int:
-        """Write all of `data`; its length.  NoSpaceError, ReadOnlyError."""
+    async def write(self, ino: int, offset: int, data: Data, *, whole: bool = False) -> int:
+        """Write `data`; its length, less if a quota has room for whole blocks of it only.
+
+        With `whole` it is then refused instead.  NoSpaceError, QuotaError, ReadOnlyError.
+        """
         end = offset + len(data)
         if end > FILE_BYTES_MAX:
             raise FileTooLargeError(f"A file may have {FILE_BYTES_MAX} bytes.")
@@ -71,19 +76,20 @@ class Contents:
             return 0
         self._log.used_at = trio.current_time()
         await self._writer.room()
-        while ino in self._trimming:
-            await self._trimming[ino].wait()
+        if ino in self._trimming:
+            await self.settled(ino)
         with self._log.transaction() as txn:
             inode = self._inode(txn, ino)
             inode.mtime = inode.ctime = time.time_ns()
+            if offset < inode.size and self._overwrite(ino, offset, data):
+                txn.put(schema.inode_key(ino), inode.encode())
+                return len(data)
+            if inode.quota_root:
+                data = self._within_quota(txn, ino, inode, offset, data, whole)
+                end = offset + len(data)
+            self._log.take_room(len(data))
             if offset < inode.size:
-                if self._overwrite(ino, offset, data):
-                    txn.put(schema.inode_key(ino), inode.encode())
-                    return len(data)
-                self._log.take_room(len(data))
                 self._cut(txn, ino, inode, offset, end)
-            else:
-                self._log.take_room(len(data))
             code = Code(inode.k, inode.m)
             for piece in self._writer.append(txn, code, ino, offset, data):
                 offset = self._point(txn, ino, offset, *piece)
@@ -92,7 +98,25 @@ class Contents:
             txn.put(schema.inode_key(ino), inode.encode())
         return len(data)
 
-    def _overwrite(self, ino: int, offset: int, data: bytes) -> bool:
+    def _within_quota(
+        self, txn: Transaction, ino: int, inode: Inode, offset: int, data: Data, whole: bool
+    ) -> Data:
+        """As much of `data` as the quota has room for, which is charged for it; QuotaError."""
+        root, end, at = inode.quota_root, offset + len(data), offset
+        left = quota.room(txn.get, root)
+        extents = list(self._reader.extents(ino, offset, end)) if offset < inode.size else []
+        for start, stop in [*((extent.offset, extent.end) for extent in extents), (end, end)]:
+            if start - at > left:
+                end = max((at + left) // QUOTA_BLOCK_BYTES * QUOTA_BLOCK_BYTES, offset)
+                break
+            left, at = left - (start - at), stop
+        if end == offset or (whole and end < offset + len(data)):
+            raise QuotaError("The quota is used up.")
+        held = sum(max(extent.part(offset, end).length, 0) for extent in extents)
+        quota.charge(txn, root, end - offset - held)
+        return data if end == offset + len(data) else memoryview(data)[: end - offset]
+
+    def _overwrite(self, ino: int, offset: int, data: Data) -> bool:
         """Replace bytes that no commit holds yet, where they lie in memory."""
         end = offset + len(data)
         for extent in self._reader.extents(ino, offset, end):
@@ -151,20 +175,69 @@ class Contents:
         txn.let_go(extent.stripe, gone.length)
         inode.allocated -= gone.length
 
+    # --- recoding ------------------------------------------------------------
+
+    async def settled(self, ino: int) -> None:
+        """Wait for a truncation of a file that is under way."""
+        while ino in self._trimming:
+            await self._trimming[ino].wait()
+
+    def has(self, ino: int, extent: Extent) -> bool:
+        """Whether a file still has exactly this extent."""
+        row = self._log.engine.get(schema.extent_key(ino, extent.offset))
+        return row == extent.encode()
+
+    def set_code(self, ino: int, code: Code) -> None:
+        """Give new bytes of a file another code; its times stay."""
+        with self._log.transaction() as txn:
+            inode = self._inode(txn, ino)
+            inode.k, inode.m = code.k, code.m
+            txn.put(schema.inode_key(ino), inode.encode())
+
+    def recode(self, ino: int, code: Code, parts: list[tuple[Extent, Data | None]]) -> bool:
+        """Write what extents (in order) hold to stripes of a code; False if they have changed.
+
+        Bytes that are not given are in memory still.  NoSpaceError, StaleError.
+        """
+        with self._log.transaction() as txn:
+            inode = self._inode(txn, ino)
+            runs: list[tuple[int, bytearray]] = []
+            for extent, data in parts:
+                if data is None:
+                    unsealed = self._log.unsealed.get(extent.stripe)
+                    at = extent.stripe_offset
+                    data = unsealed.bytes(at, at + extent.length) if unsealed else None
+                if data is None or ino in self._trimming or not self.has(ino, extent):
+                    return False
+                if not runs or runs[-1][0] + len(runs[-1][1]) != extent.offset:
+                    runs.append((extent.offset, bytearray()))
+                runs[-1][1].extend(data)
+            self._log.take_room(sum(len(data) for _, data in runs))
+            for offset, run in runs:
+                self._cut(txn, ino, inode, offset, offset + len(run))
+                inode.allocated += len(run)
+                for start in range(0, len(run), STRIPE_BYTES):
+                    piece = memoryview(run)[start : start + STRIPE_BYTES]
+                    for place in self._writer.append(txn, code, ino, offset, piece):
+                        offset = self._point(txn, ino, offset, *place)
+            txn.put(schema.inode_key(ino), inode.encode())
+        return True
+
     # --- truncating ----------------------------------------------------------
 
     async def truncate(self, ino: int, size: int) -> None:
         """Set a file's size; what is past it is let go, what is new is a hole."""
         if size > FILE_BYTES_MAX:
             raise FileTooLargeError(f"A file may have {FILE_BYTES_MAX} bytes.")
-        while ino in self._trimming:
-            await self._trimming[ino].wait()
+        await self.settled(ino)
         with self._log.transaction() as txn:
             inode = self._inode(txn, ino)
-            shrinks = size < inode.size
+            shrinks, before = size < inode.size, inode.allocated
             inode.mtime = inode.ctime = time.time_ns()
             inode.size = size
             more = shrinks and self._trim_batch(txn, ino, inode, size)
+            if inode.quota_root:
+                quota.charge(txn, inode.quota_root, inode.allocated - before)
             txn.put(schema.inode_key(ino), inode.encode())
             if more:
                 txn.put(schema.trim_key(ino), size.to_bytes(8, "little"))
@@ -198,8 +271,11 @@ class Contents:
             with Transaction(self._log) as txn:
                 value = txn.get(schema.inode_key(ino))
                 inode = Inode.decode(value) if value is not None else _GONE
+                before = inode.allocated
                 more = self._trim_batch(txn, ino, inode, size)
                 if value is not None:
+                    if inode.quota_root:
+                        quota.charge(txn, inode.quota_root, inode.allocated - before)
                     txn.put(schema.inode_key(ino), inode.encode())
                 if not more:
                     txn.delete(schema.trim_key(ino))
@@ -218,22 +294,34 @@ class Contents:
         if len(self._dead) == 1:
             self._nursery.start_soon(self._bury)
 
+    @property
+    def removing(self) -> bool:
+        """Whether something is to be removed that is still there."""
+        return bool(self._dead)
+
     async def _bury(self) -> None:
         """Remove what is dead, many at a time, once no more comes."""
         while self._dead:
             count = len(self._dead)
             await trio.sleep(REMOVAL_PAUSE_SECONDS)
-            if count < len(self._dead) < REMOVALS_MAX:
-                continue
-            while self._dead and not self._log.broken:
-                batch, self._dead = self._dead[:REMOVAL_BATCH], self._dead[REMOVAL_BATCH:]
-                try:
-                    self._dead += self._remove(batch)
-                except Exception:
-                    log.exception("%d inodes could not be removed; the next mount does it", count)
-                await trio.lowlevel.checkpoint()
-            if self._log.broken:
-                self._dead.clear()
+            if not count < len(self._dead) < REMOVALS_MAX:
+                await self._bury_now()
+
+    async def _bury_now(self) -> None:
+        while self._dead and not self._log.broken:
+            batch, self._dead = self._dead[:REMOVAL_BATCH], self._dead[REMOVAL_BATCH:]
+            try:
+                self._dead += self._remove(batch)
+            except Exception:
+                log.exception("inodes could not be removed; the next mount does it")
+            await trio.lowlevel.checkpoint()
+        if self._log.broken:
+            self._dead.clear()
+
+    async def buried(self) -> None:
+        """Return when what nobody uses any more is removed, what is just being let go, too."""
+        await trio.sleep(REMOVAL_PAUSE_SECONDS)
+        await self._bury_now()
 
     def _remove(self, inos: Sequence[int]) -> Sequence[int]:
         """Remove orphans, and all that they had, in one transaction; those that did not fit.
@@ -259,6 +347,8 @@ class Contents:
                 txn.delete(schema.inode_key(ino))
                 txn.delete(schema.orphan_key(ino))
                 txn.files -= 1
+                if inode.quota_root:
+                    quota.leave(txn, ino, inode)
                 if stat.S_ISREG(inode.mode) and self._trim_batch(txn, ino, inode, 0):
                     txn.put(schema.trim_key(ino), bytes(8))
                     trims.append(ino)

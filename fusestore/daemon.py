@@ -25,7 +25,7 @@ from .config import StoreConfig
 from .control import ControlServer, lock_store
 from .counts import Counter
 from .engine import DATABASE
-from .errors import FusestoreError, UsageError
+from .errors import FusestoreError, InvalidError, UsageError
 from .filesystem import FileSystem
 from .fsck_repair import fsck
 from .limits import FUSE_TASKS_MAX
@@ -111,7 +111,7 @@ def _commands(store: Store, files: FileSystem) -> dict[str, Command]:
 
     async def status(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
         found = await store.status()
-        return {"summary": verdict(found), **found}
+        return {"summary": verdict(found), **found, "recode": files.recoder.status()}
 
     safety = Safety(store.log, store.reader, files.tree.path)
 
@@ -148,6 +148,32 @@ def _commands(store: Store, files: FileSystem) -> dict[str, Command]:
     async def layout(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
         return files.attributes.layout(int(arguments["inode"]), 0, None)
 
+    async def quota(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        action, ino = str(arguments["action"]), int(arguments["inode"])
+        if action == "set":
+            files.quotas.set(ino, arguments.get("bytes"), arguments.get("files"))
+        elif action == "clear":
+            files.quotas.clear(ino)
+        if action in ("set", "clear"):
+            await files.quotas.wait(ino)
+            await files.commit()
+        return {"quotas": files.quotas.all() if action == "list" else files.quotas.above(ino)}
+
+    async def recode(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        if arguments.get("stop"):
+            files.recoder.stop()
+        else:
+            to = arguments.get("to")
+            try:
+                code = files.attributes.parse_code(str(to)) if to else None
+            except InvalidError as error:
+                raise UsageError(str(error)) from None
+            files.recoder.start(int(arguments["inode"]), code, arguments.get("rate"))
+        await files.commit()  # what is answered goes on after a crash
+        if arguments.get("wait"):
+            return await files.recoder.wait(progress)
+        return files.recoder.status()
+
     async def check(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
         if arguments.get("repair"):
             raise UsageError("The store is mounted: unmount it to have it mended.")
@@ -161,6 +187,8 @@ def _commands(store: Store, files: FileSystem) -> dict[str, Command]:
         "risk": risk,
         "drill": drill,
         "scrub": scrub,
+        "quota": quota,
+        "recode": recode,
     }
 
 
@@ -203,6 +231,7 @@ class _Daemon:
                 ):
                     files = FileSystem(store, nursery)
                     await files.begin()
+                    files.go_on()
                     keeps = not self._options.read_only
                     counter = Counter(self._config.store, TALLIES, keeps=keeps)
                     nursery.start_soon(counter.run)

@@ -150,6 +150,14 @@ class NoSpaceError(FileSystemError):
     """The store, less its reserve, is full."""
 
 
+class QuotaError(FileSystemError):
+    """The quota of a directory does not allow any more below it."""
+
+
+class CrossesQuotaError(FileSystemError):
+    """A directory, or a file with several names, cannot go from one quota to another."""
+
+
 class ReadOnlyError(FileSystemError):
     """The mount is read-only, because it was asked to be or had to become so."""
 

@@ -7,7 +7,7 @@ mending goes phase by phase.
     1  names and listings: each row can be read, each name has an inode, and is listed
     2  inodes: each has a name, no directory is inside itself
     3  extents: of a file, inside it, not overlapping, in a stripe that is there
-    4  what is counted or derived: links, live bytes, owners, segments, counters
+    4  what is counted or derived: links, live bytes, owners, quotas, segments, counters
 
 Everything is read from one view, so a mounted store is checked as it was at
 one instant.  Stripes that are still in memory have no rows to check.
@@ -19,7 +19,7 @@ import stat
 import struct
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import methodcaller
 from typing import TYPE_CHECKING
 
@@ -28,12 +28,24 @@ from .engine import View
 from .errors import FusestoreError
 from .limits import NAME_BYTES_MAX
 from .records import HEADER_BYTES, record_length
-from .schema import LOST_STRIPE, OWNER, ROOT, Counters, Extent, Inode, SegmentState, Stripe
+from .schema import (
+    LOST_STRIPE,
+    OWNER,
+    ROOT,
+    Counters,
+    Extent,
+    Inode,
+    Quota,
+    QuotaState,
+    SegmentState,
+    Stripe,
+)
 
 if TYPE_CHECKING:
     from .fsck_repair import Mender
 
 TABLES = {
+    b"B": "quotas",
     b"D": "trims",
     b"E": "extents",
     b"G": "segments",
@@ -116,10 +128,20 @@ class Check:
     """By inode: ranges for which an extent can be made again."""
     last_ino: int = 0
     last_cookie: int = 0
+    quotas: dict[int, Quota] = field(default_factory=dict)
+    """By directory; with one at least, the next two are filled, too."""
+    homes: dict[int, frozenset[int]] = field(default_factory=dict)
+    """By inode: the quotas of the directories that have it."""
+    alike: dict[frozenset[int], frozenset[int]] = field(default_factory=dict)
+    """One object for all inodes that lie in the same quotas."""
+    held: dict[int, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
+    """By quota: bytes and inodes that name it, those of inner quotas excluded."""
 
     def run(self) -> Iterator[Finding]:
         """All findings; read it to its end before using the counts."""
         yield from self._rows_are_readable()
+        for key, value in self._table(b"B"):
+            self.quotas[schema.decode_ino_key(key)] = Quota.decode(value)
         yield from self._names()
         yield from self._listing()
         yield from self._inodes()
@@ -127,6 +149,7 @@ class Check:
         yield from self._extents()
         yield from self._attributes()
         yield from self._owed()
+        yield from self._quotas()
         yield from self._stripes()
         yield from self._counters()
 
@@ -204,6 +227,9 @@ class Check:
                 )
                 continue
             self.links[ino] += 1
+            if self.quotas:
+                homes = self.homes.get(ino, frozenset()) | {parent.quota_root}
+                self.homes[ino] = self.alike.setdefault(homes, homes)
             if stat.S_ISDIR(inode.mode) and (self.links[ino] > 1 or ino == ROOT):
                 self.links[ino] -= 1
                 yield Finding(
@@ -255,6 +281,8 @@ class Check:
                 )
                 continue
             yield from self._inode_links(ino, inode, inside[ino])
+            if self.quotas or inode.quota_root:
+                yield from self._quota_root(ino, inode)
             if inode.allocated and next(self._table(schema.extent_key(ino, 0)[:9]), None) is None:
                 yield from self._allocated(ino, inode, 0)
             target = self.view.get(schema.target_key(ino))
@@ -305,6 +333,72 @@ class Check:
                 f"directory {ino} says that it is in directory {inode.parent}, and is in {above}",
                 methodcaller("change", ino, parent=above),
             )
+
+    def _quota_root(self, ino: int, inode: Inode) -> Iterator[Finding]:
+        """Each inode names the quota that it counts for."""
+        homes = frozenset({0}) if ino == ROOT else self.homes.get(ino, frozenset())
+        walking = any(
+            row.state in (QuotaState.COUNTING, QuotaState.CLEARING) for row in self.quotas.values()
+        )
+        own = self.quotas.get(ino) if inode.quota_root == ino else None
+        counts_in = own.outer if own else inode.quota_root
+        wrong = inode.quota_root not in (0, *self.quotas)
+        if not wrong and not walking and homes and inode.quota_root not in homes:
+            if own:
+                wrong = own.outer not in homes
+            elif stat.S_ISDIR(inode.mode):
+                wrong = True
+            else:  # else it had names on both sides when a quota was set
+                wrong = all(inode.quota_root in [*self._outer(home), 0] for home in homes)
+        if wrong:
+            home = min(homes, default=0)
+            fix = (
+                methodcaller("set_quota", ino, replace(own, outer=home))
+                if own
+                else methodcaller("change", ino, quota_root=home)
+            )
+            text = f"inode {ino} counts for the quota of {counts_in}, and lies in that of {home}"
+            yield Finding(2, "quotas", text, fix)
+            return
+        self.held[counts_in][0] += inode.allocated
+        self.held[counts_in][1] += 1
+
+    def _outer(self, root: int) -> list[int]:
+        """A quota and those above it."""
+        chain: list[int] = []
+        while root in self.quotas and root not in chain:
+            chain.append(root)
+            root = self.quotas[root].outer
+        return chain
+
+    def _quotas(self) -> Iterator[Finding]:
+        """Each quota counts what names it or one inside it, and is one of a directory."""
+        sums: dict[int, list[int]] = {ino: [0, 0] for ino in self.quotas}
+        for root, (size, files) in self.held.items():
+            for ino in self._outer(root):
+                sums[ino][0] += size
+                sums[ino][1] += files
+        for ino, row in self.quotas.items():
+            size, files = sums[ino]
+            inode = self._inode(ino)
+            there = inode is not None and stat.S_ISDIR(inode.mode)
+            text, mended = "", row
+            if (row.bytes_used, row.files_used) != (size, files):
+                text = (
+                    f"the quota of {ino} counts {row.bytes_used} bytes and {row.files_used} "
+                    f"inodes, and has {size} and {files}"
+                )
+                mended = replace(row, bytes_used=size, files_used=files)
+            elif row.state is QuotaState.ACTIVE and not there:
+                text = f"directory {ino}, which has a quota, is not there"
+                mended = replace(row, state=QuotaState.GONE)
+            elif row.state is QuotaState.ACTIVE and inode and inode.quota_root != ino:
+                text = f"directory {ino} does not count for its own quota"
+                mended = replace(row, state=QuotaState.COUNTING)
+            elif row.state is QuotaState.GONE and files == 0:
+                text = f"nothing counts for the quota of {ino}, which was cleared"
+            if text:
+                yield Finding(4, "quotas", text, methodcaller("set_quota", ino, mended))
 
     def _loops(self) -> Iterator[Finding]:
         """Directories that have a name, and still cannot be reached from the root."""
@@ -687,6 +781,8 @@ def _decode(letter: bytes, key: bytes, value: bytes) -> None:
             schema.decode_tail_key(key), schema.decode_tail(value)
         case b"M":
             schema.decode_missing_key(key)
+        case b"B":
+            schema.decode_ino_key(key), Quota.decode(value)
         case b"G":
             schema.decode_segment_key(key), SegmentState.decode(value)
         case b"R":

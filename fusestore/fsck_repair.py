@@ -13,7 +13,7 @@ from typing import Any
 
 import trio
 
-from . import schema
+from . import quota, schema
 from .fsck import Around, Check, Finding
 from .limits import OWNERS_PER_ROW_MAX
 from .log import Log, Transaction
@@ -24,6 +24,7 @@ from .schema import (
     ROOT,
     Extent,
     Inode,
+    Quota,
     SegmentState,
     ShardPlace,
     Stripe,
@@ -267,6 +268,10 @@ class Mender:
         self.restore(ino, stat.S_IFDIR)
         self._name(ROOT, name, ino)
         return ino
+
+    def set_quota(self, ino: int, row: Quota) -> None:
+        """Set what a quota counts, how it stands, or which one is above it."""
+        quota.put(self._txn, ino, row)
 
     # --- extents -------------------------------------------------------------
 

@@ -104,6 +104,17 @@ REMOVALS_MAX = 10_000
 """Deleted files wait until none came for so long, or until there are so many."""
 TRIM_BATCH = 256
 """Extents that one transaction removes."""
+WALK_BATCH = 128
+"""Entries of a directory that one step of a walk through a tree takes."""
+QUOTA_BLOCK_BYTES = 4 * KIB
+"""A write that a quota cuts short ends at a multiple of this, a page of the kernel."""
+RECODE_BYTES = 4 * MIB
+RECODE_EXTENTS = 128
+"""What one transaction of a recoding gives new places: smaller files go over in one."""
+RECODE_RETRY_SECONDS = 5.0
+"""How long a recoding waits for room, or for a node, before it tries again."""
+RECODE_NOTE_SECONDS = 5.0
+"""How often a recoding notes how far it is."""
 
 CODES_CACHED_MAX = 10_000
 """Directories whose code for new files is remembered."""

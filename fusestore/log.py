@@ -27,6 +27,7 @@ from .schema import Counters, LogState, ShardPlace, Stripe
 class Unsealed(Protocol):
     """A stripe whose bytes are in memory; see write_path."""
 
+    code: Code
     tails: list[int]
 
     def bytes(self, start: int, end: int) -> bytes:

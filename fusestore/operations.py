@@ -51,6 +51,8 @@ ERRNO: dict[type[errors.FusestoreError], int] = {
     errors.NoAttributeError: pyfuse3.ENOATTR,
     errors.AttributeTooLargeError: errno.ENOSPC,
     errors.NoSpaceError: errno.ENOSPC,
+    errors.QuotaError: errno.EDQUOT,
+    errors.CrossesQuotaError: errno.EXDEV,
     errors.ReadOnlyError: errno.EROFS,
     errors.LostError: errno.EIO,
     errors.NotDurableError: errno.EIO,
@@ -72,7 +74,12 @@ def _answered(handler: _Handler) -> _Handler:
     async def wrapper(*args: Any) -> Any:
         started = perf_counter_ns()
         try:
-            return await handler(*args)
+            try:
+                return await handler(*args)
+            except errors.QuotaError:
+                # What was deleted just now counts until it is removed.
+                await args[0].remove_deleted()
+                return await handler(*args)
         except FUSEError as error:
             tally.answered(error.errno)
             raise
@@ -109,6 +116,9 @@ class Operations(pyfuse3.Operations):
         self._known = Lookups()
         self._orphans: set[int] = set()
         """Inodes without a name that the kernel has not forgotten."""
+        self._cut_short: set[int] = set()
+        """Files of which a write found a quota's room for a part: write(2) tells its caller,
+        but the kernel does not tell who wrote through a map, and fsync has to."""
 
     # --- replies -------------------------------------------------------------
 
@@ -144,6 +154,11 @@ class Operations(pyfuse3.Operations):
             else:
                 self._contents.remove(ino)
 
+    async def remove_deleted(self) -> None:
+        """Have removed what has no name and is not in use any more."""
+        if self._orphans or self._contents.removing:
+            await self._contents.buried()
+
     # --- names ---------------------------------------------------------------
 
     @_answered
@@ -158,7 +173,10 @@ class Operations(pyfuse3.Operations):
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for ino, count in inode_list:
-            if self._known.forget(ino, count) and ino in self._orphans:
+            if not self._known.forget(ino, count):
+                continue
+            self._cut_short.discard(ino)
+            if ino in self._orphans:
                 self._orphans.discard(ino)
                 self._contents.remove(ino)
 
@@ -315,7 +333,9 @@ class Operations(pyfuse3.Operations):
 
     @_answered
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        written = await self._contents.write(fh, off, buf)
+        written = await self._contents.write(fh, off, buf, whole=self.enable_writeback_cache)
+        if written < len(buf):
+            self._cut_short.add(fh)
         TALLIES["write"].size += written
         return written
 
@@ -329,6 +349,9 @@ class Operations(pyfuse3.Operations):
     @_answered
     async def fsync(self, fh: int, datasync: bool) -> None:
         await self._files.commit()
+        if fh in self._cut_short:
+            self._cut_short.discard(fh)
+            raise FUSEError(errno.EDQUOT)
 
     # --- extended attributes -------------------------------------------------
 
@@ -361,7 +384,7 @@ class Operations(pyfuse3.Operations):
         found.f_bsize = found.f_frsize = _BLOCK_BYTES
         found.f_blocks = total // _BLOCK_BYTES
         found.f_bfree = found.f_bavail = free // _BLOCK_BYTES
-        found.f_files = self._files.log.counters.files + free // _BLOCK_BYTES
-        found.f_ffree = found.f_favail = free // _BLOCK_BYTES
+        found.f_files, found.f_ffree = self._files.inodes(free)
+        found.f_favail = found.f_ffree
         found.f_namemax = NAME_BYTES_MAX
         return found

@@ -29,6 +29,11 @@ def check_region_rule(code: Code, regions: Sequence[str]) -> str | None:
     )
 
 
+def regions_borne(code: Code, regions: int) -> int:
+    """How many of so many regions may go at once, with shards spread evenly over them."""
+    return code.m // -(-code.n // regions)
+
+
 @lru_cache(maxsize=4096)
 def _spread(n: int, regions: tuple[str, ...], turn: int) -> tuple[int, ...]:
     inside = _by_region(regions)

@@ -24,7 +24,7 @@ from .limits import REPAIR_SCAN_ROWS
 from .log import Log
 from .members import Member
 from .pace import Pace
-from .placement import losses
+from .placement import losses, regions_borne
 from .read_path import Reader
 from .schema import Stripe
 
@@ -148,7 +148,7 @@ class Safety:
         found = {}
         for text in codes:
             code = Code.parse(text)
-            bears = code.m // -(-code.n // regions)
+            bears = regions_borne(code, regions)
             disk = _losses_a_year(regions, bears, disks * rates.disk_failures, down)
             every = disks * rates.disk_failures + rates.region_losses
             found[text] = {

@@ -13,6 +13,7 @@ A key is the table's letter and big-endian numbers, so that keys sort by number.
     X ino name                 xattrs    value
     Q ino                      targets   of a symbolic link
     M node stripe index        missing   nothing            what healing owes the node
+    B ino                      quotas    Quota              of a directory
     U ino                      orphans   nothing            unlinked while still in use
     D ino                      trims     size               extents past it are to be removed
     G node segment             segments  SegmentState
@@ -20,8 +21,8 @@ A key is the table's letter and big-endian numbers, so that keys sort by number.
     Z name                     super     counters, log, nodes, snapshot
 
 A crash may leave: rows in `orphans`, `trims`, `tails` and `reclaim` that the
-next mount works off.  `live`, `Inode.allocated` and the counters are
-denormalised; fsck can count them anew.
+next mount works off.  `live`, `Inode.allocated`, what quotas count and the
+counters are denormalised; fsck can count them anew.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import asdict, dataclass, replace
+from enum import IntEnum
 from typing import NewType, Self
 
 from .erasure import Code
@@ -76,6 +78,7 @@ class Inode:
     parent: int = 0
     """A directory's parent; for others the directory that it was last linked in."""
     quota_root: int = 0
+    """The nearest directory with a quota, for a directory itself included; 0: none."""
     k: int = 0
     m: int = 0
     """The code of new bytes, for a directory of new files; 0+0 is the store's default."""
@@ -353,8 +356,67 @@ def trim_key(ino: int) -> bytes:
 
 
 def decode_ino_key(key: bytes) -> Ino:
-    """The inode of a row of `orphans`, `trims` or `inodes`."""
+    """The inode of a row of `orphans`, `trims`, `quotas` or `inodes`."""
     return Ino(_Q.unpack_from(key, 1)[0])
+
+
+# --- quotas ------------------------------------------------------------------
+
+NO_LIMIT = (1 << 64) - 1
+
+
+class QuotaState(IntEnum):
+    """How far a quota is from being in force, or from being gone."""
+
+    COUNTING = 1
+    """What lies below its directory is being counted; it is not enforced yet."""
+    ACTIVE = 2
+    CLEARING = 3
+    """What lies below its directory is being given back to the quota above."""
+    GONE = 4
+    """Kept for files without a name in its directory, until the last of them is removed."""
+
+
+@dataclass(slots=True)
+class Quota:
+    """What may lie below a directory, and what does; that directory itself does not count."""
+
+    bytes_max: int = NO_LIMIT
+    files_max: int = NO_LIMIT
+    bytes_used: int = 0
+    """What extents of the files below hold, those below inner quotas included."""
+    files_used: int = 0
+    """Inodes of any kind."""
+    outer: int = 0
+    """The next directory above with a quota, which this one's use counts for, too; 0: none."""
+    state: QuotaState = QuotaState.COUNTING
+
+    _STRUCT = struct.Struct("<QQqqQB")
+
+    def encode(self) -> bytes:
+        """The row's value."""
+        return self._STRUCT.pack(
+            self.bytes_max,
+            self.files_max,
+            self.bytes_used,
+            self.files_used,
+            self.outer,
+            self.state,
+        )
+
+    @classmethod
+    def decode(cls, value: bytes) -> Self:
+        """Read the row's value."""
+        row = cls(*cls._STRUCT.unpack(value))
+        row.state = QuotaState(row.state)
+        return row
+
+
+QUOTAS_START, QUOTAS_END = b"B", b"C"
+
+
+def quota_key(ino: int) -> bytes:
+    return b"B" + _Q.pack(ino)
 
 
 @dataclass(slots=True)
@@ -407,6 +469,7 @@ COUNTERS_KEY = b"Zcounters"
 FORMAT_KEY = b"Zformat"
 LOG_KEY = b"Zlog"
 NODES_KEY = b"Znodes"
+RECODE_KEY = b"Zrecode"
 REPAIRS_KEY = b"Zrepairs"
 SCRUB_KEY = b"Zscrub"
 SNAPSHOT_KEY = b"Zsnapshot"
@@ -449,7 +512,7 @@ def encode_codes(codes: list[Code]) -> bytes:
 
 
 def decode_codes(value: bytes | None) -> list[Code]:
-    """Codes that directories were ever given."""
+    """Codes that directories were ever given, or files recoded to."""
     return [Code.parse(text) for text in json.loads(value)] if value else []
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 Row = Sequence[str]
@@ -64,6 +64,8 @@ def status_lines(status: dict[str, Any], now: float | None = None) -> Iterator[s
         ("scrub", scrub_state(status)),
         ("risk", risk_line(status)),
     ]
+    if (status.get("recode") or {}).get("state") == "running":
+        facts.append(("recoding", recode_line(status["recode"])))
     yield from table_lines([(f"{name}:", text) for name, text in facts if text])
     yield ""
     heads = ("NODE", "REGION", "STATE", "USED", "FREE", "MISSING", "PATH")
@@ -203,6 +205,64 @@ def _node_row(node: dict[str, Any]) -> Row:
         missing,
         node["path"],
     )
+
+
+# --- policies and quotas ----------------------------------------------------
+
+
+def policy_line(path: str, policy: dict[str, Any], mountpoint: str) -> str:
+    """A code, where it comes from, and what it survives."""
+    origin = "the default of the store"
+    if policy["set_on"] is not None:
+        origin = f"set on {mountpoint.rstrip('/')}{policy['set_on']}".rstrip("/")
+    shards, borne = policy["shards_borne"], policy["regions_borne"]
+    return (
+        f"{path}: {policy['code']}, {origin}; survives the loss of any {borne} of "
+        f"{policy['regions']} regions, and of any {shards} shard{'s'[: shards != 1]} of a stripe."
+    )
+
+
+def recode_line(job: dict[str, Any]) -> str:
+    """How far a recoding is, or how it ended."""
+    to = job["to"] or "the policy of each directory"
+    what = f"{job['path']} to {to}: {bytes_text(job['recoded'])} recoded"
+    if job["state"] != "running":
+        unreadable = f", {job['unreadable']:,} could not be read" if job["unreadable"] else ""
+        return f"{what}, {job['files']:,} files looked at{unreadable}; {job['state']}."
+    size = f"{bytes_text(job['size'])} of {bytes_text(job['total'])}"
+    far = f"{job['files']:,} of {job['total_files']:,} files, {size} looked at"
+    if job["waits_for"]:
+        return f"{what}, {far}; it waits: {job['waits_for']}"
+    left = job["seconds_left"]
+    return (
+        f"{what}, {far}, {'time left unknown' if left is None else duration_text(left) + ' left'}"
+    )
+
+
+def quota_lines(quotas: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A table of quotas; those that are not in force yet say so."""
+
+    def most(limit: int | None, text: Callable[[int], str]) -> str:
+        return "no limit" if limit is None else text(limit)
+
+    rows: list[Row] = [("DIRECTORY", "BYTES", "OF", "FILES", "OF", "STATE")]
+    states = {
+        "counting": "being counted: not enforced yet",
+        "active": "enforced",
+        "clearing": "being cleared: not enforced",
+    }
+    for quota in quotas:
+        rows.append(
+            (
+                quota["path"],
+                bytes_text(quota["bytes_used"]),
+                most(quota["bytes_max"], bytes_text),
+                f"{quota['files_used']:,}",
+                most(quota["files_max"], "{:,}".format),
+                states.get(quota["state"], quota["state"]),
+            )
+        )
+    yield from table_lines(rows, right=(1, 2, 3, 4))
 
 
 # --- safety ----------------------------------------------------------------

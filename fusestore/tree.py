@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from . import acl, schema
+from . import acl, quota, schema
 from .erasure import Code
 from .errors import (
+    CrossesQuotaError,
     ExistsError,
     InvalidError,
     IsDirectoryError,
@@ -51,6 +52,10 @@ class Tree:
         self._log = log
         self._codes: dict[int, Code] = {}
         """Codes that directories give to new files, as far as they were asked for."""
+        self.fenced: set[int] = set()
+        """Directories that others cannot be moved into or out of, at any depth, for now."""
+        self.on_move: list[Callable[[int], None]] = []
+        """Told of each inode that got another parent: who walks the tree may miss it."""
 
     def make_root(self) -> None:
         """Make the root directory of a new store; it belongs to who mounts it first."""
@@ -106,6 +111,25 @@ class Tree:
             ino = parent
         return "/" + "/".join(reversed(parts))
 
+    def lies_below(self, ino: int, top: int) -> bool:
+        """Whether an inode is a directory, or was last given a name somewhere below it."""
+        while ino != top:
+            value = self._log.engine.get(schema.inode_key(ino))
+            if value is None or ino == ROOT:
+                return False
+            ino = Inode.decode(value).parent
+        return True
+
+    def policy(self, ino: int) -> tuple[Code, int]:
+        """The code of new files below a directory, and the directory that has it set; 0: none."""
+        while True:
+            inode = self.inode(ino)
+            if inode.k:
+                return Code(inode.k, inode.m), ino
+            if ino == ROOT:
+                return self._log.code, 0
+            ino = inode.parent
+
     def code(self, ino: int) -> Code:
         """The code of a file's new bytes; for a directory, of new files below it."""
         passed = []
@@ -134,10 +158,16 @@ class Tree:
             inode.k, inode.m = (code.k, code.m) if code else (0, 0)
             inode.ctime = time.time_ns()
             txn.put(schema.inode_key(ino), inode.encode())
-            known = schema.decode_codes(txn.get(schema.CODES_KEY))
-            if code is not None and code not in known:
-                txn.put(schema.CODES_KEY, schema.encode_codes([*known, code]))
+            if code is not None:
+                self.note_code(txn, code)
         self._codes.clear()
+
+    @staticmethod
+    def note_code(txn: Transaction, code: Code) -> None:
+        """A code comes into use: `status` names those that do not bear the loss of a region."""
+        known = schema.decode_codes(txn.get(schema.CODES_KEY))
+        if code not in known:
+            txn.put(schema.CODES_KEY, schema.encode_codes([*known, code]))
 
     # --- making --------------------------------------------------------------
 
@@ -176,6 +206,9 @@ class Tree:
             inode = Inode(
                 mode, uid, gid, 2 if directory else 1, 0, 0, now, now, now, rdev, parent=parent
             )
+            if folder.quota_root:
+                inode.quota_root = folder.quota_root
+                quota.charge(txn, folder.quota_root, 0, 1)
             if target is not None:
                 inode.size = len(target)
                 txn.put(schema.target_key(ino), target)
@@ -204,6 +237,8 @@ class Tree:
                 raise NoEntryError("The file was deleted.")
             if inode.nlink >= LINKS_MAX:
                 raise TooManyLinksError(f"A file may have {LINKS_MAX} names.")
+            if inode.quota_root != folder.quota_root:
+                raise CrossesQuotaError("All names of a file have to lie in the same quota.")
             now = time.time_ns()
             cookie = self._log.counters.next_cookie
             inode.nlink += 1
@@ -272,6 +307,7 @@ class Tree:
             directory = stat.S_ISDIR(inode.mode)
             if directory:
                 self._check_outside(ino, new_parent)
+                self._check_fences(parent, new_parent)
             now = time.time_ns()
             lost: tuple[int, Inode] | None = None
             found = txn.get(schema.name_key(new_parent, new_name))
@@ -302,11 +338,15 @@ class Tree:
                 folders[parent].nlink -= 1
                 folders[new_parent].nlink += 1
                 self._codes.clear()
+            if inode.quota_root != folders[new_parent].quota_root:
+                root = folders[new_parent].quota_root
+                quota.shift(txn, *quota.crossing(txn, ino, inode, root))
             inode.ctime = now
             inode.parent = new_parent
             txn.put(schema.inode_key(ino), inode.encode())
             for number, folder in folders.items():
                 self._touch(txn, number, folder, now)
+        self._moved(ino)
         return lost
 
     def exchange(self, parent: int, name: bytes, new_parent: int, new_name: bytes) -> None:
@@ -324,9 +364,14 @@ class Tree:
                 (two, new_parent, parent, name, one_cookie),
             )
             inodes = {ino: self._get(txn, ino) for ino in (one, two)}
+            crossing: list[quota.Move] = []
             for ino, _, to, _, _ in moves:
                 if stat.S_ISDIR(inodes[ino].mode):
                     self._check_outside(ino, to)
+                    self._check_fences(parent, new_parent)
+                if inodes[ino].quota_root != folders[to].quota_root:
+                    crossing += quota.crossing(txn, ino, inodes[ino], folders[to].quota_root)
+            quota.shift(txn, *crossing)
             for ino, origin, to, new, cookie in moves:
                 inode = inodes[ino]
                 txn.put(schema.name_key(to, new), schema.name_value(ino, cookie))
@@ -339,6 +384,8 @@ class Tree:
             for number, folder in folders.items():
                 self._touch(txn, number, folder, now)
         self._codes.clear()
+        self._moved(one)
+        self._moved(two)
 
     # --- attributes ----------------------------------------------------------
 
@@ -365,6 +412,10 @@ class Tree:
         return inode
 
     # --- parts of operations -------------------------------------------------
+
+    def _moved(self, ino: int) -> None:
+        for tell in self.on_move:
+            tell(ino)
 
     @staticmethod
     def _get(txn: Transaction, ino: int) -> Inode:
@@ -397,6 +448,12 @@ class Tree:
             if place == ino:
                 raise InvalidError("A directory cannot be moved into itself.")
             place = self.inode(place).parent
+
+    def _check_fences(self, parent: int, new_parent: int) -> None:
+        """CrossesQuotaError when a directory cannot be moved from one to the other now."""
+        for top in self.fenced:
+            if self.lies_below(parent, top) != self.lies_below(new_parent, top):
+                raise CrossesQuotaError("A quota is being counted or cleared: try again later.")
 
     @staticmethod
     def _entry(txn: Transaction, parent: int, name: bytes) -> tuple[int, int]:

@@ -18,14 +18,15 @@ LAYERS: list[set[str]] = [
     {"members", "log", "journal", "write_path", "read_path", "commit", "replay", "reclaim",
      "snapshot", "pace", "repair", "scrub", "report", "store"},
     # 3: the file system
-    {"tree", "contents", "attributes", "filesystem", "recover", "fsck",
+    {"quota", "tree", "walk", "contents", "attributes", "quota_roots", "recode", "filesystem",
+     "recover", "fsck",
      "fsck_repair", "safety"},
     # 4: faces
     {"operations", "mounts", "control_client", "control", "logs", "status_text", "service_manager",
      "units", "versions", "counts", "web", "monitor"},
     # 5: assembly
     {"daemon", "launch", "cli_mount", "cli_store", "cli_status", "cli_metrics", "cli_rescue",
-     "cli_safety", "cli_bench", "cli",
+     "cli_safety", "cli_bench", "cli", "cli_policy",
      "cli_errors", "cli_about", "cli_operate", "cli_mount_helper", "man_pages", "__main__",
      "bench", "bench.null", "bench.children", "bench.interrupts", "bench.measured",
      "bench.scale", "bench.watching", "bench.workloads", "bench.surroundings", "bench.targets",
@@ -41,7 +42,7 @@ DOORS = {
     "reedsolo": {"erasure"},
     "prometheus_client": {"monitor"},
     "click": {"cli", "cli_mount", "cli_store", "cli_status", "cli_metrics", "cli_rescue",
-              "cli_safety", "cli_errors",
+              "cli_safety", "cli_errors", "cli_policy",
               "cli_about", "cli_operate", "cli_mount_helper", "cli_bench", "man_pages",
               "status_text"},
 }  # fmt: skip

@@ -29,6 +29,7 @@ from power_cut import Health, Machine, Possible, Promised, Tape, told, write_dis
 from test_2_log import Opened, make, opened
 
 from fusestore.config import StoreConfig
+from fusestore.erasure import Code
 from fusestore.errors import FusestoreError, ReplayError
 from fusestore.filesystem import FileSystem
 from fusestore.schema import ROOT
@@ -251,6 +252,7 @@ class Player:
             self.checkpoint: 2,
             self.checkpoint_later: 3,
             self.snapshot: 3,
+            self.recode: 4,
             self.read: 4,
             self.wait: 3,
             self.close_unused: 3,
@@ -484,6 +486,15 @@ class Player:
         async with self._snapshots:
             await self.one.store.snapshotter.take()
 
+    async def recode(self) -> None:
+        """Give files another code, while the work goes on: nothing else may change."""
+        recoder = self.one.files.recoder
+        if recoder.job.state != "running" and self.model.files():
+            code = Code.parse(self.chance.choice(CODES))
+            recoder.start(
+                self.model.paths[self.chance.choice(["", *self.model.files()])], code, None
+            )
+
     async def wait(self) -> None:
         """Let time pass: timers go off."""
         await trio.sleep(self.chance.choice((0.1, 6.0, 12.0)))
@@ -632,6 +643,7 @@ class Cut:
 
         async def main(accept_loss: bool = False) -> None:
             async with mounted(config, accept_loss) as one:
+                one.files.go_on()
                 found.append(await observe(one))
                 machine.tape.events.append(Promised(0))
                 if wait:
@@ -760,6 +772,8 @@ def small_limits(chance: random.Random) -> Iterator[None]:
         "snapshot.SNAPSHOT_PIECE_BYTES": (2 * KIB, 256 * KIB),
         "snapshot.SNAPSHOT_STEP_KEYS": (7, 200),
         "contents.TRIM_BATCH": (2, 256),
+        "recode.RECODE_EXTENTS": (2, 128),
+        "recode.RECODE_BYTES": (64 * KIB, 4 * MIB),
         "reclaim.RECLAIM_BATCH": (2, 256),
         "repair.REPAIR_BATCH": (2, 16),
         "repair.REPAIR_SCAN_ROWS": (5, 256),
