@@ -134,6 +134,9 @@ def test_eight_makers_together_reach_the_limit_exactly(store: Store) -> None:
     (top / "dir").mkdir()
     with pytest.raises(OSError, match="quota"):
         os.symlink("x", top / "link")
+    for number in range(1, 40):  # what was deleted makes room at once
+        (top / f"1-{number % 8}").unlink(missing_ok=True)
+        (top / f"1-{number % 8}").touch()
 
 
 def test_what_crosses_is_exdev_and_mv_copies(store: Store) -> None:
