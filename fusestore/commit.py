@@ -48,6 +48,7 @@ from .records import (
     encode_commit,
     record_length,
 )
+from .ring import write_operation
 from .schema import LogState, NodeRow, Stripe
 from .tally import Histogram
 from .write_path import Taken, Writer
@@ -345,41 +346,43 @@ class Committer:
     async def _append_directly(self, offset: int, header: Header, payload: bytes) -> bool:
         """The short way of a record when no node has anything else to flush: without threads.
 
-        False when it was not taken, or failed in a way that the long way tells better.
+        False when it was not taken, or not all was written: the long way then tells why.
         """
         members, now = self._log.members.writable, trio.current_time()
-        appends = []
-        for member in members:
-            if member.dirty or not member.in_sync or now - member.sampled_at > SAMPLE_SECONDS:
-                return False
-            seed = self._log.journal(member.name, self.journal_segment).seed(offset)
-            padding = bytes(header.record_length - len(payload) - HEADER_BYTES)
-            buffers = [header.encode(seed), payload, padding]
-            append = member.direct_append(self.journal_segment, offset, buffers)
-            if append is None:
-                return False
-            appends.append(append)
         ring = members[0].ring if members else None
         if ring is None or self._rolled:
             return False
-        batch = ring.start([o for append in appends for o in append.operations], appends)
+        rest = payload + bytes(header.record_length - len(payload) - HEADER_BYTES)
+        targets, operations, kept = [], [], []
+        for member in members:
+            target = member.room_for(self.journal_segment, offset + header.record_length)
+            fresh = now - member.sampled_at <= SAMPLE_SECONDS
+            if target is None or member.dirty or not member.in_sync or not fresh:
+                return False
+            seed = self._log.journal(member.name, self.journal_segment).seed(offset)
+            operation, keep = write_operation(target.fd, offset, header.encode(seed) + rest)
+            targets.append(target)
+            operations.append(operation)
+            kept.append((target, keep))
+        batch = ring.start(operations, kept)
         if batch is None:
             return False
         with trio.move_on_after(NODE_SECONDS_MAX, shield=True):
             await ring.wait(batch)
-        good = True
-        for member, append in zip(members, appends, strict=True):
-            results, batch.results = batch.results[:2], batch.results[2:]
-            if None in results:
+        whole = True
+        for member, target, result in zip(members, targets, batch.results, strict=True):
+            if result is None:
                 member.fail(member.late(NODE_SECONDS_MAX))
-            elif results[1] is not None and results[1] < 0 and results[1] != -errno.ECANCELED:
-                reason = os.strerror(-results[1])
-                member.fail(NodeError(f"Node {member.name} cannot flush its journal: {reason}."))
-            elif append.succeeded(results) and linux.is_linked(append.opened.fd):
+            elif result == -errno.EAGAIN or 0 <= result < header.record_length:
+                whole = False
+            elif result < 0:  # never asked again: a second flush may say that all is well
+                reason = os.strerror(-result)
+                member.fail(NodeError(f"Node {member.name} cannot write its journal: {reason}."))
+            elif linux.is_linked(target.fd):
                 self._holds(member, header)
             else:
-                good = False
-        return good
+                whole = False
+        return whole
 
     @staticmethod
     def _holds(member: Member, header: Header) -> None:

@@ -41,7 +41,7 @@ from .nodes.base import Node, Segment, Space
 from .nodes.directory import DirectoryNode
 from .placement import losses_borne, place, turns
 from .records import HEADER_BYTES, Run, record_length
-from .ring import Append, Ring, read_operation
+from .ring import Ring, read_operation
 from .schema import NodeRow, SegmentState, ShardPlace
 from .tally import Histogram
 
@@ -184,13 +184,10 @@ class Member:
                 raise self.late(seconds)
         return batch.results[0] == len(buffer)
 
-    def direct_append(self, segment: int, offset: int, buffers: Sequence[Buffer]) -> Append | None:
-        """An append to the journal for the ring; None when a thread has to make room first."""
+    def room_for(self, segment: int, end: int) -> Segment | None:
+        """The open journal segment, when zeros lie ready in it up to `end`."""
         opened = self.node.opened(Run.JOURNAL, segment) if self.node is not None else None
-        length = sum(len(memoryview(buffer)) for buffer in buffers)
-        if opened is None or (segment, offset + length) > self.journal_room:
-            return None
-        return Append(opened, offset, buffers)
+        return opened if (segment, end) <= self.journal_room else None
 
     def append(
         self, segment: int, offset: int, buffers: Sequence[Buffer], length: int, *, ahead: bool

@@ -25,8 +25,6 @@ import trio
 from cffi import FFI
 from typing_extensions import Buffer
 
-from .nodes.base import Segment
-
 _ffi = FFI()
 _ffi.cdef(
     """
@@ -40,7 +38,6 @@ _ffi.cdef(
     struct sqe { uint8_t opcode, flags; uint16_t priority; int32_t fd;
                  uint64_t offset, address; uint32_t length, how; uint64_t user_data, rest[3]; };
     struct cqe { uint64_t user_data; int32_t result; uint32_t flags; };
-    struct iovec { void *base; size_t length; };
     long syscall(long number, ...);
     int eventfd(unsigned int value, int flags);
     """
@@ -51,9 +48,9 @@ _SETUP, _ENTER, _REGISTER = 425, 426, 427
 _REGISTER_EVENTFD = 4
 _SINGLE_MMAP = 1
 _SQES_OFFSET = 0x10000000
-_LINKED = 4
-_WRITEV, _FSYNC, _READ = 2, 3, 22
-_DATASYNC = 1
+_READ, _WRITE = 22, 23
+_DSYNC = 2
+"""RWF_DSYNC: as if fdatasync followed at once."""
 _ENTRIES = 256
 _U32 = 0xFFFFFFFF
 
@@ -67,8 +64,6 @@ class Operation(NamedTuple):
     address: int
     length: int
     how: int = 0
-    linked: bool = False
-    """The next operation of the batch begins when this one has succeeded in full."""
 
 
 class Batch:
@@ -89,30 +84,10 @@ def read_operation(descriptor: int, offset: int, buffer: Buffer) -> tuple[Operat
     return Operation(_READ, descriptor, offset, _address(kept), len(kept)), kept
 
 
-class Append:
-    """Write buffers one after the other, then flush the file.
-
-    `operations` for a batch, whose results `succeeded` is then given.
-    """
-
-    __slots__ = ("_kept", "_length", "opened", "operations")
-
-    def __init__(self, opened: Segment, offset: int, buffers: Sequence[Buffer]) -> None:
-        kept = [_ffi.from_buffer(buffer) for buffer in buffers]
-        vector = _ffi.new("struct iovec[]", len(kept))
-        for i, buffer in enumerate(kept):
-            vector[i].base, vector[i].length = buffer, len(buffer)
-        self.opened = opened
-        self._kept = kept, vector
-        self._length = sum(map(len, kept))
-        self.operations = (
-            Operation(_WRITEV, opened.fd, offset, _address(vector), len(kept), linked=True),
-            Operation(_FSYNC, opened.fd, 0, 0, 0, _DATASYNC),
-        )
-
-    def succeeded(self, results: Sequence[int | None]) -> bool:
-        """Whether all of it was done."""
-        return list(results) == [self._length, 0]
+def write_operation(descriptor: int, offset: int, data: bytes) -> tuple[Operation, object]:
+    """Write bytes to a file, durable when it is done; see `read_operation`."""
+    kept = _ffi.from_buffer(data)
+    return Operation(_WRITE, descriptor, offset, _address(kept), len(data), _DSYNC), kept
 
 
 def _address(pointer: Any) -> int:
@@ -204,8 +179,7 @@ class Ring:
             self._next += 1
             self._under_way[self._next] = batch, index
             entry.opcode, entry.fd = operation.opcode, operation.descriptor
-            entry.flags = _LINKED if operation.linked else 0
-            entry.priority = 0
+            entry.flags = entry.priority = 0
             entry.offset, entry.address = operation.offset, operation.address
             entry.length, entry.how = operation.length, operation.how
             entry.user_data = self._next
