@@ -141,7 +141,7 @@ class Attributes:
             code = Code.parse(text)
         except UsageError as error:
             raise InvalidError(str(error)) from None
-        broken = check_region_rule(code, self._log.members.regions)
+        broken = check_region_rule(code, self._log.members.config.regions)
         if broken and not self._allow_unsafe:
             raise InvalidError(broken)
         return code
@@ -170,7 +170,7 @@ class Attributes:
     def _policy(self, ino: int) -> dict[str, Any]:
         """The code of new files below a directory, or of a file's new bytes."""
         code, origin = self._tree.policy(ino)
-        regions = len(set(self._log.members.regions))
+        regions = len(set(self._log.members.config.regions))
         return {
             "code": str(code),
             "set_on": self._tree.path(origin) if origin else None,

@@ -18,6 +18,7 @@ from .cli_bench import bench
 from .cli_errors import EndsInSentences
 from .cli_metrics import metrics
 from .cli_mount import mount, umount
+from .cli_nodes import node, rebalance
 from .cli_operate import config, log_level, service
 from .cli_policy import policy, quota, recode
 from .cli_rescue import fsck, recover
@@ -60,6 +61,7 @@ def cli() -> None:
 for _command in (
     *(mount, umount, status, metrics, repair, scrub, risk, drill, fsck, recover, inspect, bench),
     *(policy, recode, quota, config, log_level, service, version, man, completion),
+    *(node, rebalance),
 ):
     cli.add_command(_command)
 

@@ -9,16 +9,17 @@ import click
 
 from .cli_store import Bar, answering, ask, print_json, print_paths, rate_option
 
-_STORE = click.argument("store", type=click.Path(path_type=Path))
-_JSON = click.option(
+STORE = click.argument("store", type=click.Path(path_type=Path))
+JSON = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else."
 )
-_QUIET = click.option("--quiet", "-q", is_flag=True, help="No progress bar.")
+QUIET = click.option("--quiet", "-q", is_flag=True, help="No progress bar.")
 
 
-def _do(
+def do(
     store: Path, command: str, arguments: dict[str, Any], quiet: bool, as_json: bool
 ) -> dict[str, Any]:
+    """Have a command done, with a progress bar; its result, printed if it is to be JSON."""
     from .config import load
 
     bar = Bar(quiet)
@@ -33,12 +34,12 @@ def _do(
 
 
 @click.command(short_help="Read and verify everything.")
-@_STORE
+@STORE
 @click.argument("action", type=click.Choice(["start", "pause", "resume", "status"]))
 @rate_option
 @click.option("--wait", is_flag=True, help="Return when the scrub has ended or is paused.")
-@_QUIET
-@_JSON
+@QUIET
+@JSON
 @click.pass_context
 def scrub(
     context: click.Context,
@@ -65,7 +66,7 @@ def scrub(
     """
     from .status_text import scrub_line
 
-    result = _do(store, "scrub", {"action": action, "rate": rate, "wait": wait}, quiet, as_json)
+    result = do(store, "scrub", {"action": action, "rate": rate, "wait": wait}, quiet, as_json)
     if not as_json:
         click.echo(scrub_line(result))
     if result["found"]:
@@ -73,7 +74,7 @@ def scrub(
 
 
 @click.command(short_help="Say what more losses the data would survive.")
-@_STORE
+@STORE
 @click.option(
     "--if-lost",
     multiple=True,
@@ -94,7 +95,7 @@ def scrub(
     show_default=True,
     help="From a failure to the beginning of its repair.",
 )
-@_JSON
+@JSON
 @click.pass_context
 def risk(
     context: click.Context,
@@ -124,7 +125,7 @@ def risk(
         "replace_hours": replace_hours,
     }
     arguments = {"if_lost": if_lost, "model": rates if model else None}
-    result = _do(store, "risk", arguments, True, as_json)
+    result = do(store, "risk", arguments, True, as_json)
     if not as_json:
         for line in risk_lines(result):
             click.echo(line)
@@ -144,7 +145,7 @@ def _share(_: click.Context, __: click.Parameter, value: str) -> float:
 
 
 @click.command(short_help="Try whether a region could be lost.")
-@_STORE
+@STORE
 @click.option("--lose", "region", required=True, metavar="REGION", help="Read without this one.")
 @click.option(
     "--sample",
@@ -156,8 +157,8 @@ def _share(_: click.Context, __: click.Parameter, value: str) -> float:
 )
 @click.option("--all", "everything", is_flag=True, help="Read all of it.")
 @rate_option
-@_QUIET
-@_JSON
+@QUIET
+@JSON
 @click.pass_context
 def drill(
     context: click.Context,
@@ -182,7 +183,7 @@ def drill(
 
     share = 1.0 if everything else sample
     arguments = {"region": region, "sample": share, "rate": rate}
-    result = _do(store, "drill", arguments, quiet, as_json)
+    result = do(store, "drill", arguments, quiet, as_json)
     if not as_json:
         click.echo(drill_line(result))
         print_paths("could not be read", result["lost"])

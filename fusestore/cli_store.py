@@ -91,7 +91,8 @@ class Bar:
             self._bar = None
 
 
-def _complete_node(context: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+def complete_node(context: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    """The nodes of a store whose names begin so."""
     from .config import load
     from .errors import FusestoreError
 
@@ -115,7 +116,7 @@ def rate_option(function: Any) -> Any:
 
 @click.command(short_help="Rebuild a node that lost its data.")
 @click.argument("store", type=click.Path(path_type=Path))
-@click.argument("node", shell_complete=_complete_node)
+@click.argument("node", shell_complete=complete_node)
 @click.option(
     "--to",
     type=click.Path(path_type=Path),

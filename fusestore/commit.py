@@ -177,14 +177,7 @@ class Committer:
 
     def _node_rows(self) -> list[NodeRow]:
         return [
-            NodeRow(
-                member.id,
-                member.name,
-                member.config.region,
-                str(member.config.path),
-                member.in_sync,
-                0 if member.in_sync else member.holds,
-            )
+            member.row(member.in_sync, 0 if member.in_sync else member.holds)
             for member in self._log.members.all
         ]
 

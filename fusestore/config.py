@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from .erasure import Code
@@ -25,6 +26,9 @@ from .errors import ConfigError, NodeIdentityError, UsageError
 from .mount_options import parse_address
 from .placement import check_region_rule
 from .toml_files import Table
+
+if TYPE_CHECKING:
+    from tomlkit import TOMLDocument
 
 CONFIG_NAME = "fusestore.toml"
 LOCK_NAME = "fusestore.lock"
@@ -36,6 +40,9 @@ METADATA_NAME = "metadata"
 
 CONFIG_VERSION = 1
 IDENTITY_VERSION = 1
+
+WEIGHTS = (0.001, 1_000_000.0)
+"""The least and the greatest weight of a node."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _RESERVED = {CONFIG_NAME, LOCK_NAME, SOCKET_NAME, LOG_NAME, COUNTS_NAME, METADATA_NAME}
@@ -49,6 +56,10 @@ class NodeConfig:
     region: str
     path: Path
     """Absolute."""
+    weight: float = 1.0
+    """How much of its region's shards it gets, in proportion to the others there."""
+    draining: bool = False
+    """It gets no new shards, and gives away what it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +83,9 @@ class StoreConfig:
 
     @property
     def regions(self) -> tuple[str, ...]:
-        """The region of each node, in the order of `nodes`."""
-        return tuple(node.region for node in self.nodes)
+        """The region of each node that is not drained, in the order of `nodes`."""
+        staying = [node for node in self.nodes if not node.draining] or self.nodes
+        return tuple(node.region for node in staying)
 
     @property
     def log_file(self) -> Path:
@@ -208,7 +220,27 @@ def _raise_first(table: Table) -> None:
 
 
 def write(config: StoreConfig) -> None:
-    """Write `fusestore.toml` as a whole, durably; ConfigError when it cannot be."""
+    """Write `fusestore.toml` as a whole, durably; ConfigError when it cannot be.
+
+    Of one that is there, comments and all that is not changed stay as they are.
+    """
+    import tomlkit
+
+    file = config.store / CONFIG_NAME
+    try:
+        text = file.read_text(encoding="utf-8") if os.path.lexists(file) else None
+        document = tomlkit.parse(text) if text is not None else _new(config)
+        place = _text(config.store, config.metadata)
+        if document.get("metadata", METADATA_NAME) != place:
+            document["metadata"] = place
+        _sync_nodes(document, config)
+        write_whole(file, tomlkit.dumps(document))
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error.strerror or error}.") from error
+
+
+def _new(config: StoreConfig) -> TOMLDocument:
+    """A file without nodes."""
     import tomlkit
 
     document = tomlkit.document()
@@ -235,19 +267,34 @@ def write(config: StoreConfig) -> None:
     document.add("scrub_days", days.comment("everything is read and verified so often; 0: never"))
     if config.metrics:
         document.add("metrics", tomlkit.item(config.metrics))
-    rows = tomlkit.aot()
+    return document
+
+
+def _sync_nodes(document: TOMLDocument, config: StoreConfig) -> None:
+    """Make the `[[node]]` tables say what the configuration does, and touch nothing else."""
+    import tomlkit
+
+    rows: Any = document.setdefault("node", tomlkit.aot())
+    names = [node.name for node in config.nodes]
+    for index in reversed(range(len(rows))):
+        if rows[index]["name"] not in names:
+            del rows[index]
+    known = {row["name"]: row for row in rows}
     for node in config.nodes:
-        row = tomlkit.table()
-        row.add("name", node.name)
-        row.add("region", node.region)
-        row.add("path", _text(config.store, node.path))
-        rows.append(row)
-    document.add("node", rows)
-    file = config.store / CONFIG_NAME
-    try:
-        write_whole(file, tomlkit.dumps(document))
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be written: {error.strerror or error}.") from error
+        row = known.get(node.name)
+        if row is None:
+            row = tomlkit.table()
+            row.add("name", node.name)
+            row.add("region", node.region)
+            rows.append(row)
+        weight = int(node.weight) if node.weight.is_integer() else node.weight
+        for key, value, usual in (
+            ("path", _text(config.store, node.path), node.name),
+            ("weight", weight, 1),
+            ("draining", node.draining, False),
+        ):
+            if row.get(key, usual) != value or (key == "path" and key not in row):
+                row[key] = value
 
 
 # --- who a node is -----------------------------------------------------------
@@ -366,12 +413,14 @@ def _node(store: Path, table: Table) -> NodeConfig:
     name = table.take("name", str)
     region = table.take("region", str, name)
     path = table.take_path("path", store, name)
+    weight = table.take_number("weight", 1.0, *WEIGHTS)
+    draining = table.take("draining", bool, False)
     table.end()
     for key, text in (("name", name), ("region", region)):
         problem = check_name(text)
         if problem:
             table.bad(key, f"cannot be used: {problem.rstrip('.')}")
-    return NodeConfig(name, region, path)
+    return NodeConfig(name, region, path, weight, draining)
 
 
 def _text(store: Path, path: Path) -> str:

@@ -68,7 +68,8 @@ async def offline(
     with lock_store(config.store):
         try:
             looks = command in _LOOKING or arguments.get("dry_run")
-            looks = looks or (command == "scrub" and arguments.get("action") == "status")
+            lasting = command in ("scrub", "rebalance")
+            looks = looks or (lasting and arguments.get("action") == "status")
             read_only = bool(looks) and not arguments.get("repair")
             if read_only and not (config.metadata / DATABASE).exists():
                 read_only = False  # never mounted: there is no journal to leave alone
@@ -82,7 +83,7 @@ async def offline(
                     repair = bool(arguments.get("repair"))
                     return await fsck(store, repair=repair, at_rest=True)
                 await files.begin()
-                if command == "scrub":
+                if lasting or command == "node_drain":
                     arguments = {**arguments, "wait": not read_only, "alone": True}
                 return await _commands(store, files)[command](arguments, progress)
         except ExceptionGroup as group:
@@ -100,7 +101,7 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return error
 
 
-_LOOKING = {"status", "fsck", "risk", "drill"}
+_LOOKING = {"status", "fsck", "risk", "drill", "nodes"}
 """Commands that need not change a store."""
 
 Command = Callable[[dict[str, Any], Progress], Awaitable[dict[str, Any]]]
@@ -144,6 +145,33 @@ def _commands(store: Store, files: FileSystem) -> dict[str, Command]:
             alone=bool(arguments.get("alone")),
             progress=progress,
         )
+
+    async def rebalance(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        return await store.rebalancer.command(
+            str(arguments["action"]),
+            arguments.get("rate"),
+            wait=bool(arguments.get("wait")),
+            progress=progress,
+        )
+
+    async def nodes(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        return await store.topology.list()
+
+    async def node_add(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        name, region = str(arguments["node"]), str(arguments["region"])
+        path, weight = Path(arguments["path"]), float(arguments.get("weight", 1.0))
+        return await store.topology.add(name, region, path, weight, progress)
+
+    async def node_drain(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        return await store.topology.drain(
+            str(arguments["node"]),
+            cancel=bool(arguments.get("cancel")),
+            wait=bool(arguments.get("wait", True)),
+            progress=progress,
+        )
+
+    async def node_remove(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        return await store.topology.remove(str(arguments["node"]))
 
     async def layout(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
         return files.attributes.layout(int(arguments["inode"]), 0, None)
@@ -189,6 +217,11 @@ def _commands(store: Store, files: FileSystem) -> dict[str, Command]:
         "scrub": scrub,
         "quota": quota,
         "recode": recode,
+        "rebalance": rebalance,
+        "nodes": nodes,
+        "node_add": node_add,
+        "node_drain": node_drain,
+        "node_remove": node_remove,
     }
 
 

@@ -45,7 +45,7 @@ class FileSystem:
 
     def space(self) -> tuple[int, int]:
         """(total, free) bytes of file data in the store's default code, or as the root's quota."""
-        total, free = self.log.members.usable(self.log.code, self.log.spaces())
+        total, free = self.log.members.usable(self.log.code)
         row = self.quotas.of_root()
         if row is not None and row.bytes_max < total:
             return row.bytes_max, max(0, min(free, row.bytes_max - row.bytes_used))

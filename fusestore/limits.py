@@ -39,6 +39,8 @@ TAIL_BYTES_MAX = 32 * KIB
 COMMIT_SECONDS_MAX = 5.0
 UNFLUSHED_BYTES_MAX = 64 * MIB
 """File bytes accepted and not yet committed; a commit starts at half of it."""
+BETWEEN_COMMITS_BYTES = 2 * UNFLUSHED_BYTES_MAX
+"""More than is accepted before a commit looks how much room there is."""
 SEALS_MAX = 8
 """Stripes being coded and written at a time; each holds one buffer."""
 HOP_CHANGES_MIN = 500
@@ -86,6 +88,10 @@ RETRY_SECONDS_MAX = 600.0
 """How long a node that failed while it was brought back is left alone."""
 REPAIR_BATCH = 16
 """Stripes that repair rebuilds between two flushes."""
+BALANCED = 0.02
+"""A rebalance has ended when every node is so near to its share, or no move makes it nearer."""
+BALANCE_SLACK = 0.01
+"""A rebalance leaves a node alone that is so near to its share."""
 SCRUB_NOTE_SECONDS = 10.0
 """How often a scrub notes where it stands."""
 REPAIR_SCAN_ROWS = 256

@@ -19,7 +19,6 @@ from .erasure import Code
 from .errors import NoSpaceError, ReadOnlyError
 from .limits import METADATA_ROW_BYTES, METADATA_SHARE, RESERVE_BYTES
 from .members import Members
-from .nodes.base import Space
 from .records import Changes, Place, Run
 from .schema import Counters, LogState, ShardPlace, Stripe
 
@@ -124,11 +123,10 @@ class Transaction:
 
     def reclaim(self, number: int, stripe: Stripe) -> None:
         """Free the room of a stripe's shards after the next checkpoint."""
-        length = stripe.shard_length.to_bytes(4, "little")
         for index, place in enumerate(stripe.shards):
             self.delete(schema.missing_key(place.node, number, index))
             if place.written:
-                self.put(schema.reclaim_key(place.node, place.segment, place.offset), length)
+                self.put(*schema.reclaim_row(place, stripe.shard_length))
 
 
 class Log:
@@ -213,13 +211,9 @@ class Log:
 
     # --- room ----------------------------------------------------------------
 
-    def spaces(self) -> list[tuple[Space, int]]:
-        """The devices that new shards go to, and how many nodes share each."""
-        return list(self.members.spaces().values())
-
     def refresh_room(self) -> None:
         """Ask the devices what fits; called at each commit."""
-        _, room = self.members.usable(self.code, self.spaces())
+        _, room = self.members.usable(self.code)
         self._room = room - self.unwritten()
 
     def take_room(self, length: int) -> None:

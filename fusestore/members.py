@@ -15,19 +15,19 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import trio
 from typing_extensions import Buffer
 
-from .config import NodeConfig, StoreConfig, read_identity
+from .config import CONFIG_NAME, NodeConfig, StoreConfig, load, read_identity, write
 from .erasure import Code
-from .errors import NodeError, NodeFullError, NodeIdentityError, NodeTimeoutError
+from .errors import ConfigError, NodeError, NodeFullError, NodeIdentityError, NodeTimeoutError
 from .limits import (
+    BETWEEN_COMMITS_BYTES,
     JOURNAL_AHEAD_BYTES,
     METADATA_SHARE,
     NODE_SECONDS_MAX,
@@ -39,7 +39,7 @@ from .limits import (
 )
 from .nodes.base import Node, Segment, Space
 from .nodes.directory import DirectoryNode
-from .placement import losses_borne, place, turns
+from .placement import Placement, Site, losses_borne
 from .records import HEADER_BYTES, Run, record_length
 from .ring import Ring, read_operation
 from .schema import NodeRow, SegmentState, ShardPlace
@@ -127,8 +127,13 @@ class Member:
 
     @property
     def writable(self) -> bool:
-        """Whether new shards go there."""
+        """Whether shards can be written there."""
         return self.state in (State.UP, State.REBUILDING)
+
+    @property
+    def takes(self) -> bool:
+        """Whether new stripes get shards there."""
+        return self.writable and not self.config.draining
 
     @property
     def unused(self) -> bool:
@@ -207,6 +212,12 @@ class Member:
     def late(self, seconds: float) -> NodeTimeoutError:
         """What is said of a node that did not answer in time."""
         return NodeTimeoutError(f"Node {self.name} did not answer within {seconds:.0f} seconds.")
+
+    def row(self, in_sync: bool, holds: int) -> NodeRow:
+        """The node as the log knows it."""
+        at = self.config
+        place = (self.id, at.name, at.region, str(at.path))
+        return NodeRow(*place, in_sync, holds, at.weight, at.draining)
 
     def take(self, node: Node, space: Space) -> None:
         """The node is there; what it lacks is still to be seen."""
@@ -298,12 +309,57 @@ class _Watched:
 class Members:
     """All nodes, in the order of the configuration."""
 
-    def __init__(self, members: Sequence[Member], metadata: Path, spare_shards: int = 0) -> None:
+    def __init__(self, members: Sequence[Member], config: StoreConfig) -> None:
         self.all = list(members)
-        self._spare_shards = spare_shards
+        self.config = config
+        """As it is in the file; see `configure`."""
         self.by_id = {member.id: member for member in members}
-        self.regions = tuple(member.config.region for member in members)
-        self._metadata = metadata
+        """Those that were removed since the store was opened, too: a read may have an old row."""
+        self._taking: tuple[bool, ...] = ()
+        self._takers: list[Member] = []
+        self._placement: Placement | None = None
+        self._loads_of: tuple[Any, Any] | None = None
+        """What `_loads` found last, and for what."""
+
+    @property
+    def regions(self) -> tuple[str, ...]:
+        """The region of each node."""
+        return tuple(member.config.region for member in self.all)
+
+    def check_file(self) -> None:
+        """ConfigError when the nodes in the file are not those of the open store; blocks."""
+        if load(self.config.store).nodes != self.config.nodes:
+            raise ConfigError(
+                f"The nodes in {self.config.store / CONFIG_NAME} were edited since the store was "
+                "opened: unmount and mount it first."
+            )
+
+    def configure(self, nodes: tuple[NodeConfig, ...]) -> None:
+        """Have other nodes in the configuration, and in its file; ConfigError; blocks.
+
+        `all` is for the caller to change.
+        """
+        self.check_file()
+        config = replace(self.config, nodes=nodes)
+        write(config)
+        self.config = config
+
+    def add(self, member: Member) -> None:
+        """There is one more node."""
+        self.all = [*self.all, member]
+        self.by_id[member.id] = member
+        self._placement = None
+
+    def remove(self, member: Member) -> None:
+        """A node that nothing needs is not of the store any more."""
+        self.all = [other for other in self.all if other is not member]
+        self._placement = None
+        member.state, member.in_sync = State.DOWN, False
+
+    def reconfigured(self, member: Member, config: NodeConfig) -> None:
+        """A node has another weight, or is drained now, or not any more."""
+        member.config = config
+        self._placement = None
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -322,8 +378,34 @@ class Members:
         return next((member for member in self.all if member.name == name), None)
 
     def place(self, code: Code, stripe: int) -> list[Member]:
-        """The member for each of a stripe's shards."""
-        return [self.all[i] for i in place(code, self.regions, stripe)]
+        """The member for each of a new stripe's shards."""
+        placement = self.placement
+        return [self._takers[i] for i in placement.place(code, stripe)]
+
+    @property
+    def placement(self) -> Placement:
+        """Where new shards go, over `takers`."""
+        taking = tuple(member.takes for member in self.all)
+        if self._placement is None or taking != self._taking:
+            self._taking, self._takers = taking, self._candidates()
+            self._placement = Placement(
+                [Site(m.name, m.config.region, m.config.weight) for m in self._takers]
+            )
+        return self._placement
+
+    @property
+    def takers(self) -> list[Member]:
+        """The nodes that new shards are placed on.
+
+        A region of which none can be written to keeps its part of them, for healing.
+        """
+        self.placement  # noqa: B018
+        return self._takers
+
+    def _candidates(self) -> list[Member]:
+        there = {member.config.region for member in self.all if member.takes}
+        staying = [member for member in self.all if not member.config.draining] or self.all
+        return [member for member in staying if member.takes or member.config.region not in there]
 
     @property
     def in_sync(self) -> list[Member]:
@@ -332,55 +414,75 @@ class Members:
 
     @property
     def writable(self) -> list[Member]:
-        """Those that new shards go to."""
+        """Those that shards can be written to."""
         return [member for member in self.all if member.writable]
 
     def can_store(self, code: Code) -> bool:
         """Whether every stripe of this code would get shards enough, and commits a node."""
-        writable = {member.id for member in self.writable}
-        return bool(self.in_sync) and self.could_store(code, writable)
+        return bool(self.in_sync) and self.could_store(code, {m.id for m in self.all if m.takes})
 
     def could_store(self, code: Code, ids: Collection[int]) -> bool:
-        """Whether these nodes alone would get enough shards of every stripe of this code."""
-        enough = min(code.k + self._spare_shards, code.n)
-        return all(
-            sum(member.id in ids for member in self.place(code, turn)) >= enough
-            for turn in range(turns(self.regions))
-        )
+        """Whether these nodes alone would get enough shards of every stripe of this code.
+
+        One node of a region is enough for all that the region gets.
+        """
+        enough = min(code.k + self.config.spare_shards, code.n)
+        regions = {member.config.region for member in self.all if member.id in ids}
+        return self.placement.least(code, regions) >= enough
 
     def losses_borne(self, codes: Iterable[Code], lacking: Collection[int]) -> int:
         """How many more regions may go, whichever, if these nodes are taken to have nothing.
 
+        Nor is anything counted on that other nodes of their regions have: until a
+        rebalance all that a stripe has in a region may be on one.
         -1: stripes may have fewer shards than they need already.
         """
-        gone = frozenset(i for i, member in enumerate(self.all) if member.id in lacking)
-        return min(losses_borne(code, self.regions, gone) for code in codes)
+        regions = tuple(dict.fromkeys(self.regions))
+        gone = frozenset(member.config.region for member in self.all if member.id in lacking)
+        return min(losses_borne(code, regions, gone) for code in codes)
 
-    def spaces(self) -> dict[int, tuple[Space, int]]:
-        """By device: its room, and how many nodes share it; nodes that are away do not count."""
-        found: dict[int, tuple[Space, int]] = {}
-        for member in self.all:
-            space = member.space
-            if space is None or not member.writable:
-                continue
-            found[space.device] = (space, found.get(space.device, (space, 0))[1] + 1)
-        return found
+    def usable(self, code: Code) -> tuple[int, int]:
+        """(total, free) bytes of file data that fit, net of the code and of the reserve.
 
-    def usable(self, code: Code, spaces: Iterable[tuple[Space, int]]) -> tuple[int, int]:
-        """(total, free) bytes of file data that fit, net of the code and of the reserve."""
-        per_node = code.n / len(self.all)
+        So that no node is full before its time: what is accepted between two commits is
+        counted as if each of its stripes had as many shards on a device as one may have.
+        """
+        spaces = {m.space.device: m.space for m in self.takers if m.space and m.writable}
         totals, frees = [], []
-        for space, sharing in spaces:
-            share = code.k / (per_node * sharing)
-            totals.append(int(space.total * share))
-            frees.append(int(max(0, space.free - RESERVE_BYTES) * share))
+        for device, (average, worst) in self._loads(code).items():
+            room = max(0, spaces[device].free - RESERVE_BYTES)
+            soon = min(room / worst, BETWEEN_COMMITS_BYTES)
+            frees.append(int(soon + (room - soon * worst) / average))
+            totals.append(int(spaces[device].total / average))
         try:
-            found = os.statvfs(self._metadata)
+            found = os.statvfs(self.config.metadata)
             room = found.f_bavail * found.f_frsize
             frees.append(max(0, room - RESERVE_BYTES) * METADATA_SHARE)
         except OSError as error:
             log.error("The metadata's free space cannot be told: %s.", error.strerror)
         return min(totals, default=0), min(frees, default=0)
+
+    def _loads(self, code: Code) -> dict[int, tuple[float, float]]:
+        """By device: the bytes that one of file data takes there, on average and at most."""
+        placement = self.placement
+        devices = tuple(
+            m.space.device if m.space is not None and m.writable else None for m in self._takers
+        )
+        key = (placement, code, devices)
+        if self._loads_of is None or self._loads_of[0] != key:
+            expected, most = placement.expected(code), placement.most(code)
+            found: dict[int, tuple[float, float]] = {}
+            for device in {device for device in devices if device is not None}:
+                here = [i for i, other in enumerate(devices) if other == device]
+                by_region: Counter[str] = Counter()
+                for i in here:
+                    by_region[self._takers[i].config.region] += most[i]
+                limit = placement.most_in_region(code)
+                worst = min(sum(min(count, limit) for count in by_region.values()), code.n)
+                found[device] = (sum(expected[i] for i in here) / code.k, worst / code.k)
+            self._loads_of = key, found
+        loads: dict[int, tuple[float, float]] = self._loads_of[1]
+        return loads
 
 
 def open_node(config: StoreConfig, node: NodeConfig, *, read_only: bool = False) -> Node:
@@ -417,4 +519,4 @@ def open_members(
             except NodeError as error:
                 member.error = str(error)
         members.append(member)
-    return Members(members, config.metadata, config.spare_shards)
+    return Members(members, config)

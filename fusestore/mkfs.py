@@ -134,16 +134,21 @@ def _whose(path: Path) -> str:
 def _check_owners(config: StoreConfig) -> None:
     """Refuse places inside another store, or inside one of its nodes."""
     for path in (config.store, config.metadata, *(node.path for node in config.nodes)):
-        for above in path.parents:
-            if above == config.store:
-                break
-            if os.path.exists(above / names.CONFIG_NAME):
-                raise UsageError(f"{path} lies inside the store {above}: choose another place.")
-            if os.path.exists(above / names.IDENTITY_NAME) and _whose(above):
-                raise UsageError(
-                    f"{path} lies inside {above}, which already belongs to a store"
-                    f"{_whose(above)}: choose another place."
-                )
+        check_owner(config.store, path)
+
+
+def check_owner(store: Path, path: Path) -> None:
+    """Refuse a place of `store` inside another store, or inside one of its nodes; UsageError."""
+    for above in path.parents:
+        if above == store:
+            break
+        if os.path.exists(above / names.CONFIG_NAME):
+            raise UsageError(f"{path} lies inside the store {above}: choose another place.")
+        if os.path.exists(above / names.IDENTITY_NAME) and _whose(above):
+            raise UsageError(
+                f"{path} lies inside {above}, which already belongs to a store"
+                f"{_whose(above)}: choose another place."
+            )
 
 
 # --- what is made ------------------------------------------------------------

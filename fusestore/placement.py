@@ -1,17 +1,44 @@
-"""Which node gets which shard: spread evenly over the regions, turning with the stripe.
+"""Which node gets which shard: evenly over the regions, within a region by weight.
 
 The region rule: no region may hold more than m shards of a stripe, so that any
-one region can be lost.
+one region can be lost.  Shards go round the regions, which turn with the stripe.
+In a region a stripe's shards go to the nodes that come first in a weighted
+rendezvous (Thaler and Ravishankar 1998; weights as in Schindelhauer and Schomaker
+2005): each node draws a number h from the hash of the stripe and its name, and
+the greatest -w / ln(h) wins.  So a node that is added takes its part from all
+others, and nothing moves between those.
+
+Rows of stripes say where their shards are; this is only asked for new ones, and
+for where a shard had better be.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from math import log
+
+from xxhash import xxh3_64_intdigest
 
 from .erasure import Code
+
+_STEP = 0.15
+"""In the logarithm of time, of the quadrature in `_inclusion`: good for five digits."""
+_ROUNDS = 50
+_CLOSE = 1e-3
+"""How near, relatively, `_rates` comes to what is wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A node, as far as placement cares."""
+
+    name: str
+    region: str
+    weight: float = 1.0
 
 
 def check_region_rule(code: Code, regions: Sequence[str]) -> str | None:
@@ -34,37 +61,101 @@ def regions_borne(code: Code, regions: int) -> int:
     return code.m // -(-code.n // regions)
 
 
-@lru_cache(maxsize=4096)
-def _spread(n: int, regions: tuple[str, ...], turn: int) -> tuple[int, ...]:
-    inside = _by_region(regions)
-    chosen = []
-    for index in range(n):
-        lap, region = divmod(index + turn, len(inside))
-        chosen.append(inside[region][lap % len(inside[region])])
-    return tuple(chosen)
+class Placement:
+    """Where the shards of new stripes go, for one set of nodes."""
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        """Of these nodes; regions are numbered in the order of their first ones."""
+        self.names = tuple(dict.fromkeys(site.region for site in sites))
+        """The regions."""
+        self._regions = [
+            _Region(sites, [i for i, site in enumerate(sites) if site.region == name])
+            for name in self.names
+        ]
+        self._size = len(sites)
+        self._simple = self._size == len(self.names)
+        self._known: dict[tuple[int, int], tuple[int, ...]] = {}
+        """Where one node is a region: by shards and turn."""
+        self._expected: dict[int, list[float]] = {}
+
+    def place(self, code: Code, stripe: int) -> tuple[int, ...]:
+        """The position of the node for each of the stripe's n shards.
+
+        Shard i goes to region i + stripe (modulo the regions), so that data and
+        parity, and with them reads, are spread evenly over time.  A node gets a second
+        shard of a stripe only when all nodes of its region have one.
+        """
+        turn = stripe % len(self._regions)
+        if self._simple:
+            known = self._known.get((code.n, turn))
+            if known is not None:
+                return known
+        chosen = [0] * code.n
+        for number, region in enumerate(self._regions):
+            mine = self._mine(code, turn, number)
+            order = region.order(len(mine), stripe)
+            for lap, index in enumerate(mine):
+                chosen[index] = order[lap % len(order)]
+        result = tuple(chosen)
+        if self._simple:
+            self._known[code.n, turn] = result
+        return result
+
+    def _mine(self, code: Code, turn: int, region: int) -> range:
+        """The shards that a region gets of a stripe with this turn."""
+        count = len(self._regions)
+        return range((region - turn) % count, code.n, count)
+
+    def least(self, code: Code, regions: Collection[str]) -> int:
+        """How many shards of a stripe these regions get at least."""
+        there = [number for number, name in enumerate(self.names) if name in regions]
+        return min(
+            sum(len(self._mine(code, turn, number)) for number in there)
+            for turn in range(len(self._regions))
+        )
+
+    def expected(self, code: Code) -> list[float]:
+        """How many shards of a stripe each node gets, on average over many stripes."""
+        if code.n in self._expected:
+            return self._expected[code.n]
+        result = self._expected[code.n] = [0.0] * self._size
+        for turn in range(len(self._regions)):
+            for number, region in enumerate(self._regions):
+                full, extra = divmod(len(self._mine(code, turn, number)), len(region.nodes))
+                for node, part in zip(region.nodes, shares(region.weights, extra, 1), strict=True):
+                    result[node] += (full + part) / len(self._regions)
+        return result
+
+    def most(self, code: Code) -> list[int]:
+        """How many shards of one stripe each node gets at most."""
+        result = [0] * self._size
+        for region in self._regions:
+            for node in region.nodes:
+                result[node] = -(-self.most_in_region(code) // len(region.nodes))
+        return result
+
+    def most_in_region(self, code: Code) -> int:
+        """How many shards of one stripe a region gets at most."""
+        return -(-code.n // len(self._regions))
 
 
-@lru_cache(maxsize=16)
-def _by_region(regions: tuple[str, ...]) -> list[list[int]]:
-    """The positions of each region's nodes."""
-    return [
-        [i for i, region in enumerate(regions) if region == name] for name in dict.fromkeys(regions)
-    ]
+def shares(weights: Sequence[float], total: float, most: float) -> list[float]:
+    """Parts of `total` in proportion to weights, but none above `most`.
 
-
-def turns(regions: tuple[str, ...]) -> int:
-    """After how many stripes the placement repeats."""
-    inside = _by_region(regions)
-    return len(inside) * math.lcm(*(len(nodes) for nodes in inside))
-
-
-def place(code: Code, regions: tuple[str, ...], stripe: int) -> tuple[int, ...]:
-    """The position of the node for each of the stripe's n shards.
-
-    Shard i goes to region i + stripe (modulo the regions), so that data and
-    parity, and with them reads, are spread evenly over time.
+    What is too much for one goes to the others; `total` is at most `most` for each.
     """
-    return _spread(code.n, regions, stripe % turns(regions))
+    result = [most] * len(weights)
+    rest, left = set(range(len(weights))), total
+    while rest:
+        unit = left / sum(weights[i] for i in rest)
+        full = {i for i in rest if weights[i] * unit > most}
+        if not full:
+            for i in rest:
+                result[i] = weights[i] * unit
+            break
+        rest -= full
+        left -= most * len(full)
+    return result
 
 
 def losses(good: Counter[str], k: int) -> int:
@@ -83,12 +174,97 @@ def losses(good: Counter[str], k: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def losses_borne(code: Code, regions: tuple[str, ...], lacking: frozenset[int]) -> int:
-    """How many more regions may go, whichever, if the nodes at some positions have nothing.
+def losses_borne(code: Code, regions: tuple[str, ...], lacking: frozenset[str]) -> int:
+    """How many more of these regions may go, whichever, if some have nothing.
 
     -1: stripes may have fewer shards than they need already.
     """
-    return min(
-        losses(Counter(regions[i] for i in place(code, regions, turn) if i not in lacking), code.k)
-        for turn in range(turns(regions))
-    )
+    placement = Placement([Site(region, region) for region in regions])
+    turns = (placement.place(code, turn) for turn in range(len(regions)))
+    held = (Counter(regions[i] for i in turn if regions[i] not in lacking) for turn in turns)
+    return min(losses(good, code.k) for good in held)
+
+
+# --- the rendezvous ----------------------------------------------------------
+
+
+def draw(name: str, weight: float, stripe: int) -> float:
+    """What a node draws for a stripe; the least number wins."""
+    return _arrival(xxh3_64_intdigest(name.encode()), weight, stripe.to_bytes(8, "little"))
+
+
+def _arrival(seed: int, rate: float, key: bytes) -> float:
+    """-ln(h) / w: less where -w / ln(h) is greater."""
+    return -log(((xxh3_64_intdigest(key, seed) >> 11) + 0.5) * 2.0**-53) / rate
+
+
+class _Region:
+    """The nodes of one region."""
+
+    def __init__(self, sites: Sequence[Site], nodes: list[int]) -> None:
+        self.nodes = nodes
+        """Their positions among all."""
+        self.weights = tuple(sites[node].weight for node in nodes)
+        self._seeds = [xxh3_64_intdigest(sites[node].name.encode()) for node in nodes]
+
+    def order(self, count: int, stripe: int) -> list[int]:
+        """The nodes, those first that the first of `count` shards of a stripe go to."""
+        if len(self.nodes) == 1:
+            return self.nodes
+        key = stripe.to_bytes(8, "little")
+        rates = _rates(self.weights, count % len(self.nodes))
+        drawn = sorted(
+            (_arrival(seed, rate, key), node)
+            for node, seed, rate in zip(self.nodes, self._seeds, rates, strict=True)
+        )
+        return [node for _, node in drawn]
+
+
+@lru_cache(maxsize=256)
+def _rates(weights: tuple[float, ...], count: int) -> tuple[float, ...]:
+    """Weights with which the first `count` of a rendezvous hold shards as `weights` say.
+
+    The first one does so with the weights themselves; that the first two do, one that
+    is twice as heavy must not come second less often than first.  Begins with the
+    exponential order sampling of Rosén (1997).
+    """
+    if count <= 1 or len(set(weights)) == 1:
+        return weights
+    wanted = shares(weights, count, 1.0)
+    rest = [i for i, part in enumerate(wanted) if part < 1.0 - 1e-9]
+    rates = [math.inf] * len(weights)  # of those that every stripe has a shard on
+    left = count - (len(weights) - len(rest))
+    if left == 1:
+        found = [weights[i] for i in rest]
+    else:
+        parts = [wanted[i] for i in rest]
+        found = [-math.log1p(-part) for part in parts]
+        for _ in range(_ROUNDS):
+            reached = _inclusion(found, left)
+            if all(abs(r - p) < _CLOSE * p for r, p in zip(reached, parts, strict=True)):
+                break
+            found = [
+                rate * math.log1p(-p) / math.log1p(-r)
+                for rate, p, r in zip(found, parts, reached, strict=True)
+            ]
+    for i, rate in zip(rest, found, strict=True):
+        rates[i] = rate
+    return tuple(rates)
+
+
+def _inclusion(rates: Sequence[float], count: int) -> list[float]:
+    """How likely each is among the first `count` to arrive, with exponential times of arrival."""
+    result = [0.0] * len(rates)
+    first, last = log(1e-4 / max(rates)), log(40 / min(rates))
+    for point in range(math.ceil((last - first) / _STEP)):
+        time = math.exp(first + point * _STEP)
+        late = [math.exp(-rate * time) for rate in rates]
+        for i, rate in enumerate(rates):
+            arrived = [1.0] + [0.0] * (count - 1)  # by how many of the others, below `count`
+            for j, other in enumerate(late):
+                if j != i:
+                    for n in range(count - 1, 0, -1):
+                        arrived[n] += (arrived[n - 1] - arrived[n]) * (1.0 - other)
+                    arrived[0] *= other
+            result[i] += rate * time * late[i] * sum(arrived) * _STEP
+    return [min(max(part, 1e-12), 1.0 - 1e-12) for part in result]

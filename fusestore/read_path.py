@@ -185,17 +185,18 @@ class Reader:
             member.slow_until = trio.current_time() + SLOW_SECONDS
             return None
         except NodeError as error:
-            await self._failed(member, number, index, error)
+            await self._failed(member, number, row, index, error)
             return None
         if verified(row, index, low, data):
             return data
         member.corrupt += 1
-        self._damaged(
-            number, index, f"Shard {index} of stripe {number:#x} on node {member.name} is corrupt."
-        )
+        what = f"Shard {index} of stripe {number:#x} on node {member.name} is corrupt."
+        self._damaged(number, row, index, what)
         return None
 
-    async def _failed(self, member: Member, number: int, index: int, error: NodeError) -> None:
+    async def _failed(
+        self, member: Member, number: int, row: Stripe, index: int, error: NodeError
+    ) -> None:
         """A read failed: because of the node, or of this shard alone."""
         assert member.node is not None
         try:
@@ -203,16 +204,14 @@ class Reader:
         except NodeError as gone:
             member.fail(gone)
         else:
-            self._damaged(number, index, str(error))
+            self._damaged(number, row, index, str(error))
 
-    def _damaged(self, number: int, index: int, reason: str) -> None:
+    def _damaged(self, number: int, row: Stripe, index: int, reason: str) -> None:
         """Note a bad shard for healing, unless it was freed or moved meanwhile."""
         value = self._log.engine.get(schema.stripe_key(number))
         if value is None:
             return
-        row = Stripe.decode(value)
-        cached = self._cache.get(number)
-        if cached is not None and cached.shards[index] != row.shards[index]:
+        if Stripe.decode(value).shards[index] != row.shards[index]:
             self.forget(number)
             return
         key = schema.missing_key(row.shards[index].node, number, index)

@@ -274,27 +274,26 @@ def _config(
     found: Found, rows: Sequence[NodeRow], about: bytes | None, metadata: Path
 ) -> StoreConfig:
     """The configuration, with the nodes where they were found; made anew if it is gone."""
+    known = found.config.nodes if found.config else ()
+    names = {node.name for node in known}
+    nodes = tuple(
+        replace(node, path=found.places[node.name][0]) if node.name in found.places else node
+        for node in (*known, *(_node(row) for row in rows if row.name not in names))
+    )
     if found.config is not None:
-        nodes = tuple(
-            replace(node, path=found.places[node.name][0]) if node.name in found.places else node
-            for node in found.config.nodes
-        )
         return replace(found.config, nodes=nodes, metadata=metadata)
     if about is None:
         raise ReplayError(
             "The journals that are there hold no commit: there is nothing to recover."
         )
     code = Code.parse(json.loads(about)["code"])
-    nodes = tuple(
-        NodeConfig(
-            row.name,
-            row.region,
-            found.places[row.name][0] if row.name in found.places else Path(row.path),
-        )
-        for row in rows
-    )
-    unsafe = check_region_rule(code, [node.region for node in nodes]) is not None
-    return StoreConfig(found.store, found.uuid, code, unsafe, metadata, nodes)
+    config = StoreConfig(found.store, found.uuid, code, False, metadata, nodes)
+    return replace(config, allow_unsafe=check_region_rule(code, config.regions) is not None)
+
+
+def _node(row: NodeRow) -> NodeConfig:
+    """A node as the log knows it."""
+    return NodeConfig(row.name, row.region, Path(row.path), row.weight, row.draining)
 
 
 def _write_config(found: Found, config: StoreConfig) -> None:
@@ -340,10 +339,7 @@ def _settle(state: Log, replayed: Replayed) -> LogState:
             and member.id in replayed.in_sync
             and replayed.reached[member.id] >= last
         )
-        place = (member.config.region, str(member.config.path))
-        rows.append(
-            NodeRow(member.id, member.name, *place, whole, 0 if whole else schema.NEVER_WHOLE)
-        )
+        rows.append(member.row(whole, 0 if whole else schema.NEVER_WHOLE))
     state.apply({schema.NODES_KEY: schema.encode_nodes(rows)})
     return replace(replayed.state, epoch=replayed.state.epoch + EPOCHS_SKIPPED)
 

@@ -22,7 +22,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -31,6 +31,7 @@ from typing import Any
 from uuid import uuid4
 
 import trio
+from typing_extensions import Buffer
 
 from . import schema
 from .commit import Committer
@@ -39,10 +40,8 @@ from .config import (
     IDENTITY_VERSION,
     NodeConfig,
     NodeIdentity,
-    StoreConfig,
     check_places,
     sync_directory,
-    write,
     write_identity,
 )
 from .errors import (
@@ -106,14 +105,12 @@ class Running:
 class Repairer:
     """Heals shards, and brings nodes back."""
 
-    def __init__(
-        self, config: StoreConfig, state: Log, reader: Reader, committer: Committer
-    ) -> None:
-        self._config = config
+    def __init__(self, state: Log, reader: Reader, committer: Committer) -> None:
         self._log = state
         self._reader = reader
         self._committer = committer
-        self._busy = trio.Lock()
+        self.busy = trio.Lock()
+        """Held while a node is brought back or shards are healed or moved."""
         self._wake = trio.Event()
         self._retry_at: dict[int, float] = {}
         self._retry_wait: dict[int, float] = {}
@@ -147,7 +144,7 @@ class Repairer:
     async def run(self) -> None:
         """Heal, and bring back nodes that were away, now and then, until cancelled."""
         while True:
-            async with self._busy:
+            async with self.busy:
                 for member in self._log.members.all:
                     if member.state is State.UP:
                         try:
@@ -174,7 +171,7 @@ class Repairer:
             debt = islice(self._lacks(member), None if shards_max is None else shards_max + 1)
             if shards_max is not None and sum(1 for _ in debt) > shards_max:
                 continue
-            async with self._busy:
+            async with self.busy:
                 if member.state is not State.UP:
                     await self._bring_back(member, shards_max is not None)
                     continue
@@ -188,7 +185,7 @@ class Repairer:
         try:
             node = None
             if member.state is not State.REBUILDING:
-                node = await member.call(open_node, self._config, member.config)
+                node = await member.call(open_node, self._log.members.config, member.config)
                 last = await member.call(last_commit, self._log.store, member.name, node)
                 member.note_segments(await member.call(node.segments, Run.SHARDS))
                 member.doubted = last < member.holds
@@ -230,7 +227,7 @@ class Repairer:
 
     async def heal(self) -> None:
         """Rebuild what nodes that are up lack."""
-        async with self._busy:
+        async with self.busy:
             for member in self._log.members.all:
                 if member.state is State.UP:
                     try:
@@ -277,7 +274,8 @@ class Repairer:
             wanted: dict[int, list[int]] = {}
             for key, _ in rows:
                 _, number, index = schema.decode_missing_key(key)
-                if self._log.engine.get(schema.stripe_key(number)) is None:
+                row = self._row(number)
+                if row is None or row.shards[index].node != member.id:  # it moved meanwhile
                     self._log.apply({key: None})
                 else:
                     wanted.setdefault(number, []).append(index)
@@ -315,13 +313,47 @@ class Repairer:
             self._log.apply({key: b"" for key in keys if self._log.engine.get(key) is None})
             return
         for index in indices:
-            place = row.shards[index]
-            if not place.written:
-                place = member.reserve(length)
-                member.claim(place, length, -1)
-            written.append((number, index, row, place))
-            header = shard_header(row.code, row.length, number, index, row.checksums[index])
-            await member.call(write_shard, self._log, member, place, header, data[index])
+            await self._write(member, number, row, index, data[index], written)
+
+    async def _write(
+        self,
+        member: Member,
+        number: int,
+        row: Stripe,
+        index: int,
+        data: Buffer,
+        written: list[_Rebuilt],
+    ) -> None:
+        """Write a shard where it was, or, if it was not on this node, to a new place."""
+        place = row.shards[index]
+        if place.node != member.id or not place.written:
+            place = member.reserve(row.shard_length)
+            member.claim(place, row.shard_length, -1)
+        written.append((number, index, row, place))
+        header = shard_header(row.code, row.length, number, index, row.checksums[index])
+        await member.call(write_shard, self._log, member, place, header, data)
+
+    async def move(
+        self, target: Member, shards: Sequence[tuple[int, Stripe, int]]
+    ) -> tuple[int, int]:
+        """Give shards (stripe, row, index) of other nodes to a node; (shards, bytes) moved.
+
+        Each counts there, and its old place is to be reclaimed, from when it was read
+        back.  Hold `busy`.  LostError when one cannot be read, NodeError of the target.
+        """
+        written: list[_Rebuilt] = []
+        try:
+            for number, row, index in shards:
+                length = row.shard_length
+                data: Buffer | None = await self._reader.read_blocks(number, row, index, 0, length)
+                if data is None:
+                    data = (await self._reader.decode(number, row, [index], 0, length))[index]
+                await self._write(target, number, row, index, data, written)
+            return await self._prove(target, written)
+        except BaseException:
+            for _, index, row, place in written:
+                self._give_back(target, row, index, place)
+            raise
 
     async def _prove(self, member: Member, written: list[_Rebuilt]) -> tuple[int, int]:
         """Read rebuilt shards back; those that are right count from then on."""
@@ -354,16 +386,19 @@ class Repairer:
                     "replace its disk."
                 )
             written.pop()
-            now = self._row(number)
-            key = schema.missing_key(member.id, number, index)
-            if now is None:  # freed meanwhile
+            now, before = self._row(number), row.shards[index]
+            key = schema.missing_key(before.node, number, index)
+            if now is None or now.shards[index] != before:  # freed meanwhile
                 self._give_back(member, row, index, place)
                 self._log.apply({key: None})
                 continue
-            if place != row.shards[index]:
+            if place != before:
                 member.claim(place, row.shard_length)
-            moved = now.moved(index, place)
-            self._log.apply({schema.stripe_key(number): moved.encode(), key: None})
+            changes = {schema.stripe_key(number): now.moved(index, place).encode(), key: None}
+            if place != before and before.written:
+                debt, length = schema.reclaim_row(before, row.shard_length)
+                changes[debt] = length
+            self._log.apply(changes)
             self._reader.forget(number)
             shards, size = shards + 1, size + row.shard_length
         return shards, size
@@ -406,7 +441,7 @@ class Repairer:
         member = self.member(name)
         pace = Pace(self._log, rate, polite=False)
         started = time.monotonic()
-        async with self._busy:
+        async with self.busy:
             if to is not None and to != member.config.path:
                 await self._move(member, to)
             try:
@@ -477,7 +512,7 @@ class Repairer:
                 return
             except NodeError as error:
                 member.fail(error)
-        node = await member.call(self._claim, member.config)
+        node = await member.call(self.claim, member.config)
         last = await member.call(last_commit, self._log.store, member.name, node)
         if last < max(member.holds, 1):
             member.holds = schema.NEVER_WHOLE  # until it is in sync again
@@ -490,13 +525,13 @@ class Repairer:
         FusestoreError when it cannot be there; nothing has changed then.
         """
         moved = replace(member.config, path=to)
-        nodes = tuple(moved if node.name == moved.name else node for node in self._config.nodes)
-        problem = check_places(self._config.store, self._config.metadata, nodes)
+        config = self._log.members.config
+        nodes = tuple(moved if node.name == moved.name else node for node in config.nodes)
+        problem = check_places(config.store, config.metadata, nodes)
         if problem:
             raise UsageError(problem)
-        await member.call(self._claim, moved)
-        self._config = replace(self._config, nodes=nodes)
-        await trio.to_thread.run_sync(write, self._config)
+        await member.call(self.claim, moved)
+        await trio.to_thread.run_sync(self._log.members.configure, nodes)
         member.fail(NodeError(f"Node {member.name} moves to {to}."))
         member.config = moved
 
@@ -505,17 +540,43 @@ class Repairer:
         async with self._committer.lock:
             # The loss itself is committed first, so that what it lacks is known.
             await self._committer.commit_now()
-            on_disk = await member.call(node.segments, Run.SHARDS)
-            if member.node is not None:
-                member.node.close()
-            member.node = node
-            member.segment = max([0, member.segment, *member.segments, *on_disk]) + 1
-            member.offset = 0
-            member.dirty, member.unflushed = set(), []
-            member.error = ""
-            member.state = State.REBUILDING
+            await self._take_in(member, node)
 
-    def _claim(self, node: NodeConfig) -> Node:
+    async def _take_in(self, member: Member, node: Node) -> None:
+        on_disk = await member.call(node.segments, Run.SHARDS)
+        if member.node is not None:
+            member.node.close()
+        member.node = node
+        member.segment = max([0, member.segment, *member.segments, *on_disk]) + 1
+        member.offset = 0
+        member.dirty, member.unflushed = set(), []
+        member.error = ""
+        member.state = State.REBUILDING
+
+    async def join(self, member: Member, progress: Progress) -> None:
+        """Let a node that the store has not had take part; NodeError when it fails meanwhile.
+
+        Its configuration is in the file already.
+        """
+        node = await member.call(self.claim, member.config)
+        async with self.busy:
+            async with self._committer.lock:
+                # With what the metadata has then, a mount would give it the same id.
+                await self._committer.commit_now(checkpoint=True)
+                member.id = max(row.id for row in self._committer.rows) + 1
+                await self._take_in(member, node)
+                self._log.members.add(member)
+            try:
+                with self._following(member, progress) as tell:
+                    await self._journal_first(member, tell)
+                    await self._join(member, tell)
+            except BaseException as error:
+                # It is a node of the store from now on, and is brought back like any other.
+                member.fail(NodeError(f"Node {member.name} has not joined yet: {error}."))
+                self._committer.ask()
+                raise
+
+    def claim(self, node: NodeConfig) -> Node:
         """In a thread: open a node's directory, made anew if it is gone or wiped."""
         path = node.path
         if not os.path.lexists(path / IDENTITY_NAME):
@@ -527,10 +588,10 @@ class Repairer:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             sync_directory(path.parent)
             identity = NodeIdentity(
-                self._config.uuid, node.name, node.region, uuid4(), IDENTITY_VERSION
+                self._log.store, node.name, node.region, uuid4(), IDENTITY_VERSION
             )
             write_identity(path, identity)
-        return open_node(self._config, node)
+        return open_node(self._log.members.config, node)
 
     async def _all_shards(
         self, member: Member, progress: Progress, pace: Pace | None = None

@@ -88,7 +88,7 @@ class Reporter:
         whole = all(m.state is State.UP and not missing.get(m.id) for m in members.all)
         lacking = {m.id for m in members.all if m.state is not State.UP or missing.get(m.id)}
         unused = {member.id for member in members.all if member.unused}
-        size, free = members.usable(state.code, state.spaces())
+        size, free = members.usable(state.code)
         try:
             metadata_bytes = state.engine.bytes_used
         except OSError:
@@ -99,7 +99,7 @@ class Reporter:
             "uuid": str(self._config.uuid),
             "code": str(state.code),
             "unsafe_codes": [
-                str(code) for code in codes if check_region_rule(code, members.regions)
+                str(code) for code in codes if check_region_rule(code, members.config.regions)
             ],
             "regions_borne": members.losses_borne(codes, lacking),
             "readable": members.losses_borne(codes, unused) >= 0,
@@ -134,6 +134,8 @@ class Reporter:
             "name": member.name,
             "region": member.config.region,
             "path": str(member.config.path),
+            "weight": member.config.weight,
+            "draining": member.config.draining,
             "state": str(member.state),
             "in_sync": member.in_sync,
             "error": member.error,

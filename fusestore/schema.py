@@ -457,6 +457,11 @@ def reclaim_key(node: int, segment: int, offset: int) -> bytes:
     return b"R" + _HIQ.pack(node, segment, offset)
 
 
+def reclaim_row(place: ShardPlace, length: int) -> tuple[bytes, bytes]:
+    """The row that frees a shard of `length` bytes."""
+    return reclaim_key(place.node, place.segment, place.offset), length.to_bytes(4, "little")
+
+
 def decode_reclaim_key(key: bytes) -> tuple[int, int, int]:
     """(node, segment, payload offset)."""
     return _HIQ.unpack_from(key, 1)
@@ -469,6 +474,7 @@ COUNTERS_KEY = b"Zcounters"
 FORMAT_KEY = b"Zformat"
 LOG_KEY = b"Zlog"
 NODES_KEY = b"Znodes"
+REBALANCE_KEY = b"Zrebalance"
 RECODE_KEY = b"Zrecode"
 REPAIRS_KEY = b"Zrepairs"
 SCRUB_KEY = b"Zscrub"
@@ -554,10 +560,19 @@ class NodeRow:
     in_sync: bool
     holds: int = 0
     """For a node that is not in sync: the last commit that it is known to have flushed."""
+    weight: float = 1.0
+    draining: bool = False
 
 
 def encode_nodes(rows: list[NodeRow]) -> bytes:
-    return json.dumps([asdict(row) for row in rows]).encode()
+    """Weights of 1 and nodes that are not drained go without saying."""
+    usual = {"weight": 1.0, "draining": False}
+    return json.dumps(
+        [
+            {name: value for name, value in asdict(row).items() if usual.get(name, ...) != value}
+            for row in rows
+        ]
+    ).encode()
 
 
 def decode_nodes(value: bytes) -> list[NodeRow]:

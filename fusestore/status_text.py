@@ -199,7 +199,7 @@ def _node_row(node: dict[str, Any]) -> Row:
     return (
         node["name"],
         node["region"],
-        node["state"],
+        state_text(node),
         size("bytes_used"),
         size("bytes_free"),
         missing,
@@ -263,6 +263,63 @@ def quota_lines(quotas: Sequence[dict[str, Any]]) -> Iterator[str]:
             )
         )
     yield from table_lines(rows, right=(1, 2, 3, 4))
+
+
+def state_text(node: dict[str, Any]) -> str:
+    """The state of a node, and whether it is being drained."""
+    return f"{node['state']}, draining" if node.get("draining") else str(node["state"])
+
+
+# --- growing ---------------------------------------------------------------
+
+
+def nodes_lines(result: dict[str, Any]) -> Iterator[str]:
+    """The nodes, what they hold and what they should."""
+    heads = ("NODE", "REGION", "WEIGHT", "STATE", "SHARDS", "HOLDS", "SHARE", "FREE", "PATH")
+    rows = [
+        (
+            node["name"],
+            node["region"],
+            f"{node['weight']:g}",
+            "drained" if node["drained"] else state_text(node),
+            f"{node['shards']:,}",
+            bytes_text(node["bytes"]),
+            bytes_text(node["share_bytes"]),
+            bytes_text(node["bytes_free"]),
+            node["path"],
+        )
+        for node in result["nodes"]
+    ]
+    yield from table_lines([heads, *rows], right=(2, 4, 5, 6, 7))
+    for node in result["nodes"]:
+        if node["problem"]:
+            yield f"  {node['name']}: {node['problem']}"
+    yield f"No node is more than {result['off_balance']:.1%} from its share."
+    yield rebalance_line(result["rebalance"])
+
+
+def drain_line(store: str, result: dict[str, Any]) -> str:
+    """How far draining a node is."""
+    name = result["node"]
+    if not result["draining"]:
+        return f"{name} gets shards again."
+    if result["drained"]:
+        return f"{name} is drained: take it out with 'fusestore node remove {store} {name}'."
+    return f"{name} is being drained: see 'fusestore node list {store}'."
+
+
+def rebalance_line(row: dict[str, Any]) -> str:
+    """Where a rebalance stands, or how it ended."""
+    if row["state"] == "never":
+        return "This store was never rebalanced."
+    moved = f"{row['shards']:,} shards moved and checked, {bytes_text(row['size'])}"
+    if row["state"] == "done":
+        seconds = max(row["finished"] - row["started"], 1e-9)
+        speed = row["size"] / 1e6 / seconds
+        return f"Rebalance done: {moved} in {seconds:.1f} s ({speed:.1f} MB/s)."
+    left = f", about {bytes_text(max(row['total'] - row['size'], 0))} to go"
+    problem = f" {row['error']}" if row["error"] else ""
+    return f"Rebalance {row['state']}: {moved}{left}.{problem}"
 
 
 # --- safety ----------------------------------------------------------------

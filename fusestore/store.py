@@ -18,15 +18,16 @@ import trio
 
 from . import erasure, schema
 from .commit import Committer
-from .config import StoreConfig, sync_directory
+from .config import CONFIG_NAME, StoreConfig, sync_directory
 from .engine import DATABASE, DATABASE_LOCK, Engine
 from .erasure import Code
-from .errors import FusestoreError, MetadataError, NodeError, ReplayError, UsageError
+from .errors import ConfigError, FusestoreError, MetadataError, NodeError, ReplayError, UsageError
 from .journal import last_commit
 from .limits import CATCH_UP_SHARDS_MAX
 from .log import Log
 from .members import Member, State, open_members, open_node
 from .read_path import Reader
+from .rebalance import Rebalancer
 from .reclaim import Reclaimer
 from .records import Run
 from .repair import Repairer
@@ -36,6 +37,7 @@ from .ring import Ring
 from .schema import Counters, LogState, NodeRow, SegmentState
 from .scrub import Scrubber
 from .snapshot import Snapshotter
+from .topology import Topology
 from .write_path import Writer
 
 log = logging.getLogger(__name__)
@@ -58,7 +60,9 @@ class Store:
         self.committer.rows = schema.decode_nodes(nodes) if nodes else []
         self.reclaimer = Reclaimer(state)
         self.snapshotter = Snapshotter(state, self.committer)
-        self.repairer = Repairer(config, state, self.reader, self.committer)
+        self.repairer = Repairer(state, self.reader, self.committer)
+        self.rebalancer = Rebalancer(state, self.committer, self.repairer)
+        self.topology = Topology(state, self.committer, self.repairer, self.rebalancer)
         self.scrubber = Scrubber(state, self.committer, self.repairer, config.scrub_days)
         self.reporter = Reporter(
             config, state, self.reader, self.committer, self.repairer, self.scrubber
@@ -69,7 +73,8 @@ class Store:
 
     def tasks(self) -> list[Callable[[], Awaitable[None]]]:
         """What goes on in the background while it is open."""
-        return [self.reclaimer.run, self.snapshotter.run, self.repairer.run, self.scrubber.run]
+        parts = (self.reclaimer, self.snapshotter, self.repairer, self.scrubber, self.rebalancer)
+        return [part.run for part in parts]
 
     def warnings(self) -> list[str]:
         """A sentence for each node that is not as it should be."""
@@ -230,12 +235,20 @@ def _apply(state: Log, replayed: Replayed, suspects: dict[bytes, bytes | None]) 
         elif not member.error:
             member.error = "It missed some commits."
     nodes = engine.get(schema.NODES_KEY)
+    if not new:
+        for member in state.members.all:
+            member.holds = schema.NEVER_WHOLE  # unless the log knows it
     for row in schema.decode_nodes(nodes) if nodes else ():
         owner = state.members.by_id.get(row.id)
-        if owner is not None:
-            owner.holds = replayed.durable if row.in_sync else row.holds
-            if replayed.lossy and not owner.in_sync:
-                owner.holds = schema.NEVER_WHOLE
+        if owner is None:
+            config = state.members.config
+            raise ConfigError(
+                f"{config.store / CONFIG_NAME} lacks node {row.name} (region {row.region}, at "
+                f"{row.path}), which the store has: put it back, and use 'fusestore node remove'."
+            )
+        owner.holds = replayed.durable if row.in_sync else row.holds
+        if replayed.lossy and not owner.in_sync:
+            owner.holds = schema.NEVER_WHOLE
     for key, value in engine.scan(schema.SEGMENTS_START, schema.SEGMENTS_END):
         node, segment = schema.decode_segment_key(key)
         owner = state.members.by_id.get(node)

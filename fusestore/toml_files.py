@@ -143,6 +143,14 @@ class Table:
             self.bad(key, f"must be a number from 0 to {most}, and is {count}")
         return count
 
+    def take_number(self, key: str, default: float, least: float, most: float) -> float:
+        """The number, whole or not, that a key has, from `least` to `most`."""
+        number = self._values.pop(key, default)
+        if type(number) in (int, float) and least <= number <= most:
+            return float(number)
+        self.bad(key, f"must be a number from {least:g} to {most:g}, and is {number!r}")
+        return default
+
     def take_uuid(self, key: str) -> UUID:
         """The UUID that a key has as text."""
         text = self.take(key, str)

@@ -13,7 +13,7 @@ import reedsolo
 from fusestore import erasure
 from fusestore.erasure import Code
 from fusestore.errors import UsageError
-from fusestore.placement import check_region_rule, place
+from fusestore.placement import check_region_rule
 
 CODES = [Code(2, 1), Code(4, 2), Code(6, 3), Code(1, 2), Code(8, 4), Code(10, 4)]
 REGIONS = ("a", "b", "c")
@@ -107,17 +107,3 @@ def test_the_region_rule_names_codes_that_a_region_could_take_away() -> None:
         assert text in str(check_region_rule(Code.parse(text), REGIONS))
     assert check_region_rule(Code(2, 1), ("a", "b")) is not None
     assert check_region_rule(Code(4, 2), ("a", "a", "b", "b", "c", "c")) is None
-
-
-@pytest.mark.parametrize("code", CODES[:5], ids=str)
-def test_shards_are_spread_evenly(code: Code) -> None:
-    regions = ("a", "a", "b", "b", "c")
-    held = [0] * len(regions)
-    for stripe in range(300):
-        nodes = place(code, regions, stripe)
-        for name in set(regions):
-            assert sum(regions[node] == name for node in nodes) <= code.m
-        if stripe < 60:
-            for node in nodes:
-                held[node] += 1
-    assert max(held[0], held[1]) - min(held[0], held[1]) <= code.n

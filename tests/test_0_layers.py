@@ -16,7 +16,7 @@ LAYERS: list[set[str]] = [
      "engine", "ring"},
     # 2: the log
     {"members", "log", "journal", "write_path", "read_path", "commit", "replay", "reclaim",
-     "snapshot", "pace", "repair", "scrub", "report", "store"},
+     "snapshot", "pace", "repair", "rebalance", "topology", "scrub", "report", "store"},
     # 3: the file system
     {"quota", "tree", "walk", "contents", "attributes", "quota_roots", "recode", "filesystem",
      "recover", "fsck",
@@ -26,7 +26,7 @@ LAYERS: list[set[str]] = [
      "units", "versions", "counts", "web", "monitor"},
     # 5: assembly
     {"daemon", "launch", "cli_mount", "cli_store", "cli_status", "cli_metrics", "cli_rescue",
-     "cli_safety", "cli_bench", "cli", "cli_policy",
+     "cli_safety", "cli_nodes", "cli_bench", "cli", "cli_policy",
      "cli_errors", "cli_about", "cli_operate", "cli_mount_helper", "man_pages", "__main__",
      "bench", "bench.null", "bench.children", "bench.interrupts", "bench.measured",
      "bench.scale", "bench.watching", "bench.workloads", "bench.surroundings", "bench.targets",
@@ -42,7 +42,7 @@ DOORS = {
     "reedsolo": {"erasure"},
     "prometheus_client": {"monitor"},
     "click": {"cli", "cli_mount", "cli_store", "cli_status", "cli_metrics", "cli_rescue",
-              "cli_safety", "cli_errors", "cli_policy",
+              "cli_safety", "cli_nodes", "cli_errors", "cli_policy",
               "cli_about", "cli_operate", "cli_mount_helper", "cli_bench", "man_pages",
               "status_text"},
 }  # fmt: skip

@@ -654,7 +654,7 @@ async def test_a_node_that_fails_while_it_comes_back_is_owed_all_again(
         await one.store.committer.commit()
         # It comes back, is given shards, and fails again before they are flushed.
         faulty = FaultyNode(open_node(config, config.nodes[0]))
-        async with one.store.repairer._busy:
+        async with one.store.repairer.busy:
             await one.store.repairer._enter(member, faulty)
             await one.put("c", files["c"])
             await trio.testing.wait_all_tasks_blocked(0.1)
@@ -719,7 +719,7 @@ async def test_a_rebuild_that_fails_keeps_no_room(config: StoreConfig) -> None:
         await one.put("f", random.Random(22).randbytes(5 << 20))
         await one.store.committer.commit()
         faulty = FaultyNode(open_node(config, config.nodes[0]))
-        async with one.store.repairer._busy:
+        async with one.store.repairer.busy:
             await one.store.repairer._enter(member, faulty)
             faulty.fail_at, faulty.for_good = faulty.operations + 3, False
             with pytest.raises(NodeError):
