@@ -130,6 +130,9 @@ class Rebalancer:
                 raise UsageError("No rebalance is running.")
             self.row.state = "stopped"
             self._note()
+        if action != "status":
+            self.wake()
+            await self._committer.commit()
         while wait and self.row.state == "running":
             done = {"done": self.row.size, "total": max(self.row.total, self.row.size)}
             progress({"phase": "rebalance", **done})
@@ -138,7 +141,6 @@ class Rebalancer:
 
     def _note(self) -> None:
         self._log.apply({schema.REBALANCE_KEY: self.row.encode()})
-        self.wake()
 
     def wake(self) -> None:
         """There may be something to move."""
@@ -266,7 +268,6 @@ class Rebalancer:
     async def _rebalance(self) -> int:
         """Move shards until nothing gets better; how many were moved."""
         moved, strict, self._notes = 0, True, {}
-        before = self.moved.total()
         while self._rebalancing():
             census = await self.census()
             share = self.shares(census)
@@ -276,15 +277,10 @@ class Rebalancer:
                 self._end("")
                 break
             held = {node: float(census.held[node]) for node in share}
-            count, whole = await self._pass(
-                _Balance(self._log.members, held, share, strict).choose,
-                Pace(self._log, self.row.rate),
-                self._rebalancing,
-            )
+            balance = _Balance(self._log.members, held, share, strict)
+            pace = Pace(self._log, self.row.rate)
+            count, whole = await self._pass(balance.choose, pace, self._rebalancing, self.row)
             moved += count
-            self.row.shards += count
-            self.row.size += self.moved.total() - before
-            before = self.moved.total()
             if self._rebalancing() and not count and not strict:
                 self._end("" if whole else next(iter(self._notes.values()), "Shards are in use."))
                 break
@@ -302,10 +298,14 @@ class Rebalancer:
         self.row.error = error
         if not error:
             self.row.state, self.row.finished = "done", time.time()
-        self._log.apply({schema.REBALANCE_KEY: self.row.encode()})
+        self._note()
 
     async def _pass(
-        self, choose: Callable[[int, Stripe], _Choice], pace: Pace, going: Callable[[], bool]
+        self,
+        choose: Callable[[int, Stripe], _Choice],
+        pace: Pace,
+        going: Callable[[], bool],
+        told: Rebalance | None = None,
     ) -> tuple[int, bool]:
         """Move what is chosen of each stripe; how much was moved, and whether all of it was."""
         moved, whole = 0, True
@@ -322,8 +322,12 @@ class Rebalancer:
                     await pace.spend(2 * sum(row.shard_length for _, row, _ in part))
                     if not going():
                         return moved, False
+                    before = self.moved.total()
                     count = await self._move(self._log.members.by_id[node], part)
                     moved += count
+                    if told is not None:
+                        told.shards += count
+                        told.size += self.moved.total() - before
                     whole = whole and count == len(part)
             await trio.lowlevel.checkpoint()
         return moved, whole
