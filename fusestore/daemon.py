@@ -299,6 +299,7 @@ class _Daemon:
                             nursery.start_soon(self._tell_ready, store)
                             await pyfuse3.main(max_tasks=FUSE_TASKS_MAX)
                             self._manager.stopping("Committing, and closing the store")
+                    await files.contents.buried()
                     self._unmounted.set()
                     await counter.keep()
                     nursery.cancel_scope.cancel()
