@@ -318,9 +318,9 @@ class Contents:
         if self._log.broken:
             self._dead.clear()
 
-    async def buried(self) -> None:
+    async def buried(self, pauses: int = 1) -> None:
         """Return when what nobody uses any more is removed, what is just being let go, too."""
-        await trio.sleep(REMOVAL_PAUSE_SECONDS)
+        await trio.sleep(pauses * REMOVAL_PAUSE_SECONDS)
         await self._bury_now()
 
     def _remove(self, inos: Sequence[int]) -> Sequence[int]:

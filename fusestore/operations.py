@@ -155,9 +155,13 @@ class Operations(pyfuse3.Operations):
                 self._contents.remove(ino)
 
     async def remove_deleted(self) -> None:
-        """Have removed what has no name and is not in use any more."""
-        if self._orphans or self._contents.removing:
-            await self._contents.buried()
+        """Have removed what has no name and is not in use any more.
+
+        That it is not in use the kernel says a little later than that it has no name.
+        """
+        for pauses in (1, 2, 4, 8, 16):
+            if self._orphans or self._contents.removing:
+                await self._contents.buried(pauses)
 
     # --- names ---------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ FILE_BYTES = 3 << 20
 
 
 def fill(mountpoint: Path, name: str) -> dict[str, str]:
-    """Write files; their checksums."""
+    """Write files, and flush them; their checksums."""
     sums = {}
     (mountpoint / name).mkdir()
     for number in range(FILES):
@@ -34,6 +35,9 @@ def fill(mountpoint: Path, name: str) -> dict[str, str]:
         path = f"{name}/{number}"
         (mountpoint / path).write_bytes(data)
         sums[path] = hashlib.sha256(data).hexdigest()
+    descriptor = os.open(mountpoint / name, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
     return sums
 
 
