@@ -3,7 +3,8 @@
 A commit takes the open stripes and the pending changes without an await in
 between, waits until what it took is sealed, appends one COMMIT record to the
 journal of every node in sync, and flushes what was written, all nodes in
-parallel.  Who asks during a flush shares the next one.
+parallel.  Who asks when none is under way does it; who asks during one shares
+the next with all others who do.
 
 A node that fails leaves the set.  That is a change of its own: it is
 committed on the remaining nodes and checkpointed before anything is
@@ -71,7 +72,7 @@ class Committer:
         self._log = state
         self._nursery = nursery
         self.writer: Writer
-        self._next = _Round()
+        self._next: _Round | None = None
         self._wanted = trio.Event()
         self.lock = trio.Lock()
         """Held during a commit; who holds it may change the set of nodes in sync."""
@@ -114,25 +115,32 @@ class Committer:
         """Return when all that was done before the call is durable; NotDurableError."""
         if self._log.read_only:
             return
-        waited = self._next
+        if not self.lock.locked() and not self._wanted.is_set():
+            self.lock.acquire_nowait()  # unlike `acquire`, without a turn of the loop
+            try:
+                await self.commit_now()
+            finally:
+                self.lock.release()
+            return
+        joined = self._next = self._next or _Round()
         self._wanted.set()
-        await waited.done.wait()
-        if waited.error:
-            raise NotDurableError(waited.error)
+        await joined.done.wait()
+        if joined.error:
+            raise NotDurableError(joined.error)
 
     async def run(self) -> None:
-        """Commit until cancelled."""
+        """Commit every five seconds, and for those who asked meanwhile, until cancelled."""
         while True:
             with trio.move_on_after(COMMIT_SECONDS_MAX) as pause:
                 await self._wanted.wait()
-            self._wanted = trio.Event()
-            current, self._next = self._next, _Round()
-            try:
-                async with self.lock:
+            async with self.lock:
+                self._wanted = trio.Event()
+                joined, self._next = self._next or _Round(), None
+                try:
                     await self.commit_now(cover=pause.cancelled_caught)
-            except NotDurableError as error:
-                current.error = str(error)
-            current.done.set()
+                except NotDurableError as error:
+                    joined.error = str(error)
+            joined.done.set()
 
     # --- a commit ------------------------------------------------------------
 
@@ -145,7 +153,16 @@ class Committer:
         begun it is not cancelled: what it took must reach the journals.
         """
         with trio.CancelScope(shield=True):
-            await self._commit_now(checkpoint, cover)
+            try:
+                await self._commit_now(checkpoint, cover)
+            except NotDurableError:
+                raise
+            except BaseException:
+                # What it took is lost to the journals: nothing may be built on it.
+                self._log.break_(
+                    "A commit met an unexpected error: the mount is read-only now; mount it again."
+                )
+                raise
 
     async def _commit_now(self, checkpoint: bool, cover: bool) -> None:
         while True:
@@ -164,7 +181,7 @@ class Committer:
                     if taken.frozen:
                         self._frozen_at = self._log.state
             finally:
-                await self.writer.flushed(unflushed)
+                self.writer.flushed(unflushed)
             if checkpoint:
                 await self._checkpoint()
                 self._checkpoint_owed = False
@@ -360,8 +377,9 @@ class Committer:
         batch = ring.start(operations, kept)
         if batch is None:
             return False
-        with trio.move_on_after(NODE_SECONDS_MAX, shield=True):
-            await ring.wait(batch)
+        if batch.left:
+            with trio.move_on_after(NODE_SECONDS_MAX, shield=True):
+                await ring.wait(batch)
         whole = True
         for member, target, result in zip(members, targets, batch.results, strict=True):
             if result is None:

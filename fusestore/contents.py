@@ -118,6 +118,8 @@ class Contents:
 
     def _overwrite(self, ino: int, offset: int, data: Data) -> bool:
         """Replace bytes that no commit holds yet, where they lie in memory."""
+        if not self._writer.can_overwrite:
+            return False
         end = offset + len(data)
         for extent in self._reader.extents(ino, offset, end):
             return extent.length == len(data) and self._writer.overwrite(

@@ -77,6 +77,7 @@ class Placement:
         self._known: dict[tuple[int, int], tuple[int, ...]] = {}
         """Where one node is a region: by shards and turn."""
         self._expected: dict[int, list[float]] = {}
+        self._least: dict[tuple[int, frozenset[str]], int] = {}
 
     def place(self, code: Code, stripe: int) -> tuple[int, ...]:
         """The position of the node for each of the stripe's n shards.
@@ -108,11 +109,14 @@ class Placement:
 
     def least(self, code: Code, regions: Collection[str]) -> int:
         """How many shards of a stripe these regions get at least."""
-        there = [number for number, name in enumerate(self.names) if name in regions]
-        return min(
-            sum(len(self._mine(code, turn, number)) for number in there)
-            for turn in range(len(self._regions))
-        )
+        key = code.n, frozenset(regions)
+        if key not in self._least:
+            there = [number for number, name in enumerate(self.names) if name in regions]
+            self._least[key] = min(
+                sum(len(self._mine(code, turn, number)) for number in there)
+                for turn in range(len(self._regions))
+            )
+        return self._least[key]
 
     def expected(self, code: Code) -> list[float]:
         """How many shards of a stripe each node gets, on average over many stripes."""

@@ -140,7 +140,8 @@ class Writer:
         """Sealed stripes that no durable commit has yet."""
         self._seals = 0
         log.unwritten = self._unwritten
-        self._room = trio.Condition()
+        self._waiting = trio.lowlevel.ParkingLot()
+        """Those who wait for room in memory."""
         self.unflushed = 0
         """File bytes accepted since the last commit was taken, and by the one under way."""
 
@@ -149,9 +150,8 @@ class Writer:
         if self._has_room():
             return
         self._ask_commit()
-        async with self._room:
-            while not self._has_room():
-                await self._room.wait()
+        while not self._has_room():
+            await self._waiting.park()
 
     def _unwritten(self) -> int:
         return len(self._log.unsealed) * STRIPE_BYTES
@@ -161,11 +161,10 @@ class Writer:
             self._seals < SEALS_MAX and self.unflushed < UNFLUSHED_BYTES_MAX
         )
 
-    async def flushed(self, length: int) -> None:
+    def flushed(self, length: int) -> None:
         """A commit flushed `length` of the unflushed bytes."""
         self.unflushed -= length
-        async with self._room:
-            self._room.notify_all()
+        self._waiting.unpark_all()
 
     # --- appending -----------------------------------------------------------
 
@@ -201,6 +200,11 @@ class Writer:
             if stripe.position == STRIPE_BYTES or stripe.owners_count >= STRIPE_OWNERS_MAX:
                 self._seal(stripe, alive=True)
         return pieces
+
+    @property
+    def can_overwrite(self) -> bool:
+        """Whether an open stripe has bytes that no commit holds yet."""
+        return any(stripe.position > stripe.committed for stripe in self._open.values())
 
     def overwrite(self, stripe_number: int, stripe_offset: int, data: Buffer) -> bool:
         """Replace bytes that no commit holds yet, in memory; False when they are not such."""
@@ -350,8 +354,7 @@ class Writer:
             self._forget(stripe)
         self._seals -= 1
         stripe.sealed.set()
-        async with self._room:
-            self._room.notify_all()
+        self._waiting.unpark_all()
 
     def _sealed(self, stripe: UnsealedStripe, row: Stripe) -> None:
         log, number = self._log, stripe.number

@@ -900,3 +900,41 @@ async def test_a_small_commit_on_a_node_whose_journal_was_deleted(config: StoreC
         await one.put("a", b"after")
         await one.store.committer.commit()
         assert not one.store.log.members.all[0].in_sync
+
+
+async def test_those_who_ask_during_a_commit_share_the_next(config: StoreConfig) -> None:
+    async with opened(config) as one:
+        committer = one.store.committer
+        before = committer.commits.count
+        async with trio.open_nursery() as nursery:
+            for i in range(20):
+                await one.put(f"f{i}", b"x" * i)
+                nursery.start_soon(committer.commit)
+        assert committer.commits.count - before <= 3
+        crash = crashed(config, config.store.with_name("crash"))
+    async with opened(crash) as one:
+        for i in range(20):
+            assert await one.get(f"f{i}") == b"x" * i
+
+
+async def test_nothing_is_acknowledged_after_a_commit_that_met_a_bug(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(self: Committer, *args: object) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ExceptionGroup) as ended:
+        async with opened(config) as one:
+            await one.put("kept", b"kept")
+            await one.store.committer.commit()
+            await one.put("lost", b"lost")
+            with monkeypatch.context() as patch:
+                patch.setattr(Committer, "append", fail)
+                with pytest.raises(ZeroDivisionError):
+                    await one.store.committer.commit()
+            with pytest.raises(NotDurableError, match="mount it again"):
+                await one.store.committer.commit()
+    assert ended.group_contains(NotDurableError)  # nor was it when the store was closed
+    async with opened(config) as one:
+        assert await one.get("kept") == b"kept"
+        assert one.files.tree.lookup(ROOT, b"lost") is None
