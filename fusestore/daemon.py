@@ -300,7 +300,6 @@ class _Daemon:
                             await pyfuse3.main(max_tasks=FUSE_TASKS_MAX)
                             self._manager.stopping("Committing, and closing the store")
                     await files.contents.buried()
-                    self._unmounted.set()
                     await counter.keep()
                     nursery.cancel_scope.cancel()
             except Exception as error:
@@ -359,6 +358,7 @@ class _Daemon:
         try:
             yield
         finally:
+            self._unmounted.set()
             pyfuse3.close()
 
     async def _stop(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:

@@ -289,7 +289,7 @@ class Store:
 def is_mounted(path: Path) -> bool:
     """Whether anything, dead or alive, is mounted on `path`."""
     place = str(path).replace(" ", "\\040")
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
     return any(line.split(" ")[4] == place for line in lines)
 
 

@@ -67,7 +67,7 @@ def processes_of(place: Path) -> list[str]:
 
 def assert_nothing_is_left(place: Path) -> None:
     assert list(place.iterdir()) == []
-    assert str(place) not in Path("/proc/self/mountinfo").read_text()
+    assert str(place) not in Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
     deadline = time.monotonic() + 30
     while left := processes_of(place):
         assert time.monotonic() < deadline, left

@@ -517,7 +517,7 @@ def test_a_read_only_mount_changes_nothing(mounted: Store) -> None:
 def test_mount_options_reach_the_kernel(make_store: Callable[..., Store], option: str) -> None:
     store = make_store()
     store.mount(option)
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
     (line,) = (line for line in lines if line.split()[4] == str(store.mountpoint))
     assert option in line.split()[5].split(",")
 
