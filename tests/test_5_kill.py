@@ -1065,14 +1065,14 @@ def test_kills_at_any_moment_leave_one_instant(
     long: bool,
     number: int,
 ) -> None:
-    """25 kills of each of 8 stores with `--long`, else about 6 of one."""
+    """25 kills of each of 8 stores with `--long`, else about 4 of one."""
     model_seed = request.config.getoption("--model-seed")
     seed = f"{model_seed}/{number}"
     campaign = Campaign(make_store(), tmp_path, seed)
     kinds = kinds_of_kill(random.Random(seed))
     kind = ""
     try:
-        while campaign.kills < (25 if long else 6):
+        while campaign.kills < (25 if long else 4):
             kind = next(kinds)
             campaign.round(kind)
             print(f"{kind}: {campaign.kills} kills, {campaign.steps} steps")

@@ -528,7 +528,7 @@ def test_so_it_does_with_remounts_between(
         store,
         tmp_path,
         request.config.getoption("--model-seed") + 1,
-        100 if long else 6,
+        100 if long else 4,
         st.lists(part, min_size=2, max_size=4).map(
             lambda parts: [step for steps in parts for step in [*steps, REMOUNT]]
         ),

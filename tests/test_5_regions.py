@@ -121,7 +121,7 @@ def test_regions_come_and_go_under_random_load(
     for load in loads:
         load.start()
     try:
-        for _ in range(rounds(pytestconfig, 3, 40)):
+        for _ in range(rounds(pytestconfig, 2, 40)):
             lost = chance.choice(REGIONS)
             time.sleep(chance.random())
             if chance.random() < 0.5:
