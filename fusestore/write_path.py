@@ -313,6 +313,7 @@ class Writer:
         del self._log.unsealed[stripe.number]
         if stripe.pooled:
             self._pool[stripe.code].append(stripe.data.obj)  # type: ignore[arg-type]
+        stripe.data = memoryview(b"")  # a commit may keep the stripe for long
         stripe.sealed.set()
 
     async def _store(
