@@ -22,14 +22,13 @@ import trio
 from . import schema
 from .balance import Census, take_census
 from .commit import Committer
-from .config import IDENTITY_NAME, WEIGHTS, NodeConfig, check_name, check_places
+from .config import IDENTITY_NAME, WEIGHTS, NodeConfig, StoreConfig, check_name, check_places
 from .erasure import Code
 from .errors import NodeError, UsageError
 from .limits import RECLAIM_BATCH, RESERVE_BYTES
 from .log import Log
-from .members import Member
+from .members import Member, open_node
 from .mkfs import JOURNAL_DIRECTORY, SHARDS_DIRECTORY, check_owner
-from .nodes.base import Node
 from .placement import check_region_rule
 from .rebalance import LOOK_SECONDS, Rebalancer
 from .records import Run
@@ -249,13 +248,13 @@ class Topology:
             await self._forget(member)
             rest = tuple(node for node in members.config.nodes if node.name != name)
             await trio.to_thread.run_sync(members.configure, rest)
-            emptied = False
+            emptied = True
+            try:
+                await member.call(_clear, members.config, member.config)
+            except (NodeError, OSError) as error:
+                log.warning("What node %s kept could not be deleted: %s", name, error)
+                emptied = False
             if member.node is not None:
-                try:
-                    await member.call(_clear, member.node, member.config.path)
-                    emptied = True
-                except (NodeError, OSError) as error:
-                    log.warning("What node %s kept could not be deleted: %s", name, error)
                 member.node.close()
         return {"node": name, "path": str(member.config.path), "emptied": emptied}
 
@@ -278,11 +277,12 @@ class Topology:
             await self._committer.commit_now(cover=True)
 
 
-def _clear(node: Node, path: Path) -> None:
-    """In a thread: delete what a node keeps, who it is last."""
+def _clear(config: StoreConfig, place: NodeConfig) -> None:
+    """In a thread: delete what a node keeps, who it is last; NodeError if another is there now."""
+    node = open_node(config, place)
     for run in (Run.SHARDS, Run.JOURNAL):
         for segment in node.segments(run):
             node.delete(run, segment)
     for name in (SHARDS_DIRECTORY, JOURNAL_DIRECTORY):
-        os.rmdir(path / name)
-    os.unlink(path / IDENTITY_NAME)
+        os.rmdir(place.path / name)
+    os.unlink(place.path / IDENTITY_NAME)

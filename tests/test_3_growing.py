@@ -210,6 +210,26 @@ async def test_a_node_that_is_gone_is_drained_from_the_others(
     await survives_any_region(load(config.store), tmp_path, files)
 
 
+async def test_what_lies_where_a_removed_node_was_is_not_deleted(tmp_path: Path) -> None:
+    """Its disk failed, and another store's is mounted there now."""
+    config, other = make_store(tmp_path / "store"), make_store(tmp_path / "other")
+    async with opened(other) as one:
+        kept = await fill(one, "z")
+    place = config.nodes[0].path
+    async with opened(config) as one:
+        files = await fill(one, "a")
+        await add(one, config.store, "us-east-2", "us-east-1")
+        place.rename(tmp_path / "failed")
+        other.nodes[0].path.rename(place)
+        assert (await do(one, "node_drain", node=REGIONS[0]))["drained"] is True
+        assert (await do(one, "node_remove", node=REGIONS[0]))["emptied"] is False
+        await is_right(one, files)
+    place.rename(other.nodes[0].path)
+    shutil.rmtree(other.nodes[1].path)
+    async with opened(other) as one:
+        await is_right(one, kept)
+
+
 async def test_draining_can_be_called_off(tmp_path: Path) -> None:
     config = make_store(tmp_path / "store")
     async with opened(config) as one:
