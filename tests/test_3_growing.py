@@ -32,6 +32,7 @@ from fusestore.errors import ConfigError, FusestoreError, NodeError, UsageError
 from fusestore.limits import CATCH_UP_SHARDS_MAX, MIB, STRIPE_BYTES
 from fusestore.members import Member
 from fusestore.mkfs import make_store
+from fusestore.nodes.base import Space
 from fusestore.nodes.directory import DirectoryNode
 from fusestore.records import Run
 from fusestore.recover import recover
@@ -333,6 +334,34 @@ async def test_a_rebalance_goes_on_when_the_node_that_lacks_shards_is_back(tmp_p
         done = await do(one, "rebalance", action="start", wait=True)
         assert (done["state"], done["error"]) == ("done", "")
         assert held(one)["us-east-2"] > 0
+        await is_right(one, files)
+
+
+async def test_nothing_is_moved_to_where_there_is_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_store(tmp_path / "store")
+    async with opened(config) as one:
+        files = await fill(one)
+        await add(one, config.store, "us-east-2", "us-east-1")
+        real = DirectoryNode.space
+
+        def space(node: DirectoryNode) -> Space:
+            found = real(node)
+            return replace(found, free=100 * MIB) if node.path.name == "us-east-2" else found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(DirectoryNode, "space", space)
+            for _ in range(2):
+                with pytest.raises(NodeError, match="us-east-2 has no room left"):
+                    await do(one, "rebalance", action="start", wait=True)
+            await do(one, "node_drain", node="us-east-1", wait=False)
+            with pytest.raises(NodeError, match="us-east-2 has no room left"):
+                await do(one, "node_drain", node="us-east-1")
+            assert held(one)["us-east-2"] == 0
+            await is_right(one, files)
+        assert (await do(one, "node_drain", node="us-east-1"))["drained"] is True
+        assert (await do(one, "rebalance", action="start", wait=True))["state"] == "done"
         await is_right(one, files)
 
 
