@@ -24,7 +24,7 @@ from .cli_policy import policy, quota, recode
 from .cli_rescue import fsck, recover
 from .cli_safety import drill, risk, scrub
 from .cli_status import status
-from .cli_store import inspect, repair
+from .cli_store import STORE, inspect, repair
 
 EPILOG = """\b
 Exit status:
@@ -80,7 +80,7 @@ def _region(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> A
 
 
 @cli.command(short_help="Make a store.")
-@click.argument("store", type=click.Path(path_type=Path))
+@STORE
 @click.option(
     "regions",
     "--region",

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import click
 
+from .cli_store import JSON, print_json
+
 
 @click.command(short_help="Say which versions of what are at work.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
+@JSON
 def version(as_json: bool) -> None:
     """Print the versions of fusestore, of its format on disk, and of what it is built on.
 
@@ -20,8 +22,6 @@ def version(as_json: bool) -> None:
 
     found = versions()
     if as_json:
-        from .cli_store import print_json
-
         print_json(dict(found))
         return
     width = max(map(len, found))

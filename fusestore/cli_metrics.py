@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli_store import answering, print_json
+from .cli_store import JSON, STORE, answering, print_json
 
 if TYPE_CHECKING:
     from .control_client import Message
-
-_STORE = click.argument("store", type=click.Path(path_type=Path))
 
 
 @click.group(short_help="Count operations, and how long they took.")
@@ -52,8 +50,8 @@ def _counts(store: Path, action: str) -> Message:
 
 
 @metrics.command("summary")
-@_STORE
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
+@STORE
+@JSON
 def metrics_summary(store: Path, as_json: bool) -> None:
     """Print a table: how many, how fast, and how they ended."""
     with answering(as_json):
@@ -66,7 +64,7 @@ def metrics_summary(store: Path, as_json: bool) -> None:
 
 
 @metrics.command("export")
-@_STORE
+@STORE
 @click.option(
     "--csv",
     "file",
@@ -83,7 +81,7 @@ def metrics_export(store: Path, file: Any) -> None:
 
 
 @metrics.command("reset")
-@_STORE
+@STORE
 def metrics_reset(store: Path) -> None:
     """Count from nothing on; what Prometheus gets goes on as it was."""
     _counts(store, "reset")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from .cli_store import STORE
 from .logs import LEVELS
 
 FORMATS = ("text", "json")
@@ -16,7 +17,7 @@ EXIT_SECONDS = 60.0
 
 
 @click.command(short_help="Mount a store on a directory.")
-@click.argument("store", type=click.Path(path_type=Path))
+@STORE
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @click.option("--foreground", "-f", is_flag=True, help="Stay, and log to standard error.")
 @click.option("options", "-o", multiple=True, metavar="OPT[,OPT…]", help="Mount options, below.")

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import click
 
-from .cli_safety import JSON, QUIET, STORE, do
-from .cli_store import complete_node, rate_option, repair
+from .cli_store import JSON, QUIET, STORE, complete_node, do, rate_option, repair
 
 _NODE = click.argument("node", shell_complete=complete_node)
 
@@ -36,7 +35,7 @@ def list_nodes(store: Path, as_json: bool) -> None:
     """Show the nodes of STORE, what each holds, and what its share is."""
     from .status_text import nodes_lines
 
-    result = do(store, "nodes", {}, True, as_json)
+    result = do(store, "nodes", {}, as_json=as_json)
     if not as_json:
         for line in nodes_lines(result):
             click.echo(line)
@@ -78,7 +77,7 @@ def add(
     """
     place = Path(os.path.realpath(path if path is not None else store / node))
     arguments = {"node": node, "region": region, "path": os.fspath(place), "weight": weight}
-    result = do(store, "node_add", arguments, quiet, as_json)
+    result = do(store, "node_add", arguments, quiet=quiet, as_json=as_json)
     if not as_json:
         click.echo(f"{node} at {result['path']} is a node of region {region} now.")
         click.echo(f"Give it its share of what there is: fusestore rebalance {store} start")
@@ -101,7 +100,7 @@ def drain(store: Path, node: str, cancel: bool, no_wait: bool, quiet: bool, as_j
     from .status_text import drain_line
 
     arguments = {"node": node, "cancel": cancel, "wait": not no_wait}
-    result = do(store, "node_drain", arguments, quiet, as_json)
+    result = do(store, "node_drain", arguments, quiet=quiet, as_json=as_json)
     if not as_json:
         click.echo(drain_line(os.fspath(store), result))
 
@@ -115,7 +114,7 @@ def remove(store: Path, node: str, as_json: bool) -> None:
 
     Refused while anything needs it.
     """
-    result = do(store, "node_remove", {"node": node}, True, as_json)
+    result = do(store, "node_remove", {"node": node}, as_json=as_json)
     if not as_json:
         rest = "is empty" if result["emptied"] else "was not there, or could not be emptied"
         click.echo(f"{node} is no node of {store} any more; {result['path']} {rest}.")
@@ -143,7 +142,7 @@ def rebalance(
     from .status_text import rebalance_line
 
     arguments = {"action": action, "rate": rate, "wait": wait}
-    result = do(store, "rebalance", arguments, quiet, as_json)
+    result = do(store, "rebalance", arguments, quiet=quiet, as_json=as_json)
     if not as_json:
         click.echo(rebalance_line(result))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from .cli_store import STORE
 from .logs import LEVELS
 
 # --- config ------------------------------------------------------------------
@@ -25,7 +26,7 @@ def config() -> None:
 
 
 @config.command(short_help="Say all that is wrong with fusestore.toml.")
-@click.argument("store", type=click.Path(path_type=Path))
+@STORE
 def check(store: Path) -> None:
     """Say all that is wrong with the fusestore.toml of STORE, with the line of each.
 
@@ -61,7 +62,7 @@ def check(store: Path) -> None:
 
 
 @click.command("log-level", short_help="Change what a mounted store logs.")
-@click.argument("store", type=click.Path(path_type=Path))
+@STORE
 @click.argument("level", type=click.Choice(LEVELS), required=False)
 def log_level(store: Path, level: str | None) -> None:
     """Have the daemon of STORE log from LEVEL on, until it is unmounted; print the level.
@@ -95,7 +96,7 @@ _USER = click.option("--user", is_flag=True, help="For your own systemd, not the
 
 
 @service.command(short_help="Write the units for a mount.")
-@click.argument("store", type=click.Path(path_type=Path))
+@STORE
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @click.option("options", "-o", multiple=True, metavar="OPT[,OPT…]", help="As for `mount`.")
 @_USER

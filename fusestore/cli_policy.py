@@ -6,12 +6,13 @@ import errno
 import json
 import os
 import re
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli_store import Bar, answering, print_json, print_paths, rate_option
+from .cli_store import JSON, PATH, Bar, answering, print_json, print_paths, rate_option
 
 if TYPE_CHECKING:
     from .mounts import Mount
@@ -20,11 +21,7 @@ CODE_ATTRIBUTE = "user.fusestore.code"
 POLICY_ATTRIBUTE = "user.fusestore.policy"
 _UNITS = "KMGTP"
 
-_PATH = click.argument("path", type=click.Path(path_type=Path))
 _DIRECTORY = click.argument("directory", type=click.Path(path_type=Path))
-_JSON = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else."
-)
 
 
 def _on_mount(path: Path, *, directory: bool = False) -> Mount:
@@ -50,12 +47,9 @@ def _ask(
     from .control_client import ControlClient
 
     mount = _on_mount(path, directory=directory)
-    bar = Bar(quiet=False)
-    try:
+    with closing(Bar(quiet=False)) as bar:
         request = {"inode": os.stat(path).st_ino, **arguments}
         return ControlClient(mount.store).request(command, request, bar.show)
-    finally:
-        bar.close()
 
 
 # --- policy ------------------------------------------------------------------
@@ -99,8 +93,8 @@ def policy_set(directory: Path, code: str) -> None:
 
 
 @policy.command("get")
-@_PATH
-@_JSON
+@PATH
+@JSON
 def policy_get(path: Path, as_json: bool) -> None:
     """Print the code of new files below PATH (or of a file), its origin, and what it survives."""
     with answering(as_json):
@@ -130,12 +124,12 @@ def _print_policy(path: Path, mount: Mount, as_json: bool = False) -> None:
 
 
 @click.command(short_help="Give existing files another code.")
-@_PATH
+@PATH
 @click.option("--to", metavar="K+M", help="The code; default: that of each file's directory.")
 @rate_option
 @click.option("--background", is_flag=True, help="Return at once; `status` shows how far it is.")
 @click.option("--stop", is_flag=True, help="End what is running; what is done stays done.")
-@_JSON
+@JSON
 @click.pass_context
 def recode(
     context: click.Context,
@@ -230,8 +224,8 @@ def quota_set(directory: Path, bytes_max: int | None, files_max: int | None) -> 
 
 
 @quota.command("get")
-@_PATH
-@_JSON
+@PATH
+@JSON
 def quota_get(path: Path, as_json: bool) -> None:
     """Print the quotas that PATH counts for, the nearest first."""
     with answering(as_json):
@@ -247,8 +241,8 @@ def quota_clear(directory: Path) -> None:
 
 
 @quota.command("list")
-@_PATH
-@_JSON
+@PATH
+@JSON
 def quota_list(path: Path, as_json: bool) -> None:
     """Print all quotas of the store that is mounted at or above PATH."""
     with answering(as_json):

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .cli_store import Bar, answering, ask, print_json, print_paths
-
-SHOWN_MAX = 20
+from .cli_store import (
+    JSON,
+    PATHS_SHOWN_MAX,
+    QUIET,
+    STORE,
+    Bar,
+    answering,
+    do,
+    print_json,
+    print_paths,
+)
 
 
 @click.command(short_help="Make lost metadata anew from the nodes.")
-@click.argument("store", type=click.Path(path_type=Path))
+@STORE
 @click.option(
     "extra",
     "--from",
@@ -33,8 +42,8 @@ SHOWN_MAX = 20
     is_flag=True,
     help="Go on without newer commits that nodes which are gone may have held.",
 )
-@click.option("--quiet", "-q", is_flag=True, help="No progress bar.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
+@QUIET
+@JSON
 @click.pass_context
 def recover(
     context: click.Context,
@@ -62,17 +71,13 @@ def recover(
     from .errors import UsageError
     from .recover import recover as make_metadata
 
-    bar = Bar(quiet)
-    try:
-        with answering(as_json):
-            if not store.is_dir():
-                raise UsageError(f"There is no directory {store}.")
-            with lock_store(store):
-                result = make_metadata(
-                    store, extra, metadata, accept_loss=accept_loss, progress=bar.show
-                )
-    finally:
-        bar.close()
+    with closing(Bar(quiet)) as bar, answering(as_json):
+        if not store.is_dir():
+            raise UsageError(f"There is no directory {store}.")
+        with lock_store(store):
+            result = make_metadata(
+                store, extra, metadata, accept_loss=accept_loss, progress=bar.show
+            )
     if as_json:
         print_json(result)
     else:
@@ -82,9 +87,9 @@ def recover(
 
 
 @click.command(short_help="Check the metadata, and mend it.")
-@click.argument("store", type=click.Path(path_type=Path))
+@STORE
 @click.option("--repair", is_flag=True, help="Mend what is found; the store must not be mounted.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
+@JSON
 @click.pass_context
 def fsck(context: click.Context, store: Path, repair: bool, as_json: bool) -> None:
     """Check that all tables of STORE's metadata agree with each other and with the nodes.
@@ -100,14 +105,8 @@ def fsck(context: click.Context, store: Path, repair: bool, as_json: bool) -> No
       fusestore fsck ~/store
       fusestore fsck ~/store --repair
     """
-    with answering(as_json):
-        from .config import load
-
-        config = load(store)
-        _, result = ask(config, "fsck", {"repair": repair}, lambda progress: None)
-    if as_json:
-        print_json(result)
-    else:
+    result = do(store, "fsck", {"repair": repair}, as_json=as_json)
+    if not as_json:
         for line in result["findings"]:
             click.echo(line)
         click.echo(_verdict(result, repair))
@@ -134,7 +133,7 @@ def _print_recovery(result: dict[str, Any]) -> None:
     for line in recovery_lines(result):
         click.echo(line)
     for dropped in result["dropped"]:
-        names = ", ".join(dropped["names"][:SHOWN_MAX]) or "no names"
+        names = ", ".join(dropped["names"][:PATHS_SHOWN_MAX]) or "no names"
         click.echo(f"dropped: commit {dropped['commit']}, never acknowledged or lost ({names})")
     print_paths("cannot be read now", result["lost"])
     click.echo(f"Mount it: fusestore mount {result['store']} MOUNTPOINT")

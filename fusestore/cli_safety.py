@@ -3,34 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
-from .cli_store import Bar, answering, ask, print_json, print_paths, rate_option
-
-STORE = click.argument("store", type=click.Path(path_type=Path))
-JSON = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else."
-)
-QUIET = click.option("--quiet", "-q", is_flag=True, help="No progress bar.")
-
-
-def do(
-    store: Path, command: str, arguments: dict[str, Any], quiet: bool, as_json: bool
-) -> dict[str, Any]:
-    """Have a command done, with a progress bar; its result, printed if it is to be JSON."""
-    from .config import load
-
-    bar = Bar(quiet)
-    try:
-        with answering(as_json):
-            _, result = ask(load(store), command, arguments, bar.show)
-    finally:
-        bar.close()
-    if as_json:
-        print_json(result)
-    return result
+from .cli_store import JSON, QUIET, STORE, do, print_paths, rate_option
 
 
 @click.command(short_help="Read and verify everything.")
@@ -66,7 +42,9 @@ def scrub(
     """
     from .status_text import scrub_line
 
-    result = do(store, "scrub", {"action": action, "rate": rate, "wait": wait}, quiet, as_json)
+    result = do(
+        store, "scrub", {"action": action, "rate": rate, "wait": wait}, quiet=quiet, as_json=as_json
+    )
     if not as_json:
         click.echo(scrub_line(result))
     if result["found"]:
@@ -125,7 +103,7 @@ def risk(
         "replace_hours": replace_hours,
     }
     arguments = {"if_lost": if_lost, "model": rates if model else None}
-    result = do(store, "risk", arguments, True, as_json)
+    result = do(store, "risk", arguments, as_json=as_json)
     if not as_json:
         for line in risk_lines(result):
             click.echo(line)
@@ -183,7 +161,7 @@ def drill(
 
     share = 1.0 if everything else sample
     arguments = {"region": region, "sample": share, "rate": rate}
-    result = do(store, "drill", arguments, quiet, as_json)
+    result = do(store, "drill", arguments, quiet=quiet, as_json=as_json)
     if not as_json:
         click.echo(drill_line(result))
         print_paths("could not be read", result["lost"])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .cli_store import answering, ask, print_json
+from .cli_store import JSON, STORE, answering, ask, print_json
 
 if TYPE_CHECKING:
     from .config import StoreConfig
@@ -26,8 +26,8 @@ _HOME, _LINE_END, _BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
 
 
 @click.command(short_help="Say whether a store is healthy.")
-@click.argument("store", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
+@STORE
+@JSON
 @click.option(
     "--watch",
     "seconds",

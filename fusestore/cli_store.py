@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from .control_client import Message, Progress
 
 LAYOUT = "user.fusestore.layout"
-UNREPAIRABLE_SHOWN_MAX = 20
+PATHS_SHOWN_MAX = 20
+
+STORE = click.argument("store", type=click.Path(path_type=Path))
+PATH = click.argument("path", type=click.Path(path_type=Path))
+JSON = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else."
+)
+QUIET = click.option("--quiet", "-q", is_flag=True, help="No progress bar.")
 
 
 def ask(
@@ -59,7 +66,12 @@ def print_json(value: Message) -> None:
     click.echo(json.dumps(value, indent=2))
 
 
-# --- repair ------------------------------------------------------------------
+def print_paths(what: str, paths: list[str]) -> None:
+    """Name files on standard error, not too many."""
+    for path in paths[:PATHS_SHOWN_MAX]:
+        click.echo(f"{what}: {path}", err=True)
+    if len(paths) > PATHS_SHOWN_MAX:
+        click.echo(f"and {len(paths) - PATHS_SHOWN_MAX} more: see --json", err=True)
 
 
 class Bar:
@@ -91,6 +103,19 @@ class Bar:
             self._bar = None
 
 
+def do(
+    store: Path, command: str, arguments: Message, *, quiet: bool = True, as_json: bool
+) -> Message:
+    """Have a command done, with a progress bar; its result, printed if it is to be JSON."""
+    from .config import load
+
+    with closing(Bar(quiet)) as bar, answering(as_json):
+        _, result = ask(load(store), command, arguments, bar.show)
+    if as_json:
+        print_json(result)
+    return result
+
+
 def complete_node(context: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
     """The nodes of a store whose names begin so."""
     from .config import load
@@ -114,8 +139,11 @@ def rate_option(function: Any) -> Any:
     )(function)
 
 
+# --- repair ------------------------------------------------------------------
+
+
 @click.command(short_help="Rebuild a node that lost its data.")
-@click.argument("store", type=click.Path(path_type=Path))
+@STORE
 @click.argument("node", shell_complete=complete_node)
 @click.option(
     "--to",
@@ -125,8 +153,8 @@ def rate_option(function: Any) -> Any:
 )
 @click.option("--dry-run", is_flag=True, help="Only say what there is to do.")
 @rate_option
-@click.option("--quiet", "-q", is_flag=True, help="No progress bar.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
+@QUIET
+@JSON
 @click.pass_context
 def repair(
     context: click.Context,
@@ -153,16 +181,12 @@ def repair(
     from .config import load
     from .status_text import plan_lines, repair_line
 
-    bar = Bar(quiet)
     place = os.fspath(to.absolute()) if to else None
     arguments = {"node": node, "to": place, "dry_run": dry_run, "rate": rate}
-    try:
-        with answering(as_json):
-            config = load(store)
-            config.node(node)
-            _, result = ask(config, "repair", arguments, bar.show)
-    finally:
-        bar.close()
+    with closing(Bar(quiet)) as bar, answering(as_json):
+        config = load(store)
+        config.node(node)
+        _, result = ask(config, "repair", arguments, bar.show)
     if as_json:
         print_json(result)
     else:
@@ -176,20 +200,12 @@ def repair(
         context.exit(1)
 
 
-def print_paths(what: str, paths: list[str]) -> None:
-    """Name files on standard error, not too many."""
-    for path in paths[:UNREPAIRABLE_SHOWN_MAX]:
-        click.echo(f"{what}: {path}", err=True)
-    if len(paths) > UNREPAIRABLE_SHOWN_MAX:
-        click.echo(f"and {len(paths) - UNREPAIRABLE_SHOWN_MAX} more: see --json", err=True)
-
-
 # --- inspect -----------------------------------------------------------------
 
 
 @click.command(short_help="Show where a file's shards are.")
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
+@PATH
+@JSON
 def inspect(path: Path, as_json: bool) -> None:
     """Show the code, the stripes and the place of each shard of PATH, a file on a mount.
 

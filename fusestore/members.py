@@ -67,7 +67,7 @@ class State(StrEnum):
     """Not used: it is gone, is not itself, or has failed again and again."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Member:
     """One node of the store."""
 
@@ -496,6 +496,14 @@ def open_node(config: StoreConfig, node: NodeConfig, *, read_only: bool = False)
     return DirectoryNode(node.path, identity, read_only=read_only)
 
 
+def node_ids(nodes: Iterable[NodeConfig], rows: Iterable[NodeRow]) -> dict[str, int]:
+    """By name: the ids that the log knows; nodes that it does not know get the next, in order."""
+    ids = {row.name: row.id for row in rows}
+    for node in nodes:
+        ids.setdefault(node.name, max(ids.values(), default=0) + 1)
+    return ids
+
+
 def open_members(
     config: StoreConfig,
     rows: Sequence[NodeRow],
@@ -504,14 +512,10 @@ def open_members(
     opened: bool = True,
 ) -> Members:
     """The nodes of a store; `rows` are those that the log knows."""
-    known = {row.name: row.id for row in rows}
-    spare = max(known.values(), default=0)
+    ids = node_ids(config.nodes, rows)
     members = []
     for node in config.nodes:
-        if node.name not in known:
-            spare += 1
-            known[node.name] = spare
-        member = Member(known[node.name], node)
+        member = Member(ids[node.name], node)
         if opened:
             try:
                 opened_node = open_node(config, node, read_only=read_only)

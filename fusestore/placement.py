@@ -259,7 +259,7 @@ def _rates(weights: tuple[float, ...], count: int) -> tuple[float, ...]:
 def _inclusion(rates: Sequence[float], count: int) -> list[float]:
     """How likely each is among the first `count` to arrive, with exponential times of arrival."""
     result = [0.0] * len(rates)
-    first, last = log(1e-4 / max(rates)), log(40 / min(rates))
+    first, last = log(1e-4 / sum(rates)), log(40 / min(rates))
     for point in range(math.ceil((last - first) / _STEP)):
         time = math.exp(first + point * _STEP)
         late = [math.exp(-rate * time) for rate in rates]

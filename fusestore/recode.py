@@ -76,10 +76,6 @@ class Recoding:
     unreadable: int = 0
     """Files with bytes that cannot be read; these keep their place."""
 
-    def encode(self) -> bytes:
-        """The row's value."""
-        return json.dumps(asdict(self)).encode()
-
 
 class Recoder:
     """Recodes a file or a tree in the background, one at a time."""
@@ -154,7 +150,7 @@ class Recoder:
             self._nursery.start_soon(self._run)
 
     def _note(self) -> None:
-        self._log.apply({schema.RECODE_KEY: self.job.encode()})
+        self._log.apply({schema.RECODE_KEY: json.dumps(asdict(self.job)).encode()})
 
     def _end(self, state: str) -> None:
         self.job.state, self.job.finished = state, time.time()

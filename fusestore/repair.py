@@ -62,7 +62,7 @@ from .limits import (
     RETRY_SECONDS_MIN,
 )
 from .log import Log
-from .members import Member, State, open_node
+from .members import Member, State, node_ids, open_node
 from .nodes.base import Node
 from .pace import Pace
 from .read_path import Reader, verified
@@ -172,6 +172,8 @@ class Repairer:
             if shards_max is not None and sum(1 for _ in debt) > shards_max:
                 continue
             async with self.busy:
+                if member not in self._log.members.all:
+                    continue  # it was removed meanwhile
                 if member.state is not State.UP:
                     await self._bring_back(member, shards_max is not None)
                     continue
@@ -438,10 +440,10 @@ class Repairer:
         `rate` is in bytes of I/O a second.  UsageError when there is no such node, or
         the new place makes no sense; NodeError when its place cannot be used.
         """
-        member = self.member(name)
         pace = Pace(self._log, rate, polite=False)
         started = time.monotonic()
         async with self.busy:
+            member = self.member(name)
             if to is not None and to != member.config.path:
                 await self._move(member, to)
             try:
@@ -563,7 +565,8 @@ class Repairer:
             async with self._committer.lock:
                 # With what the metadata has then, a mount would give it the same id.
                 await self._committer.commit_now(checkpoint=True)
-                member.id = max(row.id for row in self._committer.rows) + 1
+                nodes = self._log.members.config.nodes
+                member.id = node_ids(nodes, self._committer.rows)[member.name]
                 await self._take_in(member, node)
                 self._log.members.add(member)
             try:

@@ -20,17 +20,17 @@ from typing import Any
 import trio
 
 from . import schema
+from .balance import Census, take_census
 from .commit import Committer
-from .config import IDENTITY_NAME, WEIGHTS, NodeConfig, check_name, check_places
+from .config import IDENTITY_NAME, WEIGHTS, NodeConfig, StoreConfig, check_name, check_places
 from .erasure import Code
 from .errors import NodeError, UsageError
 from .limits import RECLAIM_BATCH, RESERVE_BYTES
 from .log import Log
-from .members import Member
+from .members import Member, open_node
 from .mkfs import JOURNAL_DIRECTORY, SHARDS_DIRECTORY, check_owner
-from .nodes.base import Node
 from .placement import check_region_rule
-from .rebalance import LOOK_SECONDS, Census, Rebalancer, off_balance
+from .rebalance import LOOK_SECONDS, Rebalancer
 from .records import Run
 from .repair import Repairer
 
@@ -55,8 +55,7 @@ class Topology:
 
     async def list(self) -> dict[str, Any]:
         """The nodes, what they hold, and what their shares are."""
-        census = await self._rebalancer.census()
-        share = self._rebalancer.shares(census)
+        census = await take_census(self._log)
         return {
             "nodes": [
                 {
@@ -70,12 +69,12 @@ class Topology:
                     "problem": member.error or self._rebalancer.stuck.get(member.id, ""),
                     "shards": census.shards[member.id],
                     "bytes": census.held[member.id],
-                    "share_bytes": int(share[member.id]),
+                    "share_bytes": int(census.share[member.id]),
                     "bytes_free": member.space.free if member.space else 0,
                 }
                 for member in self._log.members.all
             ],
-            "off_balance": off_balance(census, share),
+            "off_balance": census.off_balance,
             "rebalance": await self._rebalancer.command(
                 "status", None, wait=False, progress=lambda message: None
             ),
@@ -103,18 +102,24 @@ class Topology:
             problem = check_name(name) or check_name(region)
             if not WEIGHTS[0] <= weight <= WEIGHTS[1]:
                 problem = f"A weight is a number from {WEIGHTS[0]:g} to {WEIGHTS[1]:g}."
-            others = [other for other in config.nodes if other.name != name]
-            problem = problem or check_places(config.store, config.metadata, [*others, node])
             if problem:
                 raise UsageError(problem)
-            check_owner(config.store, path)
-            await trio.to_thread.run_sync(members.check_file)
-            opened = await trio.to_thread.run_sync(self._repairer.claim, node)
-            opened.close()
-            await trio.to_thread.run_sync(members.configure, (*others, node))
+            nodes = (*(other for other in config.nodes if other.name != name), node)
             member = Member(0, node, holds=schema.NEVER_WHOLE, ring=members.all[0].ring)
+            await member.call(self._prepare, nodes)
+            await trio.to_thread.run_sync(members.configure, nodes)
             await self._repairer.join(member, progress)
             return result
+
+    def _prepare(self, nodes: tuple[NodeConfig, ...]) -> None:
+        """In a thread: make the directory of the last node, if it can be there."""
+        members, node = self._log.members, nodes[-1]
+        problem = check_places(members.config.store, members.config.metadata, nodes)
+        if problem:
+            raise UsageError(problem)
+        check_owner(members.config.store, node.path)
+        members.check_file()
+        self._repairer.claim(node).close()
 
     # --- draining ------------------------------------------------------------
 
@@ -127,17 +132,20 @@ class Topology:
         store cannot do without the node, NodeError when no more shards can be moved.
         """
         self._log.transaction()
-        member = self._repairer.member(name)
-        if cancel:
-            await self._set_draining(member, False)
-            return {"node": name, "draining": False, "drained": False}
-        census = await self._rebalancer.census()
-        if not member.config.draining:
-            self._check_without(member, self._codes(census))
-            self._check_room(member, census)
-            await self._set_draining(member, True)
+        async with self._changing:
+            member = self._repairer.member(name)
+            if cancel:
+                await self._set_draining(member, False)
+                return {"node": name, "draining": False, "drained": False}
+            census = await take_census(self._log)
+            if not member.config.draining:
+                self._check_without(member, self._codes(census))
+                self._check_room(member, census)
+                await self._set_draining(member, True)
+            self._rebalancer.stuck.pop(member.id, None)  # it is tried anew
+            self._rebalancer.wake()
         before, total = self._rebalancer.moved[member.id], census.held[member.id]
-        while wait and member.id not in self._rebalancer.drained:
+        while wait and not self._is_drained(member):
             if not member.config.draining:
                 raise UsageError(f"Draining {name} was cancelled.")
             stuck = self._rebalancer.stuck.get(member.id)
@@ -149,31 +157,32 @@ class Topology:
         return {
             "node": name,
             "draining": True,
-            "drained": member.id in self._rebalancer.drained,
+            "drained": self._is_drained(member),
             "bytes": self._rebalancer.moved[member.id] - before,
         }
 
+    def _is_drained(self, member: Member) -> bool:
+        """Whether a node has no shards any more, be it that it was even removed meanwhile."""
+        return member.id in self._rebalancer.drained or member not in self._log.members.all
+
     async def _set_draining(self, member: Member, draining: bool) -> None:
-        async with self._changing:
-            members, before = self._log.members, member.config
-            after = replace(before, draining=draining)
-            members.reconfigured(member, after)
-            if not members.can_store(self._log.code):
-                members.reconfigured(member, before)
-                raise UsageError(
-                    f"{member.name} cannot be drained now: too few of the other nodes are up."
-                )
-            nodes = (after if node.name == after.name else node for node in members.config.nodes)
-            try:
-                await trio.to_thread.run_sync(members.configure, tuple(nodes))
-            except BaseException:
-                members.reconfigured(member, before)
-                raise
-            self._rebalancer.drained.discard(member.id)
-            self._rebalancer.stuck.pop(member.id, None)
-            async with self._committer.lock:
-                await self._committer.commit_now()
-            self._rebalancer.wake()
+        members, before = self._log.members, member.config
+        after = replace(before, draining=draining)
+        members.reconfigured(member, after)
+        if not members.can_store(self._log.code):
+            members.reconfigured(member, before)
+            raise UsageError(
+                f"{member.name} cannot be drained now: too few of the other nodes are up."
+            )
+        nodes = (after if node.name == after.name else node for node in members.config.nodes)
+        try:
+            await trio.to_thread.run_sync(members.configure, tuple(nodes))
+        except BaseException:
+            members.reconfigured(member, before)
+            raise
+        self._rebalancer.drained.discard(member.id)
+        async with self._committer.lock:
+            await self._committer.commit_now()
 
     def _codes(self, census: Census) -> set[Code]:
         """Codes that stripes have, or new ones may get."""
@@ -216,16 +225,16 @@ class Topology:
     async def remove(self, name: str) -> dict[str, Any]:
         """Take a node that nothing needs out of the store, and empty it; UsageError."""
         self._log.transaction()
-        member = self._repairer.member(name)
         store = self._log.members.config.store
         async with self._changing, self._repairer.busy:
+            member = self._repairer.member(name)
             if not member.config.draining:
                 raise UsageError(
                     f"Node {name} is in use: drain it first, with "
                     f"'fusestore node drain {store} {name}'."
                 )
             await self._committer.commit()
-            census = await self._rebalancer.census()
+            census = await take_census(self._log)
             if census.shards[member.id]:
                 raise UsageError(
                     f"Node {name} still has {census.shards[member.id]:,} shards: wait until "
@@ -235,18 +244,18 @@ class Topology:
             members = self._log.members
             if not any(other.in_sync for other in members.all if other is not member):
                 raise UsageError(f"{name} cannot go: no other node holds every commit.")
+            await trio.to_thread.run_sync(members.check_file)
             await self._forget(member)
             rest = tuple(node for node in members.config.nodes if node.name != name)
             await trio.to_thread.run_sync(members.configure, rest)
-            emptied = False
+            emptied = True
+            try:
+                await member.call(_clear, members.config, member.config)
+            except (NodeError, OSError) as error:
+                log.warning("What node %s kept could not be deleted: %s", name, error)
+                emptied = False
             if member.node is not None:
-                try:
-                    await member.call(_clear, member.node, member.config.path)
-                    emptied = True
-                except (NodeError, OSError) as error:
-                    log.warning("What node %s kept could not be deleted: %s", name, error)
                 member.node.close()
-                member.node = None
         return {"node": name, "path": str(member.config.path), "emptied": emptied}
 
     async def _forget(self, member: Member) -> None:
@@ -268,11 +277,12 @@ class Topology:
             await self._committer.commit_now(cover=True)
 
 
-def _clear(node: Node, path: Path) -> None:
-    """In a thread: delete what a node keeps, who it is last."""
+def _clear(config: StoreConfig, place: NodeConfig) -> None:
+    """In a thread: delete what a node keeps, who it is last; NodeError if another is there now."""
+    node = open_node(config, place)
     for run in (Run.SHARDS, Run.JOURNAL):
         for segment in node.segments(run):
             node.delete(run, segment)
     for name in (SHARDS_DIRECTORY, JOURNAL_DIRECTORY):
-        os.rmdir(path / name)
-    os.unlink(path / IDENTITY_NAME)
+        os.rmdir(place.path / name)
+    os.unlink(place.path / IDENTITY_NAME)

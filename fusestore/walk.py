@@ -18,7 +18,11 @@ from .tree import Tree
 
 
 class Walk:
-    """Use as a context manager; each step is to be done with before the next await."""
+    """Use as a context manager.
+
+    Who awaits before a step is done with may find entries of it moved, which come
+    again, or gone.
+    """
 
     def __init__(self, tree: Tree, top: int) -> None:
         self._tree = tree

@@ -276,5 +276,4 @@ class DirectoryNode:
 
     def close(self) -> None:
         """See Node."""
-        with self._lock:
-            self._open.clear()
+        self._open = OrderedDict()  # without the lock: a thread that hangs may hold it

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fusestore import placement as placement_module
 from fusestore.erasure import Code
 from fusestore.placement import Placement, Site, check_region_rule, shares
 
@@ -153,3 +155,20 @@ def test_shares_add_up_and_none_is_too_much(of: list[float], data: st.DataObject
     free = [(part, weight) for part, weight in zip(parts, of, strict=True) if part < 1.0 - 1e-9]
     units = [part / weight for part, weight in free]
     assert not units or max(units) == pytest.approx(min(units))
+
+
+def test_many_unequal_nodes_are_placed_on_without_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop waits for `_rates`: it is close after a few rounds of `_inclusion`."""
+    inclusion, calls = placement_module._inclusion, 0
+
+    def counted(rates: Sequence[float], count: int) -> list[float]:
+        nonlocal calls
+        calls += 1
+        return inclusion(rates, count)
+
+    monkeypatch.setattr(placement_module, "_inclusion", counted)
+    nodes = tuple([0.5, 1.0, 2.0, 3.0] * 10)
+    rates = placement_module._rates(nodes, 2)
+    assert 0 < calls < 5
+    reached = inclusion(rates, 2)
+    assert reached == pytest.approx(shares(nodes, 2, 1.0), rel=2e-3)

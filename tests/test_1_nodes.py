@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
@@ -123,3 +124,27 @@ def test_foreign_files_are_no_segments(node: Node, tmp_path: Path) -> None:
     for name in ("1.seg", "00000001.log", "00000001.seg~", "x"):
         (tmp_path / "node/shards" / name).touch()
     assert node.segments(Run.SHARDS) == []
+
+
+def test_a_node_in_which_a_thread_hangs_can_be_closed(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event loop closes it: it must not wait for a disk."""
+    node.write(Run.SHARDS, 1, 0, [b"x"])
+    hangs, may_end = threading.Event(), threading.Event()
+
+    def unlink(path: Path, **_: bool) -> None:
+        hangs.set()
+        may_end.wait(20)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    deleting = threading.Thread(target=node.delete, args=(Run.SHARDS, 1))
+    closing = threading.Thread(target=node.close, daemon=True)
+    deleting.start()
+    assert hangs.wait(20)
+    closing.start()
+    closing.join(2)
+    closed = not closing.is_alive()
+    may_end.set()
+    deleting.join()
+    assert closed

@@ -19,19 +19,22 @@ from typing import Any
 
 import pytest
 import trio
+from faults import HangingNode
 from test_2_log import Opened, crashed, opened
 
 from fusestore import config as configuration
-from fusestore import schema, topology
+from fusestore import members, read_path, repair, schema, topology
 from fusestore.config import CONFIG_NAME, NodeConfig, StoreConfig, load, write
 from fusestore.daemon import _commands, offline
 from fusestore.engine import Engine
 from fusestore.erasure import Code
 from fusestore.errors import ConfigError, FusestoreError, NodeError, UsageError
-from fusestore.limits import MIB, STRIPE_BYTES
+from fusestore.limits import CATCH_UP_SHARDS_MAX, MIB, STRIPE_BYTES
 from fusestore.members import Member
 from fusestore.mkfs import make_store
+from fusestore.nodes.base import Space
 from fusestore.nodes.directory import DirectoryNode
+from fusestore.records import Run
 from fusestore.recover import recover
 from fusestore.schema import Stripe
 
@@ -208,6 +211,26 @@ async def test_a_node_that_is_gone_is_drained_from_the_others(
     await survives_any_region(load(config.store), tmp_path, files)
 
 
+async def test_what_lies_where_a_removed_node_was_is_not_deleted(tmp_path: Path) -> None:
+    """Its disk failed, and another store's is mounted there now."""
+    config, other = make_store(tmp_path / "store"), make_store(tmp_path / "other")
+    async with opened(other) as one:
+        kept = await fill(one, "z")
+    place = config.nodes[0].path
+    async with opened(config) as one:
+        files = await fill(one, "a")
+        await add(one, config.store, "us-east-2", "us-east-1")
+        place.rename(tmp_path / "failed")
+        other.nodes[0].path.rename(place)
+        assert (await do(one, "node_drain", node=REGIONS[0]))["drained"] is True
+        assert (await do(one, "node_remove", node=REGIONS[0]))["emptied"] is False
+        await is_right(one, files)
+    place.rename(other.nodes[0].path)
+    shutil.rmtree(other.nodes[1].path)
+    async with opened(other) as one:
+        await is_right(one, kept)
+
+
 async def test_draining_can_be_called_off(tmp_path: Path) -> None:
     config = make_store(tmp_path / "store")
     async with opened(config) as one:
@@ -254,6 +277,17 @@ async def test_a_fourth_region_takes_shards_and_can_go_again(tmp_path: Path) -> 
     await survives_any_region(load(config.store), tmp_path, files)
 
 
+async def test_no_region_gets_more_shards_than_may_be_lost(tmp_path: Path) -> None:
+    config = make_store(tmp_path / "store", code=Code.parse("4+2"))
+    async with opened(config) as one:
+        await add(one, config.store, "ap-east-1", "ap-east-1")
+        files = await fill(one)
+        await do(one, "node_drain", node="us-west-1")
+        keeps_the_rule(one)
+        await do(one, "node_remove", node="us-west-1")
+    await survives_any_region(load(config.store), tmp_path, files)
+
+
 async def test_new_data_is_safe_while_one_of_two_nodes_is_away(tmp_path: Path) -> None:
     config = make_store(tmp_path / "store")
     async with opened(config) as one:
@@ -283,6 +317,105 @@ async def test_a_shard_that_fits_nowhere_is_not_moved_to_and_fro(tmp_path: Path)
         assert done["shards"] <= 1
 
 
+async def test_a_rebalance_goes_on_when_the_node_that_lacks_shards_is_back(tmp_path: Path) -> None:
+    config = make_store(tmp_path / "store")
+    async with opened(config) as one:
+        files = await fill(one)
+        await add(one, config.store, "us-east-2", "us-east-1")
+        node = one.store.log.members.all[3]
+        node.config.path.rename(tmp_path / "away")
+        await one.store.repairer.look_at(node)
+        for _ in range(2):
+            with pytest.raises(NodeError, match=r"us-east-2 is down\."):
+                await do(one, "rebalance", action="start", wait=True)
+        assert (await do(one, "rebalance", action="status"))["state"] == "running"
+        (tmp_path / "away").rename(node.config.path)
+        await one.store.repairer.catch_up(CATCH_UP_SHARDS_MAX)
+        done = await do(one, "rebalance", action="start", wait=True)
+        assert (done["state"], done["error"]) == ("done", "")
+        assert held(one)["us-east-2"] > 0
+        await is_right(one, files)
+
+
+async def test_nothing_is_moved_to_where_there_is_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_store(tmp_path / "store")
+    async with opened(config) as one:
+        files = await fill(one)
+        await add(one, config.store, "us-east-2", "us-east-1")
+        real = DirectoryNode.space
+
+        def space(node: DirectoryNode) -> Space:
+            found = real(node)
+            return replace(found, free=100 * MIB) if node.path.name == "us-east-2" else found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(DirectoryNode, "space", space)
+            for _ in range(2):
+                with pytest.raises(NodeError, match="us-east-2 has no room left"):
+                    await do(one, "rebalance", action="start", wait=True)
+            await do(one, "node_drain", node="us-east-1", wait=False)
+            with pytest.raises(NodeError, match="us-east-2 has no room left"):
+                await do(one, "node_drain", node="us-east-1")
+            assert held(one)["us-east-2"] == 0
+            await is_right(one, files)
+        assert (await do(one, "node_drain", node="us-east-1"))["drained"] is True
+        assert (await do(one, "rebalance", action="start", wait=True))["state"] == "done"
+        await is_right(one, files)
+
+
+async def test_a_node_can_be_removed_while_its_room_is_reclaimed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_store(tmp_path / "store")
+    async with opened(config) as one:
+        await add(one, config.store, "us-east-2", "us-east-1")
+        member, real = one.store.log.members.all[0], DirectoryNode.delete
+        begun, may_end = threading.Event(), threading.Event()
+
+        def delete(self: DirectoryNode, run: Run, segment: int) -> None:
+            if self is member.node and not begun.is_set():
+                begun.set()
+                may_end.wait(20)
+            real(self, run, segment)
+
+        monkeypatch.setattr(DirectoryNode, "delete", delete)
+        files = await fill(one, "ab")
+        member.roll()  # it has two segments, and the second is reclaimed after it was removed
+        files |= await fill(one, "cd")
+        await do(one, "node_drain", node="us-east-1")
+        await one.checkpoint()
+        assert begun.is_set()
+        await do(one, "node_remove", node="us-east-1")
+        may_end.set()
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        await is_right(one, files)
+
+
+async def test_who_waits_for_a_drain_sees_that_the_node_was_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(topology, "LOOK_SECONDS", 0.5)
+    config = make_store(tmp_path / "store")
+    async with opened(config) as one:
+        await fill(one, "a")
+        await add(one, config.store, "us-east-2", "us-east-1")
+        found = {}
+
+        async def drain() -> None:
+            found.update(await do(one, "node_drain", node="us-east-1"))
+
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(drain)
+                while not one.store.rebalancer.drained:
+                    await trio.testing.wait_all_tasks_blocked(0.01)
+                await do(one, "node_remove", node="us-east-1")
+                one.store.rebalancer._to_drain()
+        assert found["drained"] is True
+
+
 # --- what is refused ------------------------------------------------------------------
 
 
@@ -307,6 +440,25 @@ async def test_a_node_that_is_needed_stays(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="last of region us-east-1"):
             await do(one, "node_drain", node="us-east-2")
         await is_right(one, files)
+
+
+async def test_of_two_nodes_that_are_drained_at_once_one_stays(tmp_path: Path) -> None:
+    config = make_store(tmp_path / "store")
+    async with opened(config) as one:
+        await add(one, config.store, "us-east-2", "us-east-1")
+        refused = []
+
+        async def drain(name: str) -> None:
+            try:
+                await do(one, "node_drain", node=name, wait=False)
+            except UsageError as error:
+                refused.append(str(error))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(drain, "us-east-1")
+            nursery.start_soon(drain, "us-east-2")
+        assert ["last of region us-east-1" in why for why in refused] == [True]
+    load(config.store)
 
 
 async def test_a_node_with_shards_is_not_removed(
@@ -362,6 +514,16 @@ async def test_nodes_are_not_changed_over_edits_that_were_not_mounted(tmp_path: 
         with pytest.raises(ConfigError, match="edited"):
             await add(one, tmp_path, "new", "us-east-1")
     assert load(config.store).nodes == edited
+    config = make_store(tmp_path / "other")
+    async with opened(config) as one:
+        await add(one, tmp_path, "new", "us-east-1")
+        await do(one, "node_drain", node="new")
+        drained = load(config.store)
+        write(replace(drained, nodes=(edited[0], *drained.nodes[1:])))
+        with pytest.raises(ConfigError, match="edited"):
+            await do(one, "node_remove", node="new")
+        write(drained)
+        await do(one, "node_remove", node="new")
 
 
 async def test_a_store_is_not_mounted_without_a_node_that_it_has(tmp_path: Path) -> None:
@@ -523,6 +685,37 @@ async def test_a_kill_at_any_moment_keeps_every_byte(
         shutil.rmtree(copy.store)
 
 
+async def test_nodes_keep_their_ids_through_a_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the file has a node that never joined, and the checkpoint does not know the new."""
+    config = make_store(tmp_path / "store")
+    copies: list[StoreConfig] = []
+    real = Engine.write
+
+    def killed(engine: Engine) -> None:
+        copies.append(crashed(config, tmp_path / f"killed-{len(copies)}"))
+        real(engine)
+
+    async with opened(config) as one:
+        files = await fill(one, "ab")
+        with monkeypatch.context() as patch:
+            patch.setattr(one.store.repairer, "join", None)
+            with pytest.raises(TypeError):
+                await add(one, config.store, "us-east-2", "us-east-1")
+        monkeypatch.setattr(Engine, "write", killed)
+        await add(one, config.store, "us-west-2", "us-west-1")
+        monkeypatch.undo()
+        ids = {member.name: member.id for member in one.store.log.members.all}
+        assert ids["us-west-2"] == 5
+    assert len(copies) > 1
+    for copy in copies:
+        async with opened(copy) as one:
+            found = {member.name: member.id for member in one.store.log.members.all}
+            assert found == {**ids, "us-east-2": 4}
+            await is_right(one, files)
+
+
 async def test_a_node_that_fails_while_it_is_given_shards_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -550,5 +743,43 @@ async def test_a_node_that_fails_while_it_is_given_shards_is_left_alone(
         await is_right(one, files)
     async with opened(load(config.store)) as one:
         await do(one, "rebalance", action="start", wait=True)
+        await is_right(one, files)
+        assert (await one.store.status())["healthy"] is True
+
+
+@pytest.mark.parametrize("which", ["us-east-1", "us-east-2"])
+async def test_a_node_that_hangs_while_shards_move_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    for module in (members, read_path):
+        monkeypatch.setattr(module, "NODE_SECONDS_MAX", 0.3)
+    monkeypatch.setattr(read_path, "READ_SECONDS_MAX", 0.3)
+    monkeypatch.setattr(repair, "RETRY_SECONDS_MIN", 0.1)
+    config = make_store(tmp_path / "store")
+    async with opened(config) as one:
+        files = await fill(one)
+        await add(one, config.store, "us-east-2", "us-east-1")
+        member = one.store.log.members.named(which)
+        assert member is not None
+        node = HangingNode(member.node, after=10)
+        member.node = node
+        try:
+            if which == "us-east-2":  # there is no other for the shards to go to
+                with pytest.raises(NodeError, match="tried again by itself"):
+                    await do(one, "node_drain", node="us-east-1")
+                assert member.unused
+            else:
+                assert (await do(one, "node_drain", node="us-east-1"))["drained"] is True
+            files |= await fill(one, "d")
+            await is_right(one, files)
+        finally:
+            node.left = None
+            node.awake.set()
+        with trio.fail_after(20):
+            while not all(member.in_sync for member in one.store.log.members.all):
+                await one.store.repairer.catch_up(None)
+                await trio.sleep(0.05)
+        assert (await do(one, "node_drain", node="us-east-1"))["drained"] is True
+        await do(one, "node_remove", node="us-east-1")
         await is_right(one, files)
         assert (await one.store.status())["healthy"] is True
