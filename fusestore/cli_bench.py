@@ -64,7 +64,7 @@ def bench(
       parallel     1, 2, 4 and 8 readers, and writers, at once
       sizes        files of 1 KB to 1 GB
       checkpoints  latency of 4 KiB writes while the daemon makes checkpoints
-      writeback    4 KiB writes, with and without -o writeback (own stores)
+      writeback    4 KiB writes, with -o writeback and noxattr (own stores)
       memory       nodes in /dev/shm (own stores)
       degraded     a region lost (own stores)
       repair       how fast a region is rebuilt (own stores)

@@ -67,6 +67,8 @@ def mount(
       allow_other   other users may use the mount, as modes allow
       writeback     the kernel collects small writes: faster, but what no
                     fsync covered is lost when the daemon dies
+      noxattr       no extended attributes and ACLs: small writes are faster,
+                    with writeback several times
       nonempty      MOUNTPOINT may have files; they are hidden meanwhile
       accept_loss   give up newer commits that nodes which are not there may hold
       metrics=[HOST:]PORT    as --metrics; off: not even if fusestore.toml says so

@@ -77,9 +77,11 @@ def policy_set(directory: Path, code: str) -> None:
     """Give new files below DIRECTORY the code K+M."""
     from .erasure import Code
     from .errors import UsageError
+    from .mounts import attribute
 
     chosen = Code.parse(code)
     mount = _on_mount(directory, directory=True)
+    attribute(directory, POLICY_ATTRIBUTE)  # complains where there are none
     try:
         os.setxattr(directory, CODE_ATTRIBUTE, str(chosen).encode())
     except OSError as error:
@@ -105,15 +107,19 @@ def policy_get(path: Path, as_json: bool) -> None:
 @_DIRECTORY
 def policy_clear(directory: Path) -> None:
     """Let new files below DIRECTORY have the code of the directory above it again."""
+    from .mounts import attribute
+
     mount = _on_mount(directory, directory=True)
+    attribute(directory, POLICY_ATTRIBUTE)
     os.removexattr(directory, CODE_ATTRIBUTE)
     _print_policy(directory, mount)
 
 
 def _print_policy(path: Path, mount: Mount, as_json: bool = False) -> None:
+    from .mounts import attribute
     from .status_text import policy_line
 
-    found = json.loads(os.getxattr(path, POLICY_ATTRIBUTE))
+    found = json.loads(attribute(path, POLICY_ATTRIBUTE))
     if as_json:
         print_json(found)
     else:

@@ -237,14 +237,14 @@ def _layout(path: Path) -> Message:
         if mount is None:
             raise UsageError(f"{path} is not on a mount of a store.")
         try:
-            layout: Message = json.loads(os.getxattr(path, LAYOUT))
+            layout: Message = json.loads(mounts.attribute(path, LAYOUT))
         except OSError as error:
             if error.errno not in (errno.E2BIG, errno.ERANGE):
                 raise
             inode = os.stat(path).st_ino
             layout = ControlClient(mount.store).request("layout", {"inode": inode})
     except OSError as error:
-        if error.errno in (errno.ENODATA, errno.ENOTSUP):
+        if error.errno == errno.ENODATA:
             raise UsageError(f"{path} has no layout: only regular files have one.") from None
         raise UsageError(f"{path} cannot be inspected: {error.strerror}.") from error
     return layout

@@ -347,7 +347,9 @@ class _Daemon:
             "subtype=fusestore",
             *self._options.kernel,
         }
-        operations = Operations(files, writeback=self._options.writeback)
+        operations = Operations(
+            files, writeback=self._options.writeback, xattrs=not self._options.noxattr
+        )
         try:
             pyfuse3.init(operations, str(self._mountpoint), options)
         except RuntimeError as error:

@@ -17,7 +17,7 @@ _SWITCHES = {
     "exec": "noexec",
 }
 _IGNORED = {"", "defaults", "atime", "noatime"}
-_OWN = {"ro", "allow_other", "writeback", "nonempty", "accept_loss"}
+_OWN = {"ro", "allow_other", "writeback", "noxattr", "nonempty", "accept_loss"}
 _METRICS = "metrics="
 
 LOOPBACK = "127.0.0.1"
@@ -70,6 +70,8 @@ class MountOptions:
     """Others than the daemon's user may use the mount, as far as modes allow."""
     writeback: bool = False
     """The kernel collects small writes; it loses them when the daemon dies."""
+    noxattr: bool = False
+    """There are no extended attributes and ACLs: what small writes cost is halved."""
     nonempty: bool = False
     """The mount may cover what the directory has."""
     accept_loss: bool = False
@@ -107,6 +109,7 @@ class MountOptions:
             read_only=chosen.get("ro", False),
             allow_other=chosen.get("allow_other", False),
             writeback=chosen.get("writeback", False),
+            noxattr=chosen.get("noxattr", False),
             nonempty=chosen.get("nonempty", False),
             accept_loss=chosen.get("accept_loss", False),
             metrics=metrics,
@@ -133,7 +136,7 @@ class MountOptions:
     def __str__(self) -> str:
         """The options as `parse` reads them."""
         own = [("ro", self.read_only), ("allow_other", self.allow_other)]
-        own += [("writeback", self.writeback), ("nonempty", self.nonempty)]
-        own += [("accept_loss", self.accept_loss)]
+        own += [("writeback", self.writeback), ("noxattr", self.noxattr)]
+        own += [("nonempty", self.nonempty), ("accept_loss", self.accept_loss)]
         metrics = [f"{_METRICS}{self.metrics}"] if self.metrics else []
         return ",".join([*(name for name, chosen in own if chosen), *metrics, *self.switches])

@@ -139,6 +139,18 @@ def containing(path: Path) -> Mount | None:
     return found[-1] if found else None
 
 
+def attribute(path: Path, name: str) -> bytes:
+    """An extended attribute of a file on a mount; UsageError where mounts have none."""
+    try:
+        return os.getxattr(path, name)
+    except OSError as error:
+        if error.errno != errno.ENOTSUP:
+            raise
+        raise UsageError(
+            f"{path} is on a mount with the option noxattr: mount the store without it to see this."
+        ) from None
+
+
 # --- alive, dead, hanging ----------------------------------------------------
 
 

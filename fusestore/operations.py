@@ -59,7 +59,8 @@ ERRNO: dict[type[errors.FusestoreError], int] = {
 }
 
 _Handler = TypeVar("_Handler", bound=Callable[..., Awaitable[Any]])
-_NO_FLUSH = FUSEError(errno.ENOSYS)
+_NOT_OFFERED = FUSEError(errno.ENOSYS)
+"""The kernel does not ask a second time."""
 
 TALLIES: Tallies = {}
 """What this process has answered, by handler."""
@@ -104,11 +105,11 @@ class Operations(pyfuse3.Operations):
     """The handlers of a mounted store."""
 
     supports_dot_lookup = True
-    enable_acl = True
 
-    def __init__(self, files: FileSystem, *, writeback: bool) -> None:
+    def __init__(self, files: FileSystem, *, writeback: bool = False, xattrs: bool = True) -> None:
         super().__init__()
         self.enable_writeback_cache = writeback
+        self.enable_acl = self._has_xattrs = xattrs
         self._files = files
         self._tree = files.tree
         self._contents = files.contents
@@ -344,7 +345,7 @@ class Operations(pyfuse3.Operations):
         return written
 
     async def flush(self, fh: int) -> None:
-        raise _NO_FLUSH  # the kernel then stops asking: one request less for each close
+        raise _NOT_OFFERED  # one request less for each close
 
     @_answered
     async def release(self, fh: int) -> None:
@@ -359,16 +360,24 @@ class Operations(pyfuse3.Operations):
 
     # --- extended attributes -------------------------------------------------
 
+    def _need_xattrs(self) -> None:
+        """Without them the kernel does not ask for security.capability before each write."""
+        if not self._has_xattrs:
+            raise _NOT_OFFERED
+
     @_answered
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        self._need_xattrs()
         return self._attributes.get(inode, name)
 
     @_answered
     async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
+        self._need_xattrs()
         return self._attributes.names(inode)
 
     @_answered
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        self._need_xattrs()
         may_keep_sgid = ctx.uid == 0
         if not may_keep_sgid and name.startswith(b"system."):
             group = self._tree.inode(inode).gid
@@ -377,6 +386,7 @@ class Operations(pyfuse3.Operations):
 
     @_answered
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
+        self._need_xattrs()
         self._attributes.remove(inode, name)
 
     # --- the whole -----------------------------------------------------------

@@ -149,6 +149,40 @@ def test_there_are_no_other_namespaces(shared_mount: Path) -> None:
             os.removexattr(shared_mount / "file", name)
 
 
+@pytest.mark.not_plain
+def test_without_attributes_none_can_be_had_and_none_is_lost(
+    make_store: Callable[..., Store],
+) -> None:
+    store = make_store()
+    file = store.mountpoint / "file"
+    store.mount()
+    file.write_bytes(b"o" * 2000)
+    os.setxattr(file, "user.colour", b"red")
+    store.remount("noxattr", "writeback")
+    with refused(errno.ENOTSUP):
+        os.getxattr(file, "user.colour")
+    with refused(errno.ENOTSUP):
+        os.setxattr(file, "user.colour", b"blue")
+    with refused(errno.ENOTSUP):
+        os.removexattr(file, "user.colour")
+    with refused(errno.ENOTSUP):
+        os.listxattr(file)
+    for command in (
+        ["inspect", file],
+        ["policy", "get", file],
+        ["policy", "set", store.mountpoint, "1+2"],
+    ):
+        done = store.cli(*command, check=False)
+        assert done.returncode == 2
+        assert "mount the store without it" in done.stderr
+    with file.open("r+b", buffering=0) as opened_file:
+        for _ in range(1000):
+            opened_file.write(b"n")
+    store.remount()
+    assert file.read_bytes() == b"n" * 1000 + b"o" * 1000
+    assert os.getxattr(file, "user.colour") == b"red"
+
+
 # --- times -------------------------------------------------------------------
 
 

@@ -40,7 +40,7 @@ class Scale:
     damaged_mib: int = 512
     """What is in a store that loses a region."""
     small_write_mib: int = 64
-    """What is written in pieces of 4 KiB, with and without -o writeback."""
+    """What is written in pieces of 4 KiB, with and without the options that help."""
     memory_mib: int = 512
     """What is written to a store whose nodes are in memory."""
     files_before: int = 10_000
