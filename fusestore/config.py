@@ -25,7 +25,7 @@ from .erasure import Code
 from .errors import ConfigError, NodeIdentityError, UsageError
 from .mount_options import parse_address
 from .placement import check_region_rule
-from .toml_files import Table
+from .toml_files import Table, shown
 
 if TYPE_CHECKING:
     from tomlkit import TOMLDocument
@@ -207,10 +207,11 @@ def _check_version(table: Table, known: int) -> None:
     version = table.take("format", int)
     if version > known:
         table.bad(
-            "format", f"is {version}, and this fusestore knows {known}: use a newer fusestore"
+            "format",
+            f"is {shown(version)}, and this fusestore knows {known}: use a newer fusestore",
         )
     elif version != known:
-        table.bad("format", f"is {version}, and there is only {known}")
+        table.bad("format", f"is {shown(version)}, and there is only {known}")
     _raise_first(table)
 
 
