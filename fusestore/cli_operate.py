@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from .cli_store import STORE
+from .cli_store import STORE, print_lines
 from .logs import LEVELS
 
 # --- config ------------------------------------------------------------------
@@ -51,10 +51,9 @@ def check(store: Path) -> None:
     else:
         if not problems:
             nodes = ", ".join(node.name for node in found.nodes)
-            click.echo(f"{file} is fine: code {found.code}, nodes {nodes}.")
-    for problem in problems:
-        click.echo(problem, err=True)
+            print_lines([f"{file} is fine: code {found.code}, nodes {nodes}."])
     if problems:
+        print_lines(problems, err=True)
         click.get_current_context().exit(2)
 
 

@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,14 @@ def ask(
 
         from .daemon import offline
 
-        return None, trio.run(offline, config, command, arguments, progress)
+        return None, trio.run(
+            offline,
+            config,
+            command,
+            arguments,
+            progress,
+            restrict_keyboard_interrupt_to_checkpoints=True,
+        )
 
 
 @contextmanager
@@ -61,6 +68,13 @@ def answering(as_json: bool, **failed: Any) -> Iterator[None]:
         raise
 
 
+def print_lines(lines: Iterable[str], *, err: bool = False) -> None:
+    """Print lines for people; in one piece, so that `head -1` takes them whole."""
+    from .status_text import printable
+
+    click.echo("\n".join(map(printable, lines)), err=err)
+
+
 def print_json(value: Message) -> None:
     """Print the one JSON object that a command was asked for."""
     click.echo(json.dumps(value, indent=2))
@@ -68,10 +82,11 @@ def print_json(value: Message) -> None:
 
 def print_paths(what: str, paths: list[str]) -> None:
     """Name files on standard error, not too many."""
-    for path in paths[:PATHS_SHOWN_MAX]:
-        click.echo(f"{what}: {path}", err=True)
+    lines = [f"{what}: {path}" for path in paths[:PATHS_SHOWN_MAX]]
     if len(paths) > PATHS_SHOWN_MAX:
-        click.echo(f"and {len(paths) - PATHS_SHOWN_MAX} more: see --json", err=True)
+        lines.append(f"and {len(paths) - PATHS_SHOWN_MAX} more: see --json")
+    if lines:
+        print_lines(lines, err=True)
 
 
 class Bar:
@@ -190,10 +205,8 @@ def repair(
     if as_json:
         print_json(result)
     else:
-        for line in plan_lines(result["plan"]):
-            click.echo(line)
-        if not dry_run:
-            click.echo(repair_line(node, result))
+        done = [] if dry_run else [repair_line(node, result)]
+        print_lines([*plan_lines(result["plan"]), *done])
     if not dry_run and result["unrepairable"]:
         if not as_json:
             print_paths("lost", result["unrepairable"])
@@ -222,8 +235,7 @@ def inspect(path: Path, as_json: bool) -> None:
     else:
         from .status_text import layout_lines
 
-        for line in layout_lines(os.fspath(path), layout):
-            click.echo(line)
+        print_lines(layout_lines(os.fspath(path), layout))
 
 
 def _layout(path: Path) -> Message:

@@ -57,7 +57,7 @@ async def serve(
     with lock_store(config.store):
         try:
             await _Daemon(config, mountpoint, options).run(on_ready)
-        except ExceptionGroup as group:
+        except BaseExceptionGroup as group:
             raise _first(group) from None
 
 
@@ -86,12 +86,14 @@ async def offline(
                 if lasting or command == "node_drain":
                     arguments = {**arguments, "wait": not read_only, "alone": True}
                 return await _commands(store, files)[command](arguments, progress)
-        except ExceptionGroup as group:
+        except BaseExceptionGroup as group:
             raise _first(group) from None
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """The error to tell of, when nurseries have wrapped it."""
+    if group.subgroup(KeyboardInterrupt) is not None:
+        return KeyboardInterrupt()
     ours, others = group.split(FusestoreError)
     if ours is None or others is not None:
         return group

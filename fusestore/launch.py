@@ -107,7 +107,14 @@ def run(
                 _say(ready_fd, {"ready": True, "warnings": warnings})
                 ready_fd = None
 
-        trio.run(serve, config, mountpoint, options, on_ready)
+        trio.run(
+            serve,
+            config,
+            mountpoint,
+            options,
+            on_ready,
+            restrict_keyboard_interrupt_to_checkpoints=True,
+        )
     except (FusestoreError, OSError) as error:
         if ready_fd is not None:
             if isinstance(error, OSError):

@@ -35,6 +35,13 @@ def table_lines(rows: Sequence[Row], right: Sequence[int] = ()) -> Iterator[str]
         yield "  ".join(cells).rstrip()
 
 
+def printable(text: str) -> str:
+    """A line as a terminal may get it: names of files can have any characters."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 # --- status ------------------------------------------------------------------
 
 
@@ -52,6 +59,8 @@ def status_lines(status: dict[str, Any], now: float | None = None) -> Iterator[s
     where = "no"
     if status["mounted"]:
         where = f"on {status['mountpoint']} by process {status['pid']}"
+    elif status.get("dead_mount"):
+        where += f"; a daemon died on {status['dead_mount']}: mount it there again, or umount that"
     facts = [
         ("store", f"{status['store']} ({status['uuid']})"),
         ("mounted", where),
