@@ -26,7 +26,7 @@ from .cli_policy import policy, quota, recode
 from .cli_rescue import fsck, recover
 from .cli_safety import drill, risk, scrub
 from .cli_status import status
-from .cli_store import STORE, inspect, print_lines, repair
+from .cli_store import ANY_PATH, STORE, inspect, print_lines, repair
 
 EPILOG = """\b
 Exit status:
@@ -101,7 +101,7 @@ def _region(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> A
 )
 @click.option(
     "--metadata",
-    type=click.Path(path_type=Path),
+    type=ANY_PATH,
     metavar="DIR",
     help="The directory of the metadata; default: STORE/metadata.",
 )

@@ -27,6 +27,13 @@ UNREAD = 141
 """As for any program that ends because nobody reads what it prints any more (SIGPIPE)."""
 
 
+def sentence(error: Exception) -> str:
+    """What an error says of itself."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
 class EndsInSentences(click.Command):
     """A program, alone or a group of commands, that ends with a sentence, not a traceback."""
 
@@ -49,8 +56,7 @@ class EndsInSentences(click.Command):
                 error.show()
             sys.exit(error.exit_code)
         except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            self._complain(f"{where}{error.strerror or error}")
+            self._complain(sentence(error))
             sys.exit(self.failed)
         except Exception:
             with suppress(OSError):

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli_store import JSON, PATH, Bar, answering, print_json, print_lines, print_paths, rate_option
+from .cli_store import (
+    ANY_PATH,
+    JSON,
+    PATH,
+    Bar,
+    answering,
+    print_json,
+    print_lines,
+    print_paths,
+    rate_option,
+)
 
 if TYPE_CHECKING:
     from .mounts import Mount
@@ -21,7 +31,7 @@ CODE_ATTRIBUTE = "user.fusestore.code"
 POLICY_ATTRIBUTE = "user.fusestore.policy"
 _UNITS = "KMGTP"
 
-_DIRECTORY = click.argument("directory", type=click.Path(path_type=Path))
+_DIRECTORY = click.argument("directory", type=ANY_PATH)
 
 
 def _on_mount(path: Path, *, directory: bool = False) -> Mount:

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from .cli_store import (
+    ANY_PATH,
     JSON,
     PATHS_SHOWN_MAX,
     QUIET,
@@ -29,13 +30,13 @@ from .cli_store import (
     "extra",
     "--from",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=ANY_PATH,
     metavar="NODE_DIR",
     help="A node that lies elsewhere than fusestore.toml says.  May be repeated.",
 )
 @click.option(
     "--metadata",
-    type=click.Path(path_type=Path),
+    type=ANY_PATH,
     metavar="DIR",
     help="Where the new metadata goes; default: where fusestore.toml says, or STORE/metadata.",
 )

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .cli_errors import sentence
+
 if TYPE_CHECKING:
     from .config import StoreConfig
     from .control_client import Message, Progress
@@ -24,8 +26,21 @@ if TYPE_CHECKING:
 LAYOUT = "user.fusestore.layout"
 PATHS_SHOWN_MAX = 20
 
-STORE = click.argument("store", type=click.Path(path_type=Path))
-PATH = click.argument("path", type=click.Path(path_type=Path))
+
+class _AnyPath(click.Path):
+    """A path that is not looked at here.
+
+    A mount whose daemon hangs would hold the command up, and what is wrong with
+    a path is said by whoever uses it.
+    """
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
+        return Path(value)
+
+
+ANY_PATH = _AnyPath()
+STORE = click.argument("store", type=ANY_PATH)
+PATH = click.argument("path", type=ANY_PATH)
 JSON = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else."
 )
@@ -64,7 +79,7 @@ def answering(as_json: bool, **failed: Any) -> Iterator[None]:
         yield
     except Exception as error:
         if as_json and not isinstance(error, click.exceptions.Exit):
-            print_json({**failed, "error": str(error) or type(error).__name__})
+            print_json({**failed, "error": sentence(error)})
         raise
 
 
@@ -162,7 +177,7 @@ def rate_option(function: Any) -> Any:
 @click.argument("node", shell_complete=complete_node)
 @click.option(
     "--to",
-    type=click.Path(path_type=Path),
+    type=ANY_PATH,
     metavar="PATH",
     help="Rebuild it in this directory, new or empty, and keep it there.",
 )

@@ -355,9 +355,11 @@ class _Daemon:
         try:
             pyfuse3.init(operations, str(self._mountpoint), options)
         except RuntimeError as error:
+            what = "is /dev/fuse there, and may this user mount?"
+            if self._options.allow_other and os.geteuid() != 0:
+                what = "is user_allow_other in /etc/fuse.conf, which allow_other needs?"
             raise FusestoreError(
-                f"{self._mountpoint} cannot be mounted ({error}): is /dev/fuse there, "
-                "and may this user mount?"
+                f"{self._mountpoint} cannot be mounted ({error}): {what}"
             ) from error
         try:
             yield

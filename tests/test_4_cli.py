@@ -28,6 +28,7 @@ from fusestore import mounts
 from fusestore.cli import cli
 from fusestore.cli_errors import EXIT_STATUS, FAILED
 from fusestore.cli_status import _circumstances
+from fusestore.cli_store import ANY_PATH
 from fusestore.config import load
 from fusestore.control import ControlServer, Handler, lock_store
 from fusestore.control_client import ControlClient, Message, Progress
@@ -180,6 +181,22 @@ def test_no_name_moves_the_cursor(tmp_path: Path) -> None:
     assert (done.exit_code, done.stderr) == (0, "")
     assert "a\\x1b[31m\\n\\udcff (" in done.stdout
     assert "a\\x1b[31m\\n\\udcff/x is not a store" in run("status", store / "x").stderr
+
+
+def test_metadata_that_cannot_be_there_is_a_sentence(store: Path) -> None:
+    (store / "metadata").rmdir()
+    (store / "metadata").touch()
+    done = run("status", store)
+    reason = f"fusestore: The metadata in {store / 'metadata'} cannot be opened: File exists.\n"
+    assert (done.exit_code, done.stderr) == (3, reason)
+
+
+def test_a_path_that_is_given_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hangs(path: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(os, "stat", hangs)
+    assert ANY_PATH.convert("mnt", None, None) == Path("mnt")
 
 
 @pytest.mark.parametrize("name", ["a b", "-a", "it's"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import pytest
 import trio
 from click.testing import CliRunner, Result
 
+from fusestore import config as configuration
 from fusestore import logs, records, schema, units
 from fusestore.cli import cli
 from fusestore.config import StoreConfig
@@ -387,6 +389,21 @@ def test_services_that_are_refused(
     result = run("service", "install", config.store, tmp_path / "mnt", "--print", *arguments)
     assert result.exit_code == 2
     assert reason in result.stderr
+
+
+def test_units_that_may_not_be_written_say_what_to_do(
+    config: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(file: Path, text: str, mode: int) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(file.with_name("draft")))
+
+    monkeypatch.setattr(units.Manager, "control", lambda *arguments: "systemd 257 (257)")
+    monkeypatch.setattr(configuration, "write_whole", refused)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    (tmp_path / "mnt").mkdir()
+    done = run("service", "install", "--user", config.store, tmp_path / "mnt")
+    assert done.exit_code == 2
+    assert re.search(r"^fusestore: \S+@.service cannot be written: .*home directory", done.stderr)
 
 
 def test_a_service_on_no_directory_is_refused_and_what_is_none_is_not_removed(
