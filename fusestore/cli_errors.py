@@ -67,6 +67,8 @@ class EndsInSentences(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise click.Abort from None
         except BrokenPipeError:  # which click would take for exit status 1
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.exit(UNREAD)

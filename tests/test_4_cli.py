@@ -172,7 +172,7 @@ main()
     )
     assert done.returncode == 130
     assert done.stdout == "goes on to the next checkpoint\n"
-    assert done.stderr == "\nfusestore: interrupted\n"
+    assert done.stderr == "fusestore: interrupted\n"
 
 
 def test_no_name_moves_the_cursor(tmp_path: Path) -> None:
