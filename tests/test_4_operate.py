@@ -203,6 +203,11 @@ def test_lines_for_the_journal_have_a_priority_and_no_time() -> None:
     assert json.loads(line[3:])["message"] == "x"
 
 
+def test_a_name_cannot_make_a_line_of_the_log() -> None:
+    record = logging.LogRecord("x", logging.INFO, "", 0, "%s is gone", ("a\nERROR \x1b[2J",), None)
+    assert logs.TextFormatter().format(record).endswith(r"INFO x: a\nERROR \x1b[2J is gone")
+
+
 def test_only_the_journal_gets_priorities(tmp_path: Path) -> None:
     for stream, expected in [("{dev}:{ino}", "<3>"), ("1:1", "fusestore: ")]:
         with open(tmp_path / "stderr", "wb") as stderr:
@@ -309,6 +314,12 @@ def test_a_longer_wait_from_failure_to_failure_where_systemd_can(
         monkeypatch.setattr(units.Manager, "version", lambda manager, version=version: version)
         texts = settings_of(units.Manager(tmp_path, False), config, tmp_path)
         assert (tmp_path / units.BACKOFF in texts) is can
+
+
+@pytest.mark.parametrize("said", ["systemd 252 (252.39-1~deb12u2)\n+PAM", "systemd 252~rc3 (x)"])
+def test_versions_of_systemd(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units.Manager, "control", lambda *arguments: said)
+    assert units.Manager(Path("/"), False).version() == 252
 
 
 def test_the_disks_of_regions_are_awaited_and_not_required(
