@@ -6,6 +6,8 @@ What a command needs is imported when it runs, so that `--help` is quick.
 from __future__ import annotations
 
 import logging
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from .cli_policy import policy, quota, recode
 from .cli_rescue import fsck, recover
 from .cli_safety import drill, risk, scrub
 from .cli_status import status
-from .cli_store import STORE, inspect, repair
+from .cli_store import ANY_PATH, STORE, inspect, print_lines, repair
 
 EPILOG = """\b
 Exit status:
@@ -99,7 +101,7 @@ def _region(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> A
 )
 @click.option(
     "--metadata",
-    type=click.Path(path_type=Path),
+    type=ANY_PATH,
     metavar="DIR",
     help="The directory of the metadata; default: STORE/metadata.",
 )
@@ -132,8 +134,13 @@ def mkfs(
 
     config = make_store(store, regions, Code.parse(code), metadata, allow_unsafe)
     places = ", ".join(dict.fromkeys(config.regions))
-    click.echo(f"{config.store} is a store with code {config.code} in {places}.")
-    click.echo(f"Mount it on an empty directory: fusestore mount {store} MOUNTPOINT")
+    place = shlex.quote(os.fspath(config.store if os.fspath(store).startswith("-") else store))
+    print_lines(
+        [
+            f"{config.store} is a store with code {config.code} in {places}.",
+            f"Mount it on an empty directory: fusestore mount {place} MOUNTPOINT",
+        ]
+    )
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .cli_store import JSON, print_json
+from .cli_store import ANY_PATH, JSON, print_json
 
 
 @click.command(short_help="Say which versions of what are at work.")
@@ -30,7 +30,7 @@ def version(as_json: bool) -> None:
 
 
 @click.command(short_help="Write the manual pages.")
-@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("directory", type=ANY_PATH)
 @click.pass_context
 def man(context: click.Context, directory: Path) -> None:
     """Write a manual page for each command into DIRECTORY, which is made.

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-_PATH = click.Path(path_type=Path)
+from .cli_store import ANY_PATH
 
 
 @click.command(short_help="Measure file systems side by side.")
-@click.argument("directory", metavar="[DIR]", type=_PATH, required=False)
-@click.option("--against", metavar="DIR", multiple=True, type=_PATH, help="Measure this, too.")
+@click.argument("directory", metavar="[DIR]", type=ANY_PATH, required=False)
+@click.option("--against", metavar="DIR", multiple=True, type=ANY_PATH, help="Measure this, too.")
 @click.option("--null", "null", is_flag=True, help="Measure the null daemon beside DIR.")
-@click.option("--disk", metavar="DIR", type=_PATH, help="Where a store of its own is made.")
+@click.option("--disk", metavar="DIR", type=ANY_PATH, help="Where a store of its own is made.")
 @click.option("--quick", is_flag=True, help="Little data, one round: a minute or so.")
 @click.option("--rounds", type=click.IntRange(min=1), help="Rounds that count; default: 5.")
 @click.option("--only", metavar="NAME[,NAME…]", help="Only these of the workloads above.")
@@ -23,9 +23,9 @@ _PATH = click.Path(path_type=Path)
     type=click.IntRange(min=1),
     help="Measure with 10,000 files in it and with N, too; 1,000,000 take minutes.",
 )
-@click.option("--json", "json_file", metavar="FILE", type=_PATH, help="Write the figures there.")
-@click.option("--csv", "csv_file", metavar="FILE", type=_PATH, help="Write the figures there.")
-@click.option("--plot", metavar="FILE", type=_PATH, help="Draw them there: .png or .svg.")
+@click.option("--json", "json_file", metavar="FILE", type=ANY_PATH, help="Write the figures there.")
+@click.option("--csv", "csv_file", metavar="FILE", type=ANY_PATH, help="Write the figures there.")
+@click.option("--plot", metavar="FILE", type=ANY_PATH, help="Draw them there: .png or .svg.")
 def bench(
     directory: Path | None,
     against: tuple[Path, ...],

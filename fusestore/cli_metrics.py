@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli_store import JSON, STORE, answering, print_json
+from .cli_store import JSON, STORE, answering, print_json, print_lines
 
 if TYPE_CHECKING:
     from .control_client import Message
@@ -58,9 +58,8 @@ def metrics_summary(store: Path, as_json: bool) -> None:
         rows = _counts(store, "summary")
     if as_json:
         print_json(rows)
-        return
-    for line in _lines(rows):
-        click.echo(line)
+    else:
+        print_lines(_lines(rows))
 
 
 @metrics.command("export")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from .cli_store import STORE
+from .cli_store import ANY_PATH, STORE
 from .logs import LEVELS
 
 FORMATS = ("text", "json")
@@ -18,7 +18,7 @@ EXIT_SECONDS = 60.0
 
 @click.command(short_help="Mount a store on a directory.")
 @STORE
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=ANY_PATH)
 @click.option("--foreground", "-f", is_flag=True, help="Stay, and log to standard error.")
 @click.option("options", "-o", multiple=True, metavar="OPT[,OPT…]", help="Mount options, below.")
 @click.option(
@@ -94,7 +94,7 @@ def mount(
 
 
 @click.command(short_help="Commit everything and unmount.")
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=ANY_PATH)
 def umount(mountpoint: Path) -> None:
     """Unmount the store on MOUNTPOINT.
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 
 from .cli_errors import EndsInSentences
+from .cli_store import ANY_PATH, STORE
 from .errors import ConfigError, NotHealthyError, UsageError
 
 WRONG_USE = 1
@@ -31,8 +32,8 @@ _TYPE = click.option("-t", "kind", hidden=True, help="Ignored.")
 
 
 @click.command(cls=_Helper, short_help="Mount a store, for mount(8).")
-@click.argument("store", type=click.Path(path_type=Path))
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@STORE
+@click.argument("mountpoint", type=ANY_PATH)
 @click.option("options", "-o", multiple=True, metavar="OPT[,OPT…]", help="Mount options.")
 @click.option("sloppy", "-s", is_flag=True, help="Ignore options that there are not.")
 @click.option("fake", "-f", is_flag=True, help="Check everything, and do not mount.")
@@ -80,7 +81,7 @@ def mount(
 
 
 @click.command(cls=_Helper, short_help="Unmount a store, for umount(8).")
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=ANY_PATH)
 @click.option("force", "-f", is_flag=True, help="Cut the mount off, whatever becomes of it.")
 @click.option("lazy", "-l", is_flag=True, help="Unmount when nobody uses it any more.")
 @click.option("-n", "no_mtab", is_flag=True, help="Ignored.")

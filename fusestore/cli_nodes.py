@@ -7,7 +7,17 @@ from pathlib import Path
 
 import click
 
-from .cli_store import JSON, QUIET, STORE, complete_node, do, rate_option, repair
+from .cli_store import (
+    ANY_PATH,
+    JSON,
+    QUIET,
+    STORE,
+    complete_node,
+    do,
+    print_lines,
+    rate_option,
+    repair,
+)
 
 _NODE = click.argument("node", shell_complete=complete_node)
 
@@ -37,8 +47,7 @@ def list_nodes(store: Path, as_json: bool) -> None:
 
     result = do(store, "nodes", {}, as_json=as_json)
     if not as_json:
-        for line in nodes_lines(result):
-            click.echo(line)
+        print_lines(nodes_lines(result))
 
 
 @node.command(short_help="Let one more node take part.")
@@ -49,7 +58,7 @@ def list_nodes(store: Path, as_json: bool) -> None:
 )
 @click.option(
     "--path",
-    type=click.Path(path_type=Path),
+    type=ANY_PATH,
     metavar="P",
     help="Its directory, new or empty; default: below STORE, by its name.",
 )
@@ -149,7 +158,7 @@ def rebalance(
 
 _TO = click.Option(
     ["--to"],
-    type=click.Path(path_type=Path),
+    type=ANY_PATH,
     required=True,
     metavar="PATH",
     help="Its new directory, new or empty.",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from .cli_store import STORE
+from .cli_store import ANY_PATH, STORE, print_lines
 from .logs import LEVELS
 
 # --- config ------------------------------------------------------------------
@@ -51,10 +51,9 @@ def check(store: Path) -> None:
     else:
         if not problems:
             nodes = ", ".join(node.name for node in found.nodes)
-            click.echo(f"{file} is fine: code {found.code}, nodes {nodes}.")
-    for problem in problems:
-        click.echo(problem, err=True)
+            print_lines([f"{file} is fine: code {found.code}, nodes {nodes}."])
     if problems:
+        print_lines(problems, err=True)
         click.get_current_context().exit(2)
 
 
@@ -97,7 +96,7 @@ _USER = click.option("--user", is_flag=True, help="For your own systemd, not the
 
 @service.command(short_help="Write the units for a mount.")
 @STORE
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=ANY_PATH)
 @click.option("options", "-o", multiple=True, metavar="OPT[,OPT…]", help="As for `mount`.")
 @_USER
 @click.option("--print", "only_print", is_flag=True, help="Print the files, and write nothing.")
@@ -132,10 +131,14 @@ def install(
         click.echo("\n".join(f"# {path}\n{text}" for path, text in texts.items()), nl=False)
         return
     for path, text in texts.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists() or path.read_text() != text:
-            write_whole(path, text, 0o644)
-            click.echo(f"wrote {path}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists() or path.read_text() != text:
+                write_whole(path, text, 0o644)
+                click.echo(f"wrote {path}")
+        except PermissionError as error:
+            who = "write to your home directory" if user else "be root, or use --user"
+            raise UsageError(f"{path} cannot be written: {who}.") from error
     if Path("/run/systemd/system").is_dir():
         manager.control("daemon-reload")
     systemctl = "systemctl --user" if user else "systemctl"
@@ -148,7 +151,7 @@ def install(
 
 
 @service.command(short_help="Stop a mount, and forget its settings.")
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=ANY_PATH)
 @_USER
 def uninstall(mountpoint: Path, user: bool) -> None:
     """Stop and disable the service of MOUNTPOINT, and remove its settings.

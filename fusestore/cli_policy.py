@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli_store import JSON, PATH, Bar, answering, print_json, print_paths, rate_option
+from .cli_store import (
+    ANY_PATH,
+    JSON,
+    PATH,
+    Bar,
+    answering,
+    print_json,
+    print_lines,
+    print_paths,
+    rate_option,
+)
 
 if TYPE_CHECKING:
     from .mounts import Mount
@@ -21,7 +31,7 @@ CODE_ATTRIBUTE = "user.fusestore.code"
 POLICY_ATTRIBUTE = "user.fusestore.policy"
 _UNITS = "KMGTP"
 
-_DIRECTORY = click.argument("directory", type=click.Path(path_type=Path))
+_DIRECTORY = click.argument("directory", type=ANY_PATH)
 
 
 def _on_mount(path: Path, *, directory: bool = False) -> Mount:
@@ -123,7 +133,7 @@ def _print_policy(path: Path, mount: Mount, as_json: bool = False) -> None:
     if as_json:
         print_json(found)
     else:
-        click.echo(policy_line(os.fspath(path), found, os.fspath(mount.mountpoint)))
+        print_lines([policy_line(os.fspath(path), found, os.fspath(mount.mountpoint))])
 
 
 # --- recode ------------------------------------------------------------------
@@ -169,7 +179,7 @@ def recode(
     if as_json:
         print_json(result)
     else:
-        click.echo(recode_line(result))
+        print_lines([recode_line(result)])
         print_paths("could not be read", result["unreadable_files"])
     if result["unreadable"]:
         context.exit(1)
@@ -264,5 +274,4 @@ def _print_quotas(path: Path, result: dict[str, Any], as_json: bool = False) -> 
     elif not result["quotas"]:
         click.echo(f"No quota holds for {path}.")
     else:
-        for line in quota_lines(result["quotas"]):
-            click.echo(line)
+        print_lines(quota_lines(result["quotas"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import click
 
 from .cli_store import (
+    ANY_PATH,
     JSON,
     PATHS_SHOWN_MAX,
     QUIET,
@@ -17,6 +19,7 @@ from .cli_store import (
     answering,
     do,
     print_json,
+    print_lines,
     print_paths,
 )
 
@@ -27,13 +30,13 @@ from .cli_store import (
     "extra",
     "--from",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=ANY_PATH,
     metavar="NODE_DIR",
     help="A node that lies elsewhere than fusestore.toml says.  May be repeated.",
 )
 @click.option(
     "--metadata",
-    type=click.Path(path_type=Path),
+    type=ANY_PATH,
     metavar="DIR",
     help="Where the new metadata goes; default: where fusestore.toml says, or STORE/metadata.",
 )
@@ -107,9 +110,7 @@ def fsck(context: click.Context, store: Path, repair: bool, as_json: bool) -> No
     """
     result = do(store, "fsck", {"repair": repair}, as_json=as_json)
     if not as_json:
-        for line in result["findings"]:
-            click.echo(line)
-        click.echo(_verdict(result, repair))
+        print_lines([*result["findings"], _verdict(result, repair)])
     if result["findings"]:
         context.exit(1)
 
@@ -130,10 +131,10 @@ def _verdict(result: dict[str, Any], repair: bool) -> str:
 def _print_recovery(result: dict[str, Any]) -> None:
     from .status_text import recovery_lines
 
-    for line in recovery_lines(result):
-        click.echo(line)
+    lines = list(recovery_lines(result))
     for dropped in result["dropped"]:
         names = ", ".join(dropped["names"][:PATHS_SHOWN_MAX]) or "no names"
-        click.echo(f"dropped: commit {dropped['commit']}, never acknowledged or lost ({names})")
+        lines.append(f"dropped: commit {dropped['commit']}, never acknowledged or lost ({names})")
+    print_lines(lines)
     print_paths("cannot be read now", result["lost"])
-    click.echo(f"Mount it: fusestore mount {result['store']} MOUNTPOINT")
+    print_lines([f"Mount it: fusestore mount {shlex.quote(result['store'])} MOUNTPOINT"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .cli_store import JSON, QUIET, STORE, do, print_paths, rate_option
+from .cli_store import JSON, QUIET, STORE, do, print_lines, print_paths, rate_option
 
 
 @click.command(short_help="Read and verify everything.")
@@ -105,8 +105,7 @@ def risk(
     arguments = {"if_lost": if_lost, "model": rates if model else None}
     result = do(store, "risk", arguments, as_json=as_json)
     if not as_json:
-        for line in risk_lines(result):
-            click.echo(line)
+        print_lines(risk_lines(result))
         print_paths("lost", result["lost"])
     if result["lost_stripes"]:
         context.exit(1)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .cli_store import JSON, STORE, answering, ask, print_json
+from .cli_store import JSON, STORE, answering, ask, print_json, print_lines
 
 if TYPE_CHECKING:
     from .config import StoreConfig
@@ -60,8 +60,7 @@ def status(context: click.Context, store: Path, as_json: bool, seconds: float | 
     if as_json:
         print_json(found)
     else:
-        for line in _lines(found):
-            click.echo(line)
+        print_lines(_lines(found))
     if not found.get("healthy"):
         context.exit(1)
 
@@ -83,13 +82,14 @@ def _circumstances(config: StoreConfig, pid: int | None) -> Message:
     """What can be said of a store from outside, in the fields of `status`."""
     from . import logs, mounts
 
-    places = mounts.mounts_of(config.store) if pid is not None else []
+    places = [os.fspath(mount.mountpoint) for mount in mounts.mounts_of(config.store)[-1:]]
     log_file = logs.destination(pid) if pid is not None else config.log_file
     return {
         "healthy": False,
         "mounted": pid is not None,
         "mounted_at": None,
-        "mountpoint": os.fspath(places[-1].mountpoint) if places else None,
+        "mountpoint": places[0] if places and pid is not None else None,
+        "dead_mount": places[0] if places and pid is None else None,
         "pid": pid,
         "metrics": None,
         "store": os.fspath(config.store),
@@ -124,7 +124,7 @@ def _watch(config: StoreConfig, as_json: bool, seconds: float) -> None:
     finally:
         if screen:
             click.echo(_BACK, nl=False)
-            click.echo("\n".join(lines))  # what was seen last stays
+            print_lines(lines)  # what was seen last stays
 
 
 def _looks(config: StoreConfig) -> Iterator[Message]:
@@ -148,11 +148,13 @@ def _looks(config: StoreConfig) -> Iterator[Message]:
 
 def _draw(lines: list[str]) -> None:
     """Over what is on the screen, in one write, so that nothing flickers."""
+    from .status_text import printable
+
     width, height = os.get_terminal_size(sys.stdout.fileno())
     head = f"{time.strftime('%H:%M:%S')}  (Ctrl-C ends)"
-    shown = [line[:width] for line in [*lines[: height - 2], "", head][:height]]
+    shown = [printable(line)[:width] for line in [*lines[: height - 2], "", head][:height]]
     click.echo(_HOME + "\n".join(line + _LINE_END for line in shown) + _BELOW, nl=False)
 
 
 def _print(lines: list[str]) -> None:
-    click.echo("\n".join([*lines, ""]) if len(lines) > 1 else lines[0])
+    print_lines([*lines, ""] if len(lines) > 1 else lines)

@@ -10,12 +10,14 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from .cli_errors import sentence
 
 if TYPE_CHECKING:
     from .config import StoreConfig
@@ -24,8 +26,21 @@ if TYPE_CHECKING:
 LAYOUT = "user.fusestore.layout"
 PATHS_SHOWN_MAX = 20
 
-STORE = click.argument("store", type=click.Path(path_type=Path))
-PATH = click.argument("path", type=click.Path(path_type=Path))
+
+class _AnyPath(click.Path):
+    """A path that is not looked at here.
+
+    A mount whose daemon hangs would hold the command up, and what is wrong with
+    a path is said by whoever uses it.
+    """
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
+        return Path(value)
+
+
+ANY_PATH = _AnyPath()
+STORE = click.argument("store", type=ANY_PATH)
+PATH = click.argument("path", type=ANY_PATH)
 JSON = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else."
 )
@@ -47,7 +62,14 @@ def ask(
 
         from .daemon import offline
 
-        return None, trio.run(offline, config, command, arguments, progress)
+        return None, trio.run(
+            offline,
+            config,
+            command,
+            arguments,
+            progress,
+            restrict_keyboard_interrupt_to_checkpoints=True,
+        )
 
 
 @contextmanager
@@ -57,8 +79,15 @@ def answering(as_json: bool, **failed: Any) -> Iterator[None]:
         yield
     except Exception as error:
         if as_json and not isinstance(error, click.exceptions.Exit):
-            print_json({**failed, "error": str(error) or type(error).__name__})
+            print_json({**failed, "error": sentence(error)})
         raise
+
+
+def print_lines(lines: Iterable[str], *, err: bool = False) -> None:
+    """Print lines for people; in one piece, so that `head -1` takes them whole."""
+    from .status_text import printable
+
+    click.echo("\n".join(map(printable, lines)), err=err)
 
 
 def print_json(value: Message) -> None:
@@ -68,10 +97,11 @@ def print_json(value: Message) -> None:
 
 def print_paths(what: str, paths: list[str]) -> None:
     """Name files on standard error, not too many."""
-    for path in paths[:PATHS_SHOWN_MAX]:
-        click.echo(f"{what}: {path}", err=True)
+    lines = [f"{what}: {path}" for path in paths[:PATHS_SHOWN_MAX]]
     if len(paths) > PATHS_SHOWN_MAX:
-        click.echo(f"and {len(paths) - PATHS_SHOWN_MAX} more: see --json", err=True)
+        lines.append(f"and {len(paths) - PATHS_SHOWN_MAX} more: see --json")
+    if lines:
+        print_lines(lines, err=True)
 
 
 class Bar:
@@ -147,7 +177,7 @@ def rate_option(function: Any) -> Any:
 @click.argument("node", shell_complete=complete_node)
 @click.option(
     "--to",
-    type=click.Path(path_type=Path),
+    type=ANY_PATH,
     metavar="PATH",
     help="Rebuild it in this directory, new or empty, and keep it there.",
 )
@@ -190,10 +220,8 @@ def repair(
     if as_json:
         print_json(result)
     else:
-        for line in plan_lines(result["plan"]):
-            click.echo(line)
-        if not dry_run:
-            click.echo(repair_line(node, result))
+        done = [] if dry_run else [repair_line(node, result)]
+        print_lines([*plan_lines(result["plan"]), *done])
     if not dry_run and result["unrepairable"]:
         if not as_json:
             print_paths("lost", result["unrepairable"])
@@ -222,8 +250,7 @@ def inspect(path: Path, as_json: bool) -> None:
     else:
         from .status_text import layout_lines
 
-        for line in layout_lines(os.fspath(path), layout):
-            click.echo(line)
+        print_lines(layout_lines(os.fspath(path), layout))
 
 
 def _layout(path: Path) -> Message:

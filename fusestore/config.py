@@ -25,7 +25,7 @@ from .erasure import Code
 from .errors import ConfigError, NodeIdentityError, UsageError
 from .mount_options import parse_address
 from .placement import check_region_rule
-from .toml_files import Table
+from .toml_files import Table, shown
 
 if TYPE_CHECKING:
     from tomlkit import TOMLDocument
@@ -129,22 +129,15 @@ def _conflicts(
     places = [("the metadata", Path(os.path.realpath(metadata)))]
     places += [(f"region {node.name}", Path(os.path.realpath(node.path))) for node in nodes]
     for i, (what, path) in enumerate(places):
+        problems = []
         if store.is_relative_to(path):
-            yield (
-                i - 1,
-                f"{path}, the place of {what}, holds the store {store} itself: use another.",
-            )
+            problems.append(f"{path}, the place of {what}, holds the store {store} itself")
         for other, there in places[:i]:
             if path == there:
-                yield (
-                    i - 1,
-                    f"{what} and {other} are both at {path}: each needs a place of its own.",
-                )
+                problems.append(f"{what} and {other} are both at {path}")
             elif path.is_relative_to(there) or there.is_relative_to(path):
-                yield (
-                    i - 1,
-                    f"{what} at {path} and {other} at {there} are nested: keep them apart.",
-                )
+                problems.append(f"{what} at {path} and {other} at {there} are nested")
+        yield from ((i - 1, f"{problem}: each needs a place of its own.") for problem in problems)
 
 
 def load(store: Path) -> StoreConfig:
@@ -207,10 +200,11 @@ def _check_version(table: Table, known: int) -> None:
     version = table.take("format", int)
     if version > known:
         table.bad(
-            "format", f"is {version}, and this fusestore knows {known}: use a newer fusestore"
+            "format",
+            f"is {shown(version)}, and this fusestore knows {known}: use a newer fusestore",
         )
     elif version != known:
-        table.bad("format", f"is {version}, and there is only {known}")
+        table.bad("format", f"is {shown(version)}, and there is only {known}")
     _raise_first(table)
 
 
@@ -321,15 +315,6 @@ def read_identity(path: Path) -> NodeIdentity:
     file = path / IDENTITY_NAME
     try:
         table = Table.read(file)
-    except (FileNotFoundError, NotADirectoryError):
-        if not os.path.isdir(path):
-            raise NodeIdentityError(f"There is no directory {path}.") from None
-        raise NodeIdentityError(
-            f"{path} is not a node: it has no {IDENTITY_NAME} (is its disk mounted?)."
-        ) from None
-    except ConfigError as error:
-        raise NodeIdentityError(str(error)) from None
-    try:
         _check_version(table, IDENTITY_VERSION)
         identity = NodeIdentity(
             store=table.take_uuid("store"),
@@ -340,9 +325,15 @@ def read_identity(path: Path) -> NodeIdentity:
         )
         table.end()
         _raise_first(table)
+        return identity
+    except (FileNotFoundError, NotADirectoryError):
+        if not os.path.isdir(path):
+            raise NodeIdentityError(f"There is no directory {path}.") from None
+        raise NodeIdentityError(
+            f"{path} is not a node: it has no {IDENTITY_NAME} (is its disk mounted?)."
+        ) from None
     except ConfigError as error:
         raise NodeIdentityError(str(error)) from None
-    return identity
 
 
 def write_identity(path: Path, identity: NodeIdentity) -> None:

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 KEEP_SECONDS = 60.0
 FORMAT = 1
+SECONDS_MAX = 1 << 40
+"""No time is so late, and no mount so old."""
 COLUMNS = (
     *("operation", "count", "per_second", "bytes", "bytes_per_busy_second", "success_rate"),
     *("mean", "median", "p95", "p99"),
@@ -49,10 +51,20 @@ class Counts:
             if value["format"] != FORMAT:
                 raise ValueError(f"it has format {value['format']}")
             tallies = {name: Tally.decode(row) for name, row in value["operations"].items()}
-            return cls(float(value["since"]), float(value["mounted_seconds"]), tallies)
+            since, seconds = float(value["since"]), float(value["mounted_seconds"])
+            if not (0 <= since < SECONDS_MAX and 0 <= seconds < SECONDS_MAX):
+                raise ValueError("it has a time that is none")
+            return cls(since, seconds, tallies)
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             log.warning("%s cannot be used, counting begins anew: %s", file, error)
         return cls(time.time(), 0.0, {})
 

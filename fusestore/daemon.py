@@ -57,7 +57,7 @@ async def serve(
     with lock_store(config.store):
         try:
             await _Daemon(config, mountpoint, options).run(on_ready)
-        except ExceptionGroup as group:
+        except BaseExceptionGroup as group:
             raise _first(group) from None
 
 
@@ -86,12 +86,14 @@ async def offline(
                 if lasting or command == "node_drain":
                     arguments = {**arguments, "wait": not read_only, "alone": True}
                 return await _commands(store, files)[command](arguments, progress)
-        except ExceptionGroup as group:
+        except BaseExceptionGroup as group:
             raise _first(group) from None
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """The error to tell of, when nurseries have wrapped it."""
+    if group.subgroup(KeyboardInterrupt) is not None:
+        return KeyboardInterrupt()
     ours, others = group.split(FusestoreError)
     if ours is None or others is not None:
         return group
@@ -353,9 +355,11 @@ class _Daemon:
         try:
             pyfuse3.init(operations, str(self._mountpoint), options)
         except RuntimeError as error:
+            what = "is /dev/fuse there, and may this user mount?"
+            if self._options.allow_other and os.geteuid() != 0:
+                what = "is user_allow_other in /etc/fuse.conf, which allow_other needs?"
             raise FusestoreError(
-                f"{self._mountpoint} cannot be mounted ({error}): is /dev/fuse there, "
-                "and may this user mount?"
+                f"{self._mountpoint} cannot be mounted ({error}): {what}"
             ) from error
         try:
             yield

@@ -73,7 +73,7 @@ class Engine:
         """Those that are open: threads may be reading them."""
         try:
             self._env = lmdb.open(
-                os.fspath(directory),
+                os.fsencode(directory),
                 map_size=MAP_BYTES,
                 subdir=True,
                 create=not read_only,

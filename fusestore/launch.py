@@ -107,7 +107,14 @@ def run(
                 _say(ready_fd, {"ready": True, "warnings": warnings})
                 ready_fd = None
 
-        trio.run(serve, config, mountpoint, options, on_ready)
+        trio.run(
+            serve,
+            config,
+            mountpoint,
+            options,
+            on_ready,
+            restrict_keyboard_interrupt_to_checkpoints=True,
+        )
     except (FusestoreError, OSError) as error:
         if ready_fd is not None:
             if isinstance(error, OSError):
@@ -187,21 +194,21 @@ def _spawn(
             pass_fds=[ready_fd],
             start_new_session=True,
             cwd="/",
-            env=_environment(),
+            env=environment(),
         )
     finally:
         os.close(output)
 
 
-def _environment() -> dict[str, str]:
-    """The environment for a daemon that has to find this very package from another directory."""
+def environment() -> dict[str, str]:
+    """The environment for a program that has to find this very package from another directory."""
     home = os.fspath(Path(__file__).resolve().parent.parent)
     ours = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")  # the service's, if it is one
-    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    found = {name: value for name, value in os.environ.items() if name not in ours}
     if home not in (*site.getsitepackages(), site.getusersitepackages()):
-        paths = [home, *filter(None, [environment.get("PYTHONPATH")])]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
-    return environment
+        paths = [home, *filter(None, [found.get("PYTHONPATH")])]
+        found["PYTHONPATH"] = os.pathsep.join(paths)
+    return found
 
 
 def _wait_ready(config: StoreConfig, child: subprocess.Popen[bytes], line: bytes) -> list[str]:

@@ -173,7 +173,10 @@ class Monitor:
         }
 
     def _metrics(self, accept: str) -> Answer:
-        encode, kind = choose_encoder(accept)
+        try:
+            encode, kind = choose_encoder(accept)
+        except TypeError:  # a version that is no number
+            encode, kind = choose_encoder("")
         return Answer(encode(self._registry), kind)
 
     def _healthz(self, accept: str) -> Answer:

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from .errors import FusestoreError, StoreBusyError, UsageError
@@ -70,22 +71,39 @@ def source_of(store: Path) -> str:
     return quote_from_bytes(os.fsencode(store), safe="/:=+@~ !()[]{}'&*;^#$<>|?")
 
 
-def parse_mountinfo(data: bytes) -> Iterator[Mount]:
-    """The stores' mounts among the lines of a mountinfo file, oldest first."""
+class Entry(NamedTuple):
+    """A line of a mountinfo file."""
+
+    place: Path
+    kind: str
+    source: bytes
+    device: int
+    options: tuple[str, ...]
+
+
+def parse_entries(data: bytes) -> Iterator[Entry]:
+    """The lines of a mountinfo file, oldest first."""
     for line in data.split(b"\n"):
         head, separator, tail = line.partition(b" - ")
         fields, types = head.split(b" "), tail.split(b" ")
         if not separator or len(fields) < 6 or len(types) < 2:
             continue
-        if types[0] != b"fuse." + SUBTYPE.encode():
-            continue
         major, _, minor = fields[2].partition(b":")
-        yield Mount(
-            store=Path(os.fsdecode(unquote_to_bytes(_unescape(types[1])))),
-            mountpoint=Path(os.fsdecode(_unescape(fields[4]))),
+        yield Entry(
+            place=Path(os.fsdecode(_unescape(fields[4]))),
+            kind=os.fsdecode(types[0]),
+            source=_unescape(types[1]),
             device=os.makedev(int(major), int(minor)),
             options=tuple(os.fsdecode(fields[5]).split(",")),
         )
+
+
+def parse_mountinfo(data: bytes) -> Iterator[Mount]:
+    """The stores' mounts among the lines of a mountinfo file, oldest first."""
+    for place, kind, source, device, options in parse_entries(data):
+        if kind == f"fuse.{SUBTYPE}":
+            store = Path(os.fsdecode(unquote_to_bytes(source)))
+            yield Mount(store, place, device, options)
 
 
 def _unescape(field: bytes) -> bytes:

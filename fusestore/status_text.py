@@ -24,6 +24,11 @@ def bytes_text(count: int) -> str:
     return f"{size:.1f} {unit}"
 
 
+def speed_text(size: int, seconds: float) -> str:
+    """How long so many bytes took, and how fast that was: `2.0 s (51.2 MB/s)`."""
+    return f"{seconds:.1f} s ({size / 1e6 / max(seconds, 1e-9):.1f} MB/s)"
+
+
 def table_lines(rows: Sequence[Row], right: Sequence[int] = ()) -> Iterator[str]:
     """Rows of equal length as aligned columns; those numbered in `right` to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -33,6 +38,13 @@ def table_lines(rows: Sequence[Row], right: Sequence[int] = ()) -> Iterator[str]
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         yield "  ".join(cells).rstrip()
+
+
+def printable(text: str) -> str:
+    """A line as a terminal may get it: names of files can have any characters."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # --- status ------------------------------------------------------------------
@@ -52,6 +64,8 @@ def status_lines(status: dict[str, Any], now: float | None = None) -> Iterator[s
     where = "no"
     if status["mounted"]:
         where = f"on {status['mountpoint']} by process {status['pid']}"
+    elif status.get("dead_mount"):
+        where += f"; a daemon died on {status['dead_mount']}: mount it there again, or umount that"
     facts = [
         ("store", f"{status['store']} ({status['uuid']})"),
         ("mounted", where),
@@ -174,10 +188,17 @@ def scrub_state(status: dict[str, Any]) -> str | None:
     if scrub["state"] != "done":
         share = 100 * scrub["stripes"] // max(scrub["total"], scrub["stripes"], 1)
         return f"{scrub['state']}, {share} %, {found}{_left(scrub)}"
-    if scrub["found"]:
-        found += f", {scrub['left']:,} still missing" if scrub["left"] else ", all repaired"
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(scrub["finished"]))
-    return f"done {when}, {found}"
+    return f"done {_when(scrub)}, {found}{_left_over(scrub)}"
+
+
+def _when(scrub: dict[str, Any]) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(scrub["finished"]))
+
+
+def _left_over(scrub: dict[str, Any]) -> str:
+    if scrub["left"]:
+        return f", {scrub['left']:,} still missing"
+    return ", all repaired" if scrub["found"] else ""
 
 
 def _left(work: dict[str, Any]) -> str:
@@ -314,9 +335,8 @@ def rebalance_line(row: dict[str, Any]) -> str:
         return "This store was never rebalanced."
     moved = f"{row['shards']:,} shards moved and checked, {bytes_text(row['size'])}"
     if row["state"] == "done":
-        seconds = max(row["finished"] - row["started"], 1e-9)
-        speed = row["size"] / 1e6 / seconds
-        return f"Rebalance done: {moved} in {seconds:.1f} s ({speed:.1f} MB/s)."
+        speed = speed_text(row["size"], row["finished"] - row["started"])
+        return f"Rebalance done: {moved} in {speed}."
     left = f", about {bytes_text(max(row['total'] - row['size'], 0))} to go"
     problem = f" {row['error']}" if row["error"] else ""
     return f"Rebalance {row['state']}: {moved}{left}.{problem}"
@@ -336,14 +356,8 @@ def scrub_line(scrub: dict[str, Any]) -> str:
     if scrub["state"] != "done":
         stripes = f"{scrub['stripes']:,} of {scrub['total']:,} stripes"
         return f"{scrub['state']}: {stripes}: {read}, {found}."
-    seconds = max(scrub["finished"] - scrub["started"], 1e-9)
-    if scrub["left"]:
-        found += f", {scrub['left']:,} still missing"
-    elif scrub["found"]:
-        found += ", all repaired"
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(scrub["finished"]))
-    speed = scrub["size"] / 1e6 / seconds
-    return f"done {when}: {read} in {seconds:.1f} s ({speed:.1f} MB/s), {found}."
+    speed = speed_text(scrub["size"], scrub["finished"] - scrub["started"])
+    return f"done {_when(scrub)}: {read} in {speed}, {found}{_left_over(scrub)}."
 
 
 def risk_lines(risk: dict[str, Any]) -> Iterator[str]:
@@ -390,10 +404,9 @@ def model_lines(model: dict[str, Any]) -> Iterator[str]:
 
 def drill_line(drill: dict[str, Any]) -> str:
     """What a drill showed."""
-    seconds = max(drill["seconds"], 1e-9)
     read = (
         f"{drill['stripes']:,} stripes, {bytes_text(drill['bytes'])}, read without "
-        f"{drill['region']} in {seconds:.1f} s ({drill['bytes'] / 1e6 / seconds:.1f} MB/s)"
+        f"{drill['region']} in {speed_text(drill['bytes'], drill['seconds'])}"
     )
     if drill["failed_stripes"]:
         failed = f"{drill['failed_stripes']:,} failed"
@@ -422,11 +435,9 @@ def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
 
 def repair_line(node: str, result: dict[str, Any]) -> str:
     """What a repair did, and how fast."""
-    seconds = result["seconds"]
-    speed = result["bytes"] / 1e6 / seconds if seconds > 0 else 0.0
     line = (
         f"{node}: {result['shards_rebuilt']:,} shards rebuilt and checked, "
-        f"{bytes_text(result['bytes'])} in {seconds:.1f} s ({speed:.1f} MB/s)"
+        f"{bytes_text(result['bytes'])} in {speed_text(result['bytes'], result['seconds'])}"
     )
     if result["unrepairable"]:
         line += f"; {len(result['unrepairable']):,} files cannot be repaired"
@@ -435,13 +446,12 @@ def repair_line(node: str, result: dict[str, Any]) -> str:
 
 def recovery_lines(result: dict[str, Any]) -> Iterator[str]:
     """What was recovered, and from where."""
-    seconds = result["seconds"]
-    speed = result["journal_bytes"] / 1e6 / seconds if seconds > 0 else 0.0
+    speed = speed_text(result["journal_bytes"], result["seconds"])
     there = sum(node["found"] for node in result["nodes"])
     yield (
         f"{result['store']}: recovered to commit {result['commit']}: {result['files']:,} files, "
         f"{bytes_text(result['bytes'])}, from the journals of {there} of {len(result['nodes'])} "
-        f"nodes ({bytes_text(result['journal_bytes'])} in {seconds:.1f} s, {speed:.1f} MB/s)."
+        f"nodes: {bytes_text(result['journal_bytes'])} in {speed}."
     )
     for node in result["nodes"]:
         if node["problem"]:

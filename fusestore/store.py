@@ -102,8 +102,13 @@ async def open_store(
     that was not possible.
     """
     erasure.self_check(config.code)
-    os.makedirs(config.metadata, mode=0o700, exist_ok=True)
-    fresh = not read_only and not (config.metadata / DATABASE).exists()
+    try:
+        os.makedirs(config.metadata, mode=0o700, exist_ok=True)
+        fresh = not read_only and not (config.metadata / DATABASE).exists()
+    except OSError as error:
+        raise MetadataError(
+            f"The metadata in {config.metadata} cannot be opened: {error.strerror}."
+        ) from error
     engine = Engine(config.metadata, read_only=read_only)
     try:
         rows = _check_format(config, engine)

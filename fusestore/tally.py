@@ -139,10 +139,16 @@ class Tally:
         """From JSON; LookupError, TypeError or ValueError when it is none of ours."""
         result = cls()
         for index, count in value["counts"].items():
-            result.times.counts[int(index)] = int(count)
-        result.times.total_ns, result.size = int(value["total_ns"]), int(value["bytes"])
-        result.errors = {int(number): int(count) for number, count in value["errors"].items()}
+            result.times.counts[_count(int(index))] = _count(count)
+        result.times.total_ns, result.size = _count(value["total_ns"]), _count(value["bytes"])
+        result.errors = {int(number): _count(count) for number, count in value["errors"].items()}
         return result
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError("it has a count that is none")
+    return value
 
 
 Tallies = dict[str, Tally]

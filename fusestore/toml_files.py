@@ -18,6 +18,8 @@ from .errors import ConfigError
 
 FILE_BYTES_MAX = 1 << 18
 """A file longer than this is not one of ours."""
+SHOWN_MAX = 80
+"""So many characters of a value are said."""
 
 T = TypeVar("T")
 Keys = tuple[str | int, ...]
@@ -62,18 +64,28 @@ def _statements(text: str) -> dict[Keys, int]:
             values = tomllib.loads("\n".join(lines[:number]))
         except tomllib.TOMLDecodeError:
             continue  # in the middle of a statement
-        for keys in _walk((), values):
+        for keys in _named(values):
             found.setdefault(keys, start)
         start = number + 1
     return found
 
 
-def _walk(keys: Keys, value: Any) -> Iterator[Keys]:
-    inside = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, child in inside:
-        yield (*keys, key)
-        if isinstance(child, dict | list):
-            yield from _walk((*keys, key), child)
+def _named(values: dict[str, Any]) -> Iterator[Keys]:
+    """The keys of a file, and those of each table of its arrays: nothing of ours is deeper."""
+    for key, value in values.items():
+        yield (key,)
+        for i, row in enumerate(value if isinstance(value, list) else ()):
+            yield (key, i)
+            yield from ((key, i, inner) for inner in (row if isinstance(row, dict) else ()))
+
+
+def shown(value: Any) -> str:
+    """A value for a complaint, which may be of any kind and length."""
+    try:
+        text = repr(value)
+    except ValueError:  # so long a number that Python does not write it out
+        return "a number of thousands of digits"
+    return text if len(text) <= SHOWN_MAX else text[:SHOWN_MAX] + "…"
 
 
 class Table:
@@ -110,8 +122,10 @@ class Table:
             line = int(at[1]) if at and at[1] else text.count("\n") + 1
             what = str(error)[: at.start()] if at else error
             raise ConfigError(f"{file}:{line}: not valid TOML: {what}.") from None
-        except RecursionError:
-            raise ConfigError(f"{file} is not valid TOML: it is nested too deeply.") from None
+        except (RecursionError, ValueError):
+            raise ConfigError(
+                f"{file} is not valid TOML: it is nested too deeply, or a number is too long."
+            ) from None
 
     def bad(self, key: str, what: str) -> None:
         """Note a complaint about a key; only the first about each is kept."""
@@ -133,14 +147,14 @@ class Table:
         if type(value) is kind:
             return value
         missing = value is _NEEDED
-        self.bad(key, "is missing" if missing else f"must be {_KINDS[kind]}, and is {value!r}")
+        self.bad(key, "is missing" if missing else f"must be {_KINDS[kind]}, and is {shown(value)}")
         return kind() if default is _NEEDED else default
 
     def take_count(self, key: str, default: int, most: int) -> int:
         """The whole number that a key has, from 0 to `most`."""
         count = self.take(key, int, default)
         if not 0 <= count <= most:
-            self.bad(key, f"must be a number from 0 to {most}, and is {count}")
+            self.bad(key, f"must be a number from 0 to {most}, and is {shown(count)}")
         return count
 
     def take_number(self, key: str, default: float, least: float, most: float) -> float:
@@ -148,7 +162,7 @@ class Table:
         number = self._values.pop(key, default)
         if type(number) in (int, float) and least <= number <= most:
             return float(number)
-        self.bad(key, f"must be a number from {least:g} to {most:g}, and is {number!r}")
+        self.bad(key, f"must be a number from {least:g} to {most:g}, and is {shown(number)}")
         return default
 
     def take_uuid(self, key: str) -> UUID:
@@ -157,7 +171,7 @@ class Table:
         try:
             return UUID(text)
         except ValueError:
-            self.bad(key, f"must be a UUID, and is {text!r}")
+            self.bad(key, f"must be a UUID, and is {shown(text)}")
             return UUID(int=0)
 
     def take_path(self, key: str, base: Path, default: str) -> Path:

@@ -55,7 +55,8 @@ class Manager:
 
     def version(self) -> int:
         """The version of systemd."""
-        return int(self.control("--version").split()[1])
+        found = re.search(r"\d+", self.control("--version"))
+        return int(found[0]) if found else 0
 
     def own_files(self, instance: str) -> list[Path]:
         """The drop-ins of one mount."""

@@ -114,7 +114,7 @@ class _Server(ThreadingHTTPServer):
         self.routes = routes
         self.local = is_loopback(str(address[0]))
         self._since: dict[socket.socket, float] = {}
-        super().__init__(address[:2], _Handler)  # type: ignore[arg-type]
+        super().__init__(address, _Handler)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
         socketserver.TCPServer.server_bind(self)  # HTTPServer would look its own name up

@@ -254,6 +254,13 @@ def store(tmp_path: Path) -> Path:
         ("[[node]]", "[[nodes]]", "node must be there"),
         ("metadata =", "limit = 1\nmetadata =", "limit is not a key"),
         ("metadata =", "metadata", "not valid TOML"),
+        ("scrub_days = 30", "scrub_days = " + "9" * 5000, "a number is too long"),
+        ("scrub_days = 30", "scrub_days = 0x" + "f" * 9000, ":10: scrub_days must be a number"),
+        ("code = ", "code = 0x" + "f" * 9000 + " #", ":6: code must be text"),
+        ("format = 1", "format = 0x" + "f" * 9000, ":4: format is a number of thousands of digits"),
+        ("uuid = ", 'uuid = "' + "x" * 500 + '" #', "x…"),
+        ("metadata =", ".".join("a" * 99) + " = 1\nmetadata =", ":8: a is not a key"),
+        ("metadata =", 'metrics = "' + "9" * 5000 + '"\nmetadata =', ":8: metrics cannot be used"),
     ],
 )
 def test_a_mistake_is_one_sentence_with_file_and_key(

@@ -164,7 +164,10 @@ def test_a_workload_that_fails_is_told_and_others_go_on(
         ({"only": ("repair",)}, "The workload repair is for stores of its own: leave DIR out."),
         ({"only": ("many",)}, "The workload many needs --files-in-store."),
         ({"plot": Path("x.pdf")}, "x.pdf cannot be plotted: its name must end with .png or .svg."),
-        ({"json_file": Path("/absent/x")}, "/absent/x cannot be written"),
+        ({"json_file": Path("/absent/x")}, "/absent/x cannot be written: No such file or dir"),
+        ({"csv_file": Path("/proc/x")}, "/proc/x cannot be written: "),
+        ({"plot": Path("/dev/null/x.png")}, "/dev/null/x.png cannot be written: Not a directory."),
+        ({"json_file": Path("/")}, "/ cannot be written: Is a directory."),
         ({"against": (Path("/absent"),)}, "/absent is not a directory."),
     ],
 )

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,7 +26,9 @@ from click.testing import CliRunner, Result
 
 from fusestore import mounts
 from fusestore.cli import cli
-from fusestore.cli_errors import exit_status
+from fusestore.cli_errors import EXIT_STATUS, FAILED
+from fusestore.cli_status import _circumstances
+from fusestore.cli_store import ANY_PATH
 from fusestore.config import load
 from fusestore.control import ControlServer, Handler, lock_store
 from fusestore.control_client import ControlClient, Message, Progress
@@ -96,7 +99,7 @@ def test_completion_completes() -> None:
 
 def test_exit_statuses() -> None:
     kinds = [NotHealthyError, UsageError, ConfigError, StoreBusyError, FusestoreError]
-    assert [exit_status(kind("x")) for kind in kinds] == [1, 2, 2, 3, 3]
+    assert [EXIT_STATUS.get(kind, FAILED) for kind in kinds] == [1, 2, 2, 3, 3]
 
 
 def test_an_error_is_one_sentence_on_standard_error(tmp_path: Path) -> None:
@@ -105,6 +108,102 @@ def test_an_error_is_one_sentence_on_standard_error(tmp_path: Path) -> None:
     assert result.stdout == ""
     assert result.stderr.startswith(f"fusestore: {tmp_path} is not a store")
     assert result.stderr.count("\n") == 1
+
+
+# --- how a command is started, and how it ends --------------------------------
+
+
+def shell(command: str, **names: object) -> subprocess.CompletedProcess[str]:
+    """Run a line of shell, in which $FUSESTORE is the program."""
+    program = f"{sys.executable} -P -m fusestore"
+    variables = {name: str(value) for name, value in names.items()}
+    return subprocess.run(
+        ["bash", "-c", command.replace("$FUSESTORE", program)],
+        env={**os.environ, "PYTHONPATH": os.fspath(REPOSITORY), **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("streams", [">&-", "<&- >&- 2>&-", ">/dev/full 2>/dev/full"])
+def test_closed_and_full_streams_change_no_exit_status(store: Path, streams: str) -> None:
+    done = shell(f"$FUSESTORE status nothing {streams}; echo $?", S=store)
+    assert done.stdout == "2\n"
+    export = shell(f'$FUSESTORE metrics export "$S" {streams}; echo $?', S=store)
+    assert export.stdout == ("3\n" if "full" in streams else "0\n")
+
+
+def test_a_reader_that_has_seen_enough_does_not_make_a_store_unhealthy(store: Path) -> None:
+    first = shell('set -o pipefail; $FUSESTORE status "$S" | head -1; echo $?', S=store)
+    assert first.stdout.startswith("All data is safe")
+    assert (first.stdout.endswith("\n0\n"), first.stderr) == (True, "")
+    unread = shell('($FUSESTORE status "$S" >&7; echo $? >&2) 7> >(exec true)', S=store)
+    assert unread.stderr in ("141\n", "0\n")  # not 1, and no complaint
+
+
+@pytest.mark.parametrize("command", ["--help", "status --help", "version"])
+def test_help_on_a_full_disk_is_one_sentence(command: str) -> None:
+    done = shell(f"$FUSESTORE {command} >/dev/full; echo $? >&2")
+    assert done.stderr == "fusestore: No space left on device\n3\n"
+
+
+def test_ctrl_c_while_a_store_is_worked_on_is_no_traceback(store: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.fspath(REPOSITORY)}
+    program = """
+import os, signal, sys, trio
+from fusestore import scrub
+from fusestore.cli import main
+async def interrupted(self, *arguments, **named):
+    async with trio.open_nursery():
+        os.kill(os.getpid(), signal.SIGINT)
+        print("goes on to the next checkpoint")
+        await trio.sleep_forever()
+scrub.Scrubber.command = interrupted
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, "scrub", store, "start", "--wait"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 130
+    assert done.stdout == "goes on to the next checkpoint\n"
+    assert done.stderr == "fusestore: interrupted\n"
+
+
+def test_no_name_moves_the_cursor(tmp_path: Path) -> None:
+    store = make_store(Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\x1b[31m\n\xff"))).store
+    done = run("status", store)
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert "a\\x1b[31m\\n\\udcff (" in done.stdout
+    assert "a\\x1b[31m\\n\\udcff/x is not a store" in run("status", store / "x").stderr
+
+
+def test_metadata_that_cannot_be_there_is_a_sentence(store: Path) -> None:
+    (store / "metadata").rmdir()
+    (store / "metadata").touch()
+    done = run("status", store)
+    reason = f"fusestore: The metadata in {store / 'metadata'} cannot be opened: File exists.\n"
+    assert (done.exit_code, done.stderr) == (3, reason)
+
+
+def test_a_path_that_is_given_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hangs(path: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(os, "stat", hangs)
+    assert ANY_PATH.convert("mnt", None, None) == Path("mnt")
+
+
+@pytest.mark.parametrize("name", ["a b", "-a", "it's"])
+def test_what_mkfs_says_to_do_can_be_done(tmp_path: Path, name: str) -> None:
+    done = shell('cd "$TOP" && $FUSESTORE mkfs -- "$NAME"', TOP=tmp_path, NAME=name)
+    command = shlex.split(done.stdout.splitlines()[1].partition("directory: ")[2])
+    assert tmp_path / command[2] == tmp_path / name
 
 
 # --- mkfs --------------------------------------------------------------------
@@ -592,6 +691,11 @@ class Fakes:
             env={**os.environ, "PYTHONPATH": self._path, "FAKE_DAEMON": kind},
         )
 
+    def shell(self, command: str) -> subprocess.CompletedProcess[str]:
+        """Run a line of shell, in which $S and $M are the store and the mount point."""
+        names = {"S": self.store, "M": self.mountpoint, "PYTHONPATH": self._path}
+        return shell(command, FAKE_DAEMON="good", **names)
+
     def mount(self, *options: str, kind: str = "good") -> subprocess.CompletedProcess[str]:
         """`fusestore mount`."""
         return self.run("mount", self.store, self.mountpoint, *options, kind=kind)
@@ -636,6 +740,18 @@ def test_mount_returns_when_the_mount_answers_and_umount_when_the_daemon_is_gone
         assert not os.path.ismount(fakes.mountpoint)
         assert select.select([daemon], [], [], 0)[0], "the daemon still runs"
     assert fakes.nothing_is_left()
+
+
+@pytest.mark.mounted
+def test_a_mount_without_standard_streams_is_like_any_other(fakes: Fakes) -> None:
+    command = '$FUSESTORE mount "$S" "$M" <&- >&- 2>&-; echo $?'
+    assert fakes.shell(command).stdout == "0\n"
+    pid = ControlClient(fakes.store).daemon()
+    log_file = str(fakes.store / "fusestore.log")
+    assert [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (0, 1, 2)] == [
+        *("/dev/null", log_file, log_file)
+    ]
+    assert fakes.run("umount", fakes.mountpoint).returncode == 0
 
 
 @pytest.mark.mounted
@@ -718,6 +834,8 @@ def test_a_dead_mount_is_cleared_by_the_next_mount(fakes: Fakes) -> None:
     assert fakes.mount().returncode == 0
     fakes.kill()
     assert mounts.is_dead(fakes.mountpoint)
+    seen = _circumstances(load(fakes.store), None)
+    assert (seen["mountpoint"], seen["dead_mount"]) == (None, str(fakes.mountpoint))
     result = fakes.mount()
     assert result.returncode == 0, result.stderr
     assert "cleared the mount that a dead daemon left" in result.stderr

@@ -172,15 +172,36 @@ async def test_counts_are_kept_across_mounts_and_reset(tmp_path: Path) -> None:
     assert kept.since == pytest.approx(time.time(), abs=60)
 
 
+KEPT = (
+    '{"format": 1, "since": %s, "mounted_seconds": %s, "operations": {"read": '
+    '{"counts": {"5": %s}, "total_ns": 1, "bytes": 1, "errors": {}}}}'
+)
+
+
 async def test_a_read_only_mount_keeps_nothing(tmp_path: Path) -> None:
     await Counter(tmp_path, {}, keeps=False).keep()
     assert not (tmp_path / COUNTS_NAME).exists()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 9}', '{"format": 1, "since": []}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "[" * 100_000, "{}", '{"format": 9}', '{"format": 1, "since": []}'),
+        KEPT % ("1e400", "1", "1"),
+        KEPT % ("1", "NaN", "1"),
+        KEPT % ("1", "1", "1e400"),
+        KEPT % ("1", "1", "-1"),
+        KEPT.replace('"5"', '"-5"') % ("1", "1", "1"),
+    ],
+)
 def test_a_file_of_counts_that_is_not_ours_is_begun_anew(tmp_path: Path, text: str) -> None:
     (tmp_path / COUNTS_NAME).write_text(text)
     assert Counts.read(tmp_path).tallies == {}
+
+
+def test_a_file_of_counts_that_is_ours_is_taken(tmp_path: Path) -> None:
+    (tmp_path / COUNTS_NAME).write_text(KEPT % ("1", "1", "7"))
+    assert Counts.read(tmp_path).tallies["read"].times.count == 7
 
 
 async def test_counts_that_cannot_be_written_do_no_harm(tmp_path: Path) -> None:
@@ -393,7 +414,7 @@ def samples(answer: web.Answer) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("accept", ["", OPENMETRICS])
+@pytest.mark.parametrize("accept", ["", OPENMETRICS, OPENMETRICS.replace("1.0.0", "x")])
 async def test_the_exposition_is_valid_and_tells_what_happened(
     config: StoreConfig, accept: str
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import pytest
 import trio
 from click.testing import CliRunner, Result
 
+from fusestore import config as configuration
 from fusestore import logs, records, schema, units
 from fusestore.cli import cli
 from fusestore.config import StoreConfig
@@ -201,6 +203,11 @@ def test_lines_for_the_journal_have_a_priority_and_no_time() -> None:
     assert json.loads(line[3:])["message"] == "x"
 
 
+def test_a_name_cannot_make_a_line_of_the_log() -> None:
+    record = logging.LogRecord("x", logging.INFO, "", 0, "%s is gone", ("a\nERROR \x1b[2J",), None)
+    assert logs.TextFormatter().format(record).endswith(r"INFO x: a\nERROR \x1b[2J is gone")
+
+
 def test_only_the_journal_gets_priorities(tmp_path: Path) -> None:
     for stream, expected in [("{dev}:{ino}", "<3>"), ("1:1", "fusestore: ")]:
         with open(tmp_path / "stderr", "wb") as stderr:
@@ -309,6 +316,12 @@ def test_a_longer_wait_from_failure_to_failure_where_systemd_can(
         assert (tmp_path / units.BACKOFF in texts) is can
 
 
+@pytest.mark.parametrize("said", ["systemd 252 (252.39-1~deb12u2)\n+PAM", "systemd 252~rc3 (x)"])
+def test_versions_of_systemd(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units.Manager, "control", lambda *arguments: said)
+    assert units.Manager(Path("/"), False).version() == 252
+
+
 def test_the_disks_of_regions_are_awaited_and_not_required(
     config: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,6 +400,21 @@ def test_services_that_are_refused(
     result = run("service", "install", config.store, tmp_path / "mnt", "--print", *arguments)
     assert result.exit_code == 2
     assert reason in result.stderr
+
+
+def test_units_that_may_not_be_written_say_what_to_do(
+    config: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(file: Path, text: str, mode: int) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(file.with_name("draft")))
+
+    monkeypatch.setattr(units.Manager, "control", lambda *arguments: "systemd 257 (257)")
+    monkeypatch.setattr(configuration, "write_whole", refused)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    (tmp_path / "mnt").mkdir()
+    done = run("service", "install", "--user", config.store, tmp_path / "mnt")
+    assert done.exit_code == 2
+    assert re.search(r"^fusestore: \S+@.service cannot be written: .*home directory", done.stderr)
 
 
 def test_a_service_on_no_directory_is_refused_and_what_is_none_is_not_removed(

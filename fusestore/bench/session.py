@@ -73,13 +73,16 @@ class Options:
         for path in (self.directory, self.disk, *self.against):
             if path is not None and not path.is_dir():
                 raise UsageError(f"{path} is not a directory.")
-        for path in (self.json_file, self.csv_file, self.plot):
-            if path is not None and not os.access(path.absolute().parent, os.W_OK):
-                raise UsageError(
-                    f"{path} cannot be written: there is no such directory to write to."
-                )
         if self.plot is not None:
             plot.check(self.plot)
+        for path in filter(None, (self.json_file, self.csv_file, self.plot)):
+            there = os.path.lexists(path)
+            try:
+                path.open("ab").close()
+            except OSError as error:
+                raise UsageError(f"{path} cannot be written: {error.strerror}.") from error
+            if not there:
+                path.unlink()
 
 
 def run(options: Options, echo: Callable[[str], None], scale: Scale | None = None) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
 from .. import __version__
+from ..mounts import MOUNTINFO, parse_entries
 from .workloads import drop_caches
 
 
@@ -39,22 +39,11 @@ def processor() -> str:
     return platform.processor() or "unknown processor"
 
 
-def mount_table() -> list[tuple[str, str, str]]:
-    """Mount point, type and source of each mount, oldest first (proc_pid_mountinfo(5))."""
-    table = []
-    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).splitlines():
-        left, _, right = line.partition(" - ")
-        place = re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), left.split(" ")[4])
-        kind, source = right.split(" ")[:2]
-        table.append((place, kind, source))
-    return table
-
-
 def file_system(path: Path) -> str:
     """Type and device of the file system that `path` is on."""
     resolved = path.resolve()
     best, answer = Path("/"), "unknown"
-    for place, kind, source in mount_table():
-        if resolved.is_relative_to(place) and len(Path(place).parts) >= len(best.parts):
-            best, answer = Path(place), f"{kind} on {source}"
+    for entry in parse_entries(MOUNTINFO.read_bytes()):
+        if resolved.is_relative_to(entry.place) and len(entry.place.parts) >= len(best.parts):
+            best, answer = entry.place, f"{entry.kind} on {os.fsdecode(entry.source)}"
     return answer

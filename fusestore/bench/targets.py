@@ -22,8 +22,9 @@ from typing import Any
 from .. import mounts
 from ..control_client import ControlClient
 from ..errors import FusestoreError, UsageError
+from ..launch import environment
 from . import interrupts
-from .surroundings import file_system, mount_table
+from .surroundings import file_system
 
 COMMAND_SECONDS_MAX = 600.0
 """For one command of fusestore: a repair of a full-size store among them."""
@@ -65,9 +66,9 @@ def scratch(directory: Path) -> Iterator[Path]:
         yield top
     finally:
         with interrupts.deferred():
-            for place, _, _ in reversed(mount_table()):
-                if Path(place).is_relative_to(top):
-                    _detach(Path(place))
+            for entry in reversed(list(mounts.parse_entries(mounts.MOUNTINFO.read_bytes()))):
+                if entry.place.is_relative_to(top):
+                    _detach(entry.place)
             shutil.rmtree(top, ignore_errors=True)
 
 
@@ -177,7 +178,7 @@ def fusestore(*arguments: str) -> str:
                 text=True,
                 timeout=COMMAND_SECONDS_MAX,
                 start_new_session=True,
-                env=_environment(),
+                env=environment(),
             )
         except subprocess.TimeoutExpired:
             raise FusestoreError(
@@ -189,13 +190,6 @@ def fusestore(*arguments: str) -> str:
             f"fusestore {arguments[0]} failed: {complaint[-1].removeprefix('fusestore: ')}"
         )
     return done.stdout
-
-
-def _environment() -> dict[str, str]:
-    """The environment for a program that has to find this very package."""
-    home = str(Path(__file__).resolve().parents[2])
-    paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 # --- the ceiling -------------------------------------------------------------
@@ -223,7 +217,7 @@ def _null_process(mountpoint: Path) -> Iterator[int]:
                 stderr=subprocess.PIPE,
                 text=True,
                 start_new_session=True,
-                env=_environment(),
+                env=environment(),
             )
             assert daemon.stdout is not None
             assert daemon.stderr is not None
