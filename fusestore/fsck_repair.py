@@ -9,15 +9,17 @@ from __future__ import annotations
 import stat
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import trio
 
 from . import quota, schema
+from .errors import NodeError
 from .fsck import Around, Check, Finding
 from .limits import OWNERS_PER_ROW_MAX
 from .log import Log, Transaction
-from .records import Run
+from .members import shard_sizes
 from .schema import (
     LOST_STRIPE,
     OWNER,
@@ -70,7 +72,7 @@ async def fsck(store: Store, *, repair: bool, at_rest: bool) -> dict[str, Any]:
 async def _check(store: Store, at_rest: bool) -> tuple[Check, list[Finding]]:
     """Check the store as it is at this instant, in a thread."""
     state = store.log
-    before = await trio.to_thread.run_sync(_sizes, state)
+    before = await _sizes(state)
     view = state.engine.view()
     around = Around(
         counters=state.counters.copy(),
@@ -85,27 +87,22 @@ async def _check(store: Store, at_rest: bool) -> tuple[Check, list[Finding]]:
         at_rest=at_rest,
     )
     check = Check(view, around)
-
-    def run() -> list[Finding]:
-        with view:
-            # A segment that is reclaimed or begun meanwhile is in one of the two lists.
-            around.sizes = _larger(before, _sizes(state))
-            return list(check.run())
-
-    return check, await trio.to_thread.run_sync(run)
+    with view:
+        # A segment that is reclaimed or begun meanwhile is in one of the two lists.
+        around.sizes = _larger(before, await _sizes(state))
+        return check, await trio.to_thread.run_sync(lambda: list(check.run()))
 
 
 _Sizes = dict[int, dict[int, int]]
 
 
-def _sizes(state: Log) -> _Sizes:
-    """In a thread: the bytes in each shard segment of the nodes that are there."""
+async def _sizes(state: Log) -> _Sizes:
+    """The bytes in each shard segment of the nodes that are there and answer."""
     found: _Sizes = {}
     for member in state.members.all:
         if member.node is not None and not member.unused:
-            found[member.id] = {}
-            for segment in member.node.segments(Run.SHARDS):
-                found[member.id][segment] = member.node.size(Run.SHARDS, segment)
+            with suppress(NodeError):
+                found[member.id] = await member.call(shard_sizes, member.node)
     return found
 
 

@@ -691,16 +691,12 @@ class Repairer:
 
     async def _copy_journals(self, target: Member, before: int, progress: Progress) -> None:
         """Give a node all journal segments below `before`."""
-        sources = [
-            (m.name, m.node) for m in self._log.members.in_sync if m.node and m is not target
-        ]
-        assert target.node is not None
         progress({"phase": "journal", "done": 0, "total": 1})
         await trio.to_thread.run_sync(
             copy_journals,
             self._log.store,
-            sources,
-            (target.name, target.node),
+            [m.watched for m in self._log.members.in_sync if m is not target],
+            target.watched,
             first_needed(self._log.engine),
             before,
         )

@@ -209,8 +209,7 @@ class Scrubber:
             self._committer.roll_journal()
             before = self._committer.journal_segment
         found, first = 0, first_needed(self._log.engine)
-        members = [member for member in self._log.members.in_sync if member.node]
-        nodes = [(member.name, member.node) for member in members if member.node]
+        nodes = [member.watched for member in self._log.members.in_sync]
         for target in nodes:
             others = [node for node in nodes if node is not target]
             if others:
