@@ -264,7 +264,7 @@ class Member:
         state = self.segments.get(segment)
         if state is None:
             return None
-        return SegmentState(state.size, state.live - self.unclaimed[segment])
+        return SegmentState(state.size, max(0, state.live - self.unclaimed[segment]))
 
     def release(self, segment: int, payload_length: int) -> None:
         """A shard is no more: its record counts as dead."""

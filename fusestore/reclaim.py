@@ -1,8 +1,9 @@
 """Room of freed stripes goes back to the nodes, after the checkpoint that freed them.
 
 Only rows of `reclaim` that a checkpoint holds are worked off: before that, a
-replay might still want the shards.  A shard segment with nothing live is
-deleted; else the dead payloads are punched out.  Headers are never punched.
+replay might still want the shards.  A shard segment of which the tables say that
+nothing else lives in it is deleted; else the dead payloads are punched out.
+Headers are never punched.
 A node that is away keeps its debt.
 
 Segments that a crash left behind, of which no commit speaks, are deleted after
@@ -98,7 +99,7 @@ class Reclaimer:
             dead = sum(record_length(length) for _, length in shards)
             state = member.segments.get(segment)
             try:
-                if state is None or state.live <= dead:
+                if state is not None and state.live == dead:
                     if segment == member.segment:
                         member.roll()
                     await self._drop(member, segment, shards)

@@ -198,9 +198,9 @@ async def test_a_scrub_of_journals_and_fsck_do_not_wait_for_a_node_that_hangs(
 
         monkeypatch.setattr(scrub, "copy_journals", copy)
         with trio.fail_after(20 * DEADLINE + 5):
-            one.store.scrubber.start(None)
-            while one.store.scrubber.scrub.state == "running":
-                await trio.sleep(0.05)
+            await one.store.scrubber.command(
+                "start", None, wait=True, alone=False, progress=lambda message: None
+            )
             assert (await fsck(one.store, repair=False, at_rest=False))["clean"]
         node.awake.set()
         await healthy(one)

@@ -23,10 +23,12 @@ from fusestore.config import StoreConfig, load
 from fusestore.daemon import offline
 from fusestore.engine import Engine
 from fusestore.errors import LostError, UsageError
+from fusestore.filesystem import FileSystem
 from fusestore.fsck_repair import fsck
 from fusestore.limits import STRIPE_BYTES
 from fusestore.mkfs import make_store
 from fusestore.schema import ROOT, Extent, Inode, Stripe
+from fusestore.store import open_store
 
 Rows = dict[bytes, bytes]
 
@@ -314,6 +316,88 @@ async def test_a_mounted_store_is_not_mended(config: StoreConfig) -> None:
     async with opened(config) as one:
         with pytest.raises(UsageError):
             await _commands(one.store, one.files)["fsck"]({"repair": True}, lambda m: None)
+
+
+@pytest.mark.parametrize("counts", [None, bytes(16)])
+async def test_wrong_counts_of_segments_cost_no_shards(
+    config: StoreConfig, counts: bytes | None
+) -> None:
+    """What is freed beside living shards is freed alone, whatever is said to live there."""
+    async with open_store(config, background=False) as store, trio.open_nursery() as nursery:
+        one = Opened(store, FileSystem(store, nursery))
+        for name in ("freed", "kept"):
+            await one.put(name, name.encode() * 500_000)
+        await store.committer.commit()
+        one.delete("freed")
+        await one.files.contents.buried()
+
+    def lose(rows: Rows) -> None:
+        assert any(key[:1] == b"R" for key in rows)
+        for key in [key for key in rows if key[:1] == b"G"]:
+            if counts is None:
+                del rows[key]
+            else:
+                rows[key] = counts
+
+    edit(config, lose)
+    async with opened(config) as one:
+        while one.rows(b"R"):  # noqa: ASYNC110
+            await trio.sleep(0.02)
+        one.store.reader.forget(0)
+        assert await one.get("kept") == b"kept" * 500_000
+        assert one.store.reader.degraded == 0
+    async with mended(config) as one:
+        assert await one.get("kept") == b"kept" * 500_000
+
+
+async def test_a_mount_believes_no_trim_and_no_orphan_that_the_inode_contradicts(
+    config: StoreConfig,
+) -> None:
+    async with opened(config) as one:
+        before = await read_all(one)
+
+    def wrong(rows: Rows) -> None:
+        for name, key, value in (
+            (b"file1", schema.trim_key, bytes(8)),
+            (b"file2", schema.orphan_key, b""),
+            (b"folder", schema.orphan_key, b""),
+        ):
+            rows[key(schema.decode_name(rows[schema.name_key(ROOT, name)])[0])] = value
+
+    edit(config, wrong)
+    async with opened(config) as one:
+        assert await read_all(one) == before
+    async with mended(config) as one:
+        assert await read_all(one) == before
+
+
+async def test_what_came_back_can_be_written_to(config: StoreConfig) -> None:
+    def drop(rows: Rows) -> None:
+        for key in [key for key in rows if key[:1] == b"I"]:
+            del rows[key]
+
+    edit(config, drop)
+    async with mended(config) as one:
+        ino = await one.put("file1", b"new")
+        assert (await one.files.contents.read(ino, 0, 3)) == b"new"
+
+
+async def test_a_stripe_keeps_the_shards_that_another_claims(config: StoreConfig) -> None:
+    """Whose shards they are is written on the nodes."""
+    async with opened(config) as one:
+        before = await read_all(one)
+        stripes = [schema.decode_stripe_key(key) for key, _ in one.rows(b"S")]
+        lost = one.store.reader.owners(stripes[0])
+        paths = {one.files.tree.path(ino) for ino in lost}
+
+    def claim(rows: Rows) -> None:
+        rows[schema.stripe_key(stripes[0])] = rows[schema.stripe_key(stripes[-1])]
+
+    edit(config, claim)
+    async with mended(config) as one:
+        after = await read_all(one)
+    kept = {path for path in before if path not in paths and not path.endswith("linked")}
+    assert {path: after[path] for path in kept} == {path: before[path] for path in kept}
 
 
 def damage(rows: Rows, chance: random.Random) -> None:
