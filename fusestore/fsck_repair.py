@@ -256,7 +256,10 @@ class Mender:
             return
         _, ino, name = schema.decode_listing(key, value)
         self._txn.delete(key)
-        if self._txn.get(schema.name_key(parent, name)) is None and name:
+        folder = self._inode(parent)
+        if folder is not None and not stat.S_ISDIR(folder.mode):
+            return
+        if self._txn.get(schema.name_key(parent, name)) is None:
             self.restore(parent, stat.S_IFDIR)
             self.restore(ino)
             self._name(parent, name, ino, cookie)

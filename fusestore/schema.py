@@ -35,7 +35,7 @@ from enum import IntEnum
 from typing import NewType, Self
 
 from .erasure import Code
-from .limits import BLOCK_BYTES, STRIPE_BYTES
+from .limits import BLOCK_BYTES, RECORD_ALIGN_BYTES, SHARD_SEGMENT_BYTES, STRIPE_BYTES
 
 Ino = NewType("Ino", int)
 StripeNumber = NewType("StripeNumber", int)
@@ -443,6 +443,11 @@ class SegmentState:
 
     _STRUCT = struct.Struct("<QQ")
 
+    @property
+    def is_possible(self) -> bool:
+        """Whether a segment may be so long, and so much live in it."""
+        return self.live <= self.size <= SHARD_SEGMENT_BYTES + RECORD_ALIGN_BYTES + STRIPE_BYTES
+
     def encode(self) -> bytes:
         """The row's value."""
         return self._STRUCT.pack(self.size, self.live)
@@ -487,22 +492,22 @@ def decode_reclaim_key(key: bytes) -> tuple[int, int, int]:
 NUMBER_MAX = (1 << 63) - 1
 """Of inodes and cookies: what the kernel takes."""
 _FORMS: dict[bytes, tuple[int, Callable[[bytes, bytes], bool]]] = {
-    b"B": (9, lambda key, value: Quota.decode(value).state > 0),
-    b"D": (9, lambda key, value: len(value) == 8),
+    b"B": (9, lambda key, value: Quota.decode(value).state > 0 and _numbers(key[1:])),
+    b"D": (9, lambda key, value: len(value) == 8 and _numbers(key[1:])),
     b"E": (17, lambda key, value: len(value) == 16 and _numbers(key[1:9])),
-    b"G": (7, lambda key, value: len(value) == 16),
+    b"G": (7, lambda key, value: SegmentState.decode(value).is_possible),
     b"I": (9, lambda key, value: len(value) == 86 and _numbers(key[1:])),
     b"L": (17, lambda key, value: len(value) > 8 and _numbers(key[1:] + value[:8])),
     b"M": (12, lambda key, value: True),
     b"N": (9, lambda key, value: len(value) == 16 and _numbers(key[1:9] + value)),
     b"O": (13, lambda key, value: len(value) % OWNER.size == 0 < len(value)),
-    b"Q": (9, lambda key, value: len(value) > 0),
+    b"Q": (9, lambda key, value: len(value) > 0 and _numbers(key[1:])),
     b"R": (15, lambda key, value: len(value) == 4),
     b"S": (9, lambda key, value: Stripe.has_form(value)),
     b"T": (13, lambda key, value: len(value) > 2 and Code(value[0], value[1]).is_possible),
-    b"U": (9, lambda key, value: True),
+    b"U": (9, lambda key, value: _numbers(key[1:])),
     b"V": (9, lambda key, value: len(value) == 8),
-    b"X": (10, lambda key, value: True),
+    b"X": (10, lambda key, value: _numbers(key[1:9])),
 }
 """By table: the length of its keys, for those that end with a name the least; a test of a row."""
 
