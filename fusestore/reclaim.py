@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from itertools import islice
 
 import trio
 
@@ -25,12 +24,8 @@ from .limits import RECLAIM_BATCH
 from .log import Log
 from .members import Member
 from .records import Run, record_length
-from .schema import Stripe
 
 log = logging.getLogger(__name__)
-
-SWEEP_ROWS = 256
-"""Stripes that are looked at before the next request runs."""
 
 Debt = dict[int, list[tuple[int, int]]]
 """By segment: (payload offset, payload length)."""
@@ -60,11 +55,11 @@ class Reclaimer:
 
     async def _sweep(self) -> None:
         """Delete the segments that no commit speaks of, once no stripe is found in them."""
-        start = schema.STRIPES_START
-        while any(self.strays.values()):
-            rows = list(islice(self._log.engine.scan(start, schema.STRIPES_END), SWEEP_ROWS))
-            for _, value in rows:
-                for place in Stripe.decode(value).shards:
+        for batch in self._log.batches():
+            if not any(self.strays.values()):
+                break
+            for _, row in batch:
+                for place in row.shards:
                     strays = self.strays.get(place.node, set())
                     if place.written and place.segment in strays:
                         strays.discard(place.segment)
@@ -74,9 +69,6 @@ class Reclaimer:
                             place.segment,
                             place.node,
                         )
-            if len(rows) < SWEEP_ROWS:
-                break
-            start = rows[-1][0] + b"\0"
             await trio.lowlevel.checkpoint()
         for member in self._log.members.writable:
             node = member.node
