@@ -203,9 +203,10 @@ class Log:
         self,
         start: bytes = schema.STRIPES_START,
         end: bytes = schema.STRIPES_END,
-        count: int = REPAIR_SCAN_ROWS,
+        count: int | None = None,
     ) -> Iterator[list[tuple[int, Stripe]]]:
         """The sealed stripes, some at a time; others may run in between."""
+        count = count or REPAIR_SCAN_ROWS
         while rows := list(islice(self.engine.scan(start, end), count)):
             yield [(schema.decode_stripe_key(key), Stripe.decode(value)) for key, value in rows]
             start = rows[-1][0] + b"\0"
