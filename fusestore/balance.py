@@ -10,14 +10,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 
 import trio
 
-from . import schema
-from .engine import Engine
 from .erasure import Code
-from .limits import BALANCE_SLACK, REPAIR_SCAN_ROWS
+from .limits import BALANCE_SLACK
 from .log import Log
 from .members import Member, Members, State
 from .placement import draw, shares
@@ -25,14 +22,6 @@ from .schema import Stripe
 
 Moves = Iterator[tuple[int, Member]]
 """Of one stripe: indices of shards that move, and where to."""
-
-
-def batches(engine: Engine) -> Iterator[list[tuple[int, Stripe]]]:
-    """All sealed stripes, some at a time; others may run in between."""
-    start = schema.STRIPES_START
-    while rows := list(islice(engine.scan(start, schema.STRIPES_END), REPAIR_SCAN_ROWS)):
-        yield [(schema.decode_stripe_key(key), Stripe.decode(value)) for key, value in rows]
-        start = rows[-1][0] + b"\0"
 
 
 def staying(members: Members, region: str) -> list[Member]:
@@ -74,7 +63,7 @@ async def take_census(state: Log) -> Census:
     members, found = state.members, Census()
     stay = Counter(member.config.region for member in members.all if not member.config.draining)
     most: Counter[str] = Counter()  # one node's, without two shards of a stripe for nothing
-    for batch in batches(state.engine):
+    for batch in state.batches():
         for _, row in batch:
             found.codes.add(row.code)
             regions: Counter[str] = Counter()

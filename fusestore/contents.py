@@ -341,6 +341,9 @@ class Contents:
                 if value is None:
                     continue
                 inode = Inode.decode(value)
+                if inode.nlink:
+                    log.error("Inode %d is to be removed, and has a name: run fsck.", ino)
+                    continue
                 prefix = schema.xattr_key(ino, b"")
                 for key, _ in list(txn.scan(prefix, schema.after(prefix))):
                     txn.delete(key)
@@ -362,9 +365,17 @@ class Contents:
         """After a mount: end the trims, and remove the orphans, that were left behind."""
         engine = self._log.engine
         for key, value in list(engine.scan(schema.TRIMS_START, schema.TRIMS_END)):
-            await self._trim(schema.decode_ino_key(key), int.from_bytes(value, "little"))
+            if schema.readable(key, value):
+                ino, size = schema.decode_ino_key(key), int.from_bytes(value, "little")
+                row = engine.get(schema.inode_key(ino))
+                if size == (Inode.decode(row).size if row is not None else 0):
+                    await self._trim(ino, size)
+                else:
+                    log.error("A trim of inode %d is not of its size: run fsck.", ino)
         rows = engine.scan(schema.ORPHANS_START, schema.ORPHANS_END)
-        orphans: Sequence[int] = [schema.decode_ino_key(key) for key, _ in rows]
+        orphans: Sequence[int] = [
+            schema.decode_ino_key(key) for key, value in rows if schema.readable(key, value)
+        ]
         while orphans:
             orphans = [*self._remove(orphans[:REMOVAL_BATCH]), *orphans[REMOVAL_BATCH:]]
 

@@ -210,7 +210,7 @@ class Engine:
     def _preallocate(self, coming: int) -> None:
         """Keep room for deletes: on a full disk even they need new pages."""
         info = self._env.info()
-        used = (info["last_pgno"] + 1) * 4096
+        used = (info["last_pgno"] + 1) * self._env.stat()["psize"]
         path = self._directory / DATABASE
         want = used + METADATA_PREALLOCATE_BYTES + 2 * coming
         if path.stat().st_blocks * 512 >= used + METADATA_PREALLOCATE_BYTES // 2 + coming:

@@ -62,6 +62,11 @@ class Code:
         """Shards of a stripe, k + m."""
         return self.k + self.m
 
+    @property
+    def is_possible(self) -> bool:
+        """Whether it is one that `parse` would give."""
+        return 0 < self.k < self.n <= SHARDS_MAX or self.n == self.k == 1
+
     def shard_length(self, stripe_length: int) -> int:
         """Bytes of each shard of a stripe of `stripe_length` > 0 bytes: padded to 64."""
         step = self.k * SHARD_ALIGN_BYTES

@@ -16,17 +16,17 @@ one instant.  Stripes that are still in memory have no rows to check.
 from __future__ import annotations
 
 import stat
-import struct
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from operator import methodcaller
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import schema
 from .engine import View
-from .errors import FusestoreError
-from .limits import NAME_BYTES_MAX
+from .erasure import Code
+from .limits import FILE_BYTES_MAX, NAME_BYTES_MAX, RECORD_ALIGN_BYTES, SHARD_SEGMENT_BYTES
 from .records import HEADER_BYTES, record_length
 from .schema import (
     LOST_STRIPE,
@@ -65,9 +65,6 @@ TABLES = {
 _FILE_TYPES = {stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK}
 _FILE_TYPES |= {stat.S_IFCHR, stat.S_IFBLK}
 _FORBIDDEN = {*b"/\0"}
-_UNREADABLE = (struct.error, ValueError, IndexError, FusestoreError)
-
-Fix = Callable[["Mender"], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +74,15 @@ class Finding:
     phase: int
     table: str
     text: str
-    fix: Fix
+    fix: Callable[[Mender], None]
 
     def __str__(self) -> str:
         return f"{self.table}: {self.text}"
+
+
+def finding(phase: int, table: str, text: str, fix: str, *given: Any, **fields: Any) -> Finding:
+    """A finding that is mended by a method of Mender, with what it is given."""
+    return Finding(phase, table, text, methodcaller(fix, *given, **fields))
 
 
 @dataclass(slots=True)
@@ -96,16 +98,24 @@ class Around:
     """Names of the nodes, by id."""
     sizes: dict[int, dict[int, int]]
     """Of the nodes that are there: bytes by shard segment."""
+    shard_at: Callable[[int, int, int], tuple[int, int] | None]
+    """The stripe and the index that a record says which has its payload at (node, segment,
+    offset), if that can be told; blocks."""
     at_rest: bool
     """Nothing is on its way: what is counted must be exact."""
 
 
-@dataclass(slots=True)
-class _Use:
-    """What extents have of a stripe."""
+_Where = tuple[int, int]
+"""A node and one of its shard segments."""
 
-    live: int = 0
-    end: int = 0
+
+class _Shard(NamedTuple):
+    """A record in a segment: from where to where, the stripe, which of its shards."""
+
+    start: int
+    end: int
+    stripe: int
+    which: int
 
 
 @dataclass(slots=True)
@@ -118,7 +128,8 @@ class Check:
     """By inode: how many names it has."""
     folders: dict[int, int] = field(default_factory=dict)
     """By directory: the directory that has it."""
-    uses: dict[int, _Use] = field(default_factory=lambda: defaultdict(_Use))
+    uses: Counter[int] = field(default_factory=Counter)
+    """By stripe: the bytes of it that extents have."""
     files: int = 0
     stripes: int = 0
     lost_bytes: int = 0
@@ -158,51 +169,39 @@ class Check:
     def _table(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
         """The rows of a table, or of a part of it, that can be read."""
         for key, value in self.view.scan(prefix, schema.after(prefix)):
-            try:
-                _decode(prefix[:1], key, value)
-            except _UNREADABLE:
-                continue
-            yield key, value
+            if schema.readable(key, value):
+                yield key, value
+
+    def _get(self, key: bytes) -> bytes | None:
+        """The value of a row, if it is there and can be read."""
+        value = self.view.get(key)
+        return value if value is not None and schema.readable(key, value) else None
 
     def _rows_are_readable(self) -> Iterator[Finding]:
         """Rows that cannot be read are reported once, and count as not there."""
-        for letter, table in TABLES.items():
-            for key, value in self.view.scan(letter, schema.after(letter)):
-                try:
-                    _decode(letter, key, value)
-                except _UNREADABLE:
-                    yield Finding(
-                        1,
-                        table,
-                        f"row {key[1:].hex()} cannot be read",
-                        methodcaller("drop", key),
-                    )
+        for key, value in self.view.scan(b"", b"\xff"):
+            if key[:1] != b"Z" and not schema.readable(key, value):
+                table = TABLES.get(key[:1], "rows")
+                yield finding(1, table, f"row {key.hex()} cannot be read", "drop", key)
 
     def _inode(self, ino: int) -> Inode | None:
-        value = self.view.get(schema.inode_key(ino))
-        try:
-            return Inode.decode(value) if value is not None else None
-        except _UNREADABLE:
-            return None
+        value = self._get(schema.inode_key(ino))
+        return Inode.decode(value) if value is not None else None
 
     # --- names ---------------------------------------------------------------
 
     def _names(self) -> Iterator[Finding]:
         folder, parent = ROOT, self._inode(ROOT)
         if parent is None or not stat.S_ISDIR(parent.mode):
-            yield Finding(1, "inodes", "there is no root directory", methodcaller("make_root"))
+            yield finding(1, "inodes", "there is no root directory", "make_root")
         for key, value in self._table(b"N"):
             (above, name), (ino, cookie) = schema.decode_name_key(key), schema.decode_name(value)
             self.last_cookie = max(self.last_cookie, cookie)
             if above != folder:
                 folder, parent = schema.Ino(above), self._inode(above)
             if parent is None or not stat.S_ISDIR(parent.mode):
-                yield Finding(
-                    1,
-                    "names",
-                    f"{name!r} is in directory {above}, which is not there",
-                    methodcaller("restore", above, stat.S_IFDIR),
-                )
+                text = f"{name!r} is in directory {above}, which is not there"
+                yield finding(1, "names", text, "restore", above, stat.S_IFDIR)
                 continue
             if (
                 not name
@@ -210,21 +209,13 @@ class Check:
                 or len(name) > NAME_BYTES_MAX
                 or _FORBIDDEN & {*name}
             ):
-                yield Finding(
-                    1,
-                    "names",
-                    f"{name!r} in directory {above} cannot be a name",
-                    methodcaller("unlink", above, name),
-                )
+                text = f"{name!r} in directory {above} cannot be a name"
+                yield finding(1, "names", text, "unlink", above, name)
                 continue
             inode = self._inode(ino)
             if inode is None:
-                yield Finding(
-                    1,
-                    "names",
-                    f"{name!r} in directory {above} is inode {ino}, which is not there",
-                    methodcaller("restore", ino),
-                )
+                text = f"{name!r} in directory {above} is inode {ino}, which is not there"
+                yield finding(1, "names", text, "restore", ino)
                 continue
             self.links[ino] += 1
             if self.quotas:
@@ -232,22 +223,14 @@ class Check:
                 self.homes[ino] = self.alike.setdefault(homes, homes)
             if stat.S_ISDIR(inode.mode) and (self.links[ino] > 1 or ino == ROOT):
                 self.links[ino] -= 1
-                yield Finding(
-                    1,
-                    "names",
-                    f"directory {ino} has a second name, {name!r} in directory {above}",
-                    methodcaller("unlink", above, name),
-                )
+                text = f"directory {ino} has a second name, {name!r} in directory {above}"
+                yield finding(1, "names", text, "unlink", above, name)
                 continue
             if stat.S_ISDIR(inode.mode):
                 self.folders[ino] = above
             if self.view.get(schema.listing_key(above, cookie)) != schema.listing_value(ino, name):
-                yield Finding(
-                    1,
-                    "names",
-                    f"{name!r} in directory {above} is not in its listing",
-                    methodcaller("list_again", above, name),
-                )
+                text = f"{name!r} in directory {above} is not in its listing"
+                yield finding(1, "names", text, "list_again", above, name)
 
     def _listing(self) -> Iterator[Finding]:
         for key, value in self._table(b"L"):
@@ -256,12 +239,8 @@ class Check:
             entry = self.view.get(schema.name_key(parent, name)) if name else b""
             if entry == schema.name_value(ino, cookie):
                 continue
-            yield Finding(
-                1,
-                "listing",
-                f"directory {parent} lists {name!r} as inode {ino}, and has no such name",
-                methodcaller("name_again", parent, cookie),
-            )
+            text = f"directory {parent} lists {name!r} as inode {ino}, and has no such name"
+            yield finding(1, "listing", text, "name_again", parent, cookie)
 
     # --- inodes --------------------------------------------------------------
 
@@ -273,26 +252,32 @@ class Check:
             self.files += 1
             kind = stat.S_IFMT(inode.mode)
             if kind not in _FILE_TYPES:
-                yield Finding(
-                    2,
-                    "inodes",
-                    f"inode {ino} has a type that there is not ({kind:#o})",
-                    methodcaller("retype", ino),
-                )
+                text = f"inode {ino} has a type that there is not ({kind:#o})"
+                yield finding(2, "inodes", text, "retype", ino)
                 continue
             yield from self._inode_links(ino, inode, inside[ino])
             if self.quotas or inode.quota_root:
                 yield from self._quota_root(ino, inode)
             if inode.allocated and next(self._table(schema.extent_key(ino, 0)[:9]), None) is None:
                 yield from self._allocated(ino, inode, 0)
-            target = self.view.get(schema.target_key(ino))
-            if kind == stat.S_IFLNK and target is None:
-                yield Finding(
-                    2,
-                    "targets",
-                    f"symbolic link {ino} has no target",
-                    methodcaller("lose_target", ino),
-                )
+            yield from self._inode_form(ino, inode)
+
+    def _inode_form(self, ino: int, inode: Inode) -> Iterator[Finding]:
+        """Fields that must fit the type."""
+        kind, code = stat.S_IFMT(inode.mode), Code(inode.k, inode.m)
+        if not (code.is_possible or (kind != stat.S_IFREG and code.n == 0)):
+            text = f"inode {ino} has a code that there is not ({code})"
+            yield finding(4, "inodes", text, "recode", ino)
+        if inode.size > FILE_BYTES_MAX:
+            yield finding(2, "inodes", f"inode {ino} has {inode.size} bytes", "resize", ino)
+        if kind == stat.S_IFLNK:
+            target = self._get(schema.target_key(ino))
+            if target is None:
+                text = f"symbolic link {ino} has no target"
+                yield finding(2, "targets", text, "lose_target", ino)
+            elif len(target) != inode.size:
+                text = f"symbolic link {ino} has {inode.size} bytes, and its target {len(target)}"
+                yield finding(4, "inodes", text, "change", ino, size=len(target))
 
     def _inode_links(self, ino: int, inode: Inode, subdirectories: int) -> Iterator[Finding]:
         names = self.links[ino]
@@ -301,38 +286,21 @@ class Check:
             names = 1
         if names == 0:
             if not orphan:
-                yield Finding(
-                    2,
-                    "inodes",
-                    f"inode {ino} has no name",
-                    methodcaller("attach", ino),
-                )
+                yield finding(2, "inodes", f"inode {ino} has no name", "attach", ino)
                 return
             expected = 0
         else:
             expected = 2 + subdirectories if stat.S_ISDIR(inode.mode) else names
             if orphan:
-                yield Finding(
-                    4,
-                    "orphans",
-                    f"inode {ino} is to be removed, and has a name",
-                    methodcaller("drop", schema.orphan_key(ino)),
-                )
+                text = f"inode {ino} is to be removed, and has a name"
+                yield finding(4, "orphans", text, "drop", schema.orphan_key(ino))
         if inode.nlink != expected:
-            yield Finding(
-                4,
-                "inodes",
-                f"inode {ino} counts {inode.nlink} links, and has {expected}",
-                methodcaller("change", ino, nlink=expected),
-            )
+            text = f"inode {ino} counts {inode.nlink} links, and has {expected}"
+            yield finding(4, "inodes", text, "change", ino, nlink=expected)
         above = ROOT if ino == ROOT else self.folders.get(ino)
         if stat.S_ISDIR(inode.mode) and above is not None and inode.parent != above:
-            yield Finding(
-                4,
-                "inodes",
-                f"directory {ino} says that it is in directory {inode.parent}, and is in {above}",
-                methodcaller("change", ino, parent=above),
-            )
+            text = f"directory {ino} says that it is in directory {inode.parent}, and is in {above}"
+            yield finding(4, "inodes", text, "change", ino, parent=above)
 
     def _quota_root(self, ino: int, inode: Inode) -> Iterator[Finding]:
         """Each inode names the quota that it counts for."""
@@ -352,13 +320,11 @@ class Check:
                 wrong = all(inode.quota_root in [*self._outer(home), 0] for home in homes)
         if wrong:
             home = min(homes, default=0)
-            fix = (
-                methodcaller("set_quota", ino, replace(own, outer=home))
-                if own
-                else methodcaller("change", ino, quota_root=home)
-            )
             text = f"inode {ino} counts for the quota of {counts_in}, and lies in that of {home}"
-            yield Finding(2, "quotas", text, fix)
+            if own:
+                yield finding(2, "quotas", text, "set_quota", ino, replace(own, outer=home))
+            else:
+                yield finding(2, "quotas", text, "change", ino, quota_root=home)
             return
         self.held[counts_in][0] += inode.allocated
         self.held[counts_in][1] += 1
@@ -398,7 +364,7 @@ class Check:
             elif row.state is QuotaState.GONE and files == 0:
                 text = f"nothing counts for the quota of {ino}, which was cleared"
             if text:
-                yield Finding(4, "quotas", text, methodcaller("set_quota", ino, mended))
+                yield finding(4, "quotas", text, "set_quota", ino, mended)
 
     def _loops(self) -> Iterator[Finding]:
         """Directories that have a name, and still cannot be reached from the root."""
@@ -410,18 +376,14 @@ class Check:
                 path.append(place)
                 place = self.folders[place]
             if place in path:
-                yield Finding(
-                    2,
-                    "names",
-                    f"directory {place} lies inside itself",
-                    methodcaller("detach", self.folders[place], place),
-                )
+                text = f"directory {place} lies inside itself"
+                yield finding(2, "names", text, "detach", self.folders[place], place)
             good.update(path)
 
     # --- extents -------------------------------------------------------------
 
     def _extents(self) -> Iterator[Finding]:
-        owned = _Owned(self.view)
+        owned = _Owned(self._table)
         ino, inode, end, held, trimmed = -1, None, 0, 0, False
         for key, value in self._table(b"E"):
             owner, extent = schema.decode_ino_key(key), Extent.decode(key, value)
@@ -429,37 +391,25 @@ class Check:
                 yield from self._allocated(ino, inode, held)
                 ino, inode, end, held = owner, self._inode(owner), 0, 0
                 trimmed = self.view.get(schema.trim_key(ino)) is not None
-            use = self.uses[extent.stripe]
-            use.live += extent.length
-            use.end = max(use.end, extent.stripe_offset + extent.length)
+            self.uses[extent.stripe] += extent.length
             problem = self._misplaced(extent, inode, end, trimmed)
             if problem:
-                yield Finding(
-                    3,
-                    "extents",
-                    f"bytes {extent.offset} to {extent.end} of inode {ino} {problem}",
-                    methodcaller("move_extent", ino, extent),
-                )
+                text = f"bytes {extent.offset} to {extent.end} of inode {ino} {problem}"
+                yield finding(3, "extents", text, "move_extent", ino, extent)
                 continue
             end = extent.end
             held += extent.length
             if extent.stripe == LOST_STRIPE:
                 self.lost_bytes += extent.length
             elif not self._is_there(extent):
-                yield Finding(
-                    3,
-                    "extents",
+                text = (
                     f"bytes {extent.offset} to {extent.end} of inode {ino} are lost: they are not "
-                    f"in stripe {extent.stripe:#x}",
-                    methodcaller("lose_extent", ino, extent),
+                    f"in stripe {extent.stripe:#x}"
                 )
+                yield finding(3, "extents", text, "lose_extent", ino, extent)
             elif extent.stripe not in self.around.unsealed and not owned.has(ino, extent):
-                yield Finding(
-                    4,
-                    "owners",
-                    f"stripe {extent.stripe:#x} does not name inode {ino} as an owner",
-                    methodcaller("add_owner", ino, extent),
-                )
+                text = f"stripe {extent.stripe:#x} does not name inode {ino} as an owner"
+                yield finding(4, "owners", text, "add_owner", ino, extent)
         yield from self._allocated(ino, inode, held)
 
     @staticmethod
@@ -480,23 +430,15 @@ class Check:
     def _is_there(self, extent: Extent) -> bool:
         if extent.stripe in self.around.unsealed:
             return True
-        value = self.view.get(schema.stripe_key(extent.stripe))
-        try:
-            length = Stripe.decode(value).length if value is not None else 0
-        except _UNREADABLE:
-            length = 0
-        return extent.stripe_offset + extent.length <= length
+        row = self._stripe(extent.stripe)
+        return row is not None and extent.stripe_offset + extent.length <= row.length
 
     def _allocated(self, ino: int, inode: Inode | None, held: int) -> Iterator[Finding]:
         if inode is not None and inode.allocated != held:
             if inode.allocated > held:
                 self.short[ino] = inode.allocated - held
-            yield Finding(
-                4,
-                "inodes",
-                f"inode {ino} counts {inode.allocated} bytes of extents, and has {held}",
-                methodcaller("change", ino, allocated=held),
-            )
+            text = f"inode {ino} counts {inode.allocated} bytes of extents, and has {held}"
+            yield finding(4, "inodes", text, "change", ino, allocated=held)
 
     # --- attributes, and what is owed ----------------------------------------
 
@@ -509,15 +451,20 @@ class Check:
                 wrong = inode is not None and letter == b"Q" and not stat.S_ISLNK(inode.mode)
                 if ino != last and (inode is None or wrong):
                     what = "is no link" if wrong else "is not there"
-                    fix = methodcaller("drop", key) if wrong else methodcaller("restore", ino)
+                    fix = ("drop", key) if wrong else ("restore", ino)
                     text = f"a row belongs to inode {ino}, which {what}"
-                    yield Finding(2, TABLES[letter], text, fix)
+                    yield finding(2, TABLES[letter], text, *fix)
                 last = ino
 
     def _owed(self) -> Iterator[Finding]:
         for key, _ in self._table(b"U"):
             if self._inode(schema.decode_ino_key(key)) is None:
                 yield self._stale(key, f"inode {schema.decode_ino_key(key)} is not there")
+        for key, value in self._table(b"D"):
+            inode = self._inode(schema.decode_ino_key(key))
+            size = inode.size if inode is not None else 0
+            if int.from_bytes(value, "little") != size:
+                yield self._stale(key, f"its inode ends at {size}")
         for key, _ in self._table(b"M"):
             node, number, index = schema.decode_missing_key(key)
             row = self._stripe(number)
@@ -534,51 +481,40 @@ class Check:
                 continue
             last = number
             if self._stripe(number) is None:
-                yield Finding(
-                    4,
-                    "owners",
-                    f"stripe {number:#x} is not there",
-                    methodcaller("drop_owners", number),
-                )
+                text = f"stripe {number:#x} is not there"
+                yield finding(4, "owners", text, "drop_owners", number)
 
     def _stale(self, key: bytes, why: str) -> Finding:
-        return Finding(
-            4, TABLES[key[:1]], f"a row is out of date: {why}", methodcaller("drop", key)
-        )
+        return finding(4, TABLES[key[:1]], f"a row is out of date: {why}", "drop", key)
 
     def _stripe(self, number: int) -> Stripe | None:
-        value = self.view.get(schema.stripe_key(number))
-        try:
-            return Stripe.decode(value) if value is not None else None
-        except _UNREADABLE:
-            return None
+        value = self._get(schema.stripe_key(number))
+        return Stripe.decode(value) if value is not None else None
 
     # --- stripes and segments ------------------------------------------------
 
     def _stripes(self) -> Iterator[Finding]:
-        places: dict[tuple[int, int], list[tuple[int, int, int, int]]] = defaultdict(list)
+        places: dict[_Where, list[_Shard]] = defaultdict(list)
         for key, value in self._table(b"S"):
             number, row = schema.decode_stripe_key(key), Stripe.decode(value)
             self.stripes += 1
             if number not in self.uses:
-                yield Finding(
-                    4,
-                    "stripes",
-                    f"no file has bytes in stripe {number:#x}",
-                    methodcaller("free", number),
-                )
+                text = f"no file has bytes in stripe {number:#x}"
+                yield finding(4, "stripes", text, "free", number)
             for index, place in enumerate(row.shards):
-                if place.written:
-                    start = place.offset - HEADER_BYTES
-                    end = start + record_length(row.shard_length)
-                    places[place.node, place.segment].append((start, end, number, index))
+                start = place.offset - HEADER_BYTES
+                nowhere = place.written and start not in range(
+                    0, SHARD_SEGMENT_BYTES, RECORD_ALIGN_BYTES
+                )
+                if nowhere or place.node not in self.around.nodes:
+                    text = f"shard {index} of stripe {number:#x} lies where none can"
+                    yield finding(3, "stripes", text, "unwrite", number, index)
+                elif place.written:
+                    shard = _Shard(start, start + record_length(row.shard_length), number, index)
+                    places[place.node, place.segment].append(shard)
                 elif self.view.get(schema.missing_key(place.node, number, index)) is None:
-                    yield Finding(
-                        4,
-                        "missing",
-                        f"shard {index} of stripe {number:#x} was never written, and is not owed",
-                        methodcaller("owe", place.node, number, index),
-                    )
+                    text = f"shard {index} of stripe {number:#x} was never written, and is not owed"
+                    yield finding(4, "missing", text, "owe", place.node, number, index)
         yield from self._live()
         yield from self._segments(places)
 
@@ -587,16 +523,12 @@ class Check:
         for key, value in self._table(b"V"):
             counted[schema.decode_stripe_key(key)] = schema.decode_live(value)
         for number in sorted(counted.keys() | self.uses.keys(), reverse=True):
-            found, live = counted.get(number, 0), self.uses[number].live
-            if found > live:
-                yield from self._lost_extents(number, found - live)
-            if found != live:
-                yield Finding(
-                    4,
-                    "live",
-                    f"stripe {number:#x} counts {found} live bytes, and has {live}",
-                    methodcaller("set_live", number, live),
-                )
+            counts, live = counted.get(number, 0), self.uses[number]
+            if counts > live:
+                yield from self._lost_extents(number, counts - live)
+            if counts != live:
+                text = f"stripe {number:#x} counts {counts} live bytes, and has {live}"
+                yield finding(4, "live", text, "set_live", number, live)
 
     def _lost_extents(self, number: int, hidden: int) -> Iterator[Finding]:
         """Rows of extents that are gone, where live bytes, allocated bytes and owners agree.
@@ -619,18 +551,16 @@ class Check:
                     self.short[ino] -= end - start
                     extent = Extent(start, end - start, number, at + start - offset)
                     self.restored[ino].append((start, end))
-                    yield Finding(
-                        3,
-                        "extents",
+                    text = (
                         f"bytes {start} to {end} of inode {ino} have no extent; stripe "
-                        f"{number:#x} has them",
-                        methodcaller("put_extent", ino, extent),
+                        f"{number:#x} has them"
                     )
+                    yield finding(3, "extents", text, "put_extent", ino, extent)
 
     def _gaps(self, ino: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         """Parts of a file's bytes start <= i < end that no extent has."""
         taken = list(self.restored.get(ino, ()))
-        for key, value in self.view.scan(schema.extent_key(ino, 0), schema.extent_key(ino, end)):
+        for key, value in self._table(schema.extent_key(ino, 0)[:9]):
             extent = Extent.decode(key, value)
             taken.append((extent.offset, extent.end))
         for first, last in sorted(taken):
@@ -641,98 +571,101 @@ class Check:
         if start < end:
             yield start, end
 
-    def _segments(
-        self, places: dict[tuple[int, int], list[tuple[int, int, int, int]]]
-    ) -> Iterator[Finding]:
-        debts: Counter[tuple[int, int]] = Counter()
+    def _segments(self, places: dict[_Where, list[_Shard]]) -> Iterator[Finding]:
+        known, names = self.around.segments, self.around.nodes
+        debts: dict[_Where, list[tuple[int, int, bytes]]] = defaultdict(list)
         for key, value in self._table(b"R"):
-            node, segment, _ = schema.decode_reclaim_key(key)
-            debts[node, segment] += record_length(int.from_bytes(value, "little"))
-        known = self.around.segments
+            node, segment, offset = schema.decode_reclaim_key(key)
+            start = offset - HEADER_BYTES
+            end = start + record_length(int.from_bytes(value, "little"))
+            debts[node, segment].append((start, end, key))
+        for key, _ in [*self._table(b"G"), *self._table(b"R")]:
+            node, _ = schema.decode_segment_key(key)
+            if node not in names:
+                yield self._stale(key, f"there is no node {node}")
         for where in sorted(places.keys() | known.keys() | debts.keys()):
+            if where[0] not in names:
+                continue
             state = known.get(where, SegmentState())
-            shards = sorted(places.get(where, ()))
+            shards = sorted(places[where])
             yield from self._overlaps(where, shards)
+            yield from self._freed_alive(shards, debts[where])
             yield from self._cut_off(where, shards)
-            end = max((shard[1] for shard in shards), default=0)
-            live = sum(shard[1] - shard[0] for shard in shards) + debts[where]
+            end = max((shard.end for shard in shards), default=0)
+            live = sum(shard.end - shard.start for shard in shards)
+            live += sum(stop - start for start, stop, _ in debts[where])
             if state.size < end or (self.around.at_rest and state.live != live):
-                name = self.around.nodes.get(where[0], str(where[0]))
-                yield Finding(
-                    4,
-                    "segments",
-                    f"segment {where[1]} of node {name} counts {state.live} live bytes "
-                    f"of {state.size}, and has {live} of {max(end, state.size)}",
-                    methodcaller("set_segment", where, live, end),
+                text = (
+                    f"segment {where[1]} of node {names[where[0]]} counts {state.live} live bytes "
+                    f"of {state.size}, and has {live} of {max(end, state.size)}"
                 )
+                yield finding(4, "segments", text, "set_segment", where, live, end)
 
-    def _overlaps(
-        self, where: tuple[int, int], shards: list[tuple[int, int, int, int]]
-    ) -> Iterator[Finding]:
-        last = 0
-        for start, end, number, index in shards:
-            if start < last:
-                yield Finding(
-                    3,
-                    "stripes",
-                    f"shard {index} of stripe {number:#x} lies where another does",
-                    methodcaller("unwrite", number, index),
-                )
-            last = max(last, end)
+    def _overlaps(self, where: _Where, shards: list[_Shard]) -> Iterator[Finding]:
+        """Shards that lie where others do; what the node has there tells which is wrong."""
 
-    def _cut_off(
-        self, where: tuple[int, int], shards: list[tuple[int, int, int, int]]
+        def right(shard: _Shard) -> bool:
+            offset = shard.start + HEADER_BYTES
+            return self.around.shard_at(*where, offset) == (shard.stripe, shard.which)
+
+        last: _Shard | None = None
+        for shard in shards:
+            wrong = None
+            if last is not None and shard.start < last.end:
+                wrong = last if right(shard) and not right(last) else shard
+                text = f"shard {wrong.which} of stripe {wrong.stripe:#x} lies where another does"
+                yield finding(3, "stripes", text, "unwrite", wrong.stripe, wrong.which)
+            if wrong is not shard:
+                last = shard
+
+    @staticmethod
+    def _freed_alive(
+        shards: list[_Shard], debts: list[tuple[int, int, bytes]]
     ) -> Iterator[Finding]:
+        """Room that is to be freed, and is in use."""
+        for start, end, key in debts:
+            before = bisect_left(shards, (end,)) - 1
+            if before >= 0 and shards[before].end > start:
+                text = f"a shard of stripe {shards[before].stripe:#x} lies in what is to be freed"
+                yield finding(3, "reclaim", text, "drop", key)
+
+    def _cut_off(self, where: _Where, shards: list[_Shard]) -> Iterator[Finding]:
         """Shards past the end of their segment's file, on a node that is there."""
         node, segment = where
         sizes = self.around.sizes.get(node)
         if sizes is None:
             return
         gone = [
-            (number, index)
-            for start, _, number, index in shards
-            if sizes.get(segment, 0) <= start + HEADER_BYTES
-            and self.view.get(schema.missing_key(node, number, index)) is None
+            (shard.stripe, shard.which)
+            for shard in shards
+            if sizes.get(segment, 0) < shard.end
+            and self.view.get(schema.missing_key(node, shard.stripe, shard.which)) is None
         ]
         if gone:
-            yield Finding(
-                4,
-                "segments",
-                f"segment {segment} of node {self.around.nodes[node]} has lost {len(gone)} shards",
-                methodcaller("owe_all", node, gone),
-            )
+            name = self.around.nodes[node]
+            text = f"segment {segment} of node {name} has lost {len(gone)} shards"
+            yield finding(4, "segments", text, "owe_all", node, gone)
 
     # --- counters ------------------------------------------------------------
 
     def _counters(self) -> Iterator[Finding]:
-        found = self.around.counters
-        file_bytes = sum(use.live for use in self.uses.values())
-        wanted = {"files": self.files, "file_bytes": file_bytes}
+        counters = self.around.counters
+        wanted = {"files": self.files, "file_bytes": self.uses.total()}
         if self.around.at_rest:
             wanted["stripes"] = self.stripes
-        for name, value in wanted.items():
-            if getattr(found, name) != value:
-                yield Finding(
-                    4,
-                    "counters",
-                    f"{name} is {getattr(found, name)}, and should be {value}",
-                    methodcaller("count", name, value),
-                )
         for name, last in (("next_ino", self.last_ino), ("next_cookie", self.last_cookie)):
-            if last >= getattr(found, name):
-                yield Finding(
-                    4,
-                    "counters",
-                    f"{name} is {getattr(found, name)}, and {last} is in use",
-                    methodcaller("count", name, last + 1),
-                )
+            wanted[name] = max(getattr(counters, name), last + 1)
+        for name, value in wanted.items():
+            if getattr(counters, name) != value:
+                text = f"{name} is {getattr(counters, name)}, and should be {value}"
+                yield finding(4, "counters", text, "count", name, value)
 
 
 class _Owned:
     """Looks up whether a stripe's `owners` name an extent; stripes come in runs."""
 
-    def __init__(self, view: View) -> None:
-        self._view = view
+    def __init__(self, table: Callable[[bytes], Iterator[tuple[bytes, bytes]]]) -> None:
+        self._table = table
         self._stripes: dict[int, dict[tuple[int, int], list[tuple[int, int]]]] = {}
 
     def has(self, ino: int, extent: Extent) -> bool:
@@ -751,41 +684,9 @@ class _Owned:
                 self._stripes.pop(next(iter(self._stripes)))
             found = self._stripes[stripe] = defaultdict(list)
             prefix = schema.owners_key(stripe, 0)[:9]
-            for _, packed in self._view.scan(prefix, schema.after(prefix)):
-                if len(packed) % OWNER.size == 0:
-                    for ino, offset, length, at in OWNER.iter_unpack(packed):
-                        found[ino, offset - at].append((offset, offset + length))
+            for _, packed in self._table(prefix):
+                for ino, offset, length, at in OWNER.iter_unpack(packed):
+                    found[ino, offset - at].append((offset, offset + length))
             for ranges in found.values():
                 ranges.sort()
         return found
-
-
-def _decode(letter: bytes, key: bytes, value: bytes) -> None:
-    """Read a row; one of _UNREADABLE when it cannot be."""
-    match letter:
-        case b"I":
-            schema.decode_ino_key(key), Inode.decode(value)
-        case b"N":
-            schema.decode_name_key(key), schema.decode_name(value)
-        case b"L":
-            schema.decode_listing(key, value)
-        case b"E":
-            Extent.decode(key, value)
-        case b"S":
-            schema.decode_stripe_key(key), Stripe.decode(value)
-        case b"V":
-            schema.decode_stripe_key(key), schema.decode_live(value)
-        case b"O":
-            schema.decode_ino_key(key), list(OWNER.iter_unpack(value))
-        case b"T":
-            schema.decode_tail_key(key), schema.decode_tail(value)
-        case b"M":
-            schema.decode_missing_key(key)
-        case b"B":
-            schema.decode_ino_key(key), Quota.decode(value)
-        case b"G":
-            schema.decode_segment_key(key), SegmentState.decode(value)
-        case b"R":
-            schema.decode_reclaim_key(key)
-        case _:
-            schema.decode_ino_key(key)

@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import trio
 
 from . import quota, schema
+from .erasure import Code
+from .errors import FormatError, NodeError
 from .fsck import Around, Check, Finding
 from .limits import OWNERS_PER_ROW_MAX
 from .log import Log, Transaction
-from .records import Run
+from .members import shard_sizes
+from .records import HEADER_BYTES, Header, Run
 from .schema import (
     LOST_STRIPE,
     OWNER,
@@ -70,7 +76,7 @@ async def fsck(store: Store, *, repair: bool, at_rest: bool) -> dict[str, Any]:
 async def _check(store: Store, at_rest: bool) -> tuple[Check, list[Finding]]:
     """Check the store as it is at this instant, in a thread."""
     state = store.log
-    before = await trio.to_thread.run_sync(_sizes, state)
+    before = await _sizes(state)
     view = state.engine.view()
     around = Around(
         counters=state.counters.copy(),
@@ -82,31 +88,40 @@ async def _check(store: Store, at_rest: bool) -> tuple[Check, list[Finding]]:
         unsealed=set(state.unsealed),
         nodes={member.id: member.name for member in state.members.all},
         sizes={},
+        shard_at=partial(_shard_at, state),
         at_rest=at_rest,
     )
     check = Check(view, around)
-
-    def run() -> list[Finding]:
-        with view:
-            # A segment that is reclaimed or begun meanwhile is in one of the two lists.
-            around.sizes = _larger(before, _sizes(state))
-            return list(check.run())
-
-    return check, await trio.to_thread.run_sync(run)
+    with view:
+        # A segment that is reclaimed or begun meanwhile is in one of the two lists.
+        around.sizes = _larger(before, await _sizes(state))
+        return check, await trio.to_thread.run_sync(lambda: list(check.run()))
 
 
 _Sizes = dict[int, dict[int, int]]
 
 
-def _sizes(state: Log) -> _Sizes:
-    """In a thread: the bytes in each shard segment of the nodes that are there."""
+async def _sizes(state: Log) -> _Sizes:
+    """The bytes in each shard segment of the nodes that are there and answer."""
     found: _Sizes = {}
     for member in state.members.all:
         if member.node is not None and not member.unused:
-            found[member.id] = {}
-            for segment in member.node.segments(Run.SHARDS):
-                found[member.id][segment] = member.node.size(Run.SHARDS, segment)
+            with suppress(NodeError):
+                found[member.id] = await member.call(shard_sizes, member.node)
     return found
+
+
+def _shard_at(state: Log, node: int, segment: int, offset: int) -> tuple[int, int] | None:
+    """In a thread of trio's: see Around."""
+    member, start = state.members.by_id[node], offset - HEADER_BYTES
+    if member.node is None or member.unused:
+        return None
+    try:
+        data = member.watched[1].read(Run.SHARDS, segment, start, HEADER_BYTES)
+        header = Header.decode(data, state.shards(member.name, segment).seed(start))
+    except (NodeError, FormatError):
+        return None
+    return header.number, header.index
 
 
 def _larger(one: _Sizes, two: _Sizes) -> _Sizes:
@@ -167,7 +182,8 @@ class Mender:
         now = time.time_ns()
         mode = kind | (0o700 if kind == stat.S_IFDIR else 0o600)
         size = self._end(ino) if kind == stat.S_IFREG else 0
-        new = Inode(mode, 0, 0, 1, size, 0, now, now, now, parent=ROOT)
+        code = self._code(kind)
+        new = Inode(mode, 0, 0, 1, size, 0, now, now, now, parent=ROOT, k=code.k, m=code.m)
         self._txn.put(schema.inode_key(ino), new.encode())
 
     def _kind(self, ino: int) -> int:
@@ -182,6 +198,20 @@ class Mender:
         """The end of an inode's last extent."""
         rows = self._txn.scan(schema.extent_key(ino, 0), schema.extent_key(ino + 1, 0))
         return max((Extent.decode(key, value).end for key, value in rows), default=0)
+
+    def _code(self, kind: int) -> Code:
+        return self._log.code if kind == stat.S_IFREG else Code(0, 0)
+
+    def recode(self, ino: int) -> None:
+        """Give an inode a code that there is."""
+        inode = self._inode(ino)
+        if inode is not None:
+            code = self._code(stat.S_IFMT(inode.mode))
+            self.change(ino, k=code.k, m=code.m)
+
+    def resize(self, ino: int) -> None:
+        """Let a file end with its last extent."""
+        self.change(ino, size=self._end(ino))
 
     def retype(self, ino: int) -> None:
         """Give an inode a type that there is."""
@@ -226,7 +256,10 @@ class Mender:
             return
         _, ino, name = schema.decode_listing(key, value)
         self._txn.delete(key)
-        if self._txn.get(schema.name_key(parent, name)) is None and name:
+        folder = self._inode(parent)
+        if folder is not None and not stat.S_ISDIR(folder.mode):
+            return
+        if self._txn.get(schema.name_key(parent, name)) is None:
             self.restore(parent, stat.S_IFDIR)
             self.restore(ino)
             self._name(parent, name, ino, cookie)
@@ -345,7 +378,10 @@ class Mender:
         value = self._txn.get(schema.stripe_key(number))
         if value is not None:
             row = Stripe.decode(value)
-            node = row.shards[index].node
+            node, here = row.shards[index].node, Counter(place.node for place in row.shards)
+            known = [member.id for member in self._log.members.all]
+            if node not in known:
+                node = min(known, key=lambda other: here[other])
             moved = row.moved(index, ShardPlace(node, 0, 0))
             self._txn.put(schema.stripe_key(number), moved.encode())
             self.owe(node, number, index)

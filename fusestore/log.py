@@ -9,6 +9,7 @@ transaction, so each is atomic on the event loop.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from types import TracebackType
 from typing import Protocol, Self
 from uuid import UUID
@@ -17,7 +18,7 @@ from . import schema
 from .engine import Engine
 from .erasure import Code
 from .errors import NoSpaceError, ReadOnlyError
-from .limits import METADATA_ROW_BYTES, METADATA_SHARE, RESERVE_BYTES
+from .limits import METADATA_ROW_BYTES, METADATA_SHARE, REPAIR_SCAN_ROWS, RESERVE_BYTES
 from .members import Members
 from .records import Changes, Place, Run
 from .schema import Counters, LogState, ShardPlace, Stripe
@@ -192,6 +193,28 @@ class Log:
         number = self.state.epoch << 40 | self._next_stripe
         self._next_stripe += 1
         return number
+
+    def stripe(self, number: int) -> Stripe | None:
+        """A sealed stripe's row, as it is now."""
+        value = self.engine.get(schema.stripe_key(number))
+        return Stripe.decode(value) if value is not None else None
+
+    def batches(
+        self,
+        start: bytes = schema.STRIPES_START,
+        end: bytes = schema.STRIPES_END,
+        count: int | None = None,
+    ) -> Iterator[list[tuple[int, Stripe]]]:
+        """The sealed stripes, some at a time; others may run in between."""
+        count = count or REPAIR_SCAN_ROWS
+        while rows := list(islice(self.engine.scan(start, end), count)):
+            yield [(schema.decode_stripe_key(key), Stripe.decode(value)) for key, value in rows]
+            start = rows[-1][0] + b"\0"
+
+    def stripes_end(self) -> bytes:
+        """The first key past those of the stripes that there are now."""
+        last = self.engine.last(schema.STRIPES_START, schema.STRIPES_END)
+        return last[0] + b"\0" if last is not None else schema.STRIPES_START
 
     def break_(self, reason: str) -> None:
         """Turn read-only for good: what was promised cannot be kept."""

@@ -14,7 +14,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
@@ -25,7 +25,14 @@ from typing_extensions import Buffer
 
 from .config import CONFIG_NAME, NodeConfig, StoreConfig, load, read_identity, write
 from .erasure import Code
-from .errors import ConfigError, NodeError, NodeFullError, NodeIdentityError, NodeTimeoutError
+from .errors import (
+    ConfigError,
+    NodeError,
+    NodeFullError,
+    NodeIdentityError,
+    NodeLacksError,
+    NodeTimeoutError,
+)
 from .limits import (
     BETWEEN_COMMITS_BYTES,
     JOURNAL_AHEAD_BYTES,
@@ -155,6 +162,11 @@ class Member:
                 self.calls.discard(scope)
         raise self.late(seconds)
 
+    @property
+    def watched(self) -> tuple[str, Node]:
+        """Its name, and itself for a thread of trio's: no call takes longer than its deadline."""
+        return self.name, cast("Node", _Watched(self))
+
     async def read(
         self, run: Run, segment: int, offset: int, length: int, seconds: float
     ) -> bytes | bytearray:
@@ -252,7 +264,7 @@ class Member:
         state = self.segments.get(segment)
         if state is None:
             return None
-        return SegmentState(state.size, state.live - self.unclaimed[segment])
+        return SegmentState(state.size, max(0, state.live - self.unclaimed[segment]))
 
     def release(self, segment: int, payload_length: int) -> None:
         """A shard is no more: its record counts as dead."""
@@ -366,7 +378,7 @@ class Members:
         """Meanwhile a thread that uses the nodes waits for none longer than its deadline."""
         nodes = [(member, member.node) for member in self.all if member.node is not None]
         for member, _ in nodes:
-            member.node = cast("Node", _Watched(member))
+            _, member.node = member.watched
         try:
             yield
         finally:
@@ -502,6 +514,15 @@ def node_ids(nodes: Iterable[NodeConfig], rows: Iterable[NodeRow]) -> dict[str, 
     for node in nodes:
         ids.setdefault(node.name, max(ids.values(), default=0) + 1)
     return ids
+
+
+def shard_sizes(node: Node) -> dict[int, int]:
+    """The bytes in each shard segment of a node; blocks; NodeError."""
+    found = {}
+    for segment in node.segments(Run.SHARDS):
+        with suppress(NodeLacksError):  # it was reclaimed meanwhile
+            found[segment] = node.size(Run.SHARDS, segment)
+    return found
 
 
 def open_members(

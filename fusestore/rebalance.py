@@ -26,7 +26,7 @@ from typing import Any
 import trio
 
 from . import schema
-from .balance import Balance, Census, Draining, Moves, batches, take_census
+from .balance import Balance, Census, Draining, Moves, take_census
 from .commit import Committer
 from .errors import FusestoreError, LostError, NodeError, UsageError
 from .limits import BALANCED, BETWEEN_COMMITS_BYTES, PROBE_SECONDS, REPAIR_BATCH, RESERVE_BYTES
@@ -225,7 +225,7 @@ class Rebalancer:
     ) -> bool:
         """Move what is chosen of each stripe, and count it; whether all of it was moved."""
         whole = True
-        for batch in batches(self._log.engine):
+        for batch in self._log.batches():
             wanted: dict[int, list[_Shard]] = defaultdict(list)
             for number, row in batch:
                 for index, target in choose(number, row):
@@ -266,7 +266,7 @@ class Rebalancer:
     async def _move_those(self, target: Member, shards: Sequence[_Shard]) -> int:
         """The same; of those that cannot be read it is noted.  NodeError."""
         try:
-            await self._repairer.move(target, shards)
+            await self._repairer.rebuilder.move(target, shards)
         except LostError as error:
             if len(shards) > 1:
                 return sum([await self._move_those(target, [shard]) for shard in shards])
@@ -279,9 +279,9 @@ class Rebalancer:
 
     def _is_there(self, number: int, row: Stripe, index: int) -> bool:
         """Whether a shard may be moved: nothing has happened to it, and a commit holds it."""
-        value = self._log.engine.get(schema.stripe_key(number))
+        now = self._log.stripe(number)
         return (
-            value is not None
-            and Stripe.decode(value).shards[index] == row.shards[index]
+            now is not None
+            and now.shards[index] == row.shards[index]
             and number not in self._committer.writer.fresh
         )

@@ -1,8 +1,9 @@
 """Room of freed stripes goes back to the nodes, after the checkpoint that freed them.
 
 Only rows of `reclaim` that a checkpoint holds are worked off: before that, a
-replay might still want the shards.  A shard segment with nothing live is
-deleted; else the dead payloads are punched out.  Headers are never punched.
+replay might still want the shards.  A shard segment of which the tables say that
+nothing else lives in it is deleted; else the dead payloads are punched out.
+Headers are never punched.
 A node that is away keeps its debt.
 
 Segments that a crash left behind, of which no commit speaks, are deleted after
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from itertools import islice
 
 import trio
 
@@ -24,12 +24,8 @@ from .limits import RECLAIM_BATCH
 from .log import Log
 from .members import Member
 from .records import Run, record_length
-from .schema import Stripe
 
 log = logging.getLogger(__name__)
-
-SWEEP_ROWS = 256
-"""Stripes that are looked at before the next request runs."""
 
 Debt = dict[int, list[tuple[int, int]]]
 """By segment: (payload offset, payload length)."""
@@ -59,11 +55,11 @@ class Reclaimer:
 
     async def _sweep(self) -> None:
         """Delete the segments that no commit speaks of, once no stripe is found in them."""
-        start = schema.STRIPES_START
-        while any(self.strays.values()):
-            rows = list(islice(self._log.engine.scan(start, schema.STRIPES_END), SWEEP_ROWS))
-            for _, value in rows:
-                for place in Stripe.decode(value).shards:
+        for batch in self._log.batches():
+            if not any(self.strays.values()):
+                break
+            for _, row in batch:
+                for place in row.shards:
                     strays = self.strays.get(place.node, set())
                     if place.written and place.segment in strays:
                         strays.discard(place.segment)
@@ -73,9 +69,6 @@ class Reclaimer:
                             place.segment,
                             place.node,
                         )
-            if len(rows) < SWEEP_ROWS:
-                break
-            start = rows[-1][0] + b"\0"
             await trio.lowlevel.checkpoint()
         for member in self._log.members.writable:
             node = member.node
@@ -98,7 +91,7 @@ class Reclaimer:
             dead = sum(record_length(length) for _, length in shards)
             state = member.segments.get(segment)
             try:
-                if state is None or state.live <= dead:
+                if state is not None and state.live == dead:
                     if segment == member.segment:
                         member.roll()
                     await self._drop(member, segment, shards)

@@ -37,7 +37,7 @@ from .errors import FusestoreError, NodeError, ReplayError, UsageError
 from .journal import Entry, Journals, read_journals
 from .limits import CHECKPOINT_CHANGES_MAX
 from .log import Log
-from .members import open_members
+from .members import open_members, shard_sizes
 from .nodes.base import Node
 from .nodes.directory import DirectoryNode
 from .placement import check_region_rule
@@ -386,13 +386,11 @@ def _segment_sizes(state: Log) -> dict[int, dict[int, int]]:
     """By node, and segment: the bytes that are there."""
     sizes: dict[int, dict[int, int]] = {}
     for member in state.members.all:
-        node = member.node
-        if node is None:
-            continue
-        try:
-            sizes[member.id] = {n: node.size(Run.SHARDS, n) for n in node.segments(Run.SHARDS)}
-        except NodeError as error:
-            log.warning("%s", error)
+        if member.node is not None:
+            try:
+                sizes[member.id] = shard_sizes(member.node)
+            except NodeError as error:
+                log.warning("%s", error)
     return sizes
 
 

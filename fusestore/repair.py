@@ -22,7 +22,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -31,7 +31,6 @@ from typing import Any
 from uuid import uuid4
 
 import trio
-from typing_extensions import Buffer
 
 from . import schema
 from .commit import Committer
@@ -46,7 +45,6 @@ from .config import (
 )
 from .errors import (
     FusestoreError,
-    LostError,
     NodeError,
     NodeIdentityError,
     NodeTimeoutError,
@@ -56,7 +54,6 @@ from .journal import copy_journals, first_needed, last_commit
 from .limits import (
     PROBE_SECONDS,
     REPAIR_BATCH,
-    REPAIR_SCAN_ROWS,
     REPAIRS_KEPT_MAX,
     RETRY_SECONDS_MAX,
     RETRY_SECONDS_MIN,
@@ -65,19 +62,14 @@ from .log import Log
 from .members import Member, State, node_ids, open_node
 from .nodes.base import Node
 from .pace import Pace
-from .read_path import Reader, verified
-from .records import HEADER_BYTES, Header, Run, payload_checksum
-from .replay import shard_is_intact
-from .schema import ShardPlace, Stripe
-from .write_path import shard_header, write_shard
+from .read_path import Reader
+from .rebuild import Here, Rebuilder, not_intact
+from .records import Run
+from .schema import Stripe
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[dict[str, Any]], None]
-_Rebuilt = tuple[int, int, Stripe, ShardPlace]
-"""A stripe's number, a shard's index, the stripe as it was read, and the shard's place."""
-_Here = tuple[int, Stripe, list[int]]
-"""A stripe's number, the stripe, and the indices of its shards on a node."""
 
 
 @dataclass(slots=True)
@@ -109,13 +101,12 @@ class Repairer:
         self._log = state
         self._reader = reader
         self._committer = committer
+        self.rebuilder = Rebuilder(state, reader)
         self.busy = trio.Lock()
         """Held while a node is brought back or shards are healed or moved."""
         self._wake = trio.Event()
         self._retry_at: dict[int, float] = {}
         self._retry_wait: dict[int, float] = {}
-        self._told: set[int] = set()
-        """Stripes that cannot be rebuilt now, and of which the log has a line."""
         self.running: Running | None = None
         """What repairs, or heals, right now: one node at a time."""
 
@@ -276,145 +267,16 @@ class Repairer:
             wanted: dict[int, list[int]] = {}
             for key, _ in rows:
                 _, number, index = schema.decode_missing_key(key)
-                row = self._row(number)
-                if row is None or row.shards[index].node != member.id:  # it moved meanwhile
-                    self._log.apply({key: None})
-                else:
+                row = self._log.stripe(number)
+                here = [place.node for place in row.shards] if row is not None else []
+                if here[index : index + 1] == [member.id]:
                     wanted.setdefault(number, []).append(index)
+                else:  # it moved meanwhile
+                    self._log.apply({key: None})
             if pace is not None:
-                await pace.spend(sum(self._row_cost(number) for number in wanted))
-            more = await self._rebuild(member, wanted)
+                await pace.spend(sum(self.rebuilder.cost(number) for number in wanted))
+            more = await self.rebuilder.rebuild(member, wanted)
             shards, size = shards + more[0], size + more[1]
-
-    async def _rebuild(self, member: Member, wanted: dict[int, list[int]]) -> tuple[int, int]:
-        """Rebuild shards by stripe; those that cannot be stay in `missing`; NodeError."""
-        written: list[_Rebuilt] = []
-        try:
-            for number, indices in wanted.items():
-                row = self._row(number)
-                if row is not None:
-                    await self._rewrite(member, number, row, indices, written)
-            return await self._prove(member, written)
-        except BaseException:
-            for _, index, row, place in written:
-                self._give_back(member, row, index, place)
-            raise
-
-    async def _rewrite(
-        self, member: Member, number: int, row: Stripe, indices: list[int], written: list[_Rebuilt]
-    ) -> None:
-        """Compute shards of a stripe and write them; they do not count yet."""
-        length = row.shard_length
-        try:
-            data = await self._reader.decode(number, row, indices, 0, length)
-        except LostError as error:
-            if number not in self._told:
-                self._told.add(number)
-                log.error("%s", error)
-            keys = [schema.missing_key(member.id, number, index) for index in indices]
-            self._log.apply({key: b"" for key in keys if self._log.engine.get(key) is None})
-            return
-        for index in indices:
-            await self._write(member, number, row, index, data[index], written)
-
-    async def _write(
-        self,
-        member: Member,
-        number: int,
-        row: Stripe,
-        index: int,
-        data: Buffer,
-        written: list[_Rebuilt],
-    ) -> None:
-        """Write a shard where it was, or, if it was not on this node, to a new place."""
-        place = row.shards[index]
-        if place.node != member.id or not place.written:
-            place = member.reserve(row.shard_length)
-            member.claim(place, row.shard_length, -1)
-        written.append((number, index, row, place))
-        header = shard_header(row.code, row.length, number, index, row.checksums[index])
-        await member.call(write_shard, self._log, member, place, header, data)
-
-    async def move(
-        self, target: Member, shards: Sequence[tuple[int, Stripe, int]]
-    ) -> tuple[int, int]:
-        """Give shards (stripe, row, index) of other nodes to a node; (shards, bytes) moved.
-
-        Each counts there, and its old place is to be reclaimed, from when it was read
-        back.  Hold `busy`.  LostError when one cannot be read, NodeError of the target.
-        """
-        written: list[_Rebuilt] = []
-        try:
-            for number, row, index in shards:
-                length = row.shard_length
-                data: Buffer | None = await self._reader.read_blocks(number, row, index, 0, length)
-                if data is None:
-                    data = (await self._reader.decode(number, row, [index], 0, length))[index]
-                await self._write(target, number, row, index, data, written)
-            return await self._prove(target, written)
-        except BaseException:
-            for _, index, row, place in written:
-                self._give_back(target, row, index, place)
-            raise
-
-    async def _prove(self, member: Member, written: list[_Rebuilt]) -> tuple[int, int]:
-        """Read rebuilt shards back; those that are right count from then on."""
-        node = member.node
-        assert node is not None
-        await member.call(node.flush, Run.SHARDS, sorted({place.segment for *_, place in written}))
-        for segment in {place.segment for *_, place in written if member.is_full(place.segment)}:
-            # To what is reserved, not to what is there: a seal may still be writing to it.
-            state = member.segments.get(segment)
-            if state is not None:
-                await member.call(node.truncate, Run.SHARDS, segment, state.size)
-        shards = size = 0
-        while written:
-            number, index, row, place = written[-1]
-            data = await member.call(
-                node.read_back,
-                Run.SHARDS,
-                place.segment,
-                place.offset - HEADER_BYTES,
-                HEADER_BYTES + row.shard_length,
-            )
-            seed = self._log.shards(member.name, place.segment).seed(place.offset - HEADER_BYTES)
-            header = Header.decode(data[:HEADER_BYTES], seed)
-            payload = data[HEADER_BYTES:]
-            if header.payload_checksum != payload_checksum(row.checksums[index]) or not verified(
-                row, index, 0, payload
-            ):
-                raise NodeError(
-                    f"Node {member.name} gives back other bytes than it was given: "
-                    "replace its disk."
-                )
-            written.pop()
-            now, before = self._row(number), row.shards[index]
-            key = schema.missing_key(before.node, number, index)
-            if now is None or now.shards[index] != before:  # freed meanwhile
-                self._give_back(member, row, index, place)
-                self._log.apply({key: None})
-                continue
-            if place != before:
-                member.claim(place, row.shard_length)
-            changes = {schema.stripe_key(number): now.moved(index, place).encode(), key: None}
-            if place != before and before.written:
-                debt, length = schema.reclaim_row(before, row.shard_length)
-                changes[debt] = length
-            self._log.apply(changes)
-            self._reader.forget(number)
-            shards, size = shards + 1, size + row.shard_length
-        return shards, size
-
-    @staticmethod
-    def _give_back(member: Member, row: Stripe, index: int, place: ShardPlace) -> None:
-        """A place that was reserved for a rebuilt shard is not needed."""
-        if place != row.shards[index]:
-            member.claim(place, row.shard_length)
-            member.release(place.segment, row.shard_length)
-
-    def _row(self, number: int) -> Stripe | None:
-        value = self._log.engine.get(schema.stripe_key(number))
-        return Stripe.decode(value) if value is not None else None
 
     # --- a whole node --------------------------------------------------------
 
@@ -448,7 +310,7 @@ class Repairer:
                 await self._move(member, to)
             try:
                 await self._begin(member)
-                self._told.clear()
+                self.rebuilder.told.clear()
                 with self._following(member, progress) as tell:
                     await self._journal_first(member, tell)
                     tell({"phase": "shards", "done": 0, "total": self._total(member)})
@@ -603,14 +465,14 @@ class Repairer:
         pace = pace or Pace(self._log)
         shards = size = done = 0
         total = self._total(member)
-        end = self.stripes_end()  # later ones are written to the node, or noted as missing
+        end = self._log.stripes_end()  # later ones are written to the node, or noted as missing
         for weak in (True, False):
             for batch in self._batches(member, weak, end):
                 length = sum(row.shard_length for _, row, _ in batch)
                 await pace.spend(length)
                 bad = await member.call(not_intact, member, batch)
-                await pace.spend(sum(self._row_cost(number) for number in bad))
-                more = await self._rebuild(member, bad)
+                await pace.spend(sum(self.rebuilder.cost(number) for number in bad))
+                more = await self.rebuilder.rebuild(member, bad)
                 shards, size = shards + more[0], size + more[1]
                 done += sum(len(here) * row.shard_length for _, row, here in batch)
                 progress({"phase": "shards", "done": min(done, total), "total": total})
@@ -628,33 +490,20 @@ class Repairer:
         member.doubted = False
         member.lost_segments.clear()
 
-    def stripes_end(self) -> bytes:
-        """The first key past those of the stripes that there are now."""
-        last = self._log.engine.last(schema.STRIPES_START, schema.STRIPES_END)
-        return last[0] + b"\0" if last is not None else schema.STRIPES_START
-
-    def _batches(self, member: Member, weak: bool, end: bytes) -> Iterator[list[_Here]]:
+    def _batches(self, member: Member, weak: bool, end: bytes) -> Iterator[list[Here]]:
         """Stripes before `end` with shards on a node that lack, or do not lack, shards elsewhere.
 
         A batch may be empty, so that others can run.
         """
-        start = schema.STRIPES_START
-        batch: list[_Here] = []
-        while True:
-            rows = list(islice(self._log.engine.scan(start, end), REPAIR_SCAN_ROWS))
-            for key, value in rows:
-                number, row = schema.decode_stripe_key(key), Stripe.decode(value)
-                here = [i for i, place in enumerate(row.shards) if place.node == member.id]
-                if here and self._is_weak(number, row, member) is weak:
-                    batch.append((number, row, here))
-                    if len(batch) == REPAIR_BATCH:
-                        yield batch
-                        batch = []
-            yield batch
-            batch = []
-            if len(rows) < REPAIR_SCAN_ROWS:
-                return
-            start = rows[-1][0] + b"\0"
+        for rows in self._log.batches(end=end):
+            found = [
+                (number, row, here)
+                for number, row in rows
+                if (here := [i for i, place in enumerate(row.shards) if place.node == member.id])
+                and self._is_weak(number, row, member) is weak
+            ]
+            for first in range(0, max(len(found), 1), REPAIR_BATCH):
+                yield found[first : first + REPAIR_BATCH]
 
     def _is_weak(self, number: int, row: Stripe, member: Member) -> bool:
         """Whether a stripe lacks shards besides those on this node."""
@@ -662,11 +511,6 @@ class Repairer:
             place.node != member.id and not self._log.has_shard(number, index, place)
             for index, place in enumerate(row.shards)
         )
-
-    def _row_cost(self, number: int) -> int:
-        """Bytes of I/O that rebuilding a shard of a stripe takes."""
-        row = self._row(number)
-        return (row.code.k + 1) * row.shard_length if row is not None else 0
 
     async def _journal_first(self, member: Member, progress: Progress) -> None:
         """Copy the journal as it is, while commits go on; what comes later is copied at the end."""
@@ -691,16 +535,12 @@ class Repairer:
 
     async def _copy_journals(self, target: Member, before: int, progress: Progress) -> None:
         """Give a node all journal segments below `before`."""
-        sources = [
-            (m.name, m.node) for m in self._log.members.in_sync if m.node and m is not target
-        ]
-        assert target.node is not None
         progress({"phase": "journal", "done": 0, "total": 1})
         await trio.to_thread.run_sync(
             copy_journals,
             self._log.store,
-            sources,
-            (target.name, target.node),
+            [m.watched for m in self._log.members.in_sync if m is not target],
+            target.watched,
             first_needed(self._log.engine),
             before,
         )
@@ -710,13 +550,3 @@ class Repairer:
 def _drop_journals(node: Node) -> None:
     for segment in node.segments(Run.JOURNAL):
         node.delete(Run.JOURNAL, segment)
-
-
-def not_intact(member: Member, batch: list[_Here]) -> dict[int, list[int]]:
-    """In a thread: by stripe the shards of a node that are not there or not right."""
-    found = {}
-    for number, row, here in batch:
-        bad = [i for i in here if not row.shards[i].written or not shard_is_intact(member, row, i)]
-        if bad:
-            found[number] = bad
-    return found

@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import trio
@@ -20,7 +19,6 @@ import trio
 from . import schema
 from .erasure import Code
 from .errors import UsageError
-from .limits import REPAIR_SCAN_ROWS
 from .log import Log
 from .members import Member
 from .pace import Pace
@@ -58,13 +56,8 @@ class Safety:
 
     async def _stripes(self) -> AsyncIterator[list[tuple[int, Stripe]]]:
         """All sealed stripes, some at a time."""
-        start = schema.STRIPES_START
-        while True:
-            rows = list(islice(self._log.engine.scan(start, schema.STRIPES_END), REPAIR_SCAN_ROWS))
-            yield [(schema.decode_stripe_key(key), Stripe.decode(value)) for key, value in rows]
-            if len(rows) < REPAIR_SCAN_ROWS:
-                return
-            start = rows[-1][0] + b"\0"
+        for batch in self._log.batches():
+            yield batch
             await trio.lowlevel.checkpoint()
 
     def _check_regions(self, regions: Iterable[str]) -> None:
@@ -188,7 +181,7 @@ class Safety:
                 await pace.spend(row.code.k * row.shard_length)
                 without = [i for i, place in enumerate(row.shards) if place.node in gone]
                 good = await self._reader.reads_without(number, row, without)
-                if not good and self._log.engine.get(schema.stripe_key(number)) is not None:
+                if not good and self._log.stripe(number) is not None:
                     failed.append(number)
                 checked += 1
                 size += row.length

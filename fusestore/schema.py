@@ -29,11 +29,13 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from typing import NewType, Self
 
 from .erasure import Code
+from .limits import BLOCK_BYTES, RECORD_ALIGN_BYTES, SHARD_SEGMENT_BYTES, STRIPE_BYTES
 
 Ino = NewType("Ino", int)
 StripeNumber = NewType("StripeNumber", int)
@@ -245,6 +247,19 @@ class Stripe:
         )
 
     @classmethod
+    def has_form(cls, value: bytes) -> bool:
+        """Whether a value has the numbers and the length of a stripe's row; struct.error."""
+        k, m, length, shard_length = cls._HEAD.unpack_from(value)
+        code = Code(k, m)
+        blocks = -(-shard_length // BLOCK_BYTES)
+        return (
+            code.is_possible
+            and 0 < length <= STRIPE_BYTES
+            and shard_length == code.shard_length(length)
+            and len(value) == cls._HEAD.size + code.n * (cls._PLACE.size + 8 * blocks)
+        )
+
+    @classmethod
     def decode(cls, value: bytes) -> Self:
         """Read the row's value."""
         k, m, length, _ = cls._HEAD.unpack_from(value)
@@ -428,6 +443,11 @@ class SegmentState:
 
     _STRUCT = struct.Struct("<QQ")
 
+    @property
+    def is_possible(self) -> bool:
+        """Whether a segment may be so long, and so much live in it."""
+        return self.live <= self.size <= SHARD_SEGMENT_BYTES + RECORD_ALIGN_BYTES + STRIPE_BYTES
+
     def encode(self) -> bytes:
         """The row's value."""
         return self._STRUCT.pack(self.size, self.live)
@@ -465,6 +485,46 @@ def reclaim_row(place: ShardPlace, length: int) -> tuple[bytes, bytes]:
 def decode_reclaim_key(key: bytes) -> tuple[int, int, int]:
     """(node, segment, payload offset)."""
     return _HIQ.unpack_from(key, 1)
+
+
+# --- the form of rows --------------------------------------------------------
+
+NUMBER_MAX = (1 << 63) - 1
+"""Of inodes and cookies: what the kernel takes."""
+_FORMS: dict[bytes, tuple[int, Callable[[bytes, bytes], bool]]] = {
+    b"B": (9, lambda key, value: Quota.decode(value).state > 0 and _numbers(key[1:])),
+    b"D": (9, lambda key, value: len(value) == 8 and _numbers(key[1:])),
+    b"E": (17, lambda key, value: len(value) == 16 and _numbers(key[1:9])),
+    b"G": (7, lambda key, value: SegmentState.decode(value).is_possible),
+    b"I": (9, lambda key, value: len(value) == 86 and _numbers(key[1:])),
+    b"L": (17, lambda key, value: len(value) > 8 and _numbers(key[1:] + value[:8])),
+    b"M": (12, lambda key, value: True),
+    b"N": (9, lambda key, value: len(value) == 16 and _numbers(key[1:9] + value)),
+    b"O": (13, lambda key, value: len(value) % OWNER.size == 0 < len(value)),
+    b"Q": (9, lambda key, value: len(value) > 0 and _numbers(key[1:])),
+    b"R": (15, lambda key, value: len(value) == 4),
+    b"S": (9, lambda key, value: Stripe.has_form(value)),
+    b"T": (13, lambda key, value: len(value) > 2 and Code(value[0], value[1]).is_possible),
+    b"U": (9, lambda key, value: _numbers(key[1:])),
+    b"V": (9, lambda key, value: len(value) == 8),
+    b"X": (10, lambda key, value: _numbers(key[1:9])),
+}
+"""By table: the length of its keys, for those that end with a name the least; a test of a row."""
+
+
+def _numbers(packed: bytes) -> bool:
+    return all(0 < number <= NUMBER_MAX for (number,) in _Q.iter_unpack(packed))
+
+
+def readable(key: bytes, value: bytes) -> bool:
+    """Whether a row of any table but `super` has the form of its table's rows."""
+    form = _FORMS.get(key[:1])
+    if form is None or len(key) < form[0] or (len(key) > form[0] and key[:1] not in (b"N", b"X")):
+        return False
+    try:
+        return form[1](key, value)
+    except (struct.error, ValueError):
+        return False
 
 
 # --- super -------------------------------------------------------------------

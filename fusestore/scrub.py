@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import Any
 
 import trio
@@ -25,7 +24,8 @@ from .limits import REPAIR_BATCH, SCRUB_NOTE_SECONDS
 from .log import Log
 from .members import State
 from .pace import Pace
-from .repair import Repairer, not_intact
+from .rebuild import not_intact
+from .repair import Repairer
 from .schema import Stripe
 
 log = logging.getLogger(__name__)
@@ -184,21 +184,20 @@ class Scrubber:
             scrub.position = schema.STRIPES_START.hex()
             scrub.total = self._log.counters.stripes
             # What is written from now on is read when it is its turn, else there were no end.
-            scrub.end = self._repairer.stripes_end().hex()
+            scrub.end = self._log.stripes_end().hex()
         end = bytes.fromhex(scrub.end) or schema.STRIPES_END
         noted = trio.current_time()
         self._walk_from = (time.monotonic(), scrub.stripes)
         while scrub.state == "running":
             start = bytes.fromhex(scrub.position)
-            rows = list(islice(self._log.engine.scan(start, end), REPAIR_BATCH))
-            batch = [(schema.decode_stripe_key(key), Stripe.decode(value)) for key, value in rows]
+            batch = next(self._log.batches(start, end, REPAIR_BATCH), [])
             await pace.spend(sum(row.shard_length * row.code.n for _, row in batch))
             await self._verify(batch)
             scrub.stripes += len(batch)
-            if len(rows) < REPAIR_BATCH:
+            if len(batch) < REPAIR_BATCH:
                 await self._finish()
                 return
-            scrub.position = (rows[-1][0] + b"\0").hex()
+            scrub.position = (schema.stripe_key(batch[-1][0]) + b"\0").hex()
             if trio.current_time() - noted > SCRUB_NOTE_SECONDS:
                 noted = trio.current_time()
                 self._note()
@@ -209,8 +208,7 @@ class Scrubber:
             self._committer.roll_journal()
             before = self._committer.journal_segment
         found, first = 0, first_needed(self._log.engine)
-        members = [member for member in self._log.members.in_sync if member.node]
-        nodes = [(member.name, member.node) for member in members if member.node]
+        nodes = [member.watched for member in self._log.members.in_sync]
         for target in nodes:
             others = [node for node in nodes if node is not target]
             if others:
@@ -252,13 +250,9 @@ class Scrubber:
     def _damaged(self, number: int, row: Stripe, index: int) -> None:
         """Have a bad shard rebuilt, unless it was freed or moved meanwhile, or is owed anyway."""
         place = row.shards[index]
-        value = self._log.engine.get(schema.stripe_key(number))
+        now = self._log.stripe(number)
         key = schema.missing_key(place.node, number, index)
-        if (
-            value is not None
-            and Stripe.decode(value).shards[index] == place
-            and self._log.engine.get(key) is None
-        ):
+        if now is not None and now.shards[index] == place and self._log.engine.get(key) is None:
             log.warning("Scrub: shard %d of stripe %#x is bad or gone.", index, number)
             self.scrub.found += 1
             self._log.apply({key: b""})

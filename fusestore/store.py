@@ -255,10 +255,11 @@ def _apply(state: Log, replayed: Replayed, suspects: dict[bytes, bytes | None]) 
         if replayed.lossy and not owner.in_sync:
             owner.holds = schema.NEVER_WHOLE
     for key, value in engine.scan(schema.SEGMENTS_START, schema.SEGMENTS_END):
-        node, segment = schema.decode_segment_key(key)
-        owner = state.members.by_id.get(node)
-        if owner is not None:
-            owner.segments[segment] = SegmentState.decode(value)
+        if schema.readable(key, value):
+            node, segment = schema.decode_segment_key(key)
+            owner = state.members.by_id.get(node)
+            if owner is not None:
+                owner.segments[segment] = SegmentState.decode(value)
     if state.read_only:
         return
     if not state.members.in_sync:
@@ -273,6 +274,8 @@ def _adopt_tails(store: Store) -> None:
     """Take stripes that were open at a crash into memory again."""
     tails: dict[tuple[int, Code], dict[int, bytes]] = {}
     for key, value in store.log.engine.scan(schema.TAILS_START, schema.TAILS_END):
+        if not schema.readable(key, value):
+            continue
         number, offset = schema.decode_tail_key(key)
         code, data = schema.decode_tail(value)
         tails.setdefault((number, code), {})[offset] = data

@@ -689,7 +689,7 @@ class Machine:
         patch = self._patches.setattr
         patch(trio.to_thread, "run_sync", self._run_sync)
         patch(trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
-        patch(members.Members, "watched", lambda _: contextlib.nullcontext())
+        patch(members, "_Watched", lambda member: member.node)  # its threads are not of trio
         patch(os, "fsync", lambda descriptor: None)  # the tape is what decides
         patch(os, "fdatasync", lambda descriptor: None)
         patch(lmdb, "open", partial(lmdb.open, sync=False))

@@ -16,7 +16,8 @@ LAYERS: list[set[str]] = [
      "engine", "ring"},
     # 2: the log
     {"members", "log", "journal", "write_path", "read_path", "commit", "replay", "reclaim",
-     "snapshot", "pace", "repair", "balance", "rebalance", "topology", "scrub", "report", "store"},
+     "snapshot", "pace", "rebuild", "repair", "balance", "rebalance", "topology", "scrub", "report",
+     "store"},
     # 3: the file system
     {"quota", "tree", "walk", "contents", "attributes", "quota_roots", "recode", "filesystem",
      "recover", "fsck",

@@ -14,8 +14,11 @@ import trio
 from faults import HangingNode
 from test_2_log import Opened, opened
 
-from fusestore import members, read_path, repair, write_path
+from fusestore import members, read_path, repair, scrub, write_path
 from fusestore.config import StoreConfig
+from fusestore.errors import NodeError
+from fusestore.fsck_repair import fsck
+from fusestore.journal import copy_journals
 from fusestore.limits import STRIPE_BYTES
 from fusestore.mkfs import make_store
 
@@ -152,3 +155,61 @@ async def test_a_mount_does_not_wait_for_a_node_that_hangs_half_way(
         await healthy(one)
         for name in ("before", "late", "meanwhile"):
             assert await one.get(name) == data(name)
+
+
+@pytest.mark.parametrize("which", [1, 2])
+async def test_syncs_go_on_while_a_node_hangs_that_gets_its_journal_again(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    """Which copy: that of what there is, or that of the rest, for which commits wait."""
+    copies = 0
+
+    def copy(*arguments: Any) -> int:
+        nonlocal copies
+        copies += 1
+        if copies == which:
+            node.hang()
+        return copy_journals(*arguments)
+
+    async with hanging(config) as (one, node):
+        monkeypatch.setattr(repair, "copy_journals", copy)
+        monkeypatch.setattr(repair, "open_node", lambda *arguments: node)
+        one.store.log.members.all[0].fail(NodeError("It went away."))
+        await one.put("meanwhile", data("meanwhile"))
+        await one.store.committer.commit()
+        with trio.fail_after(20 * DEADLINE + 5):
+            while copies < which:
+                one.store.repairer.wake()
+                await trio.sleep(0.05)
+            await one.put("after", data("after"))
+            await one.store.committer.commit()
+        node.awake.set()
+        await healthy(one)
+
+
+async def test_a_scrub_of_journals_and_fsck_do_not_wait_for_a_node_that_hangs(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with hanging(config) as (one, node):
+
+        def copy(*arguments: Any) -> int:
+            node.hang()
+            return copy_journals(*arguments)
+
+        monkeypatch.setattr(scrub, "copy_journals", copy)
+        with trio.fail_after(20 * DEADLINE + 5):
+            await one.store.scrubber.command(
+                "start", None, wait=True, alone=False, progress=lambda message: None
+            )
+            assert (await fsck(one.store, repair=False, at_rest=False))["clean"]
+        node.awake.set()
+        await healthy(one)
+
+
+async def test_fsck_does_not_wait_for_a_node_that_hangs(config: StoreConfig) -> None:
+    async with hanging(config) as (one, node):
+        node.hang()
+        with trio.fail_after(20 * DEADLINE + 5):
+            assert (await fsck(one.store, repair=False, at_rest=False))["clean"]
+        node.awake.set()
+        await healthy(one)

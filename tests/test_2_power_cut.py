@@ -776,7 +776,7 @@ def small_limits(chance: random.Random) -> Iterator[None]:
         "recode.RECODE_BYTES": (64 * KIB, 4 * MIB),
         "reclaim.RECLAIM_BATCH": (2, 256),
         "repair.REPAIR_BATCH": (2, 16),
-        "repair.REPAIR_SCAN_ROWS": (5, 256),
+        "log.REPAIR_SCAN_ROWS": (5, 256),
         "store.CATCH_UP_SHARDS_MAX": (0, 4, 64),
         "write_path.TAIL_BYTES_MAX": (2 * KIB, 32 * KIB),
         "write_path.STRIPE_BYTES": (64 * KIB, 256 * KIB, MIB),

@@ -1,11 +1,13 @@
 """fsck finds what does not fit together, mends it, and drops nothing.
 
-The fault model: rows of the metadata that are gone, or that have the value of
-another row of their table.  Not modelled: rows that are wrong and fit all others.
+The fault model: rows of the metadata that are gone, that have the value of another
+row of their table, or garbage in place of their value or key.  Not modelled: rows
+that are wrong and fit all others.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import stat
@@ -23,10 +25,14 @@ from fusestore.config import StoreConfig, load
 from fusestore.daemon import offline
 from fusestore.engine import Engine
 from fusestore.errors import LostError, UsageError
+from fusestore.filesystem import FileSystem
 from fusestore.fsck_repair import fsck
 from fusestore.limits import STRIPE_BYTES
 from fusestore.mkfs import make_store
+from fusestore.nodes.directory import segment_path
+from fusestore.records import Run
 from fusestore.schema import ROOT, Extent, Inode, Stripe
+from fusestore.store import open_store
 
 Rows = dict[bytes, bytes]
 
@@ -98,15 +104,15 @@ async def read_all(one: Opened) -> dict[str, bytes | str | None]:
         for _, child, name in list(tree.entries(ino, 0)):
             assert tree.lookup(ino, name) == child
             inode = tree.inode(child)
-            below = f"{path}/{name.decode()}"
+            below = f"{path}/{os.fsdecode(name)}"
             if stat.S_ISDIR(inode.mode):
                 found[below] = "directory"
                 await walk(child, below)
             elif stat.S_ISLNK(inode.mode):
-                found[below] = tree.target(child).decode()
+                found[below] = os.fsdecode(tree.target(child))
             elif stat.S_ISREG(inode.mode):
                 try:
-                    found[below] = bytes(await one.files.contents.read(child, 0, 1 << 40))
+                    found[below] = bytes(await one.files.contents.read(child, 0, 1 << 23))
                 except LostError:
                     found[below] = None
             else:
@@ -316,8 +322,112 @@ async def test_a_mounted_store_is_not_mended(config: StoreConfig) -> None:
             await _commands(one.store, one.files)["fsck"]({"repair": True}, lambda m: None)
 
 
+@pytest.mark.parametrize("counts", [None, bytes(16)])
+async def test_wrong_counts_of_segments_cost_no_shards(
+    config: StoreConfig, counts: bytes | None
+) -> None:
+    """What is freed beside living shards is freed alone, whatever is said to live there."""
+    async with open_store(config, background=False) as store, trio.open_nursery() as nursery:
+        one = Opened(store, FileSystem(store, nursery))
+        for name in ("freed", "kept"):
+            await one.put(name, name.encode() * 500_000)
+        await store.committer.commit()
+        one.delete("freed")
+        await one.files.contents.buried()
+
+    def lose(rows: Rows) -> None:
+        assert any(key[:1] == b"R" for key in rows)
+        for key in [key for key in rows if key[:1] == b"G"]:
+            if counts is None:
+                del rows[key]
+            else:
+                rows[key] = counts
+
+    edit(config, lose)
+    async with opened(config) as one:
+        while one.rows(b"R"):  # noqa: ASYNC110
+            await trio.sleep(0.02)
+        one.store.reader.forget(0)
+        assert await one.get("kept") == b"kept" * 500_000
+        assert one.store.reader.degraded == 0
+    async with mended(config) as one:
+        assert await one.get("kept") == b"kept" * 500_000
+
+
+async def test_a_mount_believes_no_trim_and_no_orphan_that_the_inode_contradicts(
+    config: StoreConfig,
+) -> None:
+    async with opened(config) as one:
+        before = await read_all(one)
+
+    def wrong(rows: Rows) -> None:
+        for name, key, value in (
+            (b"file1", schema.trim_key, bytes(8)),
+            (b"file2", schema.orphan_key, b""),
+            (b"folder", schema.orphan_key, b""),
+        ):
+            rows[key(schema.decode_name(rows[schema.name_key(ROOT, name)])[0])] = value
+
+    edit(config, wrong)
+    async with opened(config) as one:
+        assert await read_all(one) == before
+    async with mended(config) as one:
+        assert await read_all(one) == before
+
+
+async def test_what_came_back_can_be_written_to(config: StoreConfig) -> None:
+    def drop(rows: Rows) -> None:
+        for key in [key for key in rows if key[:1] == b"I"]:
+            del rows[key]
+
+    edit(config, drop)
+    async with mended(config) as one:
+        ino = await one.put("file1", b"new")
+        assert (await one.files.contents.read(ino, 0, 3)) == b"new"
+
+
+async def test_a_stray_row_of_a_listing_makes_no_file_a_directory(config: StoreConfig) -> None:
+    async with opened(config) as one:
+        before = await read_all(one)
+
+    def stray(rows: Rows) -> None:
+        file, _ = schema.decode_name(rows[schema.name_key(ROOT, b"file1")])
+        rows[schema.listing_key(file, 20)] = schema.listing_value(file, b"name")
+
+    edit(config, stray)
+    async with mended(config) as one:
+        assert await read_all(one) == before
+
+
+async def test_shards_that_are_cut_in_half_are_named(config: StoreConfig) -> None:
+    async with opened(config) as one:
+        before = await read_all(one)
+        rows = [Stripe.decode(value) for _, value in one.rows(b"S")]
+        last = max((p for row in rows for p in row.shards if p.node == 1), key=lambda p: p.offset)
+        path = one.store.log.members.by_id[1].config.path / segment_path(Run.SHARDS, last.segment)
+    os.truncate(path, last.offset + 1)
+    async with mended(config) as one:
+        assert await read_all(one) == before
+
+
+async def test_a_stripe_keeps_the_shards_that_another_claims(config: StoreConfig) -> None:
+    """Whose shards they are is written on the nodes."""
+    async with opened(config) as one:
+        first, *_, last = (schema.decode_stripe_key(key) for key, _ in one.rows(b"S"))
+        row = one.store.reader.stripe(last)
+        assert row is not None
+        before = bytes(await one.store.reader.read_stripe(last, 0, row.length))
+
+    def claim(rows: Rows) -> None:
+        rows[schema.stripe_key(first)] = rows[schema.stripe_key(last)]
+
+    edit(config, claim)
+    async with mended(config) as one:
+        assert bytes(await one.store.reader.read_stripe(last, 0, row.length)) == before
+
+
 def damage(rows: Rows, chance: random.Random) -> None:
-    """Remove some rows, or give them the value of another of their table."""
+    """Remove some rows, or give them other values or keys."""
     tables = sorted({key[:1] for key in rows} - {b"Z"})
     for _ in range(chance.randrange(1, 12)):
         table = chance.choice(tables)
@@ -325,10 +435,25 @@ def damage(rows: Rows, chance: random.Random) -> None:
         if not keys:
             continue
         key = chance.choice(keys)
-        if chance.random() < 0.6:
-            del rows[key]
-        else:
-            rows[key] = rows[chance.choice(keys)]
+        value = rows[key]
+        match chance.randrange(8):
+            case 0 | 1 | 2:
+                del rows[key]
+            case 3 | 4:
+                rows[key] = rows[chance.choice(keys)]
+            case 5:
+                rows[key] = chance.randbytes(chance.choice([len(value), chance.randrange(100)]))
+            case 6:
+                rows[flipped(key, chance, 1)] = rows.pop(key)
+            case 7:
+                rows[key] = flipped(value, chance, 0) if value else b"?"
+
+
+def flipped(data: bytes, chance: random.Random, first: int) -> bytes:
+    """With one bit changed, from byte `first` on."""
+    changed = bytearray(data)
+    changed[chance.randrange(first, len(data))] ^= 1 << chance.randrange(8)
+    return bytes(changed)
 
 
 async def test_any_damage_is_mended(

@@ -725,7 +725,7 @@ async def test_a_node_that_fails_while_it_is_given_shards_is_left_alone(
         await grow(one, config.store)
         target = one.store.log.members.named("us-east-2")
         assert target is not None
-        real = one.store.repairer._prove
+        real = one.store.repairer.rebuilder._prove
         proved = 0
 
         async def fails_once(member: Member, written: Any) -> tuple[int, int]:
@@ -735,7 +735,7 @@ async def test_a_node_that_fails_while_it_is_given_shards_is_left_alone(
                 raise NodeError("It failed.")
             return await real(member, written)
 
-        monkeypatch.setattr(one.store.repairer, "_prove", fails_once)
+        monkeypatch.setattr(one.store.repairer.rebuilder, "_prove", fails_once)
         await do(one, "rebalance", action="start", wait=False)
         with trio.fail_after(30):
             while not target.unused:

@@ -105,7 +105,7 @@ def campaign(seed: int, number: int, cuts: int, place: Path) -> None:
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setattr("fusestore.rebalance.REPAIR_BATCH", chance.choice((1, 2, 16)))
-        patch.setattr("fusestore.balance.REPAIR_SCAN_ROWS", chance.choice((5, 256)))
+        patch.setattr("fusestore.log.REPAIR_SCAN_ROWS", chance.choice((5, 256)))
         patch.setattr("fusestore.write_path.STRIPE_BYTES", chance.choice((64 << 10, 256 << 10)))
         config = six_nodes(place, chance.choice(CODES), chance)
         history, moved = work(config, chance)
