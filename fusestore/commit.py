@@ -28,6 +28,7 @@ import trio
 
 from . import linux, schema
 from .errors import MetadataError, NodeError, NotDurableError
+from .journal_room import JournalRoom
 from .limits import (
     CHECKPOINT_CHANGES_MAX,
     CHECKPOINT_SECONDS_MAX,
@@ -49,7 +50,7 @@ from .records import (
     encode_commit,
     record_length,
 )
-from .ring import write_operation
+from .ring import Operation
 from .schema import LogState, NodeRow, Stripe
 from .tally import Histogram
 from .write_path import Taken, Writer
@@ -366,33 +367,35 @@ class Committer:
         if ring is None or self._rolled:
             return False
         rest = payload + bytes(header.record_length - len(payload) - HEADER_BYTES)
-        targets, operations, kept = [], [], []
+        writes: list[tuple[Member, JournalRoom, Operation, object]] = []
         for member in members:
-            target = member.room_for(self.journal_segment, offset + header.record_length)
+            room = member.journal_room
             fresh = now - member.sampled_at <= SAMPLE_SECONDS
-            if target is None or member.dirty or not member.in_sync or not fresh:
+            if room is None or member.dirty or not member.in_sync or not fresh:
                 return False
             seed = self._log.journal(member.name, self.journal_segment).seed(offset)
-            operation, keep = write_operation(target.fd, offset, header.encode(seed) + rest)
-            targets.append(target)
-            operations.append(operation)
-            kept.append((target, keep))
-        batch = ring.start(operations, kept)
+            write = room.write(self.journal_segment, offset, header.encode(seed) + rest)
+            if write is None:
+                return False
+            writes.append((member, room, *write))
+        batch = ring.start([operation for _, _, operation, _ in writes], writes)
         if batch is None:
             return False
         if batch.left:
             with trio.move_on_after(NODE_SECONDS_MAX, shield=True):
                 await ring.wait(batch)
         whole = True
-        for member, target, result in zip(members, targets, batch.results, strict=True):
+        for (member, room, operation, _), result in zip(writes, batch.results, strict=True):
             if result is None:
                 member.fail(member.late(NODE_SECONDS_MAX))
-            elif result == -errno.EAGAIN or 0 <= result < header.record_length:
+                member.journal_room = None  # the kernel still has it
+            elif result == -errno.EAGAIN or 0 <= result < operation.length:
                 whole = False
             elif result < 0:  # never asked again: a second flush may say that all is well
                 reason = os.strerror(-result)
                 member.fail(NodeError(f"Node {member.name} cannot write its journal: {reason}."))
-            elif linux.is_linked(target.fd):
+            elif linux.is_linked(room.fd):
+                room.written(header.record_length)
                 self._holds(member, header)
             else:
                 whole = False

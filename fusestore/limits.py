@@ -37,6 +37,8 @@ OPEN_SEGMENTS_MAX = 128
 TAIL_BYTES_MAX = 32 * KIB
 """New bytes of an open stripe that travel in the COMMIT record instead of sealing it."""
 COMMIT_SECONDS_MAX = 5.0
+DIRECT_RECORD_BYTES_MAX = 64 * KIB
+"""Records of commits that may take the short way to the journals."""
 UNFLUSHED_BYTES_MAX = 64 * MIB
 """File bytes accepted and not yet committed; a commit starts at half of it."""
 BETWEEN_COMMITS_BYTES = 2 * UNFLUSHED_BYTES_MAX

@@ -33,6 +33,7 @@ from .errors import (
     NodeLacksError,
     NodeTimeoutError,
 )
+from .journal_room import JournalRoom
 from .limits import (
     BETWEEN_COMMITS_BYTES,
     JOURNAL_AHEAD_BYTES,
@@ -93,8 +94,8 @@ class Member:
     """How often in a row it could not be brought back."""
     space: Space | None = None
     """Room on its device, as of the last flush or probe."""
-    journal_room: tuple[int, int] = (0, 0)
-    """Up to where zeros lie ready for the journal: segment and offset."""
+    journal_room: JournalRoom | None = None
+    """Where small commits are written."""
     sampled_at: float = 0.0
     """By trio's clock: when `space` was told."""
     ring: Ring | None = None
@@ -201,25 +202,25 @@ class Member:
                 raise self.late(seconds)
         return batch.results[0] == len(buffer)
 
-    def room_for(self, segment: int, end: int) -> Segment | None:
-        """The open journal segment, when zeros lie ready in it up to `end`."""
-        opened = self.node.opened(Run.JOURNAL, segment) if self.node is not None else None
-        return opened if (segment, end) <= self.journal_room else None
-
     def append(
         self, segment: int, offset: int, buffers: Sequence[Buffer], length: int, *, ahead: bool
     ) -> None:
         """In a thread: write a record of `length` bytes to the journal, and zeros behind it."""
         assert self.node is not None
-        if ahead and (segment, offset + length) > self.journal_room:
-            try:
-                self.node.write(Run.JOURNAL, segment, offset, [*buffers, _ZEROS])
-            except NodeFullError:
-                pass
-            else:
-                self.journal_room = segment, offset + length + len(_ZEROS)
-                return
+        end, room = offset + length, self.journal_room
+        if room is None or not room.covers(segment, end):
+            self.journal_room = room = None
         self.node.write(Run.JOURNAL, segment, offset, buffers)
+        if ahead and room is None:
+            with suppress(NodeFullError):
+                self.node.write(Run.JOURNAL, segment, end, [_ZEROS])
+                opened = self.node.opened(Run.JOURNAL, segment)
+                if opened is not None:
+                    room = JournalRoom(opened, segment, end + len(_ZEROS))
+        if room is not None:
+            lead = room.lead(end)
+            room.begin(end, self.node.read(Run.JOURNAL, segment, end - lead, lead))
+            self.journal_room = room
 
     def late(self, seconds: float) -> NodeTimeoutError:
         """What is said of a node that did not answer in time."""

@@ -84,10 +84,10 @@ def read_operation(descriptor: int, offset: int, buffer: Buffer) -> tuple[Operat
     return Operation(_READ, descriptor, offset, _address(kept), len(kept)), kept
 
 
-def write_operation(descriptor: int, offset: int, data: bytes) -> tuple[Operation, object]:
+def write_operation(descriptor: int, offset: int, data: Buffer) -> tuple[Operation, object]:
     """Write bytes to a file, durable when it is done; see `read_operation`."""
     kept = _ffi.from_buffer(data)
-    return Operation(_WRITE, descriptor, offset, _address(kept), len(data), _DSYNC), kept
+    return Operation(_WRITE, descriptor, offset, _address(kept), len(kept), _DSYNC), kept
 
 
 def _address(pointer: Any) -> int:

@@ -13,7 +13,7 @@ LAYERS: list[set[str]] = [
      "linux", "tally"},
     # 1: storage
     {"toml_files", "config", "mount_options", "mkfs", "nodes", "nodes.base", "nodes.directory",
-     "engine", "ring"},
+     "engine", "ring", "journal_room"},
     # 2: the log
     {"members", "log", "journal", "write_path", "read_path", "commit", "replay", "reclaim",
      "snapshot", "pace", "rebuild", "repair", "balance", "rebalance", "topology", "scrub", "report",
