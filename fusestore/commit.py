@@ -57,6 +57,9 @@ from .write_path import Taken, Writer
 
 log = logging.getLogger(__name__)
 
+_NOT_TRIED = (-errno.EAGAIN, -errno.EINVAL)
+"""What the ring says of a write that the file system did not begin."""
+
 
 @dataclass(slots=True, eq=False)
 class _Round:
@@ -389,7 +392,7 @@ class Committer:
             if result is None:
                 member.fail(member.late(NODE_SECONDS_MAX))
                 member.journal_room = None  # the kernel still has it
-            elif result == -errno.EAGAIN or 0 <= result < operation.length:
+            elif result in _NOT_TRIED or 0 <= result < operation.length:
                 whole = False
             elif result < 0:  # never asked again: a second flush may say that all is well
                 reason = os.strerror(-result)

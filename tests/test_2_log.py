@@ -842,6 +842,7 @@ async def test_a_place_that_a_failed_node_did_not_take_is_not_counted(
     [
         (100, True),  # a short write: written again
         (-errno.EAGAIN, True),
+        (-errno.EINVAL, True),
         (-errno.EIO, False),  # never asked again
         (-errno.ENOSPC, False),
     ],
