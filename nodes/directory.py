@@ -227,7 +227,10 @@ class DirectoryNode:
         """See Node."""
         for segment in segments:
             with self._errors(f"flush {segment_path(run, segment)}"):
-                os.fdatasync(self._segment(run, segment).fd)
+                target = self._segment(run, segment)
+                os.fdatasync(target.fd)
+                if run == Run.SHARDS:  # the mount's own cache has these bytes, too
+                    os.posix_fadvise(target.fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def truncate(self, run: Run, segment: int, size: int) -> None:
         """See Node."""
