@@ -53,6 +53,12 @@ def _segment_number(run: Run, name: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def _drop_cached(descriptor: int, offset: int, length: int) -> None:
+    """Have the kernel forget its copy of what is durable, if the file system knows how."""
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
+
+
 class _Segment:
     """An open segment; the descriptor is closed when the last user lets go."""
 
@@ -198,7 +204,7 @@ class DirectoryNode:
         with self._errors(f"read {segment_path(run, segment)} back"):
             source = self._segment(run, segment)
             os.fdatasync(source.fd)
-            os.posix_fadvise(source.fd, offset, length, os.POSIX_FADV_DONTNEED)
+            _drop_cached(source.fd, offset, length)
         return self.read(run, segment, offset, length)
 
     def read_now(self, run: Run, segment: int, offset: int, length: int) -> bytes | None:
@@ -230,7 +236,7 @@ class DirectoryNode:
                 target = self._segment(run, segment)
                 os.fdatasync(target.fd)
                 if run == Run.SHARDS:  # the mount's own cache has these bytes, too
-                    os.posix_fadvise(target.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                    _drop_cached(target.fd, 0, 0)
 
     def truncate(self, run: Run, segment: int, size: int) -> None:
         """See Node."""
