@@ -101,7 +101,7 @@ class Committer:
         self._rolled: list[tuple[int, int]] = []
         """Journal segments that are finished, and their sizes, until they are trimmed."""
         self.journal_bytes = 0
-        """Appended to each journal since the last snapshot."""
+        """Of the commits in each journal since the last snapshot began."""
         self.commits, self.checkpoints = Histogram(), Histogram()
         """How long each took, from what it took being sealed to it being durable."""
         self.committed_at: float | None = None
@@ -350,7 +350,8 @@ class Committer:
             self.roll_journal()
         offset = self.journal_offset
         self.journal_offset += record_length(len(payload))
-        self.journal_bytes += record_length(len(payload))
+        if header.kind is Kind.COMMIT:
+            self.journal_bytes += record_length(len(payload))
         if await self._append_directly(offset, header, payload):
             return
         async with trio.open_nursery() as nursery:

@@ -23,7 +23,7 @@ from faults import FaultyNode, SlowNode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusestore import schema
+from fusestore import schema, snapshot
 from fusestore.commit import Committer
 from fusestore.config import StoreConfig, load
 from fusestore.daemon import offline
@@ -521,6 +521,38 @@ async def test_a_snapshot_and_the_commits_after_it_are_the_state(
                 loaded.update(changes)
         found = {k: v for k, v in loaded.items() if v is not None and k != schema.LOG_KEY}
         assert found == state
+
+
+async def test_a_snapshot_is_no_reason_for_the_next(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot, "SNAPSHOT_JOURNAL_BYTES_MIN", 100_000)
+    async with opened(config) as one:
+        snapshotter = one.store.snapshotter
+        for i in range(3000):
+            await one.put(f"f{i}", b"%d" % i)
+        await one.store.committer.commit()
+        with trio.fail_after(20):
+            while snapshotter.last_bytes < 100_000:
+                await trio.testing.wait_all_tasks_blocked(0.05)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        taken = snapshotter.first_segment
+        for i in range(20):
+            await one.put("small", b"%d" % i)
+            await one.store.committer.commit()
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert snapshotter.first_segment == taken
+    async with opened(config) as one:  # nor is it after a mount
+        await one.put("small", b"last")
+        await one.store.committer.commit()
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert one.store.snapshotter.first_segment == taken
+        for i in range(6000):
+            await one.put(f"g{i}", b"%d" % i)
+        await one.store.committer.commit()
+        with trio.fail_after(20):
+            while one.store.snapshotter.first_segment == taken:
+                await trio.testing.wait_all_tasks_blocked(0.05)
 
 
 async def test_an_interrupted_repair_is_no_repair(config: StoreConfig) -> None:
