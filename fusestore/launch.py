@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from . import logs, mounts
+from . import linux, logs, mounts
 from .config import StoreConfig
 from .control_client import Message, encode, error_message, error_of
 from .errors import FusestoreError, StoreBusyError, UsageError
@@ -94,6 +94,7 @@ def run(
         in_file = in_background and not logs.is_journal()
         logs.start(level, style, config.log_file if in_file else None)
         os.chdir("/")
+        linux.keep_one_heap()
         import trio
 
         from .daemon import serve

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from cffi import FFI
@@ -12,6 +13,7 @@ _ffi.cdef(
     int fallocate(int fd, int mode, int64_t offset, int64_t length);
     struct statx { uint32_t mask, block_size; uint64_t attributes; uint32_t links;
                    char rest[236]; };
+    int mallopt(int parameter, int value);
     int statx(int folder, const char *path, int flags, unsigned int mask, struct statx *found);
     """
 )
@@ -19,6 +21,7 @@ _libc = _ffi.dlopen(None)
 
 _KEEP_SIZE = 1
 _PUNCH_HOLE = 2
+_ARENA_MAX = -8
 _EMPTY_PATH, _DONT_SYNC, _LINKS = 0x1000, 0x4000, 4
 
 
@@ -30,6 +33,12 @@ def _fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
 def allocate(descriptor: int, offset: int, length: int) -> None:
     """Reserve room for `length` bytes at `offset` without changing the file's size."""
     _fallocate(descriptor, _KEEP_SIZE, offset, length)
+
+
+def keep_one_heap() -> None:
+    """Have all threads allocate from one heap: each of their own keeps what it had at its peak."""
+    with contextlib.suppress(AttributeError):  # only glibc has more than one
+        _libc.mallopt(_ARENA_MAX, 1)
 
 
 def is_linked(descriptor: int) -> bool:
