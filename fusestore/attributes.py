@@ -41,6 +41,7 @@ from .tree import Tree
 _NAMESPACES = (b"user.", b"trusted.", b"security.")
 VIRTUAL = b"user.fusestore."
 CODE = VIRTUAL + b"code"
+CAPABILITY = b"security.capability"
 POLICY = VIRTUAL + b"policy"
 LAYOUT = VIRTUAL + b"layout"
 _LAYOUT_BYTES_MAX = 48 << 10
@@ -106,6 +107,11 @@ class Attributes:
                 txn.delete(key)
             else:
                 txn.put(key, stored)
+
+    def drop_capability(self, ino: int) -> None:
+        """What the kernel does before a file changes, unless it may not ask for attributes."""
+        if self._log.engine.get(schema.xattr_key(ino, CAPABILITY)) is not None:
+            self.remove(ino, CAPABILITY)
 
     def remove(self, ino: int, name: bytes) -> None:
         """Remove an attribute; NoAttributeError."""

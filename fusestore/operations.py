@@ -198,6 +198,8 @@ class Operations(pyfuse3.Operations):
         fh: int | None,
         ctx: RequestContext,
     ) -> EntryAttributes:
+        if fields.update_size or fields.update_uid or fields.update_gid:
+            self._will_change(inode)
         if fields.update_size:
             await self._contents.truncate(inode, attr.st_size)
         change = Change(
@@ -319,6 +321,7 @@ class Operations(pyfuse3.Operations):
     @_answered
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         if flags & os.O_TRUNC:
+            self._will_change(inode)
             await self._contents.truncate(inode, 0)
             self._drop_set_id(inode, ctx)
         return FileInfo(fh=inode, keep_cache=True)
@@ -330,6 +333,11 @@ class Operations(pyfuse3.Operations):
         if ctx.uid != 0 and mode & bits:
             self._tree.change(ino, Change(mode=mode & ~bits))
 
+    def _will_change(self, ino: int) -> None:
+        """Without attributes the kernel cannot take a changed file's capability away."""
+        if not self._has_xattrs:
+            self._attributes.drop_capability(ino)
+
     @_answered
     async def read(self, fh: int, off: int, size: int) -> bytes:
         data = await self._contents.read(fh, off, size)
@@ -338,6 +346,7 @@ class Operations(pyfuse3.Operations):
 
     @_answered
     async def write(self, fh: int, off: int, buf: bytes) -> int:
+        self._will_change(fh)
         written = await self._contents.write(fh, off, buf, whole=self.enable_writeback_cache)
         if written < len(buf):
             self._cut_short.add(fh)

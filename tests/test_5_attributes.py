@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 import random
+import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -158,7 +159,17 @@ def test_without_attributes_none_can_be_had_and_none_is_lost(
     store.mount()
     file.write_bytes(b"o" * 2000)
     os.setxattr(file, "user.colour", b"red")
+    capability = struct.pack("<5I", 0x02000001, 1 << 10, 0, 0, 0)
+    powers = {how: store.mountpoint / how for how in ("kept", "write", "cut", "empty", "give")}
+    for path in powers.values():
+        path.write_bytes(b"program")
+        os.setxattr(path, "security.capability", capability)
     store.remount("noxattr", "writeback")
+    with powers["write"].open("r+b") as program:
+        program.write(b"P")
+    os.truncate(powers["cut"], 3)
+    powers["empty"].write_bytes(b"")
+    os.chown(powers["give"], ALICE, ALICE)
     with refused(errno.ENOTSUP):
         os.getxattr(file, "user.colour")
     with refused(errno.ENOTSUP):
@@ -181,6 +192,7 @@ def test_without_attributes_none_can_be_had_and_none_is_lost(
     store.remount()
     assert file.read_bytes() == b"n" * 1000 + b"o" * 1000
     assert os.getxattr(file, "user.colour") == b"red"
+    assert [how for how in powers if os.listxattr(powers[how])] == ["kept"]
 
 
 # --- times -------------------------------------------------------------------
