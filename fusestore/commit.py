@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, replace
 import trio
 
 from . import linux, schema
-from .errors import MetadataError, NodeError, NotDurableError
+from .errors import MetadataError, NodeError, NodeTimeoutError, NotDurableError
 from .journal_room import JournalRoom
 from .limits import (
     CHECKPOINT_CHANGES_MAX,
@@ -392,7 +392,7 @@ class Committer:
         for (member, room, operation, _), result in zip(writes, batch.results, strict=True):
             if result is None:
                 member.fail(member.late(NODE_SECONDS_MAX))
-                member.journal_room = None  # the kernel still has it
+                member.journal_room, member.late_segment = None, self.journal_segment
             elif result in _NOT_TRIED or 0 <= result < operation.length:
                 whole = False
             elif result < 0:  # never asked again: a second flush may say that all is well
@@ -419,6 +419,8 @@ class Committer:
         try:
             await member.call(self._write_node, member, offset, header, payload, sorted(dirty))
         except NodeError as error:
+            if isinstance(error, NodeTimeoutError):
+                member.late_segment = self.journal_segment
             member.fail(error)
             return
         finally:

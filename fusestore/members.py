@@ -96,6 +96,8 @@ class Member:
     """Room on its device, as of the last flush or probe."""
     journal_room: JournalRoom | None = None
     """Where small commits are written."""
+    late_segment: int = 0
+    """A journal segment that a write which was given up may still change."""
     sampled_at: float = 0.0
     """By trio's clock: when `space` was told."""
     ring: Ring | None = None
@@ -206,20 +208,21 @@ class Member:
         self, segment: int, offset: int, buffers: Sequence[Buffer], length: int, *, ahead: bool
     ) -> None:
         """In a thread: write a record of `length` bytes to the journal, and zeros behind it."""
-        assert self.node is not None
+        node = self.node
+        assert node is not None
         end, room = offset + length, self.journal_room
         if room is None or not room.covers(segment, end):
             self.journal_room = room = None
-        self.node.write(Run.JOURNAL, segment, offset, buffers)
-        if ahead and room is None:
+        node.write(Run.JOURNAL, segment, offset, buffers)
+        if ahead and room is None and self.node is node and self.in_sync:  # not given up
             with suppress(NodeFullError):
-                self.node.write(Run.JOURNAL, segment, end, [_ZEROS])
-                opened = self.node.opened(Run.JOURNAL, segment)
+                node.write(Run.JOURNAL, segment, end, [_ZEROS])
+                opened = node.opened(Run.JOURNAL, segment)
                 if opened is not None:
                     room = JournalRoom(opened, segment, end + len(_ZEROS))
         if room is not None:
             lead = room.lead(end)
-            room.begin(end, self.node.read(Run.JOURNAL, segment, end - lead, lead))
+            room.begin(end, node.read(Run.JOURNAL, segment, end - lead, lead))
             self.journal_room = room
 
     def late(self, seconds: float) -> NodeTimeoutError:

@@ -519,6 +519,9 @@ class Repairer:
         assert member.node is not None
         if member.holds == schema.NEVER_WHOLE:  # what it has may be of another history
             await member.call(_drop_journals, member.node)
+        if member.late_segment:  # a new file, which no late write knows
+            await member.call(member.node.delete, Run.JOURNAL, member.late_segment)
+            member.late_segment = 0
         async with self._committer.lock:
             self._committer.roll_journal()
         await self._copy_journals(member, self._committer.journal_segment, progress)

@@ -21,6 +21,7 @@ from fusestore.fsck_repair import fsck
 from fusestore.journal import copy_journals
 from fusestore.limits import STRIPE_BYTES
 from fusestore.mkfs import make_store
+from fusestore.records import Place, Run, records
 
 DEADLINE = 0.3
 
@@ -213,3 +214,34 @@ async def test_fsck_does_not_wait_for_a_node_that_hangs(config: StoreConfig) -> 
             assert (await fsck(one.store, repair=False, at_rest=False))["clean"]
         node.awake.set()
         await healthy(one)
+
+
+async def test_a_write_that_ends_late_hurts_no_journal(config: StoreConfig) -> None:
+    def commits(region: int) -> set[int]:
+        node = config.nodes[region]
+        found = set()
+        for file in (node.path / "journal").iterdir():
+            place = Place(config.uuid, node.name, Run.JOURNAL, int(file.name.split(".")[0]))
+            found |= {header.number for _, header, _ in records(place, file.read_bytes())}
+        return found
+
+    class HangingWrites(HangingNode):
+        def __getattr__(self, name: str) -> Any:
+            return super().__getattr__(name) if name == "write" else getattr(self.node, name)
+
+    async with hanging(config) as (one, awake):
+        member = one.store.log.members.all[0]
+        node = member.node = HangingWrites(awake.node)
+        member.journal_room = None  # so that it is asked
+        node.hang()
+        await one.put("late", b"given up by one node")
+        await one.store.committer.commit()
+        assert not member.in_sync
+        for i in range(3):
+            await one.put(f"then {i}", b"in the same segment")
+            await one.store.committer.commit()
+        await healthy(one)
+        assert commits(0) >= commits(1)
+        node.awake.set()
+        await trio.sleep(0.5)
+        assert commits(0) >= commits(1)
