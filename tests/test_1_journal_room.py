@@ -36,7 +36,8 @@ def member(
         monkeypatch.setattr(os, "open", refuse)
     write_identity(tmp_path, NodeIdentity(uuid4(), "a", "a", uuid4(), IDENTITY_VERSION))
     identity = NodeIdentity(uuid4(), "a", "a", uuid4(), IDENTITY_VERSION)
-    return Member(1, NodeConfig("a", "a", tmp_path), DirectoryNode(tmp_path, identity))
+    node = DirectoryNode(tmp_path, identity)
+    return Member(1, NodeConfig("a", "a", tmp_path), node, in_sync=True)
 
 
 async def test_both_ways_make_the_same_journal(
