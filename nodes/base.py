@@ -19,7 +19,7 @@ from typing import Protocol
 
 from typing_extensions import Buffer
 
-from ..records import Run
+from ..format.records import Run
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,14 +24,11 @@ from pathlib import Path
 
 from typing_extensions import Buffer
 
-from .. import linux
-from ..config import NodeIdentity, sync_directory
+from ..config.store_config import NodeIdentity, sync_directory
 from ..errors import NodeError, NodeFullError, NodeIdentityError, NodeLacksError
-from ..limits import (
-    OPEN_SEGMENTS_MAX,
-    SHARD_PREALLOCATE_BYTES,
-)
-from ..records import Run
+from ..format.records import Run
+from ..limits import OPEN_SEGMENTS_MAX, SHARD_PREALLOCATE_BYTES
+from ..system import linux
 from .base import Space
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)

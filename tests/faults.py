@@ -15,8 +15,8 @@ from typing import Any
 from typing_extensions import Buffer
 
 from fusestore.errors import NodeError, NodeFullError
+from fusestore.format.records import HEADER_BYTES, Run
 from fusestore.nodes.base import Node
-from fusestore.records import HEADER_BYTES, Run
 
 
 class FaultyNode:

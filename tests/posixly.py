@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from fusestore import acl
-from fusestore.acl import Entry, Tag
+from fusestore.format import acl
+from fusestore.format.acl import Entry, Tag
 
 KIB, MIB = 1 << 10, 1 << 20
 ALICE, BOB, TEAM, CREW = 12001, 12002, 13001, 13002

@@ -59,8 +59,7 @@ import trio
 import trio.testing
 from typing_extensions import Buffer
 
-from fusestore import members, repair, store
-from fusestore.config import (
+from fusestore.config.store_config import (
     CONFIG_NAME,
     IDENTITY_NAME,
     NodeConfig,
@@ -68,11 +67,14 @@ from fusestore.config import (
     load,
     write_identity,
 )
-from fusestore.engine import Engine
 from fusestore.errors import NodeError
+from fusestore.format.records import Run
+from fusestore.members import members
+from fusestore.metadata.engine import Engine
 from fusestore.nodes.base import Node, Space
 from fusestore.nodes.directory import segment_path
-from fusestore.records import Run
+from fusestore.repair import repairer
+from fusestore.store import opening
 
 SECTOR_BYTES = 512
 PAGE_BYTES = 4096
@@ -693,10 +695,10 @@ class Machine:
         patch(os, "fsync", lambda descriptor: None)  # the tape is what decides
         patch(os, "fdatasync", lambda descriptor: None)
         patch(lmdb, "open", partial(lmdb.open, sync=False))
-        opening = self._opening(members.open_node)
-        for module in (members, repair, store):
-            patch(module, "open_node", opening)
-        patch(repair, "write_identity", self._claiming(write_identity))
+        opener = self._opening(members.open_node)
+        for module in (members, repairer, opening):
+            patch(module, "open_node", opener)
+        patch(repairer, "write_identity", self._claiming(write_identity))
         patch(Engine, "write", self._checkpointing(Engine.write))
         return self
 

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from fusestore import acl
-from fusestore.acl import Entry, Tag
 from fusestore.errors import InvalidError
+from fusestore.format import acl
+from fusestore.format.acl import Entry, Tag
 
 ACCESS = "system.posix_acl_access"
 DEFAULT = "system.posix_acl_default"

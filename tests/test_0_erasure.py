@@ -10,10 +10,10 @@ import threading
 import pytest
 import reedsolo
 
-from fusestore import erasure
-from fusestore.erasure import Code
 from fusestore.errors import UsageError
-from fusestore.placement import check_region_rule
+from fusestore.format import erasure
+from fusestore.format.erasure import Code
+from fusestore.format.placement import check_region_rule
 
 CODES = [Code(2, 1), Code(4, 2), Code(6, 3), Code(1, 2), Code(8, 4), Code(10, 4)]
 REGIONS = ("a", "b", "c")

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
-from fusestore import schema
-from fusestore.erasure import Code
 from fusestore.errors import BadMagicError, ChecksumError, TruncatedError, UnknownVersionError
-from fusestore.records import (
+from fusestore.format import schema
+from fusestore.format.erasure import Code
+from fusestore.format.records import (
     Commit,
     Header,
     Kind,

@@ -1,108 +1,135 @@
-"""The layers: modules import only downwards, and foreign worlds have one door each."""
+"""The layers: a folder imports only from those before it, and foreign worlds have one door each."""
 
 from __future__ import annotations
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-LAYERS: list[set[str]] = [
-    # 0: pure
-    {"__init__", "errors", "limits", "lookups", "erasure", "placement", "records", "acl", "schema",
-     "linux", "tally"},
-    # 1: storage
-    {"toml_files", "config", "mount_options", "mkfs", "nodes", "nodes.base", "nodes.directory",
-     "engine", "ring", "journal_room"},
-    # 2: the log
-    {"members", "log", "journal", "write_path", "read_path", "commit", "replay", "reclaim",
-     "snapshot", "pace", "rebuild", "repair", "balance", "rebalance", "topology", "scrub", "report",
-     "store"},
-    # 3: the file system
-    {"quota", "tree", "walk", "contents", "attributes", "quota_roots", "recode", "filesystem",
-     "recover", "fsck",
-     "fsck_repair", "safety"},
-    # 4: faces
-    {"operations", "mounts", "control_client", "control", "logs", "status_text", "service_manager",
-     "units", "versions", "counts", "web", "monitor"},
-    # 5: assembly
-    {"daemon", "launch", "cli_mount", "cli_store", "cli_status", "cli_metrics", "cli_rescue",
-     "cli_safety", "cli_nodes", "cli_bench", "cli", "cli_policy",
-     "cli_errors", "cli_about", "cli_operate", "cli_mount_helper", "man_pages", "__main__",
-     "bench", "bench.null", "bench.children", "bench.interrupts", "bench.measured",
-     "bench.scale", "bench.watching", "bench.workloads", "bench.surroundings", "bench.targets",
-     "bench.store_workloads", "bench.rounds", "bench.report", "bench.plot", "bench.session"},
-]  # fmt: skip
-LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
+FOLDERS = [
+    "",  # what lies in fusestore/ itself
+    "format",
+    "system",
+    "config",
+    "nodes",
+    "metadata",
+    "members",
+    "log",
+    "write",
+    "read",
+    "commit",
+    "repair",
+    "grow",
+    "store",
+    "files",
+    "rescue",
+    "watch",
+    "serve",
+    "bench",
+    "cli",
+]
+"""From the ground up: a folder imports only from those before it."""
 
 DOORS = {
-    "lmdb": {"engine"},
-    "pyfuse3": {"operations", "daemon", "bench.null"},
+    "lmdb": {"metadata.engine"},
+    "pyfuse3": {"serve.operations", "serve.daemon", "bench.null"},
     "matplotlib": {"bench.plot"},
-    "cffi": {"erasure", "linux", "ring"},
-    "reedsolo": {"erasure"},
-    "prometheus_client": {"monitor"},
-    "click": {"cli", "cli_mount", "cli_store", "cli_status", "cli_metrics", "cli_rescue",
-              "cli_safety", "cli_nodes", "cli_errors", "cli_policy",
-              "cli_about", "cli_operate", "cli_mount_helper", "cli_bench", "man_pages",
-              "status_text"},
-}  # fmt: skip
+    "cffi": {"format.erasure", "system.linux", "system.io_uring"},
+    "reedsolo": {"format.erasure"},
+    "prometheus_client": {"watch.monitor"},
+}
+PURE = {"", "format"}
+"""What does no I/O."""
 
 
 def modules() -> dict[str, ast.Module]:
     """All modules of the package by their name below it."""
     found = {}
-    for folder, prefix in (("fusestore", ""), ("fusestore/bench", "bench."), ("nodes", "nodes.")):
-        for path in (ROOT / folder).glob("*.py"):
-            name = prefix + path.stem
-            name = name.removesuffix(".__init__")
-            found[name] = ast.parse(path.read_text())
+    for path in [*ROOT.glob("fusestore/**/*.py"), *ROOT.glob("nodes/*.py")]:
+        below = path.relative_to(ROOT / "fusestore" if "fusestore" in path.parts else ROOT)
+        name = ".".join(below.with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+        found[name] = ast.parse(path.read_text())
     return found
 
 
+MODULES = modules()
+
+
+def folder(module: str) -> str:
+    """The folder that a module lies in."""
+    top = module.partition(".")[0]
+    return top if top in FOLDERS else ""
+
+
 def imports(name: str, tree: ast.Module) -> set[str]:
-    """What a module imports: own modules by their name below the package, others' top names."""
-    folder = "nodes." if name.startswith("nodes") else "bench." if name.startswith("bench") else ""
+    """What a module imports: own modules by their name below the package, others as `!NAME`."""
+    package = name.split(".")
+    if not any(other.startswith(name + ".") for other in MODULES):
+        package.pop()
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {"!" + alias.name.split(".")[0] for alias in node.names}
+            found |= {"!" + alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found.add("!" + str(node.module).split(".")[0])
+            found.add("!" + str(node.module).partition(".")[0])
         elif isinstance(node, ast.ImportFrom):
-            base = folder if node.level == 1 else ""
-            if node.module is None:
-                found |= {base + alias.name for alias in node.names}
-            else:
-                found.add(base + node.module)
-    return {module for module in found if module.startswith("!") or module in LAYER}
+            base = package[: len(package) + 1 - node.level] + (node.module or "").split(".")
+            for alias in node.names:
+                whole = ".".join(filter(None, [*base, alias.name]))
+                found.add(whole if whole in MODULES else whole.rpartition(".")[0])
+    return found - {name}
 
 
-def test_every_module_has_its_layer() -> None:
-    assert set(modules()) == set(LAYER)
+IMPORTS = {name: imports(name, tree) for name, tree in MODULES.items()}
 
 
-def test_imports_go_downwards() -> None:
+def test_every_folder_has_its_place_and_says_what_it_is() -> None:
+    assert {folder(name) for name in MODULES} == set(FOLDERS)
+    top = {path.parent.name for path in ROOT.glob("fusestore/*/__init__.py")}
+    assert top == set(FOLDERS) - {""}
+    for name in FOLDERS:
+        said = ast.get_docstring(MODULES[name])
+        assert said, name
+        assert len(said.splitlines()[0]) > 10, name
+
+
+def test_folders_import_only_from_those_before_them() -> None:
     wrong = [
-        f"{name} (layer {LAYER[name]}) imports {other} (layer {LAYER[other]})"
-        for name, tree in modules().items()
-        for other in imports(name, tree)
-        if not other.startswith("!") and LAYER[other] > LAYER[name]
+        f"{name} imports {other}"
+        for name, others in IMPORTS.items()
+        if name != "__main__"
+        for other in others
+        if not other.startswith("!") and FOLDERS.index(folder(other)) > FOLDERS.index(folder(name))
     ]
     assert wrong == []
+
+
+def test_there_is_no_circle() -> None:
+    own = {name: {o for o in others if not o.startswith("!")} for name, others in IMPORTS.items()}
+    try:
+        TopologicalSorter(own).prepare()
+    except CycleError as error:
+        raise AssertionError(" -> ".join(error.args[1])) from None
 
 
 def test_foreign_libraries_have_one_door() -> None:
     wrong = [
         f"{name} imports {library}"
-        for name, tree in modules().items()
+        for name, others in IMPORTS.items()
         for library, doors in DOORS.items()
-        if f"!{library}" in imports(name, tree) and name not in doors
+        if f"!{library}" in others and name not in doors
+    ]
+    wrong += [
+        f"{name} imports click"
+        for name, others in IMPORTS.items()
+        if "!click" in others and folder(name) not in ("cli", "text")
     ]
     assert wrong == []
 
 
-def test_the_lowest_layer_waits_for_nothing() -> None:
-    for name, tree in modules().items():
-        if LAYER[name] == 0:
-            assert not imports(name, tree) & {"!trio", "!socket", "!subprocess", "!pathlib"}, name
+def test_the_ground_waits_for_nothing() -> None:
+    for name, others in IMPORTS.items():
+        if folder(name) in PURE:
+            assert not others & {"!trio", "!socket", "!subprocess", "!pathlib"}, name

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusestore.lookups import Lookups
+from fusestore.serve.lookups import Lookups
 
 INOS = st.sampled_from([1, 2, 1023, 1024, 1025, 5000, 2**40, 2**62])
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusestore import placement as placement_module
-from fusestore.erasure import Code
-from fusestore.placement import Placement, Site, check_region_rule, shares
+from fusestore.format import placement as placement_module
+from fusestore.format.erasure import Code
+from fusestore.format.placement import Placement, Site, check_region_rule, shares
 
 CODES = [
     Code.parse(text) for text in ("2+1", "4+2", "6+3", "1+2", "1+1", "2+2", "5+4", "8+4", "10+4")

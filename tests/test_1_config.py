@@ -9,12 +9,12 @@ from uuid import uuid4
 
 import pytest
 
-from fusestore import config as configuration
-from fusestore.config import NodeConfig, NodeIdentity, StoreConfig
-from fusestore.erasure import Code
+from fusestore.config import store_config as configuration
+from fusestore.config.mkfs import make_store
+from fusestore.config.mount_options import MountOptions
+from fusestore.config.store_config import NodeConfig, NodeIdentity, StoreConfig
 from fusestore.errors import ConfigError, FusestoreError, NodeIdentityError, UsageError
-from fusestore.mkfs import make_store
-from fusestore.mount_options import MountOptions
+from fusestore.format.erasure import Code
 
 REGIONS = ["us-east-1", "us-west-1", "eu-west-1"]
 

@@ -11,8 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fusestore.engine import Engine
 from fusestore.errors import MetadataError
+from fusestore.metadata.engine import Engine
 
 KEYS = st.binary(min_size=1, max_size=3).map(lambda key: b"K" + bytes(b % 4 for b in key))
 VALUES = st.binary(max_size=8)

@@ -12,13 +12,13 @@ from uuid import uuid4
 import pytest
 import trio
 
-from fusestore.config import IDENTITY_VERSION, NodeConfig, NodeIdentity, write_identity
+from fusestore.config.store_config import IDENTITY_VERSION, NodeConfig, NodeIdentity, write_identity
 from fusestore.errors import NodeFullError
+from fusestore.format.records import Run
 from fusestore.limits import DIRECT_RECORD_BYTES_MAX, JOURNAL_AHEAD_BYTES
-from fusestore.members import Member
+from fusestore.members.members import Member
 from fusestore.nodes.directory import DirectoryNode, segment_path
-from fusestore.records import Run
-from fusestore.ring import Ring
+from fusestore.system.io_uring import Ring
 
 
 @pytest.fixture(params=["direct", "page cache"])

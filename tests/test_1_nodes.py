@@ -11,11 +11,11 @@ from uuid import uuid4
 import pytest
 from faults import FaultyNode
 
-from fusestore.config import IDENTITY_VERSION, NodeIdentity, write_identity
+from fusestore.config.store_config import IDENTITY_VERSION, NodeIdentity, write_identity
 from fusestore.errors import NodeError, NodeIdentityError
+from fusestore.format.records import Run
 from fusestore.nodes.base import Node
 from fusestore.nodes.directory import DirectoryNode, segment_path
-from fusestore.records import Run
 
 
 def directory(path: Path) -> DirectoryNode:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from fusestore import ring as ring_module
-from fusestore.ring import Ring, read_operation, write_operation
+from fusestore.system import io_uring as ring_module
+from fusestore.system.io_uring import Ring, read_operation, write_operation
 
 
 @asynccontextmanager

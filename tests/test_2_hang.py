@@ -14,24 +14,27 @@ import trio
 from faults import HangingNode
 from test_2_log import Opened, opened
 
-from fusestore import members, read_path, repair, scrub, write_path
-from fusestore.config import StoreConfig
+from fusestore.config.mkfs import make_store
+from fusestore.config.store_config import StoreConfig
 from fusestore.errors import NodeError
-from fusestore.fsck_repair import fsck
-from fusestore.journal import copy_journals
+from fusestore.format.records import Place, Run, records
 from fusestore.limits import STRIPE_BYTES
-from fusestore.mkfs import make_store
-from fusestore.records import Place, Run, records
+from fusestore.log.journal import copy_journals
+from fusestore.members import members
+from fusestore.read import reader
+from fusestore.repair import repairer, scrub
+from fusestore.rescue.fsck_mend import fsck
+from fusestore.write import writer
 
 DEADLINE = 0.3
 
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StoreConfig:
-    for module in (members, write_path, read_path):
+    for module in (members, writer, reader):
         monkeypatch.setattr(module, "NODE_SECONDS_MAX", DEADLINE)
-    monkeypatch.setattr(read_path, "READ_SECONDS_MAX", DEADLINE)
-    monkeypatch.setattr(repair, "RETRY_SECONDS_MIN", 0.1)
+    monkeypatch.setattr(reader, "READ_SECONDS_MAX", DEADLINE)
+    monkeypatch.setattr(repairer, "RETRY_SECONDS_MIN", 0.1)
     return make_store(tmp_path / "store")
 
 
@@ -142,7 +145,7 @@ async def test_a_mount_does_not_wait_for_a_node_that_hangs_half_way(
             made.append(node)
         return node
 
-    monkeypatch.setattr("fusestore.store.open_node", open_node)
+    monkeypatch.setattr("fusestore.store.opening.open_node", open_node)
     try:
         with trio.fail_after(20 * DEADLINE + 5):
             async with opened(config) as one:
@@ -173,8 +176,8 @@ async def test_syncs_go_on_while_a_node_hangs_that_gets_its_journal_again(
         return copy_journals(*arguments)
 
     async with hanging(config) as (one, node):
-        monkeypatch.setattr(repair, "copy_journals", copy)
-        monkeypatch.setattr(repair, "open_node", lambda *arguments: node)
+        monkeypatch.setattr(repairer, "copy_journals", copy)
+        monkeypatch.setattr(repairer, "open_node", lambda *arguments: node)
         one.store.log.members.all[0].fail(NodeError("It went away."))
         await one.put("meanwhile", data("meanwhile"))
         await one.store.committer.commit()

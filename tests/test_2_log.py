@@ -23,12 +23,10 @@ from faults import FaultyNode, SlowNode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusestore import schema, snapshot
-from fusestore.commit import Committer
-from fusestore.config import StoreConfig, load
-from fusestore.daemon import offline
-from fusestore.engine import Engine
-from fusestore.erasure import Code
+from fusestore.commit import metadata_dump
+from fusestore.commit.committer import Committer
+from fusestore.config.mkfs import make_store
+from fusestore.config.store_config import StoreConfig, load
 from fusestore.errors import (
     FusestoreError,
     LostError,
@@ -37,15 +35,18 @@ from fusestore.errors import (
     NoSpaceError,
     NotDurableError,
 )
-from fusestore.filesystem import FileSystem
+from fusestore.files.filesystem import FileSystem
+from fusestore.format import schema
+from fusestore.format.erasure import Code
+from fusestore.format.records import Kind, Place, Run, decode_changes, decode_commit, records
+from fusestore.format.schema import ROOT, Inode, Stripe
 from fusestore.limits import SAMPLE_SECONDS, STRIPE_BYTES, TAIL_BYTES_MAX
-from fusestore.members import open_node
-from fusestore.mkfs import make_store
+from fusestore.members.members import open_node
+from fusestore.metadata.engine import Engine
 from fusestore.nodes.directory import segment_path
-from fusestore.records import Kind, Place, Run, decode_changes, decode_commit, records
-from fusestore.ring import Batch, Operation, Ring
-from fusestore.schema import ROOT, Inode, Stripe
-from fusestore.store import Store, open_store
+from fusestore.serve.daemon import offline
+from fusestore.store.opening import Store, open_store
+from fusestore.system.io_uring import Batch, Operation, Ring
 
 REGIONS = ["us-east-1", "us-west-1", "eu-west-1"]
 
@@ -526,7 +527,7 @@ async def test_a_snapshot_and_the_commits_after_it_are_the_state(
 async def test_a_snapshot_is_no_reason_for_the_next(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(snapshot, "SNAPSHOT_JOURNAL_BYTES_MIN", 100_000)
+    monkeypatch.setattr(metadata_dump, "SNAPSHOT_JOURNAL_BYTES_MIN", 100_000)
     async with opened(config) as one:
         snapshotter = one.store.snapshotter
         for i in range(3000):

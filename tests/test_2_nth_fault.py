@@ -42,9 +42,9 @@ from test_2_power_cut import (
     work,
 )
 
-from fusestore.config import StoreConfig
+from fusestore.config.store_config import StoreConfig
 from fusestore.errors import FusestoreError, LostError, MetadataError, NodeError, NodeFullError
-from fusestore.schema import ROOT
+from fusestore.format.schema import ROOT
 
 SHORT = 7
 """How many n have their turn in the short form of each test."""

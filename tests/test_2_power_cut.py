@@ -28,13 +28,13 @@ import xxhash
 from power_cut import Health, Machine, Possible, Promised, Tape, told, write_disks
 from test_2_log import Opened, make, opened
 
-from fusestore.config import StoreConfig
-from fusestore.erasure import Code
+from fusestore.config.store_config import StoreConfig
 from fusestore.errors import FusestoreError, ReplayError
-from fusestore.filesystem import FileSystem
-from fusestore.schema import ROOT
-from fusestore.store import open_store
-from fusestore.tree import Change
+from fusestore.files.filesystem import FileSystem
+from fusestore.files.tree import Change
+from fusestore.format.erasure import Code
+from fusestore.format.schema import ROOT
+from fusestore.store.opening import open_store
 
 KIB, MIB = 1 << 10, 1 << 20
 CODES = ("2+1", "2+1", "4+2", "1+2")
@@ -389,7 +389,7 @@ class Player:
         before = len(self.model.data.get(ino, b""))
         offset = self.chance.choice((0, before, self.chance.randint(0, before + 50_000)))
         data = self.chance.randbytes(self._size())
-        longest = sys.modules["fusestore.write_path"].STRIPE_BYTES
+        longest = sys.modules["fusestore.write.writer"].STRIPE_BYTES
         for start in range(0, len(data), longest):
             part = data[start : start + longest]
             await self._write(ino, offset + start, part)
@@ -765,23 +765,23 @@ class Cut:
 def small_limits(chance: random.Random) -> Iterator[None]:
     """Let segments roll, snapshots be taken and batches end soon."""
     limits: dict[str, tuple[int, ...]] = {
-        "members.SHARD_SEGMENT_BYTES": (256 * KIB, MIB, 64 * MIB),
-        "commit.JOURNAL_SEGMENT_BYTES": (16 * KIB, 64 * KIB, 8 * MIB),
-        "commit.CHECKPOINT_CHANGES_MAX": (40, 200, 10_000),
-        "snapshot.SNAPSHOT_JOURNAL_BYTES_MIN": (64 * KIB, 1 << 40),
-        "snapshot.SNAPSHOT_PIECE_BYTES": (2 * KIB, 256 * KIB),
-        "snapshot.SNAPSHOT_STEP_KEYS": (7, 200),
-        "contents.TRIM_BATCH": (2, 256),
-        "recode.RECODE_EXTENTS": (2, 128),
-        "recode.RECODE_BYTES": (64 * KIB, 4 * MIB),
-        "reclaim.RECLAIM_BATCH": (2, 256),
-        "repair.REPAIR_BATCH": (2, 16),
-        "log.REPAIR_SCAN_ROWS": (5, 256),
-        "store.CATCH_UP_SHARDS_MAX": (0, 4, 64),
-        "write_path.TAIL_BYTES_MAX": (2 * KIB, 32 * KIB),
-        "write_path.STRIPE_BYTES": (64 * KIB, 256 * KIB, MIB),
-        "write_path.STRIPE_OWNERS_MAX": (5, 8192),
-        "write_path.SEALS_MAX": (2, 8),
+        "members.members.SHARD_SEGMENT_BYTES": (256 * KIB, MIB, 64 * MIB),
+        "commit.committer.JOURNAL_SEGMENT_BYTES": (16 * KIB, 64 * KIB, 8 * MIB),
+        "commit.committer.CHECKPOINT_CHANGES_MAX": (40, 200, 10_000),
+        "commit.metadata_dump.SNAPSHOT_JOURNAL_BYTES_MIN": (64 * KIB, 1 << 40),
+        "commit.metadata_dump.SNAPSHOT_PIECE_BYTES": (2 * KIB, 256 * KIB),
+        "commit.metadata_dump.SNAPSHOT_STEP_KEYS": (7, 200),
+        "files.contents.TRIM_BATCH": (2, 256),
+        "files.recode.RECODE_EXTENTS": (2, 128),
+        "files.recode.RECODE_BYTES": (64 * KIB, 4 * MIB),
+        "commit.reclaim.RECLAIM_BATCH": (2, 256),
+        "repair.repairer.REPAIR_BATCH": (2, 16),
+        "log.log.REPAIR_SCAN_ROWS": (5, 256),
+        "store.opening.CATCH_UP_SHARDS_MAX": (0, 4, 64),
+        "write.writer.TAIL_BYTES_MAX": (2 * KIB, 32 * KIB),
+        "write.writer.STRIPE_BYTES": (64 * KIB, 256 * KIB, MIB),
+        "write.writer.STRIPE_OWNERS_MAX": (5, 8192),
+        "write.writer.SEALS_MAX": (2, 8),
         "nodes.directory.OPEN_SEGMENTS_MAX": (3, 128),
     }
     with pytest.MonkeyPatch.context() as patch, told("with small limits"):

@@ -20,19 +20,19 @@ import pytest
 import trio
 from test_2_log import Opened, opened
 
-from fusestore import schema
-from fusestore.config import StoreConfig, load
-from fusestore.daemon import offline
-from fusestore.engine import Engine
+from fusestore.config.mkfs import make_store
+from fusestore.config.store_config import StoreConfig, load
 from fusestore.errors import LostError, UsageError
-from fusestore.filesystem import FileSystem
-from fusestore.fsck_repair import fsck
+from fusestore.files.filesystem import FileSystem
+from fusestore.format import schema
+from fusestore.format.records import Run
+from fusestore.format.schema import ROOT, Extent, Inode, Stripe
 from fusestore.limits import STRIPE_BYTES
-from fusestore.mkfs import make_store
+from fusestore.metadata.engine import Engine
 from fusestore.nodes.directory import segment_path
-from fusestore.records import Run
-from fusestore.schema import ROOT, Extent, Inode, Stripe
-from fusestore.store import open_store
+from fusestore.rescue.fsck_mend import fsck
+from fusestore.serve.daemon import offline
+from fusestore.store.opening import open_store
 
 Rows = dict[bytes, bytes]
 
@@ -315,7 +315,7 @@ async def test_shards_that_lie_on_each_other_are_rebuilt(config: StoreConfig) ->
 
 
 async def test_a_mounted_store_is_not_mended(config: StoreConfig) -> None:
-    from fusestore.daemon import _commands
+    from fusestore.serve.daemon import _commands
 
     async with opened(config) as one:
         with pytest.raises(UsageError):

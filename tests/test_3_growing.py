@@ -22,21 +22,25 @@ import trio
 from faults import HangingNode
 from test_2_log import Opened, crashed, opened
 
-from fusestore import config as configuration
-from fusestore import members, read_path, repair, schema, topology
-from fusestore.config import CONFIG_NAME, NodeConfig, StoreConfig, load, write
-from fusestore.daemon import _commands, offline
-from fusestore.engine import Engine
-from fusestore.erasure import Code
+from fusestore.config import store_config as configuration
+from fusestore.config.mkfs import make_store
+from fusestore.config.store_config import CONFIG_NAME, NodeConfig, StoreConfig, load, write
 from fusestore.errors import ConfigError, FusestoreError, NodeError, UsageError
+from fusestore.format import schema
+from fusestore.format.erasure import Code
+from fusestore.format.records import Run
+from fusestore.format.schema import Stripe
+from fusestore.grow import topology
 from fusestore.limits import CATCH_UP_SHARDS_MAX, MIB, STRIPE_BYTES
-from fusestore.members import Member
-from fusestore.mkfs import make_store
+from fusestore.members import members
+from fusestore.members.members import Member
+from fusestore.metadata.engine import Engine
 from fusestore.nodes.base import Space
 from fusestore.nodes.directory import DirectoryNode
-from fusestore.records import Run
-from fusestore.recover import recover
-from fusestore.schema import Stripe
+from fusestore.read import reader
+from fusestore.repair import repairer
+from fusestore.rescue.recover import recover
+from fusestore.serve.daemon import _commands, offline
 
 REGIONS = ["us-east-1", "us-west-1", "eu-west-1"]
 
@@ -751,10 +755,10 @@ async def test_a_node_that_fails_while_it_is_given_shards_is_left_alone(
 async def test_a_node_that_hangs_while_shards_move_stops_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
 ) -> None:
-    for module in (members, read_path):
+    for module in (members, reader):
         monkeypatch.setattr(module, "NODE_SECONDS_MAX", 0.3)
-    monkeypatch.setattr(read_path, "READ_SECONDS_MAX", 0.3)
-    monkeypatch.setattr(repair, "RETRY_SECONDS_MIN", 0.1)
+    monkeypatch.setattr(reader, "READ_SECONDS_MAX", 0.3)
+    monkeypatch.setattr(repairer, "RETRY_SECONDS_MIN", 0.1)
     config = make_store(tmp_path / "store")
     async with opened(config) as one:
         files = await fill(one)

@@ -25,7 +25,7 @@ from test_2_power_cut import (
     small_limits,
 )
 
-from fusestore.config import (
+from fusestore.config.store_config import (
     IDENTITY_VERSION,
     NodeConfig,
     NodeIdentity,
@@ -33,7 +33,7 @@ from fusestore.config import (
     write,
     write_identity,
 )
-from fusestore.store import Store
+from fusestore.store.opening import Store
 
 CUTS = 12
 
@@ -104,9 +104,9 @@ def campaign(seed: int, number: int, cuts: int, place: Path) -> None:
         small_limits(chance),
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr("fusestore.rebalance.REPAIR_BATCH", chance.choice((1, 2, 16)))
-        patch.setattr("fusestore.log.REPAIR_SCAN_ROWS", chance.choice((5, 256)))
-        patch.setattr("fusestore.write_path.STRIPE_BYTES", chance.choice((64 << 10, 256 << 10)))
+        patch.setattr("fusestore.grow.rebalance.REPAIR_BATCH", chance.choice((1, 2, 16)))
+        patch.setattr("fusestore.log.log.REPAIR_SCAN_ROWS", chance.choice((5, 256)))
+        patch.setattr("fusestore.write.writer.STRIPE_BYTES", chance.choice((64 << 10, 256 << 10)))
         config = six_nodes(place, chance.choice(CODES), chance)
         history, moved = work(config, chance)
         assert moved > 0

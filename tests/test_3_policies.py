@@ -17,16 +17,16 @@ import trio
 from test_2_log import Opened, crashed, opened
 from test_3_fsck import check
 
-from fusestore import recode as recode_module
-from fusestore import schema
-from fusestore.attributes import CODE, POLICY
-from fusestore.config import StoreConfig
-from fusestore.erasure import Code
+from fusestore.config.mkfs import make_store
+from fusestore.config.store_config import StoreConfig
 from fusestore.errors import NoSpaceError, UsageError
+from fusestore.files import recode as recode_module
+from fusestore.files.attributes import CODE, POLICY
+from fusestore.format import schema
+from fusestore.format.erasure import Code
+from fusestore.format.schema import ROOT, Stripe
 from fusestore.limits import RECODE_BYTES, STRIPE_BYTES
-from fusestore.mkfs import make_store
-from fusestore.schema import ROOT, Stripe
-from fusestore.store import open_store
+from fusestore.store.opening import open_store
 
 C42, C21, C12 = Code(4, 2), Code(2, 1), Code(1, 2)
 MIB = 1 << 20
@@ -310,7 +310,7 @@ async def test_what_cannot_be_read_is_named_and_left(config: StoreConfig) -> Non
         for segment in (node.path / "shards").iterdir():
             segment.write_bytes(bytes(segment.stat().st_size))
     async with open_store(config, background=False) as store, trio.open_nursery() as nursery:
-        from fusestore.filesystem import FileSystem
+        from fusestore.files.filesystem import FileSystem
 
         one = Opened(store, FileSystem(store, nursery))
         result = await recode(one, ROOT, C42)

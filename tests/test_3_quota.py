@@ -16,14 +16,14 @@ import trio
 from test_2_log import Opened, crashed, opened
 from test_3_fsck import check, edit
 
-from fusestore import schema
-from fusestore.config import StoreConfig
+from fusestore.config.mkfs import make_store
+from fusestore.config.store_config import StoreConfig
 from fusestore.errors import CrossesQuotaError, FileSystemError, QuotaError, UsageError
-from fusestore.fsck_repair import fsck
+from fusestore.format import schema
+from fusestore.format.schema import NO_LIMIT, ROOT, Quota, QuotaState
 from fusestore.limits import STRIPE_BYTES
-from fusestore.mkfs import make_store
-from fusestore.recover import recover
-from fusestore.schema import NO_LIMIT, ROOT, Quota, QuotaState
+from fusestore.rescue.fsck_mend import fsck
+from fusestore.rescue.recover import recover
 
 KIB = 1 << 10
 

@@ -29,12 +29,9 @@ import trio
 from test_2_log import Opened, opened
 from xxhash import xxh3_64_intdigest
 
-from fusestore import acl, schema
-from fusestore.config import IDENTITY_NAME, StoreConfig, load
-from fusestore.control import lock_store
-from fusestore.daemon import offline
-from fusestore.engine import Engine
-from fusestore.erasure import Code
+from fusestore.commit.metadata_dump import Snapshotter
+from fusestore.config.mkfs import make_store
+from fusestore.config.store_config import IDENTITY_NAME, StoreConfig, load
 from fusestore.errors import (
     FileSystemError,
     FusestoreError,
@@ -43,15 +40,18 @@ from fusestore.errors import (
     ReplayError,
     UsageError,
 )
-from fusestore.filesystem import FileSystem
+from fusestore.files.filesystem import FileSystem
+from fusestore.files.tree import Change
+from fusestore.format import acl, schema
+from fusestore.format.erasure import Code
+from fusestore.format.records import Header, Kind, Place, Run, records
+from fusestore.format.schema import ROOT, Extent
 from fusestore.limits import STRIPE_BYTES
-from fusestore.mkfs import make_store
-from fusestore.records import Header, Kind, Place, Run, records
-from fusestore.recover import recover
-from fusestore.schema import ROOT, Extent
-from fusestore.snapshot import Snapshotter
-from fusestore.store import open_store
-from fusestore.tree import Change
+from fusestore.metadata.engine import Engine
+from fusestore.rescue.recover import recover
+from fusestore.serve.control_server import lock_store
+from fusestore.serve.daemon import offline
+from fusestore.store.opening import open_store
 
 REGIONS = ("us-east-1", "us-west-1", "eu-west-1")
 FILE_BYTES_MAX = 3 * STRIPE_BYTES
@@ -451,15 +451,15 @@ def refuses_what_is_there(config: StoreConfig) -> None:
 
 
 LIMITS: dict[str, tuple[int, ...]] = {
-    "fusestore.commit.JOURNAL_SEGMENT_BYTES": (8 << 10, 64 << 10, 1 << 20),
-    "fusestore.commit.CHECKPOINT_CHANGES_MAX": (20, 10_000),
-    "fusestore.snapshot.SNAPSHOT_PIECE_BYTES": (500, 4 << 10, 256 << 10),
-    "fusestore.snapshot.SNAPSHOT_STEP_KEYS": (1, 7, 200),
-    "fusestore.members.SHARD_SEGMENT_BYTES": (100_000, 1 << 20, 64 << 20),
-    "fusestore.recover.CHECKPOINT_CHANGES_MAX": (1, 50, 10_000),
-    "fusestore.contents.TRIM_BATCH": (1, 256),
+    "fusestore.commit.committer.JOURNAL_SEGMENT_BYTES": (8 << 10, 64 << 10, 1 << 20),
+    "fusestore.commit.committer.CHECKPOINT_CHANGES_MAX": (20, 10_000),
+    "fusestore.commit.metadata_dump.SNAPSHOT_PIECE_BYTES": (500, 4 << 10, 256 << 10),
+    "fusestore.commit.metadata_dump.SNAPSHOT_STEP_KEYS": (1, 7, 200),
+    "fusestore.members.members.SHARD_SEGMENT_BYTES": (100_000, 1 << 20, 64 << 20),
+    "fusestore.rescue.recover.CHECKPOINT_CHANGES_MAX": (1, 50, 10_000),
+    "fusestore.files.contents.TRIM_BATCH": (1, 256),
 }
-SNAPSHOT_LIMIT = "fusestore.snapshot.SNAPSHOT_JOURNAL_BYTES_MIN"
+SNAPSHOT_LIMIT = "fusestore.commit.metadata_dump.SNAPSHOT_JOURNAL_BYTES_MIN"
 
 
 @dataclass
@@ -1147,8 +1147,8 @@ async def with_snapshots(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch, count: int = 1
 ) -> Files:
     """A store whose metadata was dumped in several pieces, and that went on."""
-    monkeypatch.setattr("fusestore.snapshot.SNAPSHOT_PIECE_BYTES", 1000)
-    monkeypatch.setattr("fusestore.snapshot.SNAPSHOT_STEP_KEYS", 3)
+    monkeypatch.setattr("fusestore.commit.metadata_dump.SNAPSHOT_PIECE_BYTES", 1000)
+    monkeypatch.setattr("fusestore.commit.metadata_dump.SNAPSHOT_STEP_KEYS", 3)
     for number in range(count):
         async with opened(config) as one:
             await put(one, made(f"{number}", *(f"f{i}" for i in range(10)), size=900))
@@ -1333,7 +1333,7 @@ INTERRUPTIONS += [(os, "replace", 1), (Engine, "close", 1)]
 async def test_recovery_that_is_interrupted_leaves_nothing(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, nth: int
 ) -> None:
-    monkeypatch.setattr("fusestore.recover.CHECKPOINT_CHANGES_MAX", 1)
+    monkeypatch.setattr("fusestore.rescue.recover.CHECKPOINT_CHANGES_MAX", 1)
     files: dict[str, bytes] = {}
     for number in range(4):
         files |= made(f"{number}", "a", f"b{number}")

@@ -17,15 +17,15 @@ import pytest
 import trio
 from test_2_log import Opened, loses_a_region, opened
 
-from fusestore import schema
-from fusestore.config import StoreConfig, load
-from fusestore.daemon import _commands, offline
-from fusestore.erasure import Code
+from fusestore.config.mkfs import make_store
+from fusestore.config.store_config import StoreConfig, load
 from fusestore.errors import UsageError
+from fusestore.format import schema
+from fusestore.format.erasure import Code
+from fusestore.format.schema import Stripe
 from fusestore.limits import STRIPE_BYTES
-from fusestore.mkfs import make_store
-from fusestore.recover import recover
-from fusestore.schema import Stripe
+from fusestore.rescue.recover import recover
+from fusestore.serve.daemon import _commands, offline
 
 REGIONS = ["us-east-1", "us-west-1", "eu-west-1"]
 
@@ -116,7 +116,7 @@ async def test_a_storm_while_it_is_unmounted_is_mended(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
 ) -> None:
     """What is gone is noticed by the mount, and mended without being asked."""
-    monkeypatch.setattr("fusestore.members.SHARD_SEGMENT_BYTES", 1 << 20)
+    monkeypatch.setattr("fusestore.members.members.SHARD_SEGMENT_BYTES", 1 << 20)
     seed = pytestconfig.getoption("--model-seed")
     print("seed", seed)
     chance = random.Random(seed)
@@ -189,7 +189,7 @@ async def reaches(one: Opened, stripes: int) -> None:
 async def test_a_scrub_keeps_its_place(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fusestore.scrub.REPAIR_BATCH", 2)
+    monkeypatch.setattr("fusestore.repair.scrub.REPAIR_BATCH", 2)
     async with opened(config) as one:
         await fill(one)
         await do(one, "scrub", action="start", rate=30e6)

@@ -26,7 +26,7 @@ from fusestore.bench.report import bar, number_text
 from fusestore.bench.rounds import WORKLOADS, Row
 from fusestore.bench.scale import QUICK, Scale
 from fusestore.bench.session import Options, run
-from fusestore.cli import cli
+from fusestore.cli.main import cli
 from fusestore.errors import FusestoreError, UsageError
 
 TINY = replace(

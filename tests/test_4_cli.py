@@ -24,14 +24,13 @@ import pytest
 import trio
 from click.testing import CliRunner, Result
 
-from fusestore import mounts
-from fusestore.cli import cli
-from fusestore.cli_errors import EXIT_STATUS, FAILED
-from fusestore.cli_status import _circumstances
-from fusestore.cli_store import ANY_PATH
-from fusestore.config import load
-from fusestore.control import ControlServer, Handler, lock_store
-from fusestore.control_client import ControlClient, Message, Progress
+from fusestore.cli.asking import ANY_PATH
+from fusestore.cli.errors import EXIT_STATUS, FAILED
+from fusestore.cli.main import cli
+from fusestore.cli.status import _circumstances
+from fusestore.config.mkfs import make_store
+from fusestore.config.mount_options import MountOptions
+from fusestore.config.store_config import load
 from fusestore.errors import (
     ConfigError,
     FusestoreError,
@@ -40,10 +39,11 @@ from fusestore.errors import (
     StoreBusyError,
     UsageError,
 )
-from fusestore.launch import prepare_mountpoint
-from fusestore.mkfs import make_store
-from fusestore.mount_options import MountOptions
-from fusestore.status_text import bytes_text, layout_lines, repair_line, status_lines
+from fusestore.serve.control_client import ControlClient, Message, Progress
+from fusestore.serve.control_server import ControlServer, Handler, lock_store
+from fusestore.serve.launch import prepare_mountpoint
+from fusestore.system import mounts
+from fusestore.text import bytes_text, layout_lines, repair_line, status_lines
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -660,9 +660,9 @@ async def mounted(config, mountpoint, options, on_ready, mode):
         finally:
             pyfuse3.close(unmount=True)
 
-module = types.ModuleType("fusestore.daemon")
+module = types.ModuleType("fusestore.serve.daemon")
 module.serve = serve
-sys.modules["fusestore.daemon"] = module
+sys.modules["fusestore.serve.daemon"] = module
 """
 
 

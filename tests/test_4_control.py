@@ -21,9 +21,16 @@ import trio
 import trio.testing
 
 from fusestore import errors
-from fusestore.config import StoreConfig
-from fusestore.control import ControlLimits, ControlServer, Handler, lock_store
-from fusestore.control_client import (
+from fusestore.config.store_config import StoreConfig
+from fusestore.errors import (
+    FusestoreError,
+    NotDurableError,
+    NotMountedError,
+    StoreBusyError,
+    UsageError,
+)
+from fusestore.format.erasure import Code
+from fusestore.serve.control_client import (
     REQUEST_BYTES_MAX,
     ControlClient,
     Message,
@@ -33,14 +40,7 @@ from fusestore.control_client import (
     error_of,
     lock_holder,
 )
-from fusestore.erasure import Code
-from fusestore.errors import (
-    FusestoreError,
-    NotDurableError,
-    NotMountedError,
-    StoreBusyError,
-    UsageError,
-)
+from fusestore.serve.control_server import ControlLimits, ControlServer, Handler, lock_store
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="changes its user")
 

@@ -36,22 +36,24 @@ from conftest import FUSESTORE
 from pyfuse3 import FUSEError
 from test_2_log import Opened, opened
 
-from fusestore import operations, schema, web
-from fusestore.config import COUNTS_NAME, StoreConfig, load
-from fusestore.counts import COLUMNS, Counter, Counts, csv_text
-from fusestore.engine import Engine
-from fusestore.erasure import Code
+from fusestore.config.mkfs import make_store
+from fusestore.config.mount_options import MountOptions, parse_address
+from fusestore.config.store_config import COUNTS_NAME, StoreConfig, load
 from fusestore.errors import ConfigError, FusestoreError, NoEntryError, NoSpaceError, UsageError
+from fusestore.format import schema
+from fusestore.format.erasure import Code
 from fusestore.limits import STRIPE_BYTES
-from fusestore.mkfs import make_store
-from fusestore.monitor import BUCKETS_NS, Monitor, _page, health
-from fusestore.mount_options import MountOptions, parse_address
-from fusestore.operations import TALLIES, _answered
-from fusestore.report import count_missing
-from fusestore.status_text import duration_text, risk_line, status_lines, verdict
+from fusestore.metadata.engine import Engine
+from fusestore.serve import operations
+from fusestore.serve.operations import TALLIES, _answered
+from fusestore.store.report import count_missing
 from fusestore.tally import BOUNDS_NS, Histogram, Tally, combined, summary
+from fusestore.text import duration_text, risk_line, status_lines, verdict
+from fusestore.watch import web
+from fusestore.watch.counts import COLUMNS, Counter, Counts, csv_text
+from fusestore.watch.monitor import BUCKETS_NS, Monitor, _page, health
 
-MONITORING = files("fusestore") / "monitoring"
+MONITORING = files("fusestore.watch")
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
 
@@ -491,7 +493,7 @@ async def test_dashboard_and_alerts_speak_of_metrics_that_there_are(config: Stor
 async def test_a_loop_that_hangs_is_said(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fusestore.monitor.ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr("fusestore.watch.monitor.ANSWER_SECONDS", 0.1)
     async with opened(config) as one:
         monitor = Monitor(one.store, TALLIES, about)
         failed: list[BaseException] = []

@@ -16,14 +16,16 @@ import pytest
 import trio
 from click.testing import CliRunner, Result
 
-from fusestore import config as configuration
-from fusestore import logs, records, schema, units
-from fusestore.cli import cli
-from fusestore.config import StoreConfig
-from fusestore.daemon import offline
+from fusestore.cli.main import cli
+from fusestore.config import store_config as configuration
+from fusestore.config.mkfs import make_store
+from fusestore.config.mount_options import MountOptions, of_fstab
+from fusestore.config.store_config import StoreConfig
 from fusestore.errors import FusestoreError, MetadataError, UnknownVersionError, UsageError
-from fusestore.mkfs import make_store
-from fusestore.mount_options import MountOptions, of_fstab
+from fusestore.format import records, schema
+from fusestore.serve import units
+from fusestore.serve.daemon import offline
+from fusestore.system import logs
 
 PACKAGE = Path(__file__).resolve().parent.parent / "fusestore"
 
@@ -137,14 +139,16 @@ def test_a_command_that_needs_the_store_names_one_mistake_and_how_to_see_all(
     assert f"(1 more: `fusestore config check {config.store}`)." in result.stderr
 
 
-@pytest.mark.parametrize("example", sorted(path.name for path in PACKAGE.glob("examples/*.toml")))
+@pytest.mark.parametrize(
+    "example", sorted(path.name for path in PACKAGE.glob("config/examples/*.toml"))
+)
 def test_the_examples_are_right(example: str) -> None:
-    result = run("config", "check", PACKAGE / "examples" / example)
+    result = run("config", "check", PACKAGE / "config" / "examples" / example)
     assert (result.exit_code, result.stderr) == (0, "")
 
 
 def test_there_are_the_examples_that_are_promised() -> None:
-    names = {path.stem for path in PACKAGE.glob("examples/*.toml")}
+    names = {path.stem for path in PACKAGE.glob("config/examples/*.toml")}
     assert names == {"three-disks", "disk-nas-usb", "laptop"}
 
 
@@ -190,7 +194,7 @@ def test_nodes_of_a_newer_format_are_not_used(config: StoreConfig) -> None:
 
 def record(level: int, text: str) -> logging.LogRecord:
     """A record of a log."""
-    return logging.LogRecord("fusestore.daemon", level, __file__, 1, text, None, None)
+    return logging.LogRecord("fusestore.serve.daemon", level, __file__, 1, text, None, None)
 
 
 def test_lines_for_the_journal_have_a_priority_and_no_time() -> None:

@@ -33,8 +33,8 @@ from posixly import (
     refused,
 )
 
-from fusestore import acl
-from fusestore.acl import Entry, Tag
+from fusestore.format import acl
+from fusestore.format.acl import Entry, Tag
 
 pytestmark = pytest.mark.mounted
 

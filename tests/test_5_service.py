@@ -16,10 +16,10 @@ import trio
 import trio.testing
 from conftest import FUSESTORE, REPOSITORY, Store, is_mounted
 
-from fusestore import service_manager
 from fusestore.errors import FusestoreError
-from fusestore.mounts import check_answers
-from fusestore.service_manager import ServiceManager
+from fusestore.system import sd_notify
+from fusestore.system.mounts import check_answers
+from fusestore.system.sd_notify import ServiceManager
 
 MakeStore = Callable[..., Store]
 SECONDS_MAX = 60
@@ -84,7 +84,7 @@ async def test_signs_of_life_come_at_half_the_time_of_the_watchdog(
 async def test_without_a_watchdog_of_ours_they_come_now_and_then(
     manager: Manager, autojump_clock: trio.testing.MockClock, odd: dict[str, str]
 ) -> None:
-    heard = await heard_in(manager, 2 * service_manager.BEAT_SECONDS_MAX - 1, **odd)
+    heard = await heard_in(manager, 2 * sd_notify.BEAT_SECONDS_MAX - 1, **odd)
     assert len(heard) == 2 + 4 + 1
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import load
+from ..config.store_config import load
 from ..errors import FusestoreError, UsageError
 from . import interrupts, plot, report, targets
 from .report import Report

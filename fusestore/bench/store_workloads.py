@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ..control_client import ControlClient
 from ..limits import MIB
+from ..serve.control_client import ControlClient
 from . import workloads
 from .children import isolated, together
 from .measured import Measured

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from .. import __version__
-from ..mounts import MOUNTINFO, parse_entries
+from ..system.mounts import MOUNTINFO, parse_entries
 from .workloads import drop_caches
 
 

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import mounts
-from ..control_client import ControlClient
 from ..errors import FusestoreError, UsageError
-from ..launch import environment
+from ..serve.control_client import ControlClient
+from ..serve.launch import environment
+from ..system import mounts
 from . import interrupts
 from .surroundings import file_system
 

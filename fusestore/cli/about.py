@@ -1,0 +1,69 @@
+"""The commands `version`, `man` and `completion`: fusestore about itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .asking import ANY_PATH, JSON, print_json
+
+
+@click.command(short_help="Say which versions of what are at work.")
+@JSON
+def version(as_json: bool) -> None:
+    """Print the versions of fusestore, of its format on disk, and of what it is built on.
+
+    \b
+      fusestore version
+      fusestore version --json
+    """
+    from .versions import versions
+
+    found = versions()
+    if as_json:
+        print_json(dict(found))
+        return
+    width = max(map(len, found))
+    for name, number in found.items():
+        click.echo(f"{name:<{width}}  {number}")
+
+
+@click.command(short_help="Write the manual pages.")
+@click.argument("directory", type=ANY_PATH)
+@click.pass_context
+def man(context: click.Context, directory: Path) -> None:
+    """Write a manual page for each command into DIRECTORY, which is made.
+
+    They are made of what --help says.
+
+    \b
+      fusestore man /usr/local/share/man/man1 && man fusestore-mount
+    """
+    from .man_pages import pages
+
+    directory.mkdir(parents=True, exist_ok=True)
+    count = 0
+    for name, text in pages(context.find_root().command):
+        (directory / name).write_text(text, encoding="utf-8")
+        count += 1
+    click.echo(f"{count} pages written to {directory}.")
+
+
+@click.command(short_help="Print a script for the completion of a shell.")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.pass_context
+def completion(context: click.Context, shell: str) -> None:
+    """Print a script that makes SHELL complete fusestore's commands and options.
+
+    \b
+      bash   eval "$(fusestore completion bash)"    in ~/.bashrc
+      zsh    eval "$(fusestore completion zsh)"     in ~/.zshrc
+      fish   fusestore completion fish > ~/.config/fish/completions/fusestore.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    cli = context.find_root().command
+    click.echo(kind(cli, {}, "fusestore", "_FUSESTORE_COMPLETE").source())

@@ -1,0 +1,277 @@
+"""The commands `repair` and `inspect`, and how a command has its work done.
+
+They ask the daemon of a mounted store, and open an unmounted one themselves;
+the same code does the work in both cases.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .errors import sentence
+
+if TYPE_CHECKING:
+    from ..config.store_config import StoreConfig
+    from ..serve.control_client import Message, Progress
+
+LAYOUT = "user.fusestore.layout"
+PATHS_SHOWN_MAX = 20
+
+
+class _AnyPath(click.Path):
+    """A path that is not looked at here.
+
+    A mount whose daemon hangs would hold the command up, and what is wrong with
+    a path is said by whoever uses it.
+    """
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
+        return Path(value)
+
+
+ANY_PATH = _AnyPath()
+STORE = click.argument("store", type=ANY_PATH)
+PATH = click.argument("path", type=ANY_PATH)
+JSON = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else."
+)
+QUIET = click.option("--quiet", "-q", is_flag=True, help="No progress bar.")
+
+
+def ask(
+    config: StoreConfig, command: str, arguments: Message, progress: Progress
+) -> tuple[int | None, Message]:
+    """Have a command done; returns the daemon that did it, by number, if one did; its result."""
+    from ..errors import NotMountedError
+    from ..serve.control_client import ControlClient
+
+    client = ControlClient(config.store)
+    try:
+        return client.daemon(), client.request(command, arguments, progress)
+    except NotMountedError:
+        import trio
+
+        from ..serve.daemon import offline
+
+        return None, trio.run(
+            offline,
+            config,
+            command,
+            arguments,
+            progress,
+            restrict_keyboard_interrupt_to_checkpoints=True,
+        )
+
+
+@contextmanager
+def answering(as_json: bool, **failed: Any) -> Iterator[None]:
+    """Let an error of the body be JSON on standard output too, if it is asked for."""
+    try:
+        yield
+    except Exception as error:
+        if as_json and not isinstance(error, click.exceptions.Exit):
+            print_json({**failed, "error": sentence(error)})
+        raise
+
+
+def print_lines(lines: Iterable[str], *, err: bool = False) -> None:
+    """Print lines for people; in one piece, so that `head -1` takes them whole."""
+    from ..text import printable
+
+    click.echo("\n".join(map(printable, lines)), err=err)
+
+
+def print_json(value: Message) -> None:
+    """Print the one JSON object that a command was asked for."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def print_paths(what: str, paths: list[str]) -> None:
+    """Name files on standard error, not too many."""
+    lines = [f"{what}: {path}" for path in paths[:PATHS_SHOWN_MAX]]
+    if len(paths) > PATHS_SHOWN_MAX:
+        lines.append(f"and {len(paths) - PATHS_SHOWN_MAX} more: see --json")
+    if lines:
+        print_lines(lines, err=True)
+
+
+class Bar:
+    """A progress bar on standard error, if that is a terminal."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._wanted = not quiet and sys.stderr.isatty()
+        self._bar: Any = None
+        self._phase = ""
+
+    def show(self, progress: Message) -> None:
+        """Show where a command is: `phase`, and `done` of `total` bytes."""
+        if not self._wanted:
+            return
+        if self._bar is None or progress["phase"] != self._phase:
+            from tqdm import tqdm
+
+            self.close()
+            self._phase = progress["phase"]
+            unit = progress.get("unit", "B")
+            self._bar = tqdm(desc=self._phase, unit=unit, unit_scale=True, leave=False)
+        self._bar.total = progress["total"]
+        self._bar.update(progress["done"] - self._bar.n)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def do(
+    store: Path, command: str, arguments: Message, *, quiet: bool = True, as_json: bool
+) -> Message:
+    """Have a command done, with a progress bar; its result, printed if it is to be JSON."""
+    from ..config.store_config import load
+
+    with closing(Bar(quiet)) as bar, answering(as_json):
+        _, result = ask(load(store), command, arguments, bar.show)
+    if as_json:
+        print_json(result)
+    return result
+
+
+def complete_node(context: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    """The nodes of a store whose names begin so."""
+    from ..config.store_config import load
+    from ..errors import FusestoreError
+
+    try:
+        config = load(context.params["store"])
+    except (FusestoreError, KeyError):
+        return []
+    return [node.name for node in config.nodes if node.name.startswith(incomplete)]
+
+
+def rate_option(function: Any) -> Any:
+    """The option --rate, in MB/s; its value is in bytes a second."""
+    return click.option(
+        "--rate",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="MB/s",
+        callback=lambda context, option, value: value * 1e6 if value else None,
+        help="Read and write at most so much a second.",
+    )(function)
+
+
+# --- repair ------------------------------------------------------------------
+
+
+@click.command(short_help="Rebuild a node that lost its data.")
+@STORE
+@click.argument("node", shell_complete=complete_node)
+@click.option(
+    "--to",
+    type=ANY_PATH,
+    metavar="PATH",
+    help="Rebuild it in this directory, new or empty, and keep it there.",
+)
+@click.option("--dry-run", is_flag=True, help="Only say what there is to do.")
+@rate_option
+@QUIET
+@JSON
+@click.pass_context
+def repair(
+    context: click.Context,
+    store: Path,
+    node: str,
+    to: Path | None,
+    dry_run: bool,
+    rate: float | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Rebuild NODE of STORE from the other nodes, mounted or not.
+
+    For a node whose directory is gone, empty, or has lost or bad shards.  The
+    journal comes first, then the shards, those of the weakest stripes first.
+    Each shard is read back and checked before it counts; afterwards any other
+    region may go.  A repair that was killed goes on where it was.  What cannot
+    be rebuilt is named file by file, with exit status 1.
+
+    \b
+      fusestore repair ~/store us-east-1
+      fusestore repair ~/store us-east-1 --to /mnt/new-disk/us-east-1
+    """
+    from ..config.store_config import load
+    from ..text import plan_lines, repair_line
+
+    place = os.fspath(to.absolute()) if to else None
+    arguments = {"node": node, "to": place, "dry_run": dry_run, "rate": rate}
+    with closing(Bar(quiet)) as bar, answering(as_json):
+        config = load(store)
+        config.node(node)
+        _, result = ask(config, "repair", arguments, bar.show)
+    if as_json:
+        print_json(result)
+    else:
+        done = [] if dry_run else [repair_line(node, result)]
+        print_lines([*plan_lines(result["plan"]), *done])
+    if not dry_run and result["unrepairable"]:
+        if not as_json:
+            print_paths("lost", result["unrepairable"])
+        context.exit(1)
+
+
+# --- inspect -----------------------------------------------------------------
+
+
+@click.command(short_help="Show where a file's shards are.")
+@PATH
+@JSON
+def inspect(path: Path, as_json: bool) -> None:
+    """Show the code, the stripes and the place of each shard of PATH, a file on a mount.
+
+    The same as the attribute user.fusestore.layout.
+
+    \b
+      fusestore inspect ~/files/letter.txt
+      getfattr -n user.fusestore.layout --only-values ~/files/letter.txt
+    """
+    with answering(as_json):
+        layout = _layout(path)
+    if as_json:
+        print_json(layout)
+    else:
+        from ..text import layout_lines
+
+        print_lines(layout_lines(os.fspath(path), layout))
+
+
+def _layout(path: Path) -> Message:
+    """The layout of a file; the daemon is asked for one too long for an attribute."""
+    from ..errors import UsageError
+    from ..serve.control_client import ControlClient
+    from ..system import mounts
+
+    try:
+        mount = mounts.containing(path)
+        if mount is None:
+            raise UsageError(f"{path} is not on a mount of a store.")
+        try:
+            layout: Message = json.loads(mounts.attribute(path, LAYOUT))
+        except OSError as error:
+            if error.errno not in (errno.E2BIG, errno.ERANGE):
+                raise
+            inode = os.stat(path).st_ino
+            layout = ControlClient(mount.store).request("layout", {"inode": inode})
+    except OSError as error:
+        if error.errno == errno.ENODATA:
+            raise UsageError(f"{path} has no layout: only regular files have one.") from None
+        raise UsageError(f"{path} cannot be inspected: {error.strerror}.") from error
+    return layout

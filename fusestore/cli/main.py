@@ -1,0 +1,149 @@
+"""The command line: `fusestore COMMAND …`.
+
+What a command needs is imported when it runs, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import __version__
+from ..system import logs
+from .about import completion, man, version
+from .asking import ANY_PATH, STORE, inspect, print_lines, repair
+from .bench import bench
+from .errors import EndsInSentences
+from .metrics import metrics
+from .mount import mount, umount
+from .nodes import node, rebalance
+from .operate import config, log_level, service
+from .policy import policy, quota, recode
+from .rescue import fsck, recover
+from .safety import drill, risk, scrub
+from .status import status
+
+EPILOG = """\b
+Exit status:
+  0  fine
+  1  not healthy: the command ran, and found what is not as it should be
+  2  wrong use: arguments or configuration; nothing was changed
+  3  failed
+"""
+
+
+class _Commands(EndsInSentences, click.Group):
+    pass
+
+
+@click.group(cls=_Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fusestore", message="%(prog)s %(version)s")
+def cli() -> None:
+    """A directory that survives the loss of a disk, a site or a cloud region.
+
+    What is written to the mount is cut into stripes, coded, and kept as shards
+    in three regions; any one of them can be lost.
+
+    \b
+      fusestore mkfs ~/store              make a store with three regions
+      fusestore mount ~/store ~/files     mount it (~/files: an empty directory)
+      fusestore status ~/store            is everything safe?
+      fusestore umount ~/files            commit everything and unmount
+    """
+    logging.basicConfig(format="fusestore: %(message)s", level=logging.WARNING)
+    if logs.is_journal():
+        logging.getLogger().handlers[0].setFormatter(logs.JournalFormatter())
+
+
+for _command in (
+    *(mount, umount, status, metrics, repair, scrub, risk, drill, fsck, recover, inspect, bench),
+    *(policy, recode, quota, config, log_level, service, version, man, completion),
+    *(node, rebalance),
+):
+    cli.add_command(_command)
+
+
+# --- mkfs --------------------------------------------------------------------
+
+
+def _region(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> Any:
+    regions: list[tuple[str, Path | None]] = []
+    for value in values:
+        name, equals, path = value.partition("=")
+        if equals and not path:
+            raise click.BadParameter(f"{value!r} has no path after the equals sign.")
+        regions.append((name, Path(path) if equals else None))
+    return regions
+
+
+@cli.command(short_help="Make a store.")
+@STORE
+@click.option(
+    "regions",
+    "--region",
+    multiple=True,
+    metavar="NAME[=PATH]",
+    callback=_region,
+    help="A region, and the directory of its node: below STORE if none is given.  "
+    "Repeat it for each; default: us-east-1, us-west-1 and eu-west-1.",
+)
+@click.option(
+    "--code",
+    metavar="K+M",
+    default="2+1",
+    show_default=True,
+    help="Of new files: K data shards and M parity shards a stripe.",
+)
+@click.option(
+    "--metadata",
+    type=ANY_PATH,
+    metavar="DIR",
+    help="The directory of the metadata; default: STORE/metadata.",
+)
+@click.option(
+    "--allow-unsafe", is_flag=True, help="Take codes that do not survive the loss of a region."
+)
+def mkfs(
+    store: Path,
+    regions: list[tuple[str, Path | None]],
+    code: str,
+    metadata: Path | None,
+    allow_unsafe: bool,
+) -> None:
+    """Make a store in the directory STORE, which must be new or empty.
+
+    \b
+      fusestore mkfs ~/store
+      fusestore mkfs /srv/store --code 4+2 --metadata /ssd/store
+      fusestore mkfs /srv/store --region a=/disk1/a --region b=/disk2/b --region c=/disk3/c
+
+    \b
+    Codes for three regions, each surviving the loss of any one of them:
+      2+1   takes 1.5 times the space of the data
+      4+2   the same, in smaller shards
+      6+3   the same, in still smaller ones
+      1+2   three copies
+    """
+    from ..config.mkfs import make_store
+    from ..format.erasure import Code
+
+    config = make_store(store, regions, Code.parse(code), metadata, allow_unsafe)
+    places = ", ".join(dict.fromkeys(config.regions))
+    place = shlex.quote(os.fspath(config.store if os.fspath(store).startswith("-") else store))
+    print_lines(
+        [
+            f"{config.store} is a store with code {config.code} in {places}.",
+            f"Mount it on an empty directory: fusestore mount {place} MOUNTPOINT",
+        ]
+    )
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    sys.exit(cli.main(prog_name="fusestore"))

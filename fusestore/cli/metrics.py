@@ -1,0 +1,128 @@
+"""The command `metrics`: what operations were counted, how fast they were, and how they ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .asking import JSON, STORE, answering, print_json, print_lines
+
+if TYPE_CHECKING:
+    from ..serve.control_client import Message
+
+
+@click.group(short_help="Count operations, and how long they took.")
+def metrics() -> None:
+    """Say how many operations STORE's mounts have done, how fast, and how they ended.
+
+    They are counted since the last `reset`, across mounts.  Times are from when
+    the daemon gets a request to when it has answered.  A crash may lose what was
+    counted in the last minute.
+
+    \b
+      fusestore metrics summary ~/store
+      fusestore metrics export ~/store --csv operations.csv
+      fusestore metrics reset ~/store
+    """
+
+
+def _counts(store: Path, action: str) -> Message:
+    """Ask the daemon, or the file of a store that is not mounted."""
+    from ..config.store_config import load
+    from ..errors import NotMountedError
+    from ..serve.control_client import ControlClient
+
+    config = load(store)
+    try:
+        return ControlClient(config.store).request("metrics", {"action": action})
+    except NotMountedError:
+        from ..serve.control_server import lock_store
+        from ..watch.counts import Counts
+
+        if action == "reset":
+            with lock_store(config.store):
+                Counts(time.time(), 0.0, {}).write(config.store)
+        return Counts.read(config.store).rows()
+
+
+@metrics.command("summary")
+@STORE
+@JSON
+def metrics_summary(store: Path, as_json: bool) -> None:
+    """Print a table: how many, how fast, and how they ended."""
+    with answering(as_json):
+        rows = _counts(store, "summary")
+    if as_json:
+        print_json(rows)
+    else:
+        print_lines(_lines(rows))
+
+
+@metrics.command("export")
+@STORE
+@click.option(
+    "--csv",
+    "file",
+    type=click.File("w", encoding="utf-8", atomic=True),
+    default="-",
+    metavar="FILE",
+    help="Where to; it is replaced.  Default: standard output.",
+)
+def metrics_export(store: Path, file: Any) -> None:
+    """Write the rows as CSV; times in seconds, sizes in bytes."""
+    from ..watch.counts import csv_text
+
+    file.write(csv_text(_counts(store, "summary")))
+
+
+@metrics.command("reset")
+@STORE
+def metrics_reset(store: Path) -> None:
+    """Count from nothing on; what Prometheus gets goes on as it was."""
+    _counts(store, "reset")
+
+
+def _lines(rows: Message) -> Iterator[str]:
+    from ..text import bytes_text, duration_text, table_lines
+
+    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(rows["since"]))
+    total = sum(row["count"] for row in rows["operations"])
+    yield (
+        f"{total:,} operations since {since}, "
+        f"while mounted for {duration_text(rows['mounted_seconds'])}."
+    )
+    if not total:
+        return
+    yield ""
+    table = [("OPERATION", "COUNT", "PER S", "BYTES", "MB/S", "OK", "MEAN", "MEDIAN", "P95", "P99")]
+    for row in rows["operations"]:
+        moved = bool(row["bytes"])
+        table.append(
+            (
+                row["operation"],
+                f"{row['count']:,}",
+                f"{row['per_second']:.1f}",
+                bytes_text(row["bytes"]) if moved else "-",
+                f"{row['bytes_per_busy_second'] / 1e6:.0f}" if moved else "-",
+                _percent(row["success_rate"]),
+                *(_brief(row[key]) for key in ("mean", "median", "p95", "p99")),
+            )
+        )
+    yield from table_lines(table, right=range(1, 10))
+
+
+def _percent(share: float) -> str:
+    """As a percentage that is 100 only if nothing failed."""
+    return "100 %" if share == 1 else f"{min(100 * share, 99.999):.3f} %"
+
+
+def _brief(seconds: float) -> str:
+    """A duration with a unit that suits it."""
+    for unit, size in (("µs", 1e-6), ("ms", 1e-3)):
+        if seconds < 999.5 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"

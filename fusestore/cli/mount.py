@@ -1,0 +1,167 @@
+"""The commands `mount` and `umount`."""
+
+from __future__ import annotations
+
+import os
+import select
+from pathlib import Path
+
+import click
+
+from ..system.logs import LEVELS
+from .asking import ANY_PATH, STORE
+
+FORMATS = ("text", "json")
+EXIT_SECONDS = 60.0
+"""A daemon that has answered `stop` has this long to exit."""
+
+
+@click.command(short_help="Mount a store on a directory.")
+@STORE
+@click.argument("mountpoint", type=ANY_PATH)
+@click.option("--foreground", "-f", is_flag=True, help="Stay, and log to standard error.")
+@click.option("options", "-o", multiple=True, metavar="OPT[,OPT…]", help="Mount options, below.")
+@click.option(
+    "--metrics", metavar="[HOST:]PORT", help="Serve metrics and a status page there, by HTTP."
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(LEVELS),
+    default="info",
+    show_default=True,
+    help="Log from this level on; `fusestore log-level` changes it later.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(FORMATS),
+    default="text",
+    show_default=True,
+    help="Lines for people, or one JSON object a line.",
+)
+@click.option("--ready-fd", type=int, hidden=True)
+def mount(
+    store: Path,
+    mountpoint: Path,
+    foreground: bool,
+    options: tuple[str, ...],
+    metrics: str | None,
+    log_level: str,
+    log_format: str,
+    ready_fd: int | None,
+) -> None:
+    """Mount STORE on the directory MOUNTPOINT.
+
+    Returns when the mount answers; a daemon in the background serves it from
+    then on, and logs to the file that `fusestore status STORE` names.  A store
+    that lacks a region is mounted with a warning.
+
+    \b
+      fusestore mount ~/store ~/files
+      fusestore mount ~/store /srv/files -o allow_other,noexec
+      fusestore mount ~/store ~/files --foreground --log-level debug
+      fusestore mount ~/store ~/files --metrics 9464    http://127.0.0.1:9464/
+
+    \b
+    Options of -o:
+      ro            nothing can be changed
+      allow_other   other users may use the mount, as modes allow
+      writeback     the kernel collects small writes: faster, but what no
+                    fsync covered is lost when the daemon dies
+      noxattr       no extended attributes and ACLs: small writes are faster,
+                    with writeback several times
+      nonempty      MOUNTPOINT may have files; they are hidden meanwhile
+      accept_loss   give up newer commits that nodes which are not there may hold
+      metrics=[HOST:]PORT    as --metrics; off: not even if fusestore.toml says so
+      nosuid, nodev, noexec, noatime    as for mount(8); noatime is always so
+    """
+    from ..config.mount_options import MountOptions
+    from ..config.store_config import load
+    from ..serve import launch
+
+    config = load(store)
+    chosen = MountOptions.parse(
+        [*options, f"metrics={metrics}"] if metrics is not None else options
+    )
+    if ready_fd is not None:
+        launch.run(config, mountpoint, chosen, log_level, log_format, ready_fd)
+        return
+    place = launch.prepare_mountpoint(config, mountpoint, chosen)
+    if foreground:
+        launch.run(config, place, chosen, log_level, log_format, None)
+        return
+    for warning in launch.start(config, place, chosen, log_level, log_format):
+        click.echo(f"fusestore: warning: {warning}", err=True)
+
+
+@click.command(short_help="Commit everything and unmount.")
+@click.argument("mountpoint", type=ANY_PATH)
+def umount(mountpoint: Path) -> None:
+    """Unmount the store on MOUNTPOINT.
+
+    Returns when everything is committed and the daemon has exited.  A mount
+    whose daemon died is cleared, with exit status 1: what it had not committed
+    (five seconds at most) is lost.
+
+    \b
+      fusestore umount ~/files
+    """
+    unmount(mountpoint)
+
+
+def unmount(mountpoint: Path) -> None:
+    """Unmount a store; returns when its daemon has exited.  NotHealthyError: it had died."""
+    from ..errors import FusestoreError, NotHealthyError, NotMountedError, UsageError
+    from ..serve.control_client import ControlClient, UnansweredError, lock_holder
+    from ..system import mounts
+
+    place = mounts.locate(mountpoint)
+    there = mounts.find(place)
+    if there is None:
+        raise UsageError(f"No store is mounted on {place}.")
+    if mounts.clear_dead(place):
+        raise NotHealthyError(
+            f"The daemon of {place} had died: the mount is cleared, and what was "
+            f"written in its last seconds without fsync may be lost."
+        )
+    client = ControlClient(there.store)
+    try:
+        pid = client.daemon()
+    except NotMountedError:
+        pid = 0
+    daemon = _watch(pid or lock_holder(there.store) or 0)
+    try:
+        if pid:
+            client.request("stop", {"mountpoint": os.fspath(place)})
+        else:
+            mounts.unmount(place)  # Its daemon will commit and exit, even if it does not listen.
+    except UnansweredError:
+        if _exited(daemon, 1.0):
+            mounts.clear_dead(place)
+            raise
+        mounts.unmount(place)
+    except FusestoreError:
+        if mounts.find(place) is None:
+            _exited(daemon, EXIT_SECONDS)
+        raise
+    if not _exited(daemon, EXIT_SECONDS):
+        raise FusestoreError(
+            f"{place} is unmounted, but its daemon (process {pid}) has not exited "
+            f"within {EXIT_SECONDS:.0f} seconds."
+        )
+
+
+def _watch(pid: int) -> int | None:
+    """A descriptor that becomes readable when the process exits; None: it has, or is not ours."""
+    try:
+        return os.pidfd_open(pid)
+    except (OSError, ValueError):
+        return None
+
+
+def _exited(daemon: int | None, seconds: float) -> bool:
+    """Wait for the exit of the process; False when it still runs after `seconds`."""
+    if daemon is None:
+        return True
+    poller = select.poll()
+    poller.register(daemon, select.POLLIN)
+    return bool(poller.poll(seconds * 1000))

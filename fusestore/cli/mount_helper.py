@@ -1,0 +1,119 @@
+"""`mount.fusestore` and `umount.fusestore`: what mount(8) and umount(8) run for a store.
+
+They are found as /sbin/mount.fusestore and /sbin/umount.fuse.fusestore, so that
+`mount -t fusestore`, a line of /etc/fstab and `umount` work.  Exit statuses are
+those of mount(8).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from ..errors import ConfigError, NotHealthyError, UsageError
+from .asking import ANY_PATH, STORE
+from .errors import EndsInSentences
+
+WRONG_USE = 1
+MOUNT_FAILED = 32
+
+
+class _Helper(EndsInSentences):
+    program = "mount.fusestore"
+    # A dead mount that was cleared (NotHealthyError) is unmounted, as was asked.
+    statuses = {UsageError: WRONG_USE, ConfigError: WRONG_USE, NotHealthyError: 0}  # noqa: RUF012
+    failed = MOUNT_FAILED
+
+
+_TYPE = click.option("-t", "kind", hidden=True, help="Ignored.")
+
+
+@click.command(cls=_Helper, short_help="Mount a store, for mount(8).")
+@STORE
+@click.argument("mountpoint", type=ANY_PATH)
+@click.option("options", "-o", multiple=True, metavar="OPT[,OPT…]", help="Mount options.")
+@click.option("sloppy", "-s", is_flag=True, help="Ignore options that there are not.")
+@click.option("fake", "-f", is_flag=True, help="Check everything, and do not mount.")
+@click.option("-n", "no_mtab", is_flag=True, help="Ignored.")
+@click.option("verbose", "-v", is_flag=True, help="Say what is done.")
+@_TYPE
+def mount(
+    store: Path,
+    mountpoint: Path,
+    options: tuple[str, ...],
+    sloppy: bool,
+    fake: bool,
+    no_mtab: bool,
+    verbose: bool,
+    kind: str | None,
+) -> None:
+    """Mount STORE on the directory MOUNTPOINT, like `fusestore mount`.
+
+    mount(8) runs this as /sbin/mount.fusestore.  The options are those of
+    `fusestore mount`; what only mount(8) and systemd understand (defaults,
+    noauto, nofail, user, _netdev, x-systemd.…) is ignored.
+
+    \b
+      mount -t fusestore /srv/store /srv/data -o allow_other
+
+    \b
+    In /etc/fstab:
+      /srv/store  /srv/data  fusestore  allow_other,nofail,_netdev  0  0
+    """
+    from ..config.mount_options import MountOptions, of_fstab
+    from ..config.store_config import load
+    from ..serve import launch
+
+    config = load(store)
+    chosen = MountOptions.parse(of_fstab(options, sloppy=sloppy))
+    if chosen.accept_loss:
+        raise UsageError("accept_loss is nothing to be said each time: use `fusestore mount`.")
+    place = launch.prepare_mountpoint(config, mountpoint, chosen)
+    if fake:
+        return
+    for warning in launch.start(config, place, chosen, "info", "text"):
+        click.echo(f"mount.fusestore: warning: {warning}", err=True)
+    if verbose:
+        click.echo(f"mount.fusestore: {config.store} mounted on {place}.")
+
+
+@click.command(cls=_Helper, short_help="Unmount a store, for umount(8).")
+@click.argument("mountpoint", type=ANY_PATH)
+@click.option("force", "-f", is_flag=True, help="Cut the mount off, whatever becomes of it.")
+@click.option("lazy", "-l", is_flag=True, help="Unmount when nobody uses it any more.")
+@click.option("-n", "no_mtab", is_flag=True, help="Ignored.")
+@click.option("-r", "read_only", is_flag=True, help="Ignored.")
+@click.option("-v", "verbose", is_flag=True, help="Ignored.")
+@_TYPE
+def umount(
+    mountpoint: Path,
+    force: bool,
+    lazy: bool,
+    no_mtab: bool,
+    read_only: bool,
+    verbose: bool,
+    kind: str | None,
+) -> None:
+    """Unmount the store on MOUNTPOINT; returns when everything is committed.
+
+    umount(8) runs this as /sbin/umount.fuse.fusestore.
+    """
+    if force or lazy:  # the kernel knows how, and the daemon commits when it is told
+        flags = [*(["-f"] if force else []), *(["-l"] if lazy else [])]
+        sys.exit(subprocess.run(["umount", "-i", *flags, "--", mountpoint]).returncode)
+    from .mount import unmount
+
+    unmount(mountpoint)
+
+
+def main_mount() -> None:
+    """Run `mount.fusestore`."""
+    sys.exit(mount.main(prog_name="mount.fusestore"))
+
+
+def main_umount() -> None:
+    """Run `umount.fusestore`."""
+    sys.exit(umount.main(prog_name="umount.fusestore"))

@@ -1,0 +1,175 @@
+"""The commands `node` and `rebalance`: a store grows, shrinks and is evened out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from .asking import (
+    ANY_PATH,
+    JSON,
+    QUIET,
+    STORE,
+    complete_node,
+    do,
+    print_lines,
+    rate_option,
+    repair,
+)
+
+_NODE = click.argument("node", shell_complete=complete_node)
+
+
+@click.group(short_help="Add, drain, remove and list nodes.")
+def node() -> None:
+    """Add, drain, remove, replace and list the nodes of a store, mounted or not.
+
+    A region may have several nodes; each gets shards in proportion to its weight.
+    All goes on in the background of a mount, and may be killed at any moment: done
+    again, or mounted again, it goes on where it was.
+
+    \b
+      fusestore node add ~/store us-east-2 --region us-east-1 --path /mnt/disk2/node
+      fusestore rebalance ~/store start --wait
+      fusestore node drain ~/store us-east-1
+      fusestore node remove ~/store us-east-1
+    """
+
+
+@node.command("list", short_help="Show the nodes and what they hold.")
+@STORE
+@JSON
+def list_nodes(store: Path, as_json: bool) -> None:
+    """Show the nodes of STORE, what each holds, and what its share is."""
+    from ..text import nodes_lines
+
+    result = do(store, "nodes", {}, as_json=as_json)
+    if not as_json:
+        print_lines(nodes_lines(result))
+
+
+@node.command(short_help="Let one more node take part.")
+@STORE
+@click.argument("node")
+@click.option(
+    "--region", required=True, metavar="R", help="The region that it lies in; it may be a new one."
+)
+@click.option(
+    "--path",
+    type=ANY_PATH,
+    metavar="P",
+    help="Its directory, new or empty; default: below STORE, by its name.",
+)
+@click.option(
+    "--weight",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Its share of the region, in proportion to the weights of the others.",
+)
+@QUIET
+@JSON
+def add(
+    store: Path,
+    node: str,
+    region: str,
+    path: Path | None,
+    weight: float,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Let NODE take part in STORE: it gets the journal, then its part of new shards.
+
+    What there is stays where it is until `fusestore rebalance`.
+    """
+    place = Path(os.path.realpath(path if path is not None else store / node))
+    arguments = {"node": node, "region": region, "path": os.fspath(place), "weight": weight}
+    result = do(store, "node_add", arguments, quiet=quiet, as_json=as_json)
+    if not as_json:
+        click.echo(f"{node} at {result['path']} is a node of region {region} now.")
+        click.echo(f"Give it its share of what there is: fusestore rebalance {store} start")
+
+
+@node.command(short_help="Give a node's shards to others.")
+@STORE
+@_NODE
+@click.option("--cancel", is_flag=True, help="Let it have shards again.")
+@click.option("--no-wait", is_flag=True, help="Return at once; it goes on in the background.")
+@QUIET
+@JSON
+def drain(store: Path, node: str, cancel: bool, no_wait: bool, quiet: bool, as_json: bool) -> None:
+    """Give NODE of STORE no new shards, and those that it has to the others of its region.
+
+    Each shard is read back and checked at its new place before it counts there.  Of a
+    node that is gone they are rebuilt.  Draining goes on when this command is
+    interrupted, and after a restart.
+    """
+    from ..text import drain_line
+
+    arguments = {"node": node, "cancel": cancel, "wait": not no_wait}
+    result = do(store, "node_drain", arguments, quiet=quiet, as_json=as_json)
+    if not as_json:
+        click.echo(drain_line(os.fspath(store), result))
+
+
+@node.command(short_help="Take a node out of a store.")
+@STORE
+@_NODE
+@JSON
+def remove(store: Path, node: str, as_json: bool) -> None:
+    """Take NODE, which was drained, out of STORE, and delete what is left in its directory.
+
+    Refused while anything needs it.
+    """
+    result = do(store, "node_remove", {"node": node}, as_json=as_json)
+    if not as_json:
+        rest = "is empty" if result["emptied"] else "was not there, or could not be emptied"
+        click.echo(f"{node} is no node of {store} any more; {result['path']} {rest}.")
+
+
+@click.command(short_help="Give each node its share.")
+@STORE
+@click.argument("action", type=click.Choice(["start", "status", "stop"]))
+@rate_option
+@click.option("--wait", is_flag=True, help="Return when it has ended or was stopped.")
+@QUIET
+@JSON
+def rebalance(
+    store: Path, action: str, rate: float | None, wait: bool, quiet: bool, as_json: bool
+) -> None:
+    """Move shards of STORE between the nodes of a region until each has its weight's share.
+
+    On a mounted store it runs in the background, gives way to users, and goes on
+    after a restart; one that is not mounted is rebalanced to the end at once.
+
+    \b
+      fusestore rebalance ~/store start --wait
+      fusestore rebalance ~/store status
+    """
+    from ..text import rebalance_line
+
+    arguments = {"action": action, "rate": rate, "wait": wait}
+    result = do(store, "rebalance", arguments, quiet=quiet, as_json=as_json)
+    if not as_json:
+        click.echo(rebalance_line(result))
+
+
+_TO = click.Option(
+    ["--to"],
+    type=ANY_PATH,
+    required=True,
+    metavar="PATH",
+    help="Its new directory, new or empty.",
+)
+node.add_command(
+    click.Command(
+        "replace",
+        callback=repair.callback,
+        params=[_TO if parameter.name == "to" else parameter for parameter in repair.params],
+        short_help="Move a node to another place.",
+        help="Rebuild NODE of STORE in the directory PATH, and keep it there: the same as "
+        "`fusestore repair STORE NODE --to PATH`.",
+    )
+)

@@ -1,0 +1,198 @@
+"""The commands `config`, `log-level` and `service`: for whoever runs a store for years."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import click
+
+from ..system.logs import LEVELS
+from .asking import ANY_PATH, STORE, print_lines
+
+# --- config ------------------------------------------------------------------
+
+
+@click.group()
+def config() -> None:
+    """Look at the configuration of a store.
+
+    \b
+      fusestore config check ~/store
+    """
+
+
+@config.command(short_help="Say all that is wrong with fusestore.toml.")
+@STORE
+def check(store: Path) -> None:
+    """Say all that is wrong with the fusestore.toml of STORE, with the line of each.
+
+    STORE may also be a file.  Nothing else is looked at: not the nodes, and not
+    whether their directories are there.
+
+    Exit status 0: it can be used; 2: it cannot.
+
+    \b
+      fusestore config check ~/store
+      fusestore config check draft.toml
+    """
+    from ..config.store_config import CONFIG_NAME, examine
+    from ..errors import ConfigError
+
+    real = Path(os.path.realpath(store))
+    file = real if real.is_file() else real / CONFIG_NAME
+    try:
+        found, problems = examine(file)
+    except ConfigError as error:
+        problems = [str(error)]
+    else:
+        if not problems:
+            nodes = ", ".join(node.name for node in found.nodes)
+            print_lines([f"{file} is fine: code {found.code}, nodes {nodes}."])
+    if problems:
+        print_lines(problems, err=True)
+        click.get_current_context().exit(2)
+
+
+# --- log-level ---------------------------------------------------------------
+
+
+@click.command("log-level", short_help="Change what a mounted store logs.")
+@STORE
+@click.argument("level", type=click.Choice(LEVELS), required=False)
+def log_level(store: Path, level: str | None) -> None:
+    """Have the daemon of STORE log from LEVEL on, until it is unmounted; print the level.
+
+    \b
+      fusestore log-level ~/store debug
+      fusestore log-level ~/store
+    """
+    from ..config.store_config import load
+    from ..serve.control_client import ControlClient
+
+    answer = ControlClient(load(store).store).request("log_level", {"level": level})
+    click.echo(answer["level"])
+
+
+# --- service -----------------------------------------------------------------
+
+
+@click.group()
+def service() -> None:
+    """Have systemd mount a store at each boot.
+
+    \b
+      fusestore service install /srv/store /srv/data -o allow_other
+      fusestore service install --user ~/store ~/files
+      fusestore service uninstall /srv/data
+    """
+
+
+_USER = click.option("--user", is_flag=True, help="For your own systemd, not the system's.")
+
+
+@service.command(short_help="Write the units for a mount.")
+@STORE
+@click.argument("mountpoint", type=ANY_PATH)
+@click.option("options", "-o", multiple=True, metavar="OPT[,OPT…]", help="As for `mount`.")
+@_USER
+@click.option("--print", "only_print", is_flag=True, help="Print the files, and write nothing.")
+def install(
+    store: Path, mountpoint: Path, options: tuple[str, ...], user: bool, only_print: bool
+) -> None:
+    """Write what systemd needs to mount STORE on MOUNTPOINT at each boot.
+
+    They go to /etc/systemd/system, with --user to ~/.config/systemd/user.  It
+    may be run again at any time, for instance when a region has moved.  Nothing
+    is started or enabled: what it prints at the end does that.
+
+    \b
+      fusestore service install /srv/store /srv/data -o allow_other,nodev
+      fusestore service install --user ~/store ~/files --print
+    """
+    from ..config.mount_options import MountOptions
+    from ..config.store_config import load, write_whole
+    from ..errors import UsageError
+    from ..serve import launch, units
+    from ..system import mounts
+
+    found = load(store)
+    chosen = MountOptions.parse(options)
+    if chosen.accept_loss:
+        raise UsageError("accept_loss is nothing to be said at each boot: use `fusestore mount`.")
+    place = mounts.locate(mountpoint)
+    if mounts.find(place) is None:
+        place = launch.prepare_mountpoint(found, mountpoint, chosen)
+    manager = units.Manager.choose(user)
+    texts = units.files(manager, _program(), found, place, chosen)
+    if only_print:
+        click.echo("\n".join(f"# {path}\n{text}" for path, text in texts.items()), nl=False)
+        return
+    for path, text in texts.items():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists() or path.read_text() != text:
+                write_whole(path, text, 0o644)
+                click.echo(f"wrote {path}")
+        except PermissionError as error:
+            who = "write to your home directory" if user else "be root, or use --user"
+            raise UsageError(f"{path} cannot be written: {who}.") from error
+    if Path("/run/systemd/system").is_dir():
+        manager.control("daemon-reload")
+    systemctl = "systemctl --user" if user else "systemctl"
+    instance = units.instance_of(place)
+    click.echo(f"Mount it now and at each boot:  {systemctl} enable --now {_word(instance)}")
+    timer = _word(instance, "fusestore-scrub@", ".timer")
+    click.echo(f"Scrub it every month:           {systemctl} enable --now {timer}")
+    if user:
+        click.echo("Without your being logged in:   loginctl enable-linger")
+
+
+@service.command(short_help="Stop a mount, and forget its settings.")
+@click.argument("mountpoint", type=ANY_PATH)
+@_USER
+def uninstall(mountpoint: Path, user: bool) -> None:
+    """Stop and disable the service of MOUNTPOINT, and remove its settings.
+
+    The store stays as it is, and so do the units that all mounts share.
+
+    \b
+      fusestore service uninstall /srv/data
+    """
+    from ..errors import UsageError
+    from ..serve import units
+    from ..system import mounts
+
+    manager = units.Manager.choose(user)
+    place = mounts.locate(mountpoint)
+    instance = units.instance_of(place)
+    own = manager.own_files(instance)
+    if not own[0].exists():
+        raise UsageError(f"{place} has no service: there is no {own[0]}.")
+    manager.control(
+        *("disable", "--now", f"fusestore@{instance}.service", f"fusestore-scrub@{instance}.timer")
+    )
+    for file in own:
+        file.unlink(missing_ok=True)
+        if not any(file.parent.iterdir()):  # what `systemctl edit` put there stays
+            file.parent.rmdir()
+    manager.control("daemon-reload")
+
+
+def _word(instance: str, before: str = "fusestore@", after: str = "") -> str:
+    """The name of a unit, as a shell takes it."""
+    return shlex.quote(before + instance + after)
+
+
+def _program() -> Path:
+    """The absolute path of the program `fusestore`; UsageError when it is not installed."""
+    from ..errors import UsageError
+
+    beside = Path(sys.executable).with_name("fusestore")
+    found = str(beside) if beside.is_file() else shutil.which("fusestore")
+    if found is None:
+        raise UsageError("The program fusestore is not installed: systemd could not start it.")
+    return Path(os.path.abspath(found))

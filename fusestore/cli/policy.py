@@ -1,0 +1,277 @@
+"""The commands `policy`, `recode` and `quota`: what holds for a directory of a mounted store."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .asking import (
+    ANY_PATH,
+    JSON,
+    PATH,
+    Bar,
+    answering,
+    print_json,
+    print_lines,
+    print_paths,
+    rate_option,
+)
+
+if TYPE_CHECKING:
+    from ..system.mounts import Mount
+
+CODE_ATTRIBUTE = "user.fusestore.code"
+POLICY_ATTRIBUTE = "user.fusestore.policy"
+_UNITS = "KMGTP"
+
+_DIRECTORY = click.argument("directory", type=ANY_PATH)
+
+
+def _on_mount(path: Path, *, directory: bool = False) -> Mount:
+    """The mount of a store that a path is on; UsageError: elsewhere it would mean nothing."""
+    from ..errors import UsageError
+    from ..system import mounts
+
+    try:
+        mount = mounts.containing(path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be looked at: {error.strerror}.") from error
+    if mount is None:
+        raise UsageError(f"{path} is not on a mount of a store.")
+    if directory and not path.is_dir():
+        raise UsageError(f"{path} is not a directory.")
+    return mount
+
+
+def _ask(
+    path: Path, command: str, arguments: dict[str, Any], *, directory: bool = False
+) -> dict[str, Any]:
+    """Have the daemon of the mount that `path` is on do a command."""
+    from ..serve.control_client import ControlClient
+
+    mount = _on_mount(path, directory=directory)
+    with closing(Bar(quiet=False)) as bar:
+        request = {"inode": os.stat(path).st_ino, **arguments}
+        return ControlClient(mount.store).request(command, request, bar.show)
+
+
+# --- policy ------------------------------------------------------------------
+
+
+@click.group(short_help="Choose the code of new files.")
+def policy() -> None:
+    """Choose the code of new files, directory by directory.
+
+    A new file has the code of the nearest directory above it that was given one,
+    else the store's; files that exist keep theirs until `recode` changes it.
+    The same as the attribute user.fusestore.code.
+
+    \b
+      fusestore policy set ~/files/archive 6+3
+      fusestore policy get ~/files/archive
+      fusestore policy clear ~/files/archive
+    """
+
+
+@policy.command("set")
+@_DIRECTORY
+@click.argument("code", metavar="K+M")
+def policy_set(directory: Path, code: str) -> None:
+    """Give new files below DIRECTORY the code K+M."""
+    from ..errors import UsageError
+    from ..format.erasure import Code
+    from ..system.mounts import attribute
+
+    chosen = Code.parse(code)
+    mount = _on_mount(directory, directory=True)
+    attribute(directory, POLICY_ATTRIBUTE)  # complains where there are none
+    try:
+        os.setxattr(directory, CODE_ATTRIBUTE, str(chosen).encode())
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise UsageError(
+            f"{directory} cannot have the code {chosen}: the loss of a region would lose data, "
+            f"which is refused unless {mount.store} was made with --allow-unsafe."
+        ) from None
+    _print_policy(directory, mount)
+
+
+@policy.command("get")
+@PATH
+@JSON
+def policy_get(path: Path, as_json: bool) -> None:
+    """Print the code of new files below PATH (or of a file), its origin, and what it survives."""
+    with answering(as_json):
+        _print_policy(path, _on_mount(path), as_json)
+
+
+@policy.command("clear")
+@_DIRECTORY
+def policy_clear(directory: Path) -> None:
+    """Let new files below DIRECTORY have the code of the directory above it again."""
+    from ..system.mounts import attribute
+
+    mount = _on_mount(directory, directory=True)
+    attribute(directory, POLICY_ATTRIBUTE)
+    os.removexattr(directory, CODE_ATTRIBUTE)
+    _print_policy(directory, mount)
+
+
+def _print_policy(path: Path, mount: Mount, as_json: bool = False) -> None:
+    from ..system.mounts import attribute
+    from ..text import policy_line
+
+    found = json.loads(attribute(path, POLICY_ATTRIBUTE))
+    if as_json:
+        print_json(found)
+    else:
+        print_lines([policy_line(os.fspath(path), found, os.fspath(mount.mountpoint))])
+
+
+# --- recode ------------------------------------------------------------------
+
+
+@click.command(short_help="Give existing files another code.")
+@PATH
+@click.option("--to", metavar="K+M", help="The code; default: that of each file's directory.")
+@rate_option
+@click.option("--background", is_flag=True, help="Return at once; `status` shows how far it is.")
+@click.option("--stop", is_flag=True, help="End what is running; what is done stays done.")
+@JSON
+@click.pass_context
+def recode(
+    context: click.Context,
+    path: Path,
+    to: str | None,
+    rate: float | None,
+    background: bool,
+    stop: bool,
+    as_json: bool,
+) -> None:
+    """Give the file PATH, or all files below the directory PATH, another code.
+
+    Their store stays mounted, and the files in use: each reads what was last
+    written to it at every moment.  The daemon does it in the background, and
+    gives way to users; interrupting this command leaves it at it.  After a
+    restart it goes on by itself.  One can run at a time in a store.
+
+    Files with bytes that could not be read are named, with exit status 1; these
+    bytes stay as they are.
+
+    \b
+      fusestore policy set ~/files/archive 6+3
+      fusestore recode ~/files/archive
+      fusestore recode ~/files/archive --to 1+2 --rate 20
+    """
+    from ..text import recode_line
+
+    with answering(as_json):
+        arguments = {"to": to, "rate": rate, "stop": stop, "wait": not background and not stop}
+        result = _ask(path, "recode", arguments)
+    if as_json:
+        print_json(result)
+    else:
+        print_lines([recode_line(result)])
+        print_paths("could not be read", result["unreadable_files"])
+    if result["unreadable"]:
+        context.exit(1)
+
+
+# --- quota -------------------------------------------------------------------
+
+
+@click.group(short_help="Limit what may lie below a directory.")
+def quota() -> None:
+    """Limit the bytes and the files (inodes of any kind) below a directory.
+
+    Bytes count as in `du`: holes do not, nor do parity and copies.  Quotas may lie
+    inside each other; what is below an inner one counts for the outer ones, too.
+    More is refused with EDQUOT ("Disk quota exceeded").
+
+    \b
+      fusestore quota set ~/files/home/ann --bytes 20G --files 100000
+      fusestore quota get ~/files/home/ann
+      fusestore quota list ~/files
+    """
+
+
+def _limit(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    """A number, for bytes with a unit; `none` is no limit."""
+    from ..format.schema import NO_LIMIT
+
+    if value is None or value.lower() == "none":
+        return None if value is None else NO_LIMIT
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(?:([KMGTP])(?:i?B)?)?", value, re.IGNORECASE)
+    if not found or (option.name == "files_max" and not value.isdigit()):
+        raise click.BadParameter(f"{value!r} is not {option.metavar}.")
+    limit = int(float(found[1]) * 1024 ** (1 + _UNITS.index(found[2].upper()) if found[2] else 0))
+    if limit >= NO_LIMIT:
+        raise click.BadParameter(f"{value!r} is too much.")
+    return limit
+
+
+@quota.command("set")
+@_DIRECTORY
+@click.option(
+    "--bytes", "bytes_max", callback=_limit, metavar="N[K|M|G|T|P]|none", help="1K: 1024."
+)
+@click.option("--files", "files_max", callback=_limit, metavar="N|none", help="Inodes.")
+def quota_set(directory: Path, bytes_max: int | None, files_max: int | None) -> None:
+    """Limit what may lie below DIRECTORY; a limit that is not given stays as it is.
+
+    What is there is counted first, while it is used, and the limits are enforced
+    from then on; interrupting this command leaves the daemon at it.  A limit
+    below what there is refuses only what adds to it.
+    """
+    from ..errors import UsageError
+
+    if bytes_max is None and files_max is None:
+        raise UsageError("Say a limit: --bytes, --files, or both.")
+    arguments = {"action": "set", "bytes": bytes_max, "files": files_max}
+    _print_quotas(directory, _ask(directory, "quota", arguments, directory=True))
+
+
+@quota.command("get")
+@PATH
+@JSON
+def quota_get(path: Path, as_json: bool) -> None:
+    """Print the quotas that PATH counts for, the nearest first."""
+    with answering(as_json):
+        result = _ask(path, "quota", {"action": "get"})
+    _print_quotas(path, result, as_json)
+
+
+@quota.command("clear")
+@_DIRECTORY
+def quota_clear(directory: Path) -> None:
+    """Take the quota of DIRECTORY away."""
+    _print_quotas(directory, _ask(directory, "quota", {"action": "clear"}, directory=True))
+
+
+@quota.command("list")
+@PATH
+@JSON
+def quota_list(path: Path, as_json: bool) -> None:
+    """Print all quotas of the store that is mounted at or above PATH."""
+    with answering(as_json):
+        result = _ask(path, "quota", {"action": "list"})
+    _print_quotas(path, result, as_json)
+
+
+def _print_quotas(path: Path, result: dict[str, Any], as_json: bool = False) -> None:
+    from ..text import quota_lines
+
+    if as_json:
+        print_json(result)
+    elif not result["quotas"]:
+        click.echo(f"No quota holds for {path}.")
+    else:
+        print_lines(quota_lines(result["quotas"]))

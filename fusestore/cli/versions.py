@@ -1,0 +1,39 @@
+"""The versions of everything that takes part, for reports of problems."""
+
+from __future__ import annotations
+
+import platform
+import re
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from .. import __version__
+from ..format import erasure, schema
+
+LIBRARIES = ("libfuse3", "libisal")
+PACKAGES = ("pyfuse3", "lmdb", "trio", "cffi", "reedsolo", "xxhash")
+
+
+def versions() -> dict[str, str]:
+    """The versions by name; a library that is not there is `missing`."""
+    import_module("..serve.operations", __package__)  # loads libfuse3
+    erasure.self_check(erasure.Code(2, 1))  # loads ISA-L
+    found = {"fusestore": __version__, "format": str(schema.FORMAT)}
+    found |= {"Python": platform.python_version(), "Linux": platform.release()}
+    found |= {name: _library(name) for name in LIBRARIES}
+    return found | {name: _package(name) for name in PACKAGES}
+
+
+def _package(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def _library(name: str) -> str:
+    """The version in the name of the file that is mapped into this process."""
+    maps = Path("/proc/self/maps").read_text(errors="replace")
+    found = re.search(rf"/{name}\.so\.([0-9.]+)$", maps, re.M)
+    return found[1] if found else "missing"

@@ -1,0 +1,1 @@
+"""Durability: commits, checkpoints, replay after a crash, freeing room."""

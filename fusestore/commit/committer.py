@@ -1,0 +1,495 @@
+"""The commit: everything since the last one becomes durable with one parallel flush.
+
+A commit takes the open stripes and the pending changes without an await in
+between, waits until what it took is sealed, appends one COMMIT record to the
+journal of every node in sync, and flushes what was written, all nodes in
+parallel.  Who asks when none is under way does it; who asks during one shares
+the next with all others who do.
+
+A node that fails leaves the set.  That is a change of its own: it is
+committed on the remaining nodes and checkpointed before anything is
+acknowledged without the node.
+
+A checkpoint writes to the metadata database what a commit that has been
+flushed had set aside.  Operations go on meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import trio
+
+from ..errors import MetadataError, NodeError, NodeTimeoutError, NotDurableError
+from ..format import schema
+from ..format.records import (
+    HEADER_BYTES,
+    Commit,
+    Header,
+    Kind,
+    Run,
+    checksum,
+    encode_commit,
+    record_length,
+)
+from ..format.schema import LogState, NodeRow, Stripe
+from ..limits import (
+    CHECKPOINT_CHANGES_MAX,
+    CHECKPOINT_SECONDS_MAX,
+    COMMIT_SECONDS_MAX,
+    HOP_CHANGES_MIN,
+    JOURNAL_SEGMENT_BYTES,
+    NODE_SECONDS_MAX,
+    SAMPLE_SECONDS,
+)
+from ..log.log import Log
+from ..members.journal_room import JournalRoom
+from ..members.members import Member
+from ..system import linux
+from ..system.io_uring import Operation
+from ..tally import Histogram
+from ..write.writer import Taken, Writer
+
+log = logging.getLogger(__name__)
+
+_NOT_TRIED = (-errno.EAGAIN, -errno.EINVAL)
+"""What the ring says of a write that the file system did not begin."""
+
+
+@dataclass(slots=True, eq=False)
+class _Round:
+    """Those who wait for the same commit."""
+
+    done: trio.Event = field(default_factory=trio.Event)
+    error: str = ""
+
+
+class Committer:
+    """Commits when asked, and every five seconds; checkpoints now and then."""
+
+    def __init__(self, state: Log, nursery: trio.Nursery) -> None:
+        self._log = state
+        self._nursery = nursery
+        self.writer: Writer
+        self._next: _Round | None = None
+        self._wanted = trio.Event()
+        self.lock = trio.Lock()
+        """Held during a commit; who holds it may change the set of nodes in sync."""
+        self._checkpointing = trio.Lock()
+        self._checkpointed_at = trio.current_time()
+        self._checkpoint_owed = False
+        """Nothing is acknowledged before the metadata knows which nodes are in sync."""
+        self._frozen_at: LogState | None = None
+        """The log at the commit up to which changes are set aside, once it is flushed."""
+        self._counters = b""
+        self.rows: list[NodeRow] = []
+        """The nodes as the last commit has them."""
+        self._durable_through = 0
+        self._uncovered = False
+        """The last commit changed something, and none after it says that it is durable."""
+        self.epoch_base: int | None = None
+        """Until an epoch's first commit: the commit past which that one holds every change."""
+        self.checkpointed = 0
+        """The commit up to which the metadata database is whole."""
+        self.journal_segment = 1
+        self.journal_offset = 0
+        self._rolled: list[tuple[int, int]] = []
+        """Journal segments that are finished, and their sizes, until they are trimmed."""
+        self.journal_bytes = 0
+        """Of the commits in each journal since the last snapshot began."""
+        self.commits, self.checkpoints = Histogram(), Histogram()
+        """How long each took, from what it took being sealed to it being durable."""
+        self.committed_at: float | None = None
+        """When the last commit was durable, in seconds since the epoch."""
+        self.on_checkpoint: list[Callable[[], None]] = []
+        self.on_commit: list[Callable[[], None]] = []
+
+    # --- asking --------------------------------------------------------------
+
+    def ask(self) -> None:
+        """Have a commit begin soon."""
+        self._wanted.set()
+
+    async def commit(self) -> None:
+        """Return when all that was done before the call is durable; NotDurableError."""
+        if self._log.read_only:
+            return
+        if not self.lock.locked() and not self._wanted.is_set():
+            self.lock.acquire_nowait()  # unlike `acquire`, without a turn of the loop
+            before = self._log.state.commit
+            try:
+                await self.commit_now()
+            finally:
+                self.lock.release()
+            if self._log.state.commit == before:  # who asks again and again lets others run
+                await trio.lowlevel.checkpoint()
+            return
+        joined = self._next = self._next or _Round()
+        self._wanted.set()
+        await joined.done.wait()
+        if joined.error:
+            raise NotDurableError(joined.error)
+
+    async def run(self) -> None:
+        """Commit every five seconds, and for those who asked meanwhile, until cancelled."""
+        while True:
+            with trio.move_on_after(COMMIT_SECONDS_MAX) as pause:
+                await self._wanted.wait()
+            async with self.lock:
+                self._wanted = trio.Event()
+                joined, self._next = self._next or _Round(), None
+                try:
+                    await self.commit_now(cover=pause.cancelled_caught)
+                except NotDurableError as error:
+                    joined.error = str(error)
+            joined.done.set()
+
+    # --- a commit ------------------------------------------------------------
+
+    async def commit_now(self, *, checkpoint: bool = False, cover: bool = False) -> None:
+        """One commit, with the lock held; with the checkpoint of it, if that is asked for.
+
+        With `cover`, when there is nothing to commit, an empty commit says that the
+        last one was flushed by all, so that it counts whatever happens to a shard.
+        NotDurableError when no sufficient set of nodes has flushed it.  Once it has
+        begun it is not cancelled: what it took must reach the journals.
+        """
+        with trio.CancelScope(shield=True):
+            try:
+                await self._commit_now(checkpoint, cover)
+            except NotDurableError:
+                raise
+            except BaseException:
+                # What it took is lost to the journals: nothing may be built on it.
+                self._log.break_(
+                    "A commit met an unexpected error: the mount is read-only now; mount it again."
+                )
+                raise
+
+    async def _commit_now(self, checkpoint: bool, cover: bool) -> None:
+        while True:
+            if self._log.broken:
+                raise NotDurableError(self._log.broken)
+            if self._note_nodes():
+                self._checkpoint_owed = True
+            checkpoint = checkpoint or self._checkpoint_owed
+            if checkpoint:
+                await self._checkpoint()  # so that this commit can set its changes aside
+            unflushed = self.writer.unflushed
+            taken = self._take(force=checkpoint, cover=cover)
+            try:
+                if taken is not None:
+                    await self._flush(taken)
+                    if taken.frozen:
+                        self._frozen_at = self._log.state
+            finally:
+                self.writer.flushed(unflushed)
+            if checkpoint:
+                await self._checkpoint()
+                self._checkpoint_owed = False
+            elif self._frozen_at is not None and not self._checkpointing.locked():
+                self._nursery.start_soon(self._checkpoint_later)
+            for callback in self.on_commit:
+                callback()
+            if not self._left():
+                return
+
+    def _node_rows(self) -> list[NodeRow]:
+        return [
+            member.row(member.in_sync, 0 if member.in_sync else member.holds)
+            for member in self._log.members.all
+        ]
+
+    def _left(self) -> list[Member]:
+        """Nodes that the last commit counts on, and that failed since."""
+        before = {row.id for row in self.rows if row.in_sync}
+        return [
+            member
+            for member in self._log.members.all
+            if (member.id in before and not member.in_sync) or (member.unused and member.unflushed)
+        ]
+
+    def _note_nodes(self) -> bool:
+        """Put a changed set of nodes, and what lost ones lack, among the changes."""
+        for member in self._left():
+            for stripe, index in member.unflushed:
+                if self._log.engine.get(schema.stripe_key(stripe)) is not None:
+                    self._log.apply({schema.missing_key(member.id, stripe, index): b""})
+            member.unflushed = []
+            member.dirty = set()
+        rows = self._node_rows()
+        if rows == self.rows:
+            return False
+        if not self._log.members.can_store(self._log.code):
+            self._log.break_(
+                "Too few nodes are left to keep new data safe: "
+                "the mount is read-only now; mend the nodes and mount again."
+            )
+            raise NotDurableError(self._log.broken)
+        self.rows = rows
+        self._log.apply({schema.NODES_KEY: schema.encode_nodes(rows)})
+        return True
+
+    def _take(self, *, force: bool, cover: bool) -> Taken | None:
+        """What there is to commit, or None; no await in here."""
+        state, engine = self._log, self._log.engine
+        self.writer.settle()
+        sealing = self.writer.being_sealed()
+        for stripe in sealing:
+            if engine.get(schema.live_key(stripe.number)) is None:
+                stripe.dead = True
+                state.counters.stripes -= 1
+        counters = state.counters.encode()
+        if counters != self._counters:
+            self._counters = counters
+            state.apply({schema.COUNTERS_KEY: counters})
+        for member in state.members.all:
+            for segment in member.changed:
+                found = member.committed(segment)
+                key = schema.segment_key(member.id, segment)
+                state.apply({key: found.encode() if found else None})
+            member.changed.clear()
+        due = force or (
+            engine.changed_keys > 0
+            and (
+                engine.changed_keys >= CHECKPOINT_CHANGES_MAX
+                or trio.current_time() - self._checkpointed_at >= CHECKPOINT_SECONDS_MAX
+            )
+        )
+        nothing = not state.pending and not sealing and not (cover and self._uncovered)
+        freeze = due and not engine.frozen and (not nothing or engine.changed_keys > 0 or force)
+        if freeze:
+            engine.freeze()
+        if nothing:
+            if freeze:
+                self._frozen_at = state.state
+            return None
+        taken = Taken(state.state.commit + 1, state.pending, sealing, freeze)
+        state.pending = {}
+        for stripe in sealing:
+            stripe.taken = taken
+        return taken
+
+    async def _flush(self, taken: Taken) -> None:
+        state = self._log
+        for stripe in taken.stripes:
+            await stripe.sealed.wait()
+        if state.broken:
+            # What was taken stays seen, but nothing more is acknowledged.
+            raise NotDurableError(state.broken)
+        began = time.perf_counter_ns()
+        commit = Commit(
+            taken.number,
+            state.state.epoch,
+            state.state.checksum,
+            self._durable_through,
+            taken.number - 1 if self.epoch_base is None else self.epoch_base,
+            bytes.fromhex(state.state.nonce),
+            tuple(member.id for member in state.members.in_sync),
+            taken.changes,
+        )
+        if len(taken.changes) < HOP_CHANGES_MIN:
+            payload = encode_commit(commit)
+        else:
+            payload = await trio.to_thread.run_sync(encode_commit, commit)
+        header = Header(
+            Kind.COMMIT, len(payload), checksum(payload, len(payload)), commit.epoch, commit.number
+        )
+        await self.append(header, payload)
+        if not self._is_held(taken):
+            state.break_(
+                "Too few nodes could take a commit: the mount is read-only now; "
+                "mend the nodes and mount again."
+            )
+            raise NotDurableError(state.broken)
+        self.writer.fresh.difference_update(map(schema.decode_stripe_key, self._puts(taken)))
+        state.state = replace(
+            state.state,
+            commit=commit.number,
+            checksum=header.payload_checksum,
+            journal_segment=self.journal_segment,
+        )
+        self.commits.add(time.perf_counter_ns() - began)
+        self.committed_at = time.time()
+        self._durable_through = commit.number
+        self._uncovered = bool(taken.changes)
+        self.epoch_base = None
+
+    def _puts(self, taken: Taken) -> list[bytes]:
+        """Keys of the new stripes that a commit puts."""
+        keys = map(schema.stripe_key, self.writer.fresh)
+        return [key for key in keys if taken.changes.get(key) is not None]
+
+    def _is_held(self, taken: Taken) -> bool:
+        """Whether a commit counts with the nodes that have flushed it, and may be checkpointed."""
+        members, engine = self._log.members, self._log.engine
+        lost = {shard for member in members.all if member.unused for shard in member.unflushed}
+        for key in self._puts(taken):
+            number, row = schema.decode_stripe_key(key), Stripe.decode(taken.changes[key] or b"")
+            good = [
+                place.written
+                and (number, index) not in lost
+                and engine.get(schema.missing_key(place.node, number, index)) is None
+                for index, place in enumerate(row.shards)
+            ]
+            if sum(good) < row.code.k:
+                return False
+        return members.can_store(self._log.code)
+
+    async def append(self, header: Header, payload: bytes) -> None:
+        """Append a record to the journals of all nodes in sync, and flush all nodes.
+
+        A node that cannot is failed; whether enough are left is for the caller.
+        """
+        if self.journal_offset >= JOURNAL_SEGMENT_BYTES:
+            self.roll_journal()
+        offset = self.journal_offset
+        self.journal_offset += record_length(len(payload))
+        if header.kind is Kind.COMMIT:
+            self.journal_bytes += record_length(len(payload))
+        if await self._append_directly(offset, header, payload):
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.cancel_scope.shield = True
+            for member in self._log.members.writable:
+                nursery.start_soon(self._flush_node, member, offset, header, payload)
+        self._rolled.clear()
+        self._log.refresh_room()
+
+    async def _append_directly(self, offset: int, header: Header, payload: bytes) -> bool:
+        """The short way of a record when no node has anything else to flush: without threads.
+
+        False when it was not taken, or not all was written: the long way then tells why.
+        """
+        members, now = self._log.members.writable, trio.current_time()
+        ring = members[0].ring if members else None
+        if ring is None or self._rolled:
+            return False
+        rest = payload + bytes(header.record_length - len(payload) - HEADER_BYTES)
+        writes: list[tuple[Member, JournalRoom, Operation, object]] = []
+        for member in members:
+            room = member.journal_room
+            fresh = now - member.sampled_at <= SAMPLE_SECONDS
+            if room is None or member.dirty or not member.in_sync or not fresh:
+                return False
+            seed = self._log.journal(member.name, self.journal_segment).seed(offset)
+            write = room.write(self.journal_segment, offset, header.encode(seed) + rest)
+            if write is None:
+                return False
+            writes.append((member, room, *write))
+        batch = ring.start([operation for _, _, operation, _ in writes], writes)
+        if batch is None:
+            return False
+        if batch.left:
+            with trio.move_on_after(NODE_SECONDS_MAX, shield=True):
+                await ring.wait(batch)
+        whole = True
+        for (member, room, operation, _), result in zip(writes, batch.results, strict=True):
+            if result is None:
+                member.fail(member.late(NODE_SECONDS_MAX))
+                member.journal_room, member.late_segment = None, self.journal_segment
+            elif result in _NOT_TRIED or 0 <= result < operation.length:
+                whole = False
+            elif result < 0:  # never asked again: a second flush may say that all is well
+                reason = os.strerror(-result)
+                member.fail(NodeError(f"Node {member.name} cannot write its journal: {reason}."))
+            elif linux.is_linked(room.fd):
+                room.written(header.record_length)
+                self._holds(member, header)
+            else:
+                whole = False
+        return whole
+
+    @staticmethod
+    def _holds(member: Member, header: Header) -> None:
+        if member.in_sync and header.kind is Kind.COMMIT:
+            member.holds = header.number
+
+    async def _flush_node(
+        self, member: Member, offset: int, header: Header, payload: bytes
+    ) -> None:
+        dirty, member.dirty = member.dirty, set()
+        shards = len(member.unflushed)
+        began = time.perf_counter_ns()
+        try:
+            await member.call(self._write_node, member, offset, header, payload, sorted(dirty))
+        except NodeError as error:
+            if isinstance(error, NodeTimeoutError):
+                member.late_segment = self.journal_segment
+            member.fail(error)
+            return
+        finally:
+            member.flushes.add(time.perf_counter_ns() - began)
+        del member.unflushed[:shards]
+        member.sampled_at = trio.current_time()
+        self._holds(member, header)
+
+    def _write_node(
+        self, member: Member, offset: int, header: Header, payload: bytes, dirty: list[int]
+    ) -> None:
+        """In a thread: append the record and flush what the node was given."""
+        node = member.node
+        assert node is not None
+        if member.in_sync:
+            seed = self._log.journal(member.name, self.journal_segment).seed(offset)
+            padding = bytes(header.record_length - len(payload) - HEADER_BYTES)
+            buffers = [header.encode(seed), payload, padding]
+            length = header.record_length
+            member.append(self.journal_segment, offset, buffers, length, ahead=not dirty)
+            node.flush(Run.JOURNAL, [self.journal_segment])
+            for segment, size in self._rolled:
+                node.truncate(Run.JOURNAL, segment, size)
+        node.flush(Run.SHARDS, dirty)
+        for segment in dirty:
+            state = member.segments.get(segment)
+            if state is not None and member.is_full(segment):
+                node.truncate(Run.SHARDS, segment, state.size)
+        member.sample()
+
+    def roll_journal(self) -> None:
+        """Go on in a new journal segment."""
+        if self.journal_offset:
+            self._rolled.append((self.journal_segment, self.journal_offset))
+        self.journal_segment += 1
+        self.journal_offset = 0
+
+    # --- checkpoint ----------------------------------------------------------
+
+    async def _checkpoint_later(self) -> None:
+        """A checkpoint that nobody waits for: when it fails, a later commit tries again."""
+        with contextlib.suppress(NotDurableError):
+            await self._checkpoint()
+
+    async def _checkpoint(self) -> None:
+        """Write what was set aside, if the commit that set it aside has been flushed.
+
+        NotDurableError when the metadata cannot be written.  What was set aside is
+        kept; until it could be written, only what takes room away is refused.
+        """
+        async with self._checkpointing:
+            engine, state = self._log.engine, self._frozen_at
+            if state is None:
+                return
+            engine.amend({schema.LOG_KEY: state.encode()})
+            began = time.perf_counter_ns()
+            try:
+                await trio.to_thread.run_sync(engine.write)
+            except MetadataError as error:
+                if not self._log.metadata_error:
+                    log.error("%s The checkpoint will be tried again.", error)
+                self._log.metadata_error = str(error)
+                raise NotDurableError(str(error)) from error
+            self._log.metadata_error = ""
+            self._frozen_at = None
+            engine.thaw()
+            self._checkpointed_at = trio.current_time()
+            self.checkpoints.add(time.perf_counter_ns() - began)
+            self.checkpointed = state.commit
+        for callback in self.on_checkpoint:
+            callback()

@@ -1,0 +1,132 @@
+"""Snapshots: the metadata written to the journals, so that older journal can go.
+
+All tables are dumped as SNAPSHOT records, a few keys at a time, while changes
+go on.  Changes are absolute, so loading the dump and replaying every commit
+from the one at which it began gives the state.  It counts when the commit that
+names it is durable; until then the previous one and its commits stay.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from itertools import islice
+
+import trio
+
+from ..errors import NodeError, NotDurableError
+from ..format import schema
+from ..format.records import Changes, Header, Kind, Run, checksum, encode_changes
+from ..limits import SNAPSHOT_JOURNAL_BYTES_MIN, SNAPSHOT_PIECE_BYTES, SNAPSHOT_STEP_KEYS
+from ..log.log import Log
+from ..nodes.base import Node
+from .committer import Committer
+
+log = logging.getLogger(__name__)
+
+_FIRST, _END = b"A", b"["
+"""All tables lie in between; the super table lies above `Z` and below `[`."""
+
+
+class Snapshotter:
+    """Takes a snapshot when the journal since the last one has outgrown it."""
+
+    def __init__(self, state: Log, committer: Committer) -> None:
+        self._log = state
+        self._committer = committer
+        self._wake = trio.Event()
+        value = state.engine.get(schema.SNAPSHOT_KEY)
+        row = json.loads(value) if value else {"bytes": 0, "segment": 0}
+        self.last_bytes: int = row["bytes"]
+        """Of the last snapshot, and the journal segment that it begins in."""
+        self.first_segment: int = row["segment"]
+
+    def look(self) -> None:
+        """A commit has been made: see whether it is time."""
+        if self._committer.journal_bytes > max(SNAPSHOT_JOURNAL_BYTES_MIN, self.last_bytes):
+            self._wake.set()
+
+    async def run(self) -> None:
+        """Take snapshots until cancelled."""
+        while True:
+            await self._wake.wait()
+            try:
+                await self.take()
+            except NotDurableError as error:
+                log.error("No snapshot: %s", error)
+            self._wake = trio.Event()
+
+    async def take(self) -> None:
+        """Dump all tables, then delete the journal segments that are not needed any more."""
+        committer = self._committer
+        async with committer.lock:
+            committer.roll_journal()
+            committer.journal_bytes = 0
+            first_segment = committer.journal_segment
+            begin = self._log.state
+        total = pieces = 0
+        start: bytes | None = _FIRST
+        while start is not None:
+            piece, start = await self._piece(start)
+            payload = encode_changes(piece)
+            total += len(payload)
+            pieces += 1
+            header = Header(
+                Kind.SNAPSHOT,
+                len(payload),
+                checksum(payload, len(payload)),
+                self._log.state.epoch,
+                begin.commit,
+            )
+            async with committer.lock:
+                await committer.append(header, payload)
+        row = {
+            "commit": begin.commit,
+            "checksum": begin.checksum,
+            "segment": first_segment,
+            "pieces": pieces,
+            "bytes": total,
+        }
+        self._log.apply({schema.SNAPSHOT_KEY: json.dumps(row).encode()})
+        self.last_bytes, self.first_segment = total, first_segment
+        await committer.commit()
+        # The snapshot counts for certain before what it replaces goes.
+        async with committer.lock:
+            await committer.commit_now(cover=True)
+        await self._delete_before(first_segment)
+
+    async def _piece(self, start: bytes) -> tuple[Changes, bytes | None]:
+        """The next rows from `start` on, and where to go on, None at the end."""
+        piece: dict[bytes, bytes | None] = {}
+        size = 0
+        while size < SNAPSHOT_PIECE_BYTES:
+            rows = 0
+            for key, value in islice(self._log.engine.scan(start, _END), SNAPSHOT_STEP_KEYS):
+                piece[key] = value
+                size += len(key) + len(value)
+                rows += 1
+                start = key + b"\0"
+                if size >= SNAPSHOT_PIECE_BYTES:
+                    return piece, start
+            if rows < SNAPSHOT_STEP_KEYS:
+                return piece, None
+            await trio.lowlevel.checkpoint()
+        return piece, start
+
+    async def _delete_before(self, segment: int) -> None:
+        """Journal before `segment` is not needed, once a checkpoint is past it too."""
+        async with self._committer.lock:
+            await self._committer.commit_now(checkpoint=True)
+            for member in self._log.members.in_sync:
+                node = member.node
+                assert node is not None
+
+                def delete(node: Node = node) -> None:
+                    for old in node.segments(Run.JOURNAL):
+                        if old < segment:
+                            node.delete(Run.JOURNAL, old)
+
+                try:
+                    await member.call(delete)
+                except NodeError as error:
+                    member.fail(error)

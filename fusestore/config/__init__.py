@@ -1,0 +1,1 @@
+"""`fusestore.toml` and the identity of a node; making a store."""

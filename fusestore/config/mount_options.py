@@ -1,0 +1,143 @@
+"""The options of a mount: what `-o` says, and what the kernel gets of it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..errors import UsageError
+
+_SWITCHES = {
+    "nosuid": "nosuid",
+    "suid": "nosuid",
+    "nodev": "nodev",
+    "dev": "nodev",
+    "noexec": "noexec",
+    "exec": "noexec",
+}
+_IGNORED = {"", "defaults", "atime", "noatime"}
+_OWN = {"ro", "allow_other", "writeback", "noxattr", "nonempty", "accept_loss"}
+_METRICS = "metrics="
+
+LOOPBACK = "127.0.0.1"
+NO_METRICS = "off"
+
+_OF_FSTAB = {
+    *("auto", "noauto", "nofail", "_netdev", "user", "nouser", "users", "owner", "group"),
+    *("async", "relatime", "norelatime", "nostrictatime", "diratime", "nodiratime"),
+    *("nolazytime", "silent", "loud", "nomand"),
+}
+_OF_FSTAB_WITH_VALUES = ("x-", "X-", "comment=", "user=", "uhelper=", "helper=")
+
+
+def of_fstab(values: Iterable[str], *, sloppy: bool) -> list[str]:
+    """The options that are not for mount(8) and systemd only; `sloppy`: that `parse` knows."""
+    options = [option.strip() for option in ",".join(values).split(",")]
+    left = [
+        option
+        for option in options
+        if option not in _OF_FSTAB and not option.startswith(_OF_FSTAB_WITH_VALUES)
+    ]
+    known = {*_OWN, *_SWITCHES, *_IGNORED, "rw"}
+    if not sloppy:
+        return left
+    return [option for option in left if option in known or option.startswith(_METRICS)]
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """(host, port) of `HOST:PORT`, `[IPV6]:PORT` or, on the loopback, `PORT`; UsageError."""
+    host, colon, port = text.rpartition(":")
+    if not colon:
+        host = LOOPBACK
+    elif host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        host = ""
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65_535:
+        raise UsageError(
+            f"{text!r} is no address for metrics: use HOST:PORT, or PORT for this machine alone."
+        )
+    return host, int(port)
+
+
+@dataclass(frozen=True, slots=True)
+class MountOptions:
+    """How a store is mounted: what `-o` says."""
+
+    read_only: bool = False
+    allow_other: bool = False
+    """Others than the daemon's user may use the mount, as far as modes allow."""
+    writeback: bool = False
+    """The kernel collects small writes; it loses them when the daemon dies."""
+    noxattr: bool = False
+    """There are no extended attributes and ACLs: what small writes cost is halved."""
+    nonempty: bool = False
+    """The mount may cover what the directory has."""
+    accept_loss: bool = False
+    """Commits that nodes which are not there may hold are given up."""
+    metrics: str = ""
+    """Where to serve metrics (`parse_address`), or `off`; empty: as the store is configured."""
+    switches: tuple[str, ...] = ()
+    """Of nosuid, nodev, noexec."""
+
+    @classmethod
+    def parse(cls, values: Iterable[str]) -> MountOptions:
+        """Read the values of `-o`, each a list with commas; UsageError for what is unknown.
+
+        Of two that contradict each other, the later one counts.
+        """
+        chosen: dict[str, bool] = {}
+        metrics = ""
+        for option in ",".join(values).split(","):
+            option = option.strip()
+            if option in _OWN:
+                chosen[option] = True
+            elif option in _SWITCHES:
+                switch = _SWITCHES[option]
+                chosen[switch] = option == switch
+            elif option == "rw":
+                chosen["ro"] = False
+            elif option.startswith(_METRICS):
+                metrics = option.removeprefix(_METRICS)
+                if metrics != NO_METRICS:
+                    parse_address(metrics)
+            elif option not in _IGNORED:
+                known = ", ".join(sorted(_OWN | set(_SWITCHES) | {"rw", "noatime", _METRICS}))
+                raise UsageError(f"There is no mount option {option!r}; there are {known}.")
+        return cls(
+            read_only=chosen.get("ro", False),
+            allow_other=chosen.get("allow_other", False),
+            writeback=chosen.get("writeback", False),
+            noxattr=chosen.get("noxattr", False),
+            nonempty=chosen.get("nonempty", False),
+            accept_loss=chosen.get("accept_loss", False),
+            metrics=metrics,
+            switches=tuple(name for name in ("nosuid", "nodev", "noexec") if chosen.get(name)),
+        )
+
+    @property
+    def kernel(self) -> tuple[str, ...]:
+        """The options as the kernel gets them; a mount never keeps times of reading.
+
+        libfuse takes nosuid and nodev for granted, other file systems do not:
+        root, who alone may, says otherwise.
+        """
+        switches = list(self.switches)
+        if os.geteuid() == 0:
+            switches += [name for name in ("suid", "dev") if f"no{name}" not in switches]
+        return (
+            "noatime",
+            *(["ro"] if self.read_only else []),
+            *(["allow_other"] if self.allow_other else []),
+            *switches,
+        )
+
+    def __str__(self) -> str:
+        """The options as `parse` reads them."""
+        own = [("ro", self.read_only), ("allow_other", self.allow_other)]
+        own += [("writeback", self.writeback), ("noxattr", self.noxattr)]
+        own += [("nonempty", self.nonempty), ("accept_loss", self.accept_loss)]
+        metrics = [f"{_METRICS}{self.metrics}"] if self.metrics else []
+        return ",".join([*(name for name, chosen in own if chosen), *metrics, *self.switches])

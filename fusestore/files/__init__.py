@@ -1,0 +1,1 @@
+"""What POSIX sees: names, contents, attributes, quotas, codes of directories."""

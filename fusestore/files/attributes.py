@@ -1,0 +1,243 @@
+"""Extended attributes: stored ones, POSIX ACLs, and the virtual `user.fusestore.*`.
+
+Virtual attributes answer getxattr and are not listed, so that tools that copy
+attributes do not see them:
+
+    user.fusestore.code        a directory's code for new files (settable); a file's code
+    user.fusestore.policy      JSON: that code, where it comes from, and what it bears; read-only
+    user.fusestore.layout      JSON: where each byte of a file lies; read-only
+    user.fusestore.layout.N    the same from the file's byte N on
+
+A layout that would not fit an attribute has `next`, the byte to ask for next.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+import time
+from typing import Any
+
+from ..errors import (
+    AttributeTooLargeError,
+    InvalidError,
+    NoAttributeError,
+    NotPermittedError,
+    NotSupportedError,
+    StaleError,
+    UsageError,
+)
+from ..format import acl, schema
+from ..format.erasure import Code
+from ..format.placement import check_region_rule, regions_borne
+from ..format.records import Run
+from ..format.schema import Inode
+from ..limits import FILE_BYTES_MAX, XATTR_BYTES_MAX, XATTR_LIST_BYTES_MAX
+from ..log.log import Log
+from ..nodes.directory import segment_path
+from ..read.reader import Reader
+from .tree import Tree
+
+_NAMESPACES = (b"user.", b"trusted.", b"security.")
+VIRTUAL = b"user.fusestore."
+CODE = VIRTUAL + b"code"
+CAPABILITY = b"security.capability"
+POLICY = VIRTUAL + b"policy"
+LAYOUT = VIRTUAL + b"layout"
+_LAYOUT_BYTES_MAX = 48 << 10
+
+
+class Attributes:
+    """The extended attributes of an open store."""
+
+    def __init__(self, log: Log, tree: Tree, reader: Reader, *, allow_unsafe: bool) -> None:
+        self._log = log
+        self._tree = tree
+        self._reader = reader
+        self._allow_unsafe = allow_unsafe
+
+    def get(self, ino: int, name: bytes) -> bytes:
+        """The value of an attribute; NoAttributeError."""
+        if name.startswith(VIRTUAL):
+            return self._virtual(ino, name)
+        self._check_namespace(name)
+        value = self._log.engine.get(schema.xattr_key(ino, name))
+        if value is None:
+            raise NoAttributeError("There is no such attribute.")
+        return value
+
+    def names(self, ino: int) -> list[bytes]:
+        """The names of the stored attributes."""
+        prefix = schema.xattr_key(ino, b"")
+        rows = self._log.engine.scan(prefix, schema.after(prefix))
+        return [key[len(prefix) :] for key, _ in rows]
+
+    def set(self, ino: int, name: bytes, value: bytes, *, may_keep_sgid: bool = True) -> None:
+        """Set an attribute; an access ACL changes the mode too.
+
+        `may_keep_sgid` is false for a caller who may not set set-group-id bits here.
+        """
+        if name == CODE:
+            self._tree.set_code(ino, self.parse_code(value.decode(errors="replace")))
+            return
+        if name.startswith(VIRTUAL):
+            raise NotPermittedError("This attribute cannot be set.")
+        if len(value) > XATTR_BYTES_MAX:
+            raise AttributeTooLargeError(f"A value may have {XATTR_BYTES_MAX} bytes.")
+        self._check_namespace(name)
+        with self._log.transaction(grows=len(name) + len(value)) as txn:
+            key = schema.xattr_key(ino, name)
+            inode = self._inode(ino)
+            stored: bytes | None = value
+            if name == acl.ACCESS:
+                inode.mode, stored = acl.access_to_mode(value, inode.mode)
+                if not may_keep_sgid:
+                    inode.mode &= ~stat.S_ISGID
+            elif name == acl.DEFAULT:
+                if not stat.S_ISDIR(inode.mode):
+                    raise NotPermittedError("Only a directory has a default ACL.")
+                stored = value if acl.parse(value) else None
+            if stored is not None and txn.get(key) is None:
+                taken = sum(len(known) + 1 for known in self.names(ino))
+                if taken + len(name) + 1 > XATTR_LIST_BYTES_MAX:
+                    raise AttributeTooLargeError("The inode has too many attributes.")
+            inode.ctime = time.time_ns()
+            txn.put(schema.inode_key(ino), inode.encode())
+            if stored is None:
+                txn.delete(key)
+            else:
+                txn.put(key, stored)
+
+    def drop_capability(self, ino: int) -> None:
+        """What the kernel does before a file changes, unless it may not ask for attributes."""
+        if self._log.engine.get(schema.xattr_key(ino, CAPABILITY)) is not None:
+            self.remove(ino, CAPABILITY)
+
+    def remove(self, ino: int, name: bytes) -> None:
+        """Remove an attribute; NoAttributeError."""
+        if name == CODE:
+            self._tree.set_code(ino, None)
+            return
+        if name.startswith(VIRTUAL):
+            raise NotPermittedError("This attribute cannot be removed.")
+        self._check_namespace(name)
+        with self._log.transaction() as txn:
+            key = schema.xattr_key(ino, name)
+            if txn.get(key) is None:
+                raise NoAttributeError("There is no such attribute.")
+            inode = self._inode(ino)
+            inode.ctime = time.time_ns()
+            txn.put(schema.inode_key(ino), inode.encode())
+            txn.delete(key)
+
+    @staticmethod
+    def _check_namespace(name: bytes) -> None:
+        if not name.startswith(_NAMESPACES) and name not in (acl.ACCESS, acl.DEFAULT):
+            raise NotSupportedError("There are the namespaces user, trusted and security.")
+
+    def _inode(self, ino: int) -> Inode:
+        value = self._log.engine.get(schema.inode_key(ino))
+        if value is None:
+            raise StaleError(f"There is no inode {ino}.")
+        return Inode.decode(value)
+
+    def parse_code(self, text: str) -> Code:
+        """A code that this store may use; InvalidError."""
+        try:
+            code = Code.parse(text)
+        except UsageError as error:
+            raise InvalidError(str(error)) from None
+        broken = check_region_rule(code, self._log.members.config.regions)
+        if broken and not self._allow_unsafe:
+            raise InvalidError(broken)
+        return code
+
+    # --- virtual -------------------------------------------------------------
+
+    def _virtual(self, ino: int, name: bytes) -> bytes:
+        if name == CODE:
+            return str(self._tree.code(ino)).encode()
+        if name == POLICY:
+            return json.dumps(self._policy(ino)).encode()
+        start = 0
+        if name.startswith(LAYOUT + b"."):
+            digits = name[len(LAYOUT) + 1 :]
+            if not digits.isdigit() or int(digits) > FILE_BYTES_MAX:
+                raise NoAttributeError("There is no such attribute.")
+            start = int(digits)
+        elif name != LAYOUT:
+            raise NoAttributeError("There is no such attribute.")
+        if not stat.S_ISREG(self._inode(ino).mode):
+            raise NoAttributeError("Only a file has a layout.")
+        return json.dumps(
+            self.layout(ino, start, _LAYOUT_BYTES_MAX), separators=(",", ":")
+        ).encode()
+
+    def _policy(self, ino: int) -> dict[str, Any]:
+        """The code of new files below a directory, or of a file's new bytes."""
+        code, origin = self._tree.policy(ino)
+        regions = len(set(self._log.members.config.regions))
+        return {
+            "code": str(code),
+            "set_on": self._tree.path(origin) if origin else None,
+            "inherited": origin != ino,
+            "shards_borne": code.m,
+            "regions_borne": regions_borne(code, regions),
+            "regions": regions,
+        }
+
+    def layout(self, ino: int, start: int, room: int | None) -> dict[str, Any]:
+        """Where the bytes of a file from `start` on lie, as far as fits `room` bytes of JSON."""
+        inode = self._inode(ino)
+        extents: list[dict[str, int]] = []
+        stripes: dict[str, Any] = {}
+        used = 0
+        following: int | None = None
+        for extent in self._reader.extents(ino, start, inode.size):
+            if room is not None and used >= room:
+                following = extent.offset
+                break
+            extents.append(
+                {
+                    "offset": extent.offset,
+                    "length": extent.length,
+                    "stripe": extent.stripe,
+                    "stripe_offset": extent.stripe_offset,
+                }
+            )
+            number = str(extent.stripe)
+            if number not in stripes:
+                stripes[number] = self._stripe(extent.stripe)
+                used += 80 + 130 * len(stripes[number]["shards"])
+            used += 90
+        code = str(self._tree.code(ino))
+        found = {"code": code, "size": inode.size, "extents": extents, "stripes": stripes}
+        return found if following is None else {**found, "next": following}
+
+    def _stripe(self, number: int) -> dict[str, Any]:
+        row = None if number in self._log.unsealed else self._reader.stripe(number)
+        if row is None:
+            state = "open" if number in self._log.unsealed else "lost"
+            return {"length": 0, "shard_length": 0, "state": state, "shards": []}
+        shards = []
+        for index, place in enumerate(row.shards):
+            member = self._log.members.by_id[place.node]
+            missing = self._log.engine.get(schema.missing_key(place.node, number, index))
+            here = place.written and missing is None and not member.unused
+            shards.append(
+                {
+                    "index": index,
+                    "node": member.name,
+                    "segment": segment_path(Run.SHARDS, place.segment),
+                    "offset": place.offset,
+                    "length": row.shard_length,
+                    "state": "present" if here else "missing",
+                }
+            )
+        return {
+            "code": str(row.code),
+            "length": row.length,
+            "shard_length": row.shard_length,
+            "state": "sealed",
+            "shards": shards,
+        }

@@ -1,0 +1,395 @@
+"""File contents: which bytes of a file lie where, and what a write, truncate or removal does.
+
+A write takes its bytes into a stripe and points extents at them; what lay
+there before is let go.  A truncation or removal of many extents is done in
+batches: a row of `trims` says what is left to do, and until it is done nothing
+else changes the file, so that old bytes can never come back.
+"""
+
+from __future__ import annotations
+
+import logging
+import stat
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import islice
+
+import trio
+
+from ..errors import FileTooLargeError, IsDirectoryError, QuotaError, StaleError
+from ..format import schema
+from ..format.erasure import Code
+from ..format.schema import Extent, Inode
+from ..limits import (
+    FILE_BYTES_MAX,
+    QUOTA_BLOCK_BYTES,
+    REMOVAL_BATCH,
+    REMOVAL_PAUSE_SECONDS,
+    REMOVALS_MAX,
+    STRIPE_BYTES,
+    TAIL_EXTENTS_MAX,
+    TRIM_BATCH,
+)
+from ..log.log import Log, Transaction
+from ..read.reader import Reader
+from ..write.writer import Writer
+from . import quota
+
+log = logging.getLogger(__name__)
+
+Data = bytes | bytearray | memoryview
+
+
+class Contents:
+    """Reads, writes and cuts files."""
+
+    def __init__(self, log: Log, reader: Reader, writer: Writer, nursery: trio.Nursery) -> None:
+        self._log = log
+        self._reader = reader
+        self._writer = writer
+        self._nursery = nursery
+        self._tails: OrderedDict[int, Extent] = OrderedDict()
+        """By inode the extent that was written last, for writes that go on behind it."""
+        self._trimming: dict[int, trio.Event] = {}
+        self._dead: list[int] = []
+        """Orphans that nobody uses any more."""
+
+    # --- reading and writing -------------------------------------------------
+
+    async def read(self, ino: int, offset: int, size: int) -> Data:
+        """Up to `size` bytes from `offset`; fewer only at the end of the file."""
+        self._log.used_at = trio.current_time()
+        value = self._log.engine.get(schema.inode_key(ino))
+        if value is None:
+            raise StaleError(f"There is no inode {ino}.")
+        return await self._reader.read(ino, offset, min(offset + size, Inode.decode(value).size))
+
+    async def write(self, ino: int, offset: int, data: Data, *, whole: bool = False) -> int:
+        """Write `data`; its length, less if a quota has room for whole blocks of it only.
+
+        With `whole` it is then refused instead.  NoSpaceError, QuotaError, ReadOnlyError.
+        """
+        end = offset + len(data)
+        if end > FILE_BYTES_MAX:
+            raise FileTooLargeError(f"A file may have {FILE_BYTES_MAX} bytes.")
+        if not data:
+            return 0
+        self._log.used_at = trio.current_time()
+        await self._writer.room()
+        if ino in self._trimming:
+            await self.settled(ino)
+        with self._log.transaction() as txn:
+            inode = self._inode(txn, ino)
+            inode.mtime = inode.ctime = time.time_ns()
+            if offset < inode.size and self._overwrite(ino, offset, data):
+                txn.put(schema.inode_key(ino), inode.encode())
+                return len(data)
+            if inode.quota_root:
+                data = self._within_quota(txn, ino, inode, offset, data, whole)
+                end = offset + len(data)
+            self._log.take_room(len(data))
+            if offset < inode.size:
+                self._cut(txn, ino, inode, offset, end)
+            code = Code(inode.k, inode.m)
+            for piece in self._writer.append(txn, code, ino, offset, data):
+                offset = self._point(txn, ino, offset, *piece)
+            inode.allocated += len(data)
+            inode.size = max(inode.size, end)
+            txn.put(schema.inode_key(ino), inode.encode())
+        return len(data)
+
+    def _within_quota(
+        self, txn: Transaction, ino: int, inode: Inode, offset: int, data: Data, whole: bool
+    ) -> Data:
+        """As much of `data` as the quota has room for, which is charged for it; QuotaError."""
+        root, end, at = inode.quota_root, offset + len(data), offset
+        left = quota.room(txn.get, root)
+        extents = list(self._reader.extents(ino, offset, end)) if offset < inode.size else []
+        for start, stop in [*((extent.offset, extent.end) for extent in extents), (end, end)]:
+            if start - at > left:
+                end = max((at + left) // QUOTA_BLOCK_BYTES * QUOTA_BLOCK_BYTES, offset)
+                break
+            left, at = left - (start - at), stop
+        if end == offset or (whole and end < offset + len(data)):
+            raise QuotaError("The quota is used up.")
+        held = sum(max(extent.part(offset, end).length, 0) for extent in extents)
+        quota.charge(txn, root, end - offset - held)
+        return data if end == offset + len(data) else memoryview(data)[: end - offset]
+
+    def _overwrite(self, ino: int, offset: int, data: Data) -> bool:
+        """Replace bytes that no commit holds yet, where they lie in memory."""
+        if not self._writer.can_overwrite:
+            return False
+        end = offset + len(data)
+        for extent in self._reader.extents(ino, offset, end):
+            return extent.length == len(data) and self._writer.overwrite(
+                extent.stripe, extent.stripe_offset, data
+            )
+        return False
+
+    def _point(
+        self, txn: Transaction, ino: int, offset: int, stripe: int, at: int, length: int
+    ) -> int:
+        """Point an extent at bytes of a stripe, or let the one before go on; the next offset."""
+        tail = self._tails.get(ino)
+        if (
+            tail is not None
+            and tail.end == offset
+            and tail.stripe == stripe
+            and tail.stripe_offset + tail.length == at
+        ):
+            extent = Extent(tail.offset, tail.length + length, stripe, tail.stripe_offset)
+        else:
+            extent = Extent(offset, length, stripe, at)
+        txn.put(schema.extent_key(ino, extent.offset), extent.encode())
+        self._tails[ino] = extent
+        if len(self._tails) > TAIL_EXTENTS_MAX:
+            self._tails.popitem(last=False)
+        return extent.end
+
+    def _cut(self, txn: Transaction, ino: int, inode: Inode, start: int, end: int) -> None:
+        """Let go of the file's bytes start <= i < end; `inode` is changed, not put."""
+        self._tails.pop(ino, None)
+        low, at = schema.extent_key(ino, 0), schema.extent_key(ino, start)
+        rows = list(txn.scan(schema.extent_key(ino, start + 1), schema.extent_key(ino, end)))
+        first = txn.last(low, at)
+        if first is not None:
+            rows.insert(0, first)
+        for key, value in rows:
+            self._cut_extent(txn, ino, inode, Extent.decode(key, value), start, end)
+
+    @staticmethod
+    def _cut_extent(
+        txn: Transaction, ino: int, inode: Inode, extent: Extent, start: int, end: int
+    ) -> None:
+        """Let go of what an extent has of start <= i < end; keep what it has on either side."""
+        gone = extent.part(start, end)
+        if gone.length <= 0:
+            return
+        if extent.offset < start:
+            left = extent.part(extent.offset, start)
+            txn.put(schema.extent_key(ino, left.offset), left.encode())
+        else:
+            txn.delete(schema.extent_key(ino, extent.offset))
+        if extent.end > end:
+            right = extent.part(end, extent.end)
+            txn.put(schema.extent_key(ino, right.offset), right.encode())
+        txn.let_go(extent.stripe, gone.length)
+        inode.allocated -= gone.length
+
+    # --- recoding ------------------------------------------------------------
+
+    async def settled(self, ino: int) -> None:
+        """Wait for a truncation of a file that is under way."""
+        while ino in self._trimming:
+            await self._trimming[ino].wait()
+
+    def has(self, ino: int, extent: Extent) -> bool:
+        """Whether a file still has exactly this extent."""
+        row = self._log.engine.get(schema.extent_key(ino, extent.offset))
+        return row == extent.encode()
+
+    def set_code(self, ino: int, code: Code) -> None:
+        """Give new bytes of a file another code; its times stay."""
+        with self._log.transaction() as txn:
+            inode = self._inode(txn, ino)
+            inode.k, inode.m = code.k, code.m
+            txn.put(schema.inode_key(ino), inode.encode())
+
+    def recode(self, ino: int, code: Code, parts: list[tuple[Extent, Data | None]]) -> bool:
+        """Write what extents (in order) hold to stripes of a code; False if they have changed.
+
+        Bytes that are not given are in memory still.  NoSpaceError, StaleError.
+        """
+        with self._log.transaction() as txn:
+            inode = self._inode(txn, ino)
+            runs: list[tuple[int, bytearray]] = []
+            for extent, data in parts:
+                if data is None:
+                    unsealed = self._log.unsealed.get(extent.stripe)
+                    at = extent.stripe_offset
+                    data = unsealed.bytes(at, at + extent.length) if unsealed else None
+                if data is None or ino in self._trimming or not self.has(ino, extent):
+                    return False
+                if not runs or runs[-1][0] + len(runs[-1][1]) != extent.offset:
+                    runs.append((extent.offset, bytearray()))
+                runs[-1][1].extend(data)
+            self._log.take_room(sum(len(data) for _, data in runs))
+            for offset, run in runs:
+                self._cut(txn, ino, inode, offset, offset + len(run))
+                inode.allocated += len(run)
+                for start in range(0, len(run), STRIPE_BYTES):
+                    piece = memoryview(run)[start : start + STRIPE_BYTES]
+                    for place in self._writer.append(txn, code, ino, offset, piece):
+                        offset = self._point(txn, ino, offset, *place)
+            txn.put(schema.inode_key(ino), inode.encode())
+        return True
+
+    # --- truncating ----------------------------------------------------------
+
+    async def truncate(self, ino: int, size: int) -> None:
+        """Set a file's size; what is past it is let go, what is new is a hole."""
+        if size > FILE_BYTES_MAX:
+            raise FileTooLargeError(f"A file may have {FILE_BYTES_MAX} bytes.")
+        await self.settled(ino)
+        with self._log.transaction() as txn:
+            inode = self._inode(txn, ino)
+            shrinks, before = size < inode.size, inode.allocated
+            inode.mtime = inode.ctime = time.time_ns()
+            inode.size = size
+            more = shrinks and self._trim_batch(txn, ino, inode, size)
+            if inode.quota_root:
+                quota.charge(txn, inode.quota_root, inode.allocated - before)
+            txn.put(schema.inode_key(ino), inode.encode())
+            if more:
+                txn.put(schema.trim_key(ino), size.to_bytes(8, "little"))
+                self._trimming[ino] = trio.Event()
+        if more:
+            # Even if the caller goes away: until it is done nobody can use the file.
+            with trio.CancelScope(shield=True):
+                await self._trim(ino, size)
+
+    def _trim_batch(self, txn: Transaction, ino: int, inode: Inode, size: int) -> bool:
+        """Let go of some of what lies past `size`; whether there is more."""
+        self._tails.pop(ino, None)
+        if size > 0:
+            key = schema.extent_key(ino, size - 1)
+            first = txn.last(schema.extent_key(ino, 0), key)
+            if first is not None:
+                extent = Extent.decode(*first)
+                self._cut_extent(txn, ino, inode, extent, size, max(extent.end, size))
+        start, end = schema.extent_key(ino, size), schema.extent_key(ino + 1, 0)
+        rows = list(islice(txn.scan(start, end), TRIM_BATCH + 1))
+        for key, value in rows[:TRIM_BATCH]:
+            extent = Extent.decode(key, value)
+            self._cut_extent(txn, ino, inode, extent, extent.offset, extent.end)
+        return len(rows) > TRIM_BATCH
+
+    async def _trim(self, ino: int, size: int) -> None:
+        """Go on until nothing lies past `size`; the inode may be gone already."""
+        more = True
+        while more:
+            await trio.lowlevel.checkpoint()
+            with Transaction(self._log) as txn:
+                value = txn.get(schema.inode_key(ino))
+                inode = Inode.decode(value) if value is not None else _GONE
+                before = inode.allocated
+                more = self._trim_batch(txn, ino, inode, size)
+                if value is not None:
+                    if inode.quota_root:
+                        quota.charge(txn, inode.quota_root, inode.allocated - before)
+                    txn.put(schema.inode_key(ino), inode.encode())
+                if not more:
+                    txn.delete(schema.trim_key(ino))
+        event = self._trimming.pop(ino, None)
+        if event is not None:
+            event.set()
+
+    # --- removing ------------------------------------------------------------
+
+    def remove(self, ino: int) -> None:
+        """Remove an orphan that nobody uses any more, and all that it had, soon.
+
+        Its row in `orphans` stays until then: after a crash the next mount does it.
+        """
+        self._dead.append(ino)
+        if len(self._dead) == 1:
+            self._nursery.start_soon(self._bury)
+
+    @property
+    def removing(self) -> bool:
+        """Whether something is to be removed that is still there."""
+        return bool(self._dead)
+
+    async def _bury(self) -> None:
+        """Remove what is dead, many at a time, once no more comes."""
+        while self._dead:
+            count = len(self._dead)
+            await trio.sleep(REMOVAL_PAUSE_SECONDS)
+            if not count < len(self._dead) < REMOVALS_MAX:
+                await self._bury_now()
+
+    async def _bury_now(self) -> None:
+        while self._dead and not self._log.broken:
+            batch, self._dead = self._dead[:REMOVAL_BATCH], self._dead[REMOVAL_BATCH:]
+            try:
+                self._dead += self._remove(batch)
+            except Exception:
+                log.exception("inodes could not be removed; the next mount does it")
+            await trio.lowlevel.checkpoint()
+        if self._log.broken:
+            self._dead.clear()
+
+    async def buried(self, pauses: int = 1) -> None:
+        """Return when what nobody uses any more is removed, what is just being let go, too."""
+        await trio.sleep(pauses * REMOVAL_PAUSE_SECONDS)
+        await self._bury_now()
+
+    def _remove(self, inos: Sequence[int]) -> Sequence[int]:
+        """Remove orphans, and all that they had, in one transaction; those that did not fit.
+
+        Extents past the first TRIM_BATCH of a file are removed later.
+        """
+        trims: list[int] = []
+        left: Sequence[int] = []
+        with Transaction(self._log) as txn:
+            for i, ino in enumerate(inos):
+                if len(txn.changes) > TRIM_BATCH:
+                    left = inos[i:]
+                    break
+                value = txn.get(schema.inode_key(ino))
+                if value is None:
+                    continue
+                inode = Inode.decode(value)
+                if inode.nlink:
+                    log.error("Inode %d is to be removed, and has a name: run fsck.", ino)
+                    continue
+                prefix = schema.xattr_key(ino, b"")
+                for key, _ in list(txn.scan(prefix, schema.after(prefix))):
+                    txn.delete(key)
+                if stat.S_ISLNK(inode.mode):
+                    txn.delete(schema.target_key(ino))
+                txn.delete(schema.inode_key(ino))
+                txn.delete(schema.orphan_key(ino))
+                txn.files -= 1
+                if inode.quota_root:
+                    quota.leave(txn, ino, inode)
+                if stat.S_ISREG(inode.mode) and self._trim_batch(txn, ino, inode, 0):
+                    txn.put(schema.trim_key(ino), bytes(8))
+                    trims.append(ino)
+        for ino in trims:
+            self._nursery.start_soon(self._trim, ino, 0)
+        return left
+
+    async def resume(self) -> None:
+        """After a mount: end the trims, and remove the orphans, that were left behind."""
+        engine = self._log.engine
+        for key, value in list(engine.scan(schema.TRIMS_START, schema.TRIMS_END)):
+            if schema.readable(key, value):
+                ino, size = schema.decode_ino_key(key), int.from_bytes(value, "little")
+                row = engine.get(schema.inode_key(ino))
+                if size == (Inode.decode(row).size if row is not None else 0):
+                    await self._trim(ino, size)
+                else:
+                    log.error("A trim of inode %d is not of its size: run fsck.", ino)
+        rows = engine.scan(schema.ORPHANS_START, schema.ORPHANS_END)
+        orphans: Sequence[int] = [
+            schema.decode_ino_key(key) for key, value in rows if schema.readable(key, value)
+        ]
+        while orphans:
+            orphans = [*self._remove(orphans[:REMOVAL_BATCH]), *orphans[REMOVAL_BATCH:]]
+
+    @staticmethod
+    def _inode(txn: Transaction, ino: int) -> Inode:
+        value = txn.get(schema.inode_key(ino))
+        if value is None:
+            raise StaleError(f"There is no inode {ino}.")
+        inode = Inode.decode(value)
+        if stat.S_ISDIR(inode.mode):
+            raise IsDirectoryError("A directory has no contents.")
+        return inode
+
+
+_GONE = Inode(0, 0, 0, 0, 0, 0, 0, 0, 0)
+"""Stands for an inode that was removed while its extents are still being let go."""

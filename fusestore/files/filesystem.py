@@ -1,0 +1,60 @@
+"""The file system of an open store: names, attributes and contents put together."""
+
+from __future__ import annotations
+
+import trio
+
+from ..format.schema import NO_LIMIT
+from ..store.opening import Store
+from .attributes import Attributes
+from .contents import Contents
+from .quota_roots import QuotaRoots
+from .recode import Recoder
+from .tree import Tree
+
+INODE_BYTES = 4096
+"""Of file data, for each inode that is guessed to be free."""
+
+
+class FileSystem:
+    """What a face needs: `tree`, `contents`, `attributes`, `quotas`, `recoder` and the whole."""
+
+    def __init__(self, store: Store, nursery: trio.Nursery) -> None:
+        self.log = store.log
+        self.tree = Tree(store.log)
+        store.log.path_of = self.tree.path
+        self.contents = Contents(store.log, store.reader, store.writer, nursery)
+        self.attributes = Attributes(
+            store.log, self.tree, store.reader, allow_unsafe=store.config.allow_unsafe
+        )
+        self.quotas = QuotaRoots(store.log, self.tree, nursery)
+        self.recoder = Recoder(store, self.tree, self.contents, nursery)
+        self.commit = store.committer.commit
+
+    async def begin(self) -> None:
+        """Make the root of a new store; end what the last mount left half done."""
+        if not self.log.read_only:
+            self.tree.make_root()
+            await self.contents.resume()
+
+    def go_on(self) -> None:
+        """Go on in the background with what the last mount did not end: counting, recoding."""
+        if not self.log.read_only:
+            self.quotas.resume()
+            self.recoder.resume()
+
+    def space(self) -> tuple[int, int]:
+        """(total, free) bytes of file data in the store's default code, or as the root's quota."""
+        total, free = self.log.members.usable(self.log.code)
+        row = self.quotas.of_root()
+        if row is not None and row.bytes_max < total:
+            return row.bytes_max, max(0, min(free, row.bytes_max - row.bytes_used))
+        return total, free
+
+    def inodes(self, free_bytes: int) -> tuple[int, int]:
+        """(total, free) inodes: as the root's quota says, or a guess from the free bytes."""
+        row = self.quotas.of_root()
+        if row is not None and row.files_max != NO_LIMIT:
+            return row.files_max, max(0, row.files_max - row.files_used)
+        guess = free_bytes // INODE_BYTES
+        return self.log.counters.files + guess, guess

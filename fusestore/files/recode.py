@@ -1,0 +1,285 @@
+"""Recoding: files that exist get another code, while they are read and written.
+
+File by file: new bytes of it have the new code from then on; then, from its
+beginning to its end, what lies in stripes of another code is read, verified, and
+written to stripes of the new one.  One transaction, and so one commit, gives up to
+RECODE_BYTES in up to RECODE_EXTENTS extents their new places, if they are still
+what was read; else they are read again.  Files up to that size go over as a whole,
+larger ones run by run: no transaction may be larger, and a file that is always
+written to would never go over otherwise.  At every moment, and after a crash at any
+moment, a file reads what was last written to it.
+
+Which files are done can be seen from their extents, so a recoding that was cut
+short begins its walk again, and only looks at them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import stat
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+import trio
+
+from ..errors import FusestoreError, LostError, NoSpaceError, StaleError, UsageError
+from ..format import schema
+from ..format.erasure import Code
+from ..format.schema import LOST_STRIPE, Extent
+from ..limits import RECODE_BYTES, RECODE_EXTENTS, RECODE_NOTE_SECONDS, RECODE_RETRY_SECONDS
+from ..log.pace import Pace
+from ..store.opening import Store
+from .contents import Contents, Data
+from .tree import Tree
+from .walk import Walk
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.2
+UNREADABLE_KEPT_MAX = 1000
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass(slots=True)
+class Recoding:
+    """What is recoded, and how far; JSON in its row."""
+
+    state: str = "never"
+    """never, running, stopped or done."""
+    ino: int = 0
+    """A file, or a directory with all below it."""
+    path: str = ""
+    """Where that was when it was started."""
+    to: str = ""
+    """The code; empty: that of new files in the directory of each file."""
+    rate: float | None = None
+    """Bytes of I/O a second, None for as fast as users' own I/O allows."""
+    started: float = 0.0
+    finished: float = 0.0
+    """Seconds since the epoch."""
+    files: int = 0
+    total_files: int = 0
+    size: int = 0
+    total: int = 0
+    """Files that were looked at, of how many, and the bytes that they hold."""
+    recoded: int = 0
+    """Bytes that got another code, since it was started."""
+    unreadable: int = 0
+    """Files with bytes that cannot be read; these keep their place."""
+
+
+class Recoder:
+    """Recodes a file or a tree in the background, one at a time."""
+
+    def __init__(self, store: Store, tree: Tree, contents: Contents, nursery: trio.Nursery) -> None:
+        self._store = store
+        self._log = store.log
+        self._tree = tree
+        self._contents = contents
+        self._nursery = nursery
+        value = self._log.engine.get(schema.RECODE_KEY)
+        self.job = Recoding(**json.loads(value)) if value else Recoding()
+        self._running = False
+        self._began = (0.0, 0)
+        """When this run began to recode, by trio's clock, and the bytes done by then."""
+        self._waits_for = ""
+        self._unreadable: dict[str, None] = {}
+
+    # --- commands ------------------------------------------------------------
+
+    def start(self, ino: int, to: Code | None, rate: float | None) -> None:
+        """Begin; UsageError when one is running, or there is nothing to recode."""
+        if self.job.state == "running":
+            raise UsageError(
+                f"{self.job.path} is being recoded: wait for it, or stop it with --stop."
+            )
+        mode = self._tree.inode(ino).mode
+        if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+            raise UsageError("Only files and directories can be recoded.")
+        with self._log.transaction() as txn:  # ReadOnlyError
+            if to is not None:
+                self._tree.note_code(txn, to)
+        path = self._tree.path(ino)
+        self.job = Recoding("running", ino, path, str(to or ""), rate, time.time())
+        self._unreadable.clear()
+        self._note()
+        self.resume()
+
+    def stop(self) -> None:
+        """End it where it is; UsageError when none is running."""
+        if self.job.state != "running":
+            raise UsageError("Nothing is being recoded.")
+        self._end("stopped")
+
+    async def wait(self, progress: Progress) -> dict[str, Any]:
+        """Return when it has ended, or cannot go on before the next mount."""
+        while self._running and self.job.state == "running":
+            what = "recoding" if self.job.total_files else "counting"
+            progress({"phase": what, "done": self.job.size, "total": self.job.total})
+            await trio.sleep(LOOK_SECONDS)
+        return self.status()
+
+    def status(self) -> dict[str, Any]:
+        """How far it is, with `waits_for` and `seconds_left`, None if unknown."""
+        job = self.job
+        since, before = self._began
+        done, left = job.size - before, max(job.total - job.size, 0)
+        seconds = None
+        if job.state == "running" and done and not self._waits_for:
+            seconds = left * (trio.current_time() - since) / done
+        return {
+            **asdict(job),
+            "waits_for": self._waits_for,
+            "seconds_left": seconds,
+            "unreadable_files": list(self._unreadable),
+        }
+
+    def resume(self) -> None:
+        """Go on with what is not done."""
+        if self.job.state == "running" and not self._running:
+            self._running = True
+            self._nursery.start_soon(self._run)
+
+    def _note(self) -> None:
+        self._log.apply({schema.RECODE_KEY: json.dumps(asdict(self.job)).encode()})
+
+    def _end(self, state: str) -> None:
+        self.job.state, self.job.finished = state, time.time()
+        self._note()
+
+    # --- the work ------------------------------------------------------------
+
+    async def _run(self) -> None:
+        try:
+            while self.job.state == "running":
+                job = self.job
+                await self._count(job)
+                await self._all_files(job)
+                await self._store.committer.commit()
+                if self.job is job and job.state == "running":
+                    self._end("done")
+        except FusestoreError as error:
+            log.error("Recoding stopped: %s The next mount goes on.", error)
+        finally:
+            self._running = False
+
+    async def _count(self, job: Recoding) -> None:
+        """What there is to look at, for the progress; what is made meanwhile comes on top."""
+        job.files = job.total_files = job.size = job.total = job.unreadable = 0
+        files = total = 0
+        with Walk(self._tree, job.ino) as walk:
+            for step in walk.files():
+                for _, ino in step:
+                    files += 1
+                    total += self._tree.inode(ino).allocated
+                await trio.lowlevel.checkpoint()
+        job.total_files, job.total = files, total
+        self._began = trio.current_time(), 0
+
+    async def _all_files(self, job: Recoding) -> None:
+        pace = Pace(self._log, job.rate)
+        noted = trio.current_time()
+        with Walk(self._tree, job.ino) as walk:
+            for step in walk.files():
+                for folder, ino in step:
+                    try:
+                        code = Code.parse(job.to) if job.to else self._tree.code(folder)
+                        before = job.size
+                        await self._file(job, ino, code, pace)
+                        job.files += 1
+                        job.size = before + self._tree.inode(ino).allocated
+                    except StaleError:
+                        pass  # it was removed
+                    if self.job is not job or job.state != "running":
+                        return
+                    if trio.current_time() - noted > RECODE_NOTE_SECONDS:
+                        noted = trio.current_time()
+                        self._note()
+                await trio.lowlevel.checkpoint()
+
+    async def _file(self, job: Recoding, ino: int, code: Code, pace: Pace) -> None:
+        """Recode one file; StaleError when it is gone."""
+        inode = self._tree.inode(ino)
+        if not stat.S_ISREG(inode.mode):
+            return
+        if (inode.k, inode.m) != (code.k, code.m):
+            self._contents.set_code(ino, code)
+        at, begun = 0, job.size
+        while job.state == "running" and self.job is job:
+            await self._contents.settled(ino)
+            found = self._store.reader.extents(ino, at, self._tree.inode(ino).size)
+            rows = list(islice(found, RECODE_EXTENTS))
+            if not rows:
+                return
+            run, end = self._choose(rows, code)
+            if run:
+                length = sum(extent.length for extent in run)
+                await pace.spend(length + length * code.n // code.k)
+                parts = await self._read(ino, run)
+                await self._store.writer.room()
+                try:
+                    if not self._contents.recode(ino, code, parts):
+                        continue  # it was changed meanwhile
+                except NoSpaceError as error:
+                    self._waits_for = str(error)
+                    await trio.sleep(RECODE_RETRY_SECONDS)
+                    continue
+                self._waits_for = ""
+                job.recoded += sum(extent.length for extent, _ in parts)
+            else:
+                await trio.lowlevel.checkpoint()
+            at = end
+            job.size = begun + sum(extent.length for extent in rows if extent.end <= end)
+            begun = job.size
+
+    def _choose(self, rows: list[Extent], code: Code) -> tuple[list[Extent], int]:
+        """The extents of one transaction, and the offset up to which the file is done then."""
+        run: list[Extent] = []
+        size = 0
+        for extent in rows:
+            if extent.stripe == LOST_STRIPE or self._code(extent.stripe) == code:
+                continue
+            if run and size + extent.length > RECODE_BYTES:
+                return run, extent.offset
+            run.append(extent)
+            size += extent.length
+        return run, rows[-1].end
+
+    def _code(self, stripe: int) -> Code | None:
+        unsealed = self._log.unsealed.get(stripe)
+        if unsealed is not None:
+            return unsealed.code
+        row = self._store.reader.stripe(stripe)
+        return row.code if row is not None else None
+
+    async def _read(self, ino: int, run: list[Extent]) -> list[tuple[Extent, Data | None]]:
+        """The bytes of extents; None for what is in memory still, and may change there.
+
+        Extents that cannot be read are left out, and their file is named.
+        """
+        parts: list[tuple[Extent, Data | None]] = []
+        for extent in run:
+            if extent.stripe in self._log.unsealed:
+                parts.append((extent, None))
+                continue
+            start, end = extent.stripe_offset, extent.stripe_offset + extent.length
+            try:
+                data = await self._store.reader.read_stripe(extent.stripe, start, end)
+            except LostError as error:
+                if self._contents.has(ino, extent):
+                    self._lost(ino, error)
+                    continue
+                data = b""  # it was let go of meanwhile: the transaction will see that
+            parts.append((extent, data))
+        return parts
+
+    def _lost(self, ino: int, error: LostError) -> None:
+        path = self._tree.path(ino)
+        if path not in self._unreadable and len(self._unreadable) < UNREADABLE_KEPT_MAX:
+            log.error("%s cannot be recoded: %s", path, error)
+            self._unreadable[path] = None
+            self.job.unreadable += 1

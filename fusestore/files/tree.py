@@ -1,0 +1,482 @@
+"""Names and attributes: directories, links, modes, owners, times.
+
+Every method is synchronous and is one transaction: it checks everything first
+and changes afterwards, so an error leaves nothing behind.  Who may do what is
+for the kernel to check (`default_permissions`).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from ..errors import (
+    CrossesQuotaError,
+    ExistsError,
+    InvalidError,
+    IsDirectoryError,
+    NameTooLongError,
+    NoEntryError,
+    NotDirectoryError,
+    NotEmptyError,
+    NotPermittedError,
+    StaleError,
+    TooManyLinksError,
+)
+from ..format import acl, schema
+from ..format.erasure import Code
+from ..format.schema import ROOT, Inode
+from ..limits import CODES_CACHED_MAX, LINKS_MAX, NAME_BYTES_MAX, TARGET_BYTES_MAX
+from ..log.log import Log, Transaction
+from . import quota
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What setattr is to set; None leaves a field as it is; times in ns."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    atime: int | None = None
+    mtime: int | None = None
+    ctime: int | None = None
+
+
+class Tree:
+    """The directory tree of an open store."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._codes: dict[int, Code] = {}
+        """Codes that directories give to new files, as far as they were asked for."""
+        self.fenced: set[int] = set()
+        """Directories that others cannot be moved into or out of, at any depth, for now."""
+        self.on_move: list[Callable[[int], None]] = []
+        """Told of each inode that got another parent: who walks the tree may miss it."""
+
+    def make_root(self) -> None:
+        """Make the root directory of a new store; it belongs to who mounts it first."""
+        if self._log.engine.get(schema.inode_key(ROOT)) is None:
+            now = time.time_ns()
+            owner = os.getuid(), os.getgid()
+            root = Inode(stat.S_IFDIR | 0o755, *owner, 2, 0, 0, now, now, now, parent=ROOT)
+            self._log.apply({schema.inode_key(ROOT): root.encode()})
+
+    # --- looking -------------------------------------------------------------
+
+    def inode(self, ino: int) -> Inode:
+        """The attributes of an inode; StaleError."""
+        value = self._log.engine.get(schema.inode_key(ino))
+        if value is None:
+            raise StaleError(f"There is no inode {ino}.")
+        return Inode.decode(value)
+
+    def lookup(self, parent: int, name: bytes) -> int | None:
+        """The inode that a directory has under a name, or None; `.` and `..` too."""
+        if len(name) > NAME_BYTES_MAX:
+            raise NameTooLongError(f"A name may have {NAME_BYTES_MAX} bytes.")
+        if name == b".":
+            return parent
+        if name == b"..":
+            return self.inode(parent).parent
+        value = self._log.engine.get(schema.name_key(parent, name))
+        return schema.decode_name(value)[0] if value is not None else None
+
+    def entries(self, ino: int, after: int) -> Iterator[tuple[int, int, bytes]]:
+        """(cookie, ino, name) of a directory's entries past the cookie `after`, in order."""
+        start = schema.listing_key(ino, max(after + 1, schema.FIRST_COOKIE))
+        for key, value in self._log.engine.scan(start, schema.listing_key(ino + 1, 0)):
+            yield schema.decode_listing(key, value)
+
+    def target(self, ino: int) -> bytes:
+        """What a symbolic link points at; InvalidError when it is none."""
+        value = self._log.engine.get(schema.target_key(ino))
+        if value is None:
+            raise InvalidError("Not a symbolic link.")
+        return value
+
+    def path(self, ino: int) -> str:
+        """A path of an inode from the root, for people; `?` where it cannot be told."""
+        parts: list[str] = []
+        while ino != ROOT and len(parts) < 256:
+            value = self._log.engine.get(schema.inode_key(ino))
+            parent = Inode.decode(value).parent if value is not None else 0
+            names = (name for _, child, name in self.entries(parent, 0) if child == ino)
+            parts.append(next(names, b"?").decode(errors="replace"))
+            if parent == 0:
+                break
+            ino = parent
+        return "/" + "/".join(reversed(parts))
+
+    def lies_below(self, ino: int, top: int) -> bool:
+        """Whether an inode is a directory, or was last given a name somewhere below it."""
+        while ino != top:
+            value = self._log.engine.get(schema.inode_key(ino))
+            if value is None or ino == ROOT:
+                return False
+            ino = Inode.decode(value).parent
+        return True
+
+    def policy(self, ino: int) -> tuple[Code, int]:
+        """The code of new files below a directory, and the directory that has it set; 0: none."""
+        while True:
+            inode = self.inode(ino)
+            if inode.k:
+                return Code(inode.k, inode.m), ino
+            if ino == ROOT:
+                return self._log.code, 0
+            ino = inode.parent
+
+    def code(self, ino: int) -> Code:
+        """The code of a file's new bytes; for a directory, of new files below it."""
+        passed = []
+        while (code := self._codes.get(ino)) is None:
+            inode = self.inode(ino)
+            if stat.S_ISDIR(inode.mode):
+                passed.append(ino)
+            if inode.k:
+                code = Code(inode.k, inode.m)
+                break
+            if ino == ROOT:
+                code = self._log.code
+                break
+            ino = inode.parent
+        if len(self._codes) + len(passed) > CODES_CACHED_MAX:
+            self._codes.clear()
+        self._codes.update(dict.fromkeys(passed, code))
+        return code
+
+    def set_code(self, ino: int, code: Code | None) -> None:
+        """Set the code of a directory's new files, or inherit it again."""
+        with self._log.transaction() as txn:
+            inode = self._get(txn, ino)
+            if not stat.S_ISDIR(inode.mode):
+                raise NotPermittedError("Only a directory's code can be set.")
+            inode.k, inode.m = (code.k, code.m) if code else (0, 0)
+            inode.ctime = time.time_ns()
+            txn.put(schema.inode_key(ino), inode.encode())
+            if code is not None:
+                self.note_code(txn, code)
+        self._codes.clear()
+
+    @staticmethod
+    def note_code(txn: Transaction, code: Code) -> None:
+        """A code comes into use: `status` names those that do not bear the loss of a region."""
+        known = schema.decode_codes(txn.get(schema.CODES_KEY))
+        if code not in known:
+            txn.put(schema.CODES_KEY, schema.encode_codes([*known, code]))
+
+    # --- making --------------------------------------------------------------
+
+    def make(
+        self,
+        parent: int,
+        name: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
+        *,
+        rdev: int = 0,
+        target: bytes | None = None,
+    ) -> tuple[int, Inode]:
+        """Make an inode of any type under a new name; its number and attributes."""
+        if target is not None and not 0 < len(target) <= TARGET_BYTES_MAX:
+            raise NameTooLongError(f"A link's target may have {TARGET_BYTES_MAX} bytes.")
+        log = self._log
+        with log.transaction(grows=len(name) + len(target or b"")) as txn:
+            folder = self._folder(txn, parent)
+            self._check_new(txn, parent, name)
+            now = time.time_ns()
+            directory = stat.S_ISDIR(mode)
+            if folder.mode & stat.S_ISGID:
+                gid = folder.gid
+                if directory:
+                    mode |= stat.S_ISGID
+            ino, cookie = log.counters.next_ino, log.counters.next_cookie
+            default = txn.get(schema.xattr_key(parent, acl.DEFAULT))
+            if default is not None:
+                mode, access, inherited = acl.inherit(default, mode, directory)
+                if access is not None:
+                    txn.put(schema.xattr_key(ino, acl.ACCESS), access)
+                if inherited is not None:
+                    txn.put(schema.xattr_key(ino, acl.DEFAULT), inherited)
+            inode = Inode(
+                mode, uid, gid, 2 if directory else 1, 0, 0, now, now, now, rdev, parent=parent
+            )
+            if folder.quota_root:
+                inode.quota_root = folder.quota_root
+                quota.charge(txn, folder.quota_root, 0, 1)
+            if target is not None:
+                inode.size = len(target)
+                txn.put(schema.target_key(ino), target)
+            elif stat.S_ISREG(mode):
+                code = self.code(parent)
+                inode.k, inode.m = code.k, code.m
+            txn.put(schema.inode_key(ino), inode.encode())
+            txn.put(schema.name_key(parent, name), schema.name_value(ino, cookie))
+            txn.put(schema.listing_key(parent, cookie), schema.listing_value(ino, name))
+            folder.nlink += directory
+            self._touch(txn, parent, folder, now)
+            txn.files += 1
+            log.counters.next_ino += 1
+            log.counters.next_cookie += 1
+        return ino, inode
+
+    def link(self, ino: int, parent: int, name: bytes) -> Inode:
+        """Give an inode one more name; its attributes."""
+        with self._log.transaction(grows=len(name)) as txn:
+            folder = self._folder(txn, parent)
+            self._check_new(txn, parent, name)
+            inode = self._get(txn, ino)
+            if stat.S_ISDIR(inode.mode):
+                raise NotPermittedError("A directory cannot have a second name.")
+            if inode.nlink == 0:
+                raise NoEntryError("The file was deleted.")
+            if inode.nlink >= LINKS_MAX:
+                raise TooManyLinksError(f"A file may have {LINKS_MAX} names.")
+            if inode.quota_root != folder.quota_root:
+                raise CrossesQuotaError("All names of a file have to lie in the same quota.")
+            now = time.time_ns()
+            cookie = self._log.counters.next_cookie
+            inode.nlink += 1
+            inode.ctime = now
+            inode.parent = parent
+            txn.put(schema.inode_key(ino), inode.encode())
+            txn.put(schema.name_key(parent, name), schema.name_value(ino, cookie))
+            txn.put(schema.listing_key(parent, cookie), schema.listing_value(ino, name))
+            self._touch(txn, parent, folder, now)
+            self._log.counters.next_cookie += 1
+        return inode
+
+    # --- removing ------------------------------------------------------------
+
+    def unlink(self, parent: int, name: bytes) -> tuple[int, Inode]:
+        """Remove a name of what is no directory; the inode, an orphan if it was the last."""
+        with self._log.transaction() as txn:
+            folder = self._folder(txn, parent)
+            ino, cookie = self._entry(txn, parent, name)
+            inode = self._get(txn, ino)
+            if stat.S_ISDIR(inode.mode):
+                raise IsDirectoryError("A directory is removed with rmdir.")
+            now = time.time_ns()
+            self._drop_name(txn, parent, name, cookie)
+            self._drop_link(txn, ino, inode, now)
+            self._touch(txn, parent, folder, now)
+        return ino, inode
+
+    def rmdir(self, parent: int, name: bytes) -> tuple[int, Inode]:
+        """Remove an empty directory; the inode, an orphan now."""
+        with self._log.transaction() as txn:
+            folder = self._folder(txn, parent)
+            ino, cookie = self._entry(txn, parent, name)
+            inode = self._get(txn, ino)
+            if not stat.S_ISDIR(inode.mode):
+                raise NotDirectoryError("Not a directory.")
+            self._check_empty(ino)
+            now = time.time_ns()
+            self._drop_name(txn, parent, name, cookie)
+            self._drop_link(txn, ino, inode, now)
+            folder.nlink -= 1
+            self._touch(txn, parent, folder, now)
+            self._codes.pop(ino, None)
+        return ino, inode
+
+    # --- renaming ------------------------------------------------------------
+
+    def rename(
+        self,
+        parent: int,
+        name: bytes,
+        new_parent: int,
+        new_name: bytes,
+        *,
+        replace: bool = True,
+    ) -> tuple[int, Inode] | None:
+        """Move a name, over what is there unless `replace` is false.
+
+        The inode that lost its name to it, or None.
+        """
+        with self._log.transaction(grows=len(new_name)) as txn:
+            folders = {parent: self._folder(txn, parent)}
+            folders.setdefault(new_parent, self._folder(txn, new_parent))
+            ino, cookie = self._entry(txn, parent, name)
+            inode = self._get(txn, ino)
+            directory = stat.S_ISDIR(inode.mode)
+            if directory:
+                self._check_outside(ino, new_parent)
+                self._check_fences(parent, new_parent)
+            now = time.time_ns()
+            lost: tuple[int, Inode] | None = None
+            found = txn.get(schema.name_key(new_parent, new_name))
+            if found is None:
+                self._check_new(txn, new_parent, new_name)
+                new_cookie = self._log.counters.next_cookie
+                self._log.counters.next_cookie += 1
+            else:
+                if not replace:
+                    raise ExistsError("The new name is taken.")
+                there, new_cookie = schema.decode_name(found)
+                if there == ino:
+                    return None
+                old = self._get(txn, there)
+                if directory and not stat.S_ISDIR(old.mode):
+                    raise NotDirectoryError("A directory cannot replace what is none.")
+                if not directory and stat.S_ISDIR(old.mode):
+                    raise IsDirectoryError("What is no directory cannot replace one.")
+                if directory:
+                    self._check_empty(there)
+                    folders[new_parent].nlink -= 1
+                self._drop_link(txn, there, old, now)
+                lost = there, old
+            self._drop_name(txn, parent, name, cookie)
+            txn.put(schema.name_key(new_parent, new_name), schema.name_value(ino, new_cookie))
+            txn.put(schema.listing_key(new_parent, new_cookie), schema.listing_value(ino, new_name))
+            if directory:
+                folders[parent].nlink -= 1
+                folders[new_parent].nlink += 1
+                self._codes.clear()
+            if inode.quota_root != folders[new_parent].quota_root:
+                root = folders[new_parent].quota_root
+                quota.shift(txn, *quota.crossing(txn, ino, inode, root))
+            inode.ctime = now
+            inode.parent = new_parent
+            txn.put(schema.inode_key(ino), inode.encode())
+            for number, folder in folders.items():
+                self._touch(txn, number, folder, now)
+        self._moved(ino)
+        return lost
+
+    def exchange(self, parent: int, name: bytes, new_parent: int, new_name: bytes) -> None:
+        """Let two names, of any type, change places."""
+        with self._log.transaction() as txn:
+            folders = {parent: self._folder(txn, parent)}
+            folders.setdefault(new_parent, self._folder(txn, new_parent))
+            one, one_cookie = self._entry(txn, parent, name)
+            two, two_cookie = self._entry(txn, new_parent, new_name)
+            if one == two:
+                return
+            now = time.time_ns()
+            moves = (
+                (one, parent, new_parent, new_name, two_cookie),
+                (two, new_parent, parent, name, one_cookie),
+            )
+            inodes = {ino: self._get(txn, ino) for ino in (one, two)}
+            crossing: list[quota.Move] = []
+            for ino, _, to, _, _ in moves:
+                if stat.S_ISDIR(inodes[ino].mode):
+                    self._check_outside(ino, to)
+                    self._check_fences(parent, new_parent)
+                if inodes[ino].quota_root != folders[to].quota_root:
+                    crossing += quota.crossing(txn, ino, inodes[ino], folders[to].quota_root)
+            quota.shift(txn, *crossing)
+            for ino, origin, to, new, cookie in moves:
+                inode = inodes[ino]
+                txn.put(schema.name_key(to, new), schema.name_value(ino, cookie))
+                txn.put(schema.listing_key(to, cookie), schema.listing_value(ino, new))
+                if stat.S_ISDIR(inode.mode):
+                    folders[origin].nlink -= 1
+                    folders[to].nlink += 1
+                inode.ctime, inode.parent = now, to
+                txn.put(schema.inode_key(ino), inode.encode())
+            for number, folder in folders.items():
+                self._touch(txn, number, folder, now)
+        self._codes.clear()
+        self._moved(one)
+        self._moved(two)
+
+    # --- attributes ----------------------------------------------------------
+
+    def change(self, ino: int, change: Change) -> Inode:
+        """Set attributes; the inode as it is then."""
+        with self._log.transaction() as txn:
+            inode = self._get(txn, ino)
+            if change.mode is not None:
+                inode.mode = stat.S_IFMT(inode.mode) | stat.S_IMODE(change.mode)
+                key = schema.xattr_key(ino, acl.ACCESS)
+                access = txn.get(key)
+                if access is not None:
+                    txn.put(key, acl.chmod(access, inode.mode))
+            if change.uid is not None:
+                inode.uid = change.uid
+            if change.gid is not None:
+                inode.gid = change.gid
+            if change.atime is not None:
+                inode.atime = change.atime
+            if change.mtime is not None:
+                inode.mtime = change.mtime
+            inode.ctime = change.ctime if change.ctime is not None else time.time_ns()
+            txn.put(schema.inode_key(ino), inode.encode())
+        return inode
+
+    # --- parts of operations -------------------------------------------------
+
+    def _moved(self, ino: int) -> None:
+        for tell in self.on_move:
+            tell(ino)
+
+    @staticmethod
+    def _get(txn: Transaction, ino: int) -> Inode:
+        value = txn.get(schema.inode_key(ino))
+        if value is None:
+            raise StaleError(f"There is no inode {ino}.")
+        return Inode.decode(value)
+
+    def _folder(self, txn: Transaction, ino: int) -> Inode:
+        inode = self._get(txn, ino)
+        if not stat.S_ISDIR(inode.mode):
+            raise NotDirectoryError("Not a directory.")
+        return inode
+
+    def _check_new(self, txn: Transaction, parent: int, name: bytes) -> None:
+        if len(name) > NAME_BYTES_MAX:
+            raise NameTooLongError(f"A name may have {NAME_BYTES_MAX} bytes.")
+        if txn.get(schema.name_key(parent, name)) is not None:
+            raise ExistsError("The name is taken.")
+        if self._get(txn, parent).nlink == 0:
+            raise NoEntryError("The directory was deleted.")
+
+    def _check_empty(self, ino: int) -> None:
+        if next(self.entries(ino, 0), None) is not None:
+            raise NotEmptyError("The directory has entries.")
+
+    def _check_outside(self, ino: int, place: int) -> None:
+        """InvalidError when the directory `place` is `ino` or lies below it."""
+        while place != ROOT:
+            if place == ino:
+                raise InvalidError("A directory cannot be moved into itself.")
+            place = self.inode(place).parent
+
+    def _check_fences(self, parent: int, new_parent: int) -> None:
+        """CrossesQuotaError when a directory cannot be moved from one to the other now."""
+        for top in self.fenced:
+            if self.lies_below(parent, top) != self.lies_below(new_parent, top):
+                raise CrossesQuotaError("A quota is being counted or cleared: try again later.")
+
+    @staticmethod
+    def _entry(txn: Transaction, parent: int, name: bytes) -> tuple[int, int]:
+        value = txn.get(schema.name_key(parent, name))
+        if value is None:
+            raise NoEntryError("There is no such name.")
+        return schema.decode_name(value)
+
+    @staticmethod
+    def _drop_name(txn: Transaction, parent: int, name: bytes, cookie: int) -> None:
+        txn.delete(schema.name_key(parent, name))
+        txn.delete(schema.listing_key(parent, cookie))
+
+    @staticmethod
+    def _drop_link(txn: Transaction, ino: int, inode: Inode, now: int) -> None:
+        inode.nlink = 0 if stat.S_ISDIR(inode.mode) else inode.nlink - 1
+        inode.ctime = now
+        txn.put(schema.inode_key(ino), inode.encode())
+        if inode.nlink == 0:
+            txn.put(schema.orphan_key(ino), b"")
+
+    @staticmethod
+    def _touch(txn: Transaction, ino: int, folder: Inode, now: int) -> None:
+        folder.mtime = folder.ctime = now
+        txn.put(schema.inode_key(ino), folder.encode())

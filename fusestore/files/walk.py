@@ -1,0 +1,83 @@
+"""A walk through all that lies below a directory, in steps, while the tree changes.
+
+Nothing is missed: what is made meanwhile is listed in its turn, or lies in a directory
+that was already seen, where the caller's change holds for what is new; what is
+moved meanwhile is told by the tree, and comes again.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from itertools import islice
+from typing import Self
+
+from ..errors import StaleError
+from ..limits import WALK_BATCH
+from .tree import Tree
+
+
+class Walk:
+    """Use as a context manager.
+
+    Who awaits before a step is done with may find entries of it moved, which come
+    again, or gone.
+    """
+
+    def __init__(self, tree: Tree, top: int) -> None:
+        self._tree = tree
+        self._top = top
+        self._open: list[tuple[int, int]] = [(top, 0)]
+        """Directories that are being listed, and the last cookie; the deepest is the last."""
+        self._moved: list[int] = []
+
+    def __enter__(self) -> Self:
+        self._tree.on_move.append(self._moved.append)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._tree.on_move.remove(self._moved.append)
+
+    def enter(self, ino: int) -> None:
+        """List a directory, too, before what is left."""
+        self._open.append((ino, 0))
+
+    def steps(self) -> Iterator[list[tuple[int, int]]]:
+        """(directory, inode) of some entries at a time; whoever takes them may `enter` them."""
+        while self._open or self._moved:
+            if self._moved:
+                moved, self._moved[:] = self._moved[:], []
+                yield list(self._again(moved))
+                continue
+            folder, cookie = self._open.pop()
+            entries = list(islice(self._tree.entries(folder, cookie), WALK_BATCH))
+            if len(entries) == WALK_BATCH:
+                self._open.append((folder, entries[-1][0]))
+            yield [(folder, ino) for _, ino, _ in entries]
+
+    def _again(self, moved: list[int]) -> Iterator[tuple[int, int]]:
+        for ino in dict.fromkeys(moved):
+            if ino != self._top and self._tree.lies_below(ino, self._top):
+                yield self._tree.inode(ino).parent, ino
+
+    def files(self) -> Iterator[list[tuple[int, int]]]:
+        """The same for what is no directory, also if that is the top; directories are entered."""
+        try:
+            top = self._tree.inode(self._top)
+        except StaleError:
+            return
+        if not stat.S_ISDIR(top.mode):
+            yield [(top.parent, self._top)]
+            return
+        for step in self.steps():
+            found = []
+            for folder, ino in step:
+                try:
+                    directory = stat.S_ISDIR(self._tree.inode(ino).mode)
+                except StaleError:
+                    continue
+                if directory:
+                    self.enter(ino)
+                else:
+                    found.append((folder, ino))
+            yield found

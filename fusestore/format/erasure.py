@@ -1,0 +1,243 @@
+"""The erasure code: k data shards, m parity shards, any k of which give the stripe back.
+
+reedsolo defines the code and ISA-L applies it.  The parity matrix is what
+`reedsolo.RSCodec(m)` answers to unit vectors (field GF(2^8), polynomial 0x11d,
+reedsolo's default); `ec_encode_data` of ISA-L then multiplies by any matrix.
+For k = 1 the parity rows are all ones, so that replicas are plain copies.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any, Self
+
+import reedsolo
+from cffi import FFI
+from typing_extensions import Buffer
+
+from ..errors import FusestoreError, UsageError
+from ..limits import SHARD_ALIGN_BYTES, SHARDS_MAX
+
+_ffi = FFI()
+_ffi.cdef(
+    """
+    void ec_init_tables(int k, int rows, unsigned char *a, unsigned char *gftbls);
+    void ec_encode_data(int len, int k, int rows, unsigned char *gftbls,
+                        unsigned char **data, unsigned char **coding);
+    """
+)
+
+Matrix = list[list[int]]
+
+_building = threading.RLock()
+"""Held while tables are made: reedsolo swaps global tables between its codecs."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Code:
+    """k data shards and m parity shards a stripe; `2+1` in text."""
+
+    k: int
+    m: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read `K+M`; UsageError when it is not a code that can be built."""
+        found = re.fullmatch(r"([1-9][0-9]?)\+(0|[1-9][0-9]?)", text.strip())
+        if not found:
+            raise UsageError(f"{text!r} is not a code: write it K+M, like 2+1 or 4+2.")
+        code = cls(int(found[1]), int(found[2]))
+        if code.n > SHARDS_MAX:
+            raise UsageError(f"code {code} has more than {SHARDS_MAX} shards.")
+        if code.m == 0 and code.k > 1:
+            raise UsageError(f"code {code} has no parity; only 1+0 may go without.")
+        return code
+
+    @property
+    def n(self) -> int:
+        """Shards of a stripe, k + m."""
+        return self.k + self.m
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether it is one that `parse` would give."""
+        return 0 < self.k < self.n <= SHARDS_MAX or self.n == self.k == 1
+
+    def shard_length(self, stripe_length: int) -> int:
+        """Bytes of each shard of a stripe of `stripe_length` > 0 bytes: padded to 64."""
+        step = self.k * SHARD_ALIGN_BYTES
+        return (stripe_length + step - 1) // step * SHARD_ALIGN_BYTES
+
+    def __str__(self) -> str:
+        return f"{self.k}+{self.m}"
+
+
+@cache
+def _isal() -> Any:
+    try:
+        return _ffi.dlopen("libisal.so.2")
+    except OSError as error:
+        raise FusestoreError(
+            f"The library libisal.so.2 cannot be loaded ({error}): install libisal2."
+        ) from None
+
+
+@cache
+def _tables() -> tuple[list[int], list[int]]:
+    """exp (510 long) and log of GF(2^8) with polynomial 0x11d and generator 2."""
+    exp, log = [0] * 510, [0] * 256
+    x = 1
+    for i in range(255):
+        exp[i] = exp[i + 255] = x
+        log[x] = i
+        x <<= 1
+        if x & 0x100:
+            x ^= 0x11D
+    return exp, log
+
+
+def _multiply(a: int, b: int) -> int:
+    exp, log = _tables()
+    return exp[log[a] + log[b]] if a and b else 0
+
+
+@cache
+def generator(code: Code) -> Matrix:
+    """The n × k matrix that makes a stripe's shards of its data shards."""
+    rows = [[int(i == j) for j in range(code.k)] for i in range(code.k)]
+    if code.k == 1:
+        return rows + [[1] for _ in range(code.m)]
+    codec = reedsolo.RSCodec(code.m)
+    columns = [
+        codec.encode(bytes(int(i == j) for i in range(code.k)))[code.k :] for j in range(code.k)
+    ]
+    return rows + [[column[i] for column in columns] for i in range(code.m)]
+
+
+def _inverse(matrix: Matrix) -> Matrix:
+    """The inverse of a square matrix over GF(2^8), by Gauss and Jordan."""
+    exp, log = _tables()
+    size = len(matrix)
+    work = [row[:] + [int(i == j) for j in range(size)] for i, row in enumerate(matrix)]
+    for column in range(size):
+        pivot = next(row for row in range(column, size) if work[row][column])
+        work[column], work[pivot] = work[pivot], work[column]
+        scale = exp[255 - log[work[column][column]]]
+        work[column] = [_multiply(scale, value) for value in work[column]]
+        for row in range(size):
+            factor = work[row][column]
+            if row != column and factor:
+                work[row] = [
+                    a ^ _multiply(factor, b) for a, b in zip(work[row], work[column], strict=True)
+                ]
+    return [row[size:] for row in work]
+
+
+def _expand(matrix: Matrix) -> Any:
+    """ISA-L's multiplication tables for a matrix: 32 bytes an element."""
+    rows, k = len(matrix), len(matrix[0])
+    tables = _ffi.new("unsigned char[]", 32 * rows * k)
+    flat = bytes(value for row in matrix for value in row)
+    _isal().ec_init_tables(k, rows, _ffi.from_buffer(flat), tables)
+    return tables
+
+
+@cache
+def _checked_tables(code: Code) -> Any:
+    tables = _expand(generator(code)[code.k :])
+    if code.k > 1:
+        _check(code, tables)
+    return tables
+
+
+def _encode_tables(code: Code) -> Any:
+    with _building:
+        return _checked_tables(code)
+
+
+@lru_cache(maxsize=1024)
+def _inverted_tables(code: Code, present: tuple[int, ...], wanted: tuple[int, ...]) -> Any:
+    matrix = generator(code)
+    inverse = _inverse([matrix[i] for i in present])
+    product: Matrix = []
+    for index in wanted:
+        row = [0] * code.k
+        for j, factor in enumerate(matrix[index]):
+            for column in range(code.k):
+                row[column] ^= _multiply(factor, inverse[j][column])
+        product.append(row)
+    return _expand(product)
+
+
+def _rebuild_tables(code: Code, present: tuple[int, ...], wanted: tuple[int, ...]) -> Any:
+    with _building:
+        return _inverted_tables(code, present, wanted)
+
+
+def _apply(tables: Any, length: int, inputs: Sequence[Buffer], outputs: Sequence[Buffer]) -> None:
+    sources = [_ffi.from_buffer("unsigned char[]", data) for data in inputs]
+    targets = [_ffi.from_buffer("unsigned char[]", data, require_writable=True) for data in outputs]
+    if any(len(data) < length for data in (*sources, *targets)):
+        raise ValueError("a shard is shorter than the length to code")
+    _isal().ec_encode_data(
+        length,
+        len(sources),
+        len(targets),
+        tables,
+        _ffi.new("unsigned char *[]", sources),
+        _ffi.new("unsigned char *[]", targets),
+    )
+
+
+def encode(code: Code, length: int, data: Sequence[Buffer], parity: Sequence[Buffer]) -> None:
+    """Fill the m buffers `parity` from the k buffers `data`, `length` bytes of each.
+
+    Releases the GIL while it works.
+    """
+    if code.m:
+        _apply(_encode_tables(code), length, data, parity)
+
+
+def rebuild(
+    code: Code, length: int, present: Mapping[int, Buffer], wanted: Sequence[int]
+) -> dict[int, bytearray]:
+    """Compute the shards `wanted` (by index) from any k of `present`.
+
+    The code works byte by byte, so the buffers may be the same range of each
+    shard instead of whole shards; `length` is the range's.
+    """
+    chosen = tuple(sorted(present)[: code.k])
+    if len(chosen) < code.k:
+        raise ValueError(f"{len(chosen)} shards are too few for code {code}")
+    outputs = {index: bytearray(length) for index in wanted}
+    tables = _rebuild_tables(code, chosen, tuple(wanted))
+    _apply(tables, length, [present[index] for index in chosen], list(outputs.values()))
+    return outputs
+
+
+def self_check(code: Code) -> None:
+    """Make ready to code; FusestoreError when ISA-L does not do what reedsolo does.
+
+    Every code is checked so before its first use, whoever asks first.
+    """
+    _encode_tables(code)
+
+
+def _check(code: Code, tables: Any) -> None:
+    """Compare one small stripe with reedsolo itself."""
+    data = [bytes((7 * i + 31 * j + 1) & 0xFF for j in range(64)) for i in range(code.k)]
+    parity = [bytearray(64) for _ in range(code.m)]
+    if code.m:
+        _apply(tables, 64, data, parity)
+    codec = reedsolo.RSCodec(code.m)
+    for column in (0, 17, 63):
+        expected = codec.encode(bytes(shard[column] for shard in data))[code.k :]
+        if bytes(shard[column] for shard in parity) != bytes(expected):
+            raise FusestoreError(
+                f"ISA-L and reedsolo disagree about code {code} on this machine: "
+                "do not use it for data; check libisal2 and the memory."
+            )

@@ -1,0 +1,1 @@
+"""Nodes are added, drained and removed; shards move to even the load."""

@@ -1,0 +1,287 @@
+"""Shards move between nodes: off those that are drained, and until each has its share.
+
+A shard is written to its new node, flushed, read back and verified (repair.py); in
+one step the stripe's row then names that place, and the old one becomes debt to be
+reclaimed, after the checkpoint that holds both.  So a kill at any moment leaves each
+shard at one place or the other, and what was begun goes on with what the rows say.
+
+1. Draining comes first, for as long as a node of the configuration is to be drained.
+   A shard stays in its region while a node there may take it.
+2. A rebalance, while its row says that it is running, moves shards within a region
+   from nodes above their share to nodes below: at first those that placement would
+   put elsewhere now, so that all stripes give alike, then any, until nothing gets
+   better.  Two shards of a stripe on one node part when another node may take one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import trio
+
+from ..commit.committer import Committer
+from ..errors import FusestoreError, LostError, NodeError, UsageError
+from ..format import schema
+from ..format.schema import Stripe
+from ..limits import BALANCED, BETWEEN_COMMITS_BYTES, PROBE_SECONDS, REPAIR_BATCH, RESERVE_BYTES
+from ..log.log import Log
+from ..log.pace import Pace
+from ..members.members import Member, State
+from ..repair.repairer import Repairer
+from .balance import Balance, Census, Draining, Moves, take_census
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.2
+_KEPT_FREE = RESERVE_BYTES + BETWEEN_COMMITS_BYTES
+"""What moving leaves on a device: writes that were accepted find their place."""
+Progress = Callable[[dict[str, Any]], None]
+_Shard = tuple[int, Stripe, int]
+"""A stripe's number, its row, and the index of a shard."""
+
+
+@dataclass(slots=True)
+class Rebalance:
+    """Where a rebalance stands, or how the last one ended; JSON in its row."""
+
+    state: str = "never"
+    """never, running, stopped or done."""
+    rate: float | None = None
+    """Bytes of I/O a second, None for as fast as users' own allows."""
+    started: float = 0.0
+    finished: float = 0.0
+    """Seconds since 1970."""
+    shards: int = 0
+    size: int = 0
+    """Shards moved, and their bytes."""
+    total: int = 0
+    """About how many bytes there are to move."""
+    error: str = ""
+    """Why nothing can be moved now though there is something to move, for people."""
+
+
+class Rebalancer:
+    """Moves shards in the background."""
+
+    def __init__(self, state: Log, committer: Committer, repairer: Repairer) -> None:
+        self._log = state
+        self._committer = committer
+        self._repairer = repairer
+        value = state.engine.get(schema.REBALANCE_KEY)
+        self.row = Rebalance(**json.loads(value)) if value else Rebalance()
+        self.drained: set[int] = set()
+        """Nodes to be drained that were found empty."""
+        self.stuck: dict[int, str] = {}
+        """By node: why draining it does not go on."""
+        self._notes: dict[int, str] = {}
+        """By node: why shards of it were not moved, in this pass."""
+        self.moved: Counter[int] = Counter()
+        """By node: bytes that were moved off it since the store was opened."""
+        self._wake = trio.Event()
+
+    # --- commands ------------------------------------------------------------
+
+    async def command(
+        self, action: str, rate: float | None, *, wait: bool, progress: Progress
+    ) -> dict[str, Any]:
+        """Start or stop a rebalance, or say where it stands; with `wait`, when it ended.
+
+        With `wait` NodeError when it cannot go on now; it is tried again by itself.
+        """
+        if action != "status":
+            self._log.transaction()  # raises when nothing can be changed
+        if action == "start":
+            if self.row.state == "running" and not wait:
+                raise UsageError("A rebalance is running already: wait for it, or stop it.")
+            if self.row.state != "running":
+                self.row = Rebalance("running", rate, started=time.time())
+            self.row.error = ""
+            self._note()
+        elif action == "stop":
+            if self.row.state != "running":
+                raise UsageError("No rebalance is running.")
+            self.row.state = "stopped"
+            self._note()
+        if action != "status":
+            self.wake()
+            await self._committer.commit()
+        while wait and self.row.state == "running":
+            if self.row.error:
+                raise NodeError(
+                    f"Shards wait to be moved, as soon as they can be: {self.row.error}"
+                )
+            done = {"done": self.row.size, "total": max(self.row.total, self.row.size)}
+            progress({"phase": "rebalance", **done})
+            await trio.sleep(LOOK_SECONDS)
+        return asdict(self.row)
+
+    def _note(self) -> None:
+        self._log.apply({schema.REBALANCE_KEY: json.dumps(asdict(self.row)).encode()})
+
+    def wake(self) -> None:
+        """There may be something to move."""
+        self._wake.set()
+
+    # --- the work ------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Drain and rebalance, until cancelled."""
+        while True:
+            self._wake = trio.Event()
+            moved = 0
+            try:
+                if not self._log.broken and self._to_drain():
+                    moved += await self._drain()
+                if not self._log.broken and self.row.state == "running":
+                    moved += await self._rebalance()
+            except FusestoreError as error:
+                log.error("Moving shards is tried again later: %s", error)
+            if not moved:
+                with trio.move_on_after(PROBE_SECONDS):
+                    await self._wake.wait()
+
+    def _to_drain(self) -> list[Member]:
+        draining = [member for member in self._log.members.all if member.config.draining]
+        self.drained.intersection_update(member.id for member in draining)
+        return [member for member in draining if member.id not in self.drained]
+
+    async def _drain(self) -> int:
+        """One pass over all stripes; how many shards were moved."""
+        draining = {member.id: member.config for member in self._to_drain()}
+        # What was on its way there when the draining began has a row from here on.
+        await self._committer.commit()
+        self._notes = {}
+        choose = Draining(self._log.members, self._notes).choose
+        told = Rebalance()
+        await self._pass(choose, Pace(self._log), lambda: bool(self._to_drain()), told)
+        if not told.shards:
+            left = (await take_census(self._log)).shards
+            for node, config in draining.items():
+                if self._log.members.by_id[node].config is not config:
+                    continue  # it was called off meanwhile
+                if left[node]:
+                    self._notes.setdefault(node, f"{left[node]:,} shards cannot be moved now.")
+                else:
+                    self.drained.add(node)
+        self.stuck = {} if told.shards else self._notes
+        return told.shards
+
+    async def _rebalance(self) -> int:
+        """Move shards until nothing gets better; how many were moved."""
+        row, strict = self.row, True
+        first = row.shards
+        while self._rebalancing(row):
+            self._notes = {}
+            census = await take_census(self._log)
+            held = {node: float(census.held[node]) for node in census.share}
+            away = sum(max(0.0, held[node] - part) for node, part in census.share.items())
+            row.total = row.size + int(away)
+            if not strict and census.off_balance < BALANCED:
+                self._end(row)
+                break
+            choose = Balance(self._log.members, held, census.share, strict).choose
+            before, pace = row.shards, Pace(self._log, row.rate)
+            whole = await self._pass(choose, pace, lambda: self._rebalancing(row), row)
+            count = row.shards - before
+            if not count and not strict and self._rebalancing(row):
+                row.error = self._hindrance(census)
+                if whole and not row.error:
+                    self._end(row)
+                self._note()
+                break
+            row.error = "" if count else row.error
+            strict = strict and count > 0
+            self._note()
+        return row.shards - first
+
+    def _hindrance(self, census: Census) -> str:
+        """Why nothing can be moved now though nodes are not at their shares; empty: nothing."""
+        for member in self._log.members.all:
+            if member.state is not State.UP and census.off(member.id) > BALANCED:
+                return f"Node {member.name} is {member.state}."
+        return next(iter(self._notes.values()), "")
+
+    def _rebalancing(self, row: Rebalance) -> bool:
+        """Whether to go on: not when it was stopped, or there is a node to drain."""
+        to_drain = any(member.id not in self.stuck for member in self._to_drain())
+        return row is self.row and row.state == "running" and not to_drain
+
+    def _end(self, row: Rebalance) -> None:
+        row.state, row.finished, row.error = "done", time.time(), ""
+        self._note()
+
+    async def _pass(
+        self,
+        choose: Callable[[int, Stripe], Moves],
+        pace: Pace,
+        going: Callable[[], bool],
+        told: Rebalance,
+    ) -> bool:
+        """Move what is chosen of each stripe, and count it; whether all of it was moved."""
+        whole = True
+        for batch in self._log.batches():
+            wanted: dict[int, list[_Shard]] = defaultdict(list)
+            for number, row in batch:
+                for index, target in choose(number, row):
+                    wanted[target.id].append((number, row, index))
+            for node, shards in wanted.items():
+                for first in range(0, len(shards), REPAIR_BATCH):
+                    part = shards[first : first + REPAIR_BATCH]
+                    await pace.spend(2 * sum(row.shard_length for _, row, _ in part))
+                    if not going():
+                        return False
+                    before = self.moved.total()
+                    count = await self._move(self._log.members.by_id[node], part)
+                    told.shards += count
+                    told.size += self.moved.total() - before
+                    whole = whole and count == len(part)
+            await trio.lowlevel.checkpoint()
+        return whole
+
+    async def _move(self, target: Member, shards: Sequence[_Shard]) -> int:
+        """Move some shards to a node, as far as they are still where they were."""
+        async with self._repairer.busy:
+            there = [shard for shard in shards if self._is_there(*shard)]
+            if not target.takes or target.state is not State.UP or not there:
+                return 0
+            try:
+                await target.call(target.sample)
+                size = sum(row.shard_length for _, row, _ in there)
+                if target.space is None or target.space.free < size + _KEPT_FREE:
+                    full = f"Node {target.name} has no room left: add a node to its region."
+                    self._notes.update((row.shards[i].node, full) for _, row, i in there)
+                    return 0
+                return await self._move_those(target, there)
+            except NodeError as error:
+                target.fail(error)
+                self._committer.ask()
+                return 0
+
+    async def _move_those(self, target: Member, shards: Sequence[_Shard]) -> int:
+        """The same; of those that cannot be read it is noted.  NodeError."""
+        try:
+            await self._repairer.rebuilder.move(target, shards)
+        except LostError as error:
+            if len(shards) > 1:
+                return sum([await self._move_those(target, [shard]) for shard in shards])
+            log.error("A shard cannot be moved: %s", error)
+            self._notes[shards[0][1].shards[shards[0][2]].node] = str(error)
+            return 0
+        for _, row, index in shards:
+            self.moved[row.shards[index].node] += row.shard_length
+        return len(shards)
+
+    def _is_there(self, number: int, row: Stripe, index: int) -> bool:
+        """Whether a shard may be moved: nothing has happened to it, and a commit holds it."""
+        now = self._log.stripe(number)
+        return (
+            now is not None
+            and now.shards[index] == row.shards[index]
+            and number not in self._committer.writer.fresh
+        )

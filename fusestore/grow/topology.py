@@ -1,0 +1,295 @@
+"""Which nodes a store has: one is added, drained, or removed, while the store is in use.
+
+`fusestore.toml` says which nodes there are; the log has them as rows, too, so that
+the nodes alone are enough to recover from.  The file never has fewer nodes than the
+rows: one that is added is in the file first, one that is removed is in the rows last.
+So a kill at any moment leaves a node that joins at the next mount, or one that is to
+be removed again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from ..commit.committer import Committer
+from ..config.mkfs import JOURNAL_DIRECTORY, SHARDS_DIRECTORY, check_owner
+from ..config.store_config import (
+    IDENTITY_NAME,
+    WEIGHTS,
+    NodeConfig,
+    StoreConfig,
+    check_name,
+    check_places,
+)
+from ..errors import NodeError, UsageError
+from ..format import schema
+from ..format.erasure import Code
+from ..format.placement import check_region_rule
+from ..format.records import Run
+from ..limits import RECLAIM_BATCH, RESERVE_BYTES
+from ..log.log import Log
+from ..members.members import Member, open_node
+from ..repair.repairer import Repairer
+from .balance import Census, take_census
+from .rebalance import LOOK_SECONDS, Rebalancer
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+class Topology:
+    """Changes which nodes there are, one change at a time."""
+
+    def __init__(
+        self, state: Log, committer: Committer, repairer: Repairer, rebalancer: Rebalancer
+    ) -> None:
+        self._log = state
+        self._committer = committer
+        self._repairer = repairer
+        self._rebalancer = rebalancer
+        self._changing = trio.Lock()
+
+    # --- looking -------------------------------------------------------------
+
+    async def list(self) -> dict[str, Any]:
+        """The nodes, what they hold, and what their shares are."""
+        census = await take_census(self._log)
+        return {
+            "nodes": [
+                {
+                    "name": member.name,
+                    "region": member.config.region,
+                    "path": str(member.config.path),
+                    "weight": member.config.weight,
+                    "state": str(member.state),
+                    "draining": member.config.draining,
+                    "drained": member.config.draining and not census.shards[member.id],
+                    "problem": member.error or self._rebalancer.stuck.get(member.id, ""),
+                    "shards": census.shards[member.id],
+                    "bytes": census.held[member.id],
+                    "share_bytes": int(census.share[member.id]),
+                    "bytes_free": member.space.free if member.space else 0,
+                }
+                for member in self._log.members.all
+            ],
+            "off_balance": census.off_balance,
+            "rebalance": await self._rebalancer.command(
+                "status", None, wait=False, progress=lambda message: None
+            ),
+        }
+
+    # --- adding --------------------------------------------------------------
+
+    async def add(
+        self, name: str, region: str, path: Path, weight: float, progress: Progress
+    ) -> dict[str, Any]:
+        """Let one more node take part; begun again, it goes on.  UsageError, NodeError."""
+        self._log.transaction()  # raises when nothing can be changed
+        async with self._changing:
+            members = self._log.members
+            config = members.config
+            node = NodeConfig(name, region, path, weight)
+            result = {"node": name, "region": region, "path": str(path), "weight": weight}
+            member = members.named(name)
+            if member is not None:
+                if member.config != node:
+                    raise UsageError(f"There is a node {name!r} already: choose another name.")
+                if not member.in_sync:  # it was begun, and interrupted
+                    await self._repairer.repair(name, progress, self._log.path_of)
+                return result
+            problem = check_name(name) or check_name(region)
+            if not WEIGHTS[0] <= weight <= WEIGHTS[1]:
+                problem = f"A weight is a number from {WEIGHTS[0]:g} to {WEIGHTS[1]:g}."
+            if problem:
+                raise UsageError(problem)
+            nodes = (*(other for other in config.nodes if other.name != name), node)
+            member = Member(0, node, holds=schema.NEVER_WHOLE, ring=members.all[0].ring)
+            await member.call(self._prepare, nodes)
+            await trio.to_thread.run_sync(members.configure, nodes)
+            await self._repairer.join(member, progress)
+            return result
+
+    def _prepare(self, nodes: tuple[NodeConfig, ...]) -> None:
+        """In a thread: make the directory of the last node, if it can be there."""
+        members, node = self._log.members, nodes[-1]
+        problem = check_places(members.config.store, members.config.metadata, nodes)
+        if problem:
+            raise UsageError(problem)
+        check_owner(members.config.store, node.path)
+        members.check_file()
+        self._repairer.claim(node).close()
+
+    # --- draining ------------------------------------------------------------
+
+    async def drain(
+        self, name: str, *, cancel: bool, wait: bool, progress: Progress
+    ) -> dict[str, Any]:
+        """Give a node no new shards, and its shards to others; with `wait`, until it has none.
+
+        It goes on when the client is gone, and after a restart.  UsageError when the
+        store cannot do without the node, NodeError when no more shards can be moved.
+        """
+        self._log.transaction()
+        async with self._changing:
+            member = self._repairer.member(name)
+            if cancel:
+                await self._set_draining(member, False)
+                return {"node": name, "draining": False, "drained": False}
+            census = await take_census(self._log)
+            if not member.config.draining:
+                self._check_without(member, self._codes(census))
+                self._check_room(member, census)
+                await self._set_draining(member, True)
+            self._rebalancer.stuck.pop(member.id, None)  # it is tried anew
+            self._rebalancer.wake()
+        before, total = self._rebalancer.moved[member.id], census.held[member.id]
+        while wait and not self._is_drained(member):
+            if not member.config.draining:
+                raise UsageError(f"Draining {name} was cancelled.")
+            stuck = self._rebalancer.stuck.get(member.id)
+            if stuck:
+                raise NodeError(f"{name} is not drained yet, and is tried again by itself: {stuck}")
+            done = min(self._rebalancer.moved[member.id] - before, total)
+            progress({"phase": f"drain {name}", "done": done, "total": total})
+            await trio.sleep(LOOK_SECONDS)
+        return {
+            "node": name,
+            "draining": True,
+            "drained": self._is_drained(member),
+            "bytes": self._rebalancer.moved[member.id] - before,
+        }
+
+    def _is_drained(self, member: Member) -> bool:
+        """Whether a node has no shards any more, be it that it was even removed meanwhile."""
+        return member.id in self._rebalancer.drained or member not in self._log.members.all
+
+    async def _set_draining(self, member: Member, draining: bool) -> None:
+        members, before = self._log.members, member.config
+        after = replace(before, draining=draining)
+        members.reconfigured(member, after)
+        if not members.can_store(self._log.code):
+            members.reconfigured(member, before)
+            raise UsageError(
+                f"{member.name} cannot be drained now: too few of the other nodes are up."
+            )
+        nodes = (after if node.name == after.name else node for node in members.config.nodes)
+        try:
+            await trio.to_thread.run_sync(members.configure, tuple(nodes))
+        except BaseException:
+            members.reconfigured(member, before)
+            raise
+        self._rebalancer.drained.discard(member.id)
+        async with self._committer.lock:
+            await self._committer.commit_now()
+
+    def _codes(self, census: Census) -> set[Code]:
+        """Codes that stripes have, or new ones may get."""
+        known = schema.decode_codes(self._log.engine.get(schema.CODES_KEY))
+        return {self._log.code, *known, *census.codes}
+
+    def _check_without(self, member: Member, codes: Iterable[Code]) -> None:
+        """UsageError when a code in use would not survive the loss of a region without a node."""
+        members = self._log.members
+        regions = [
+            other.config.region
+            for other in members.all
+            if other is not member and not other.config.draining
+        ]
+        if not regions:
+            raise UsageError(f"{member.name} cannot go: it is the last node.")
+        for code in sorted(codes, key=str):
+            problem = check_region_rule(code, regions)
+            if problem and not members.config.allow_unsafe:
+                raise UsageError(
+                    f"{member.name} cannot go, as it is the last of region {member.config.region}: "
+                    f"{problem[0].lower()}{problem[1:]}"
+                )
+
+    def _check_room(self, member: Member, census: Census) -> None:
+        """UsageError when the others of a region have no room for what a node holds."""
+        region = member.config.region
+        others = [m for m in self._log.members.all if m is not member and m.takes]
+        inside = [m for m in others if m.config.region == region] or others
+        spaces = {m.space.device: m.space.free for m in inside if m.space is not None}
+        room = sum(max(0, free - RESERVE_BYTES) for free in spaces.values())
+        if room < census.held[member.id]:
+            raise UsageError(
+                f"The other nodes of region {region} have room for {room >> 20:,} MiB, and "
+                f"{member.name} holds {census.held[member.id] >> 20:,} MiB: add a node first."
+            )
+
+    # --- removing ------------------------------------------------------------
+
+    async def remove(self, name: str) -> dict[str, Any]:
+        """Take a node that nothing needs out of the store, and empty it; UsageError."""
+        self._log.transaction()
+        store = self._log.members.config.store
+        async with self._changing, self._repairer.busy:
+            member = self._repairer.member(name)
+            if not member.config.draining:
+                raise UsageError(
+                    f"Node {name} is in use: drain it first, with "
+                    f"'fusestore node drain {store} {name}'."
+                )
+            await self._committer.commit()
+            census = await take_census(self._log)
+            if census.shards[member.id]:
+                raise UsageError(
+                    f"Node {name} still has {census.shards[member.id]:,} shards: wait until "
+                    f"'fusestore node drain {store} {name}' has ended."
+                )
+            self._check_without(member, self._codes(census))
+            members = self._log.members
+            if not any(other.in_sync for other in members.all if other is not member):
+                raise UsageError(f"{name} cannot go: no other node holds every commit.")
+            await trio.to_thread.run_sync(members.check_file)
+            await self._forget(member)
+            rest = tuple(node for node in members.config.nodes if node.name != name)
+            await trio.to_thread.run_sync(members.configure, rest)
+            emptied = True
+            try:
+                await member.call(_clear, members.config, member.config)
+            except (NodeError, OSError) as error:
+                log.warning("What node %s kept could not be deleted: %s", name, error)
+                emptied = False
+            if member.node is not None:
+                member.node.close()
+        return {"node": name, "path": str(member.config.path), "emptied": emptied}
+
+    async def _forget(self, member: Member) -> None:
+        """No row speaks of a node any more; the metadata and all other nodes have flushed that."""
+        engine = self._log.engine
+        owed = schema.reclaim_key(member.id, 0, 0)[:3]
+        missing = schema.missing_prefix(member.id)
+        for prefix in (owed, missing):
+            while rows := list(islice(engine.scan(prefix, schema.after(prefix)), RECLAIM_BATCH)):
+                self._log.apply({key: None for key, _ in rows})
+                await trio.lowlevel.checkpoint()
+        async with self._committer.lock:
+            await self._committer.commit_now()
+            self._log.members.remove(member)
+            for prefix in (owed, missing, schema.segment_key(member.id, 0)[:3]):
+                rows = list(engine.scan(prefix, schema.after(prefix)))
+                self._log.apply({key: None for key, _ in rows})
+            await self._committer.commit_now(checkpoint=True, cover=True)
+            await self._committer.commit_now(cover=True)
+
+
+def _clear(config: StoreConfig, place: NodeConfig) -> None:
+    """In a thread: delete what a node keeps, who it is last; NodeError if another is there now."""
+    node = open_node(config, place)
+    for run in (Run.SHARDS, Run.JOURNAL):
+        for segment in node.segments(run):
+            node.delete(run, segment)
+    for name in (SHARDS_DIRECTORY, JOURNAL_DIRECTORY):
+        os.rmdir(place.path / name)
+    os.unlink(place.path / IDENTITY_NAME)

@@ -1,0 +1,1 @@
+"""What changes, and where it is written: transactions and journals."""

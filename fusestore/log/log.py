@@ -1,0 +1,256 @@
+"""The log of an open store: changes on their way to the nodes, and who may make them.
+
+Operations change metadata in transactions.  A transaction collects absolute
+puts and deletes and applies them together when it succeeded; they are seen at
+once, and wait in `pending` for the next commit.  There is no await inside a
+transaction, so each is atomic on the event loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from types import TracebackType
+from typing import Protocol, Self
+from uuid import UUID
+
+from ..errors import NoSpaceError, ReadOnlyError
+from ..format import schema
+from ..format.erasure import Code
+from ..format.records import Changes, Place, Run
+from ..format.schema import Counters, LogState, ShardPlace, Stripe
+from ..limits import METADATA_ROW_BYTES, METADATA_SHARE, REPAIR_SCAN_ROWS, RESERVE_BYTES
+from ..members.members import Members
+from ..metadata.engine import Engine
+
+
+class Unsealed(Protocol):
+    """A stripe whose bytes are in memory; see `write`."""
+
+    code: Code
+    tails: list[int]
+
+    def bytes(self, start: int, end: int) -> bytes:
+        """A copy of its bytes start <= i < end."""
+
+
+class Transaction:
+    """Changes of one operation; use as a context manager.
+
+    `get` sees the transaction's own changes, `scan` and `last` do not.
+    """
+
+    __slots__ = ("_log", "changes", "file_bytes", "files", "stripes")
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self.changes: dict[bytes, bytes | None] = {}
+        self.files = self.file_bytes = self.stripes = 0
+        """What to add to the counters."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            counters = self._log.counters
+            counters.files += self.files
+            counters.file_bytes += self.file_bytes
+            counters.stripes += self.stripes
+            self._log.apply(self.changes)
+
+    def get(self, key: bytes) -> bytes | None:
+        """The value of a key, or None."""
+        if key in self.changes:
+            return self.changes[key]
+        return self._log.engine.get(key)
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Set the value of a key."""
+        self.changes[key] = value
+
+    def delete(self, key: bytes) -> None:
+        """Remove a key, if it is there."""
+        self.changes[key] = None
+
+    def scan(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Keys and values with start <= key < end, in order, before this transaction."""
+        return self._log.engine.scan(start, end)
+
+    def last(self, start: bytes, end: bytes) -> tuple[bytes, bytes] | None:
+        """The greatest key with start <= key <= end, before this transaction."""
+        return self._log.engine.last(start, end)
+
+    # --- stripes -------------------------------------------------------------
+
+    def point_at(self, stripe: int, length: int) -> None:
+        """`length` bytes of a stripe came to be part of a file."""
+        key = schema.live_key(stripe)
+        live = self.get(key)
+        self.put(key, schema.live_value(length + (schema.decode_live(live) if live else 0)))
+        self.file_bytes += length
+
+    def let_go(self, stripe: int, length: int) -> None:
+        """`length` bytes of a stripe are part of no file any more; the last free it."""
+        key = schema.live_key(stripe)
+        live = self.get(key)
+        left = (schema.decode_live(live) if live else 0) - length
+        self.file_bytes -= length
+        if left > 0:
+            self.put(key, schema.live_value(left))
+        else:
+            self.delete(key)
+            self._free(stripe)
+
+    def _free(self, stripe: int) -> None:
+        value = self.get(schema.stripe_key(stripe))
+        if value is not None:
+            self.delete(schema.stripe_key(stripe))
+            self.stripes -= 1
+            self.reclaim(stripe, Stripe.decode(value))
+        unsealed = self._log.unsealed.get(stripe)
+        if unsealed is not None:
+            # Its shards, if it is being sealed, are reclaimed by the sealer.
+            for offset in unsealed.tails:
+                self.delete(schema.tail_key(stripe, offset))
+        prefix = schema.owners_key(stripe, 0)[:9]
+        for key, _ in self.scan(prefix, schema.after(prefix)):
+            self.delete(key)
+
+    def reclaim(self, number: int, stripe: Stripe) -> None:
+        """Free the room of a stripe's shards after the next checkpoint."""
+        for index, place in enumerate(stripe.shards):
+            self.delete(schema.missing_key(place.node, number, index))
+            if place.written:
+                self.put(*schema.reclaim_row(place, stripe.shard_length))
+
+
+class Log:
+    """State that the write path, the commit and the operations share."""
+
+    def __init__(
+        self, engine: Engine, members: Members, store: UUID, code: Code, *, read_only: bool
+    ) -> None:
+        self.engine = engine
+        self.members = members
+        self.store = store
+        self.code = code
+        """For files below no directory with a code of its own."""
+        self.counters = Counters()
+        self.state = LogState()
+        self.pending: dict[bytes, bytes | None] = {}
+        """Changes that no commit has taken yet."""
+        self.unsealed: dict[int, Unsealed] = {}
+        """Stripes that are read from memory, by number."""
+        self.read_only = read_only
+        self.broken = ""
+        """Why nothing can be committed any more; the mount is read-only then."""
+        self.metadata_error = ""
+        """Why the last checkpoint failed; nothing may grow until one succeeds."""
+        self.used_at = 0.0
+        """When a file was last read or written, by trio's clock."""
+        self._room = 0
+        self.path_of: Callable[[int], str] = lambda ino: f"inode {ino}"
+        """A path of an inode, for people; the file system tells."""
+        self.unwritten: Callable[[], int] = lambda: 0
+        """Bytes of file data that are not on the nodes yet; the writer tells."""
+        self._next_stripe = 1
+
+    def journal(self, node: str, segment: int) -> Place:
+        """The place of a node's journal segment."""
+        return Place(self.store, node, Run.JOURNAL, segment)
+
+    def shards(self, node: str, segment: int) -> Place:
+        """The place of a node's shard segment."""
+        return Place(self.store, node, Run.SHARDS, segment)
+
+    def transaction(self, grows: int = 0) -> Transaction:
+        """Begin an operation that changes something; ReadOnlyError.
+
+        `grows` are the bytes that it may add to the metadata, 0 for one that only
+        takes away: NoSpaceError when there is no room for them.
+        """
+        if self.read_only:
+            raise ReadOnlyError("The store is mounted read-only.")
+        if self.broken:
+            raise ReadOnlyError(self.broken)
+        if grows:
+            self.take_room(max(self.code.k, METADATA_SHARE) * (METADATA_ROW_BYTES + grows))
+        return Transaction(self)
+
+    def apply(self, changes: Changes) -> None:
+        """Make changes that the next commit takes."""
+        self.pending.update(changes)
+        self.engine.apply(changes)
+
+    def next_stripe(self) -> int:
+        """A stripe number that was never used: epoch and counter."""
+        number = self.state.epoch << 40 | self._next_stripe
+        self._next_stripe += 1
+        return number
+
+    def stripe(self, number: int) -> Stripe | None:
+        """A sealed stripe's row, as it is now."""
+        value = self.engine.get(schema.stripe_key(number))
+        return Stripe.decode(value) if value is not None else None
+
+    def batches(
+        self,
+        start: bytes = schema.STRIPES_START,
+        end: bytes = schema.STRIPES_END,
+        count: int | None = None,
+    ) -> Iterator[list[tuple[int, Stripe]]]:
+        """The sealed stripes, some at a time; others may run in between."""
+        count = count or REPAIR_SCAN_ROWS
+        while rows := list(islice(self.engine.scan(start, end), count)):
+            yield [(schema.decode_stripe_key(key), Stripe.decode(value)) for key, value in rows]
+            start = rows[-1][0] + b"\0"
+
+    def stripes_end(self) -> bytes:
+        """The first key past those of the stripes that there are now."""
+        last = self.engine.last(schema.STRIPES_START, schema.STRIPES_END)
+        return last[0] + b"\0" if last is not None else schema.STRIPES_START
+
+    def break_(self, reason: str) -> None:
+        """Turn read-only for good: what was promised cannot be kept."""
+        self.broken = self.broken or reason
+
+    def has_shard(self, number: int, index: int, place: ShardPlace) -> bool:
+        """Whether a shard is where it should be, as far as is known without reading it."""
+        member = self.members.by_id.get(place.node)
+        return (
+            place.written
+            and member is not None
+            and member.node is not None
+            and not member.unused
+            and place.segment not in member.lost_segments
+            and self.engine.get(schema.missing_key(place.node, number, index)) is None
+        )
+
+    # --- room ----------------------------------------------------------------
+
+    def refresh_room(self) -> None:
+        """Ask the devices what fits; called at each commit."""
+        _, room = self.members.usable(self.code)
+        self._room = room - self.unwritten()
+
+    def take_room(self, length: int) -> None:
+        """Take room for `length` bytes of file data; NoSpaceError.
+
+        What is taken counts until the next commit asks the devices again, with what
+        is still in memory taken off.
+        """
+        if self.metadata_error:
+            raise NoSpaceError(self.metadata_error)
+        if length > self._room:
+            self.refresh_room()
+            if length > self._room:
+                raise NoSpaceError(
+                    f"The store is full: every device keeps {RESERVE_BYTES >> 20} MiB in reserve."
+                )
+        self._room -= length

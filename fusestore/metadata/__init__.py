@@ -1,0 +1,1 @@
+"""The metadata tables: an ordered map in memory above LMDB."""

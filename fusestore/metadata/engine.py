@@ -1,0 +1,331 @@
+"""The metadata engine: ordered keys and values, in LMDB below a table in memory.
+
+Changes go to a sorted table in memory; a checkpoint writes them to LMDB in one
+transaction with a full sync, in a thread of its own.  Reads look into the
+memory first, then into an LMDB read transaction that is renewed after each
+checkpoint.  So the database is never ahead of the journals, operations do not
+pause for a checkpoint, and a transaction that fails loses nothing: its changes
+are still in memory, and the next checkpoint writes them.
+
+Everything but `write` runs on the event loop and is not to be interleaved with
+an await; a scan must be read to its end, or dropped, before the next change.
+Only this module imports lmdb.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+from weakref import WeakSet
+
+import lmdb
+from sortedcontainers import SortedList
+
+from ..errors import MetadataError
+from ..format.records import Changes
+from ..limits import KEY_BYTES_MAX, MAP_BYTES, METADATA_PREALLOCATE_BYTES, VALUE_BYTES_MAX
+from ..system import linux
+
+DATABASE, DATABASE_LOCK = "data.mdb", "lock.mdb"
+"""What LMDB makes in the directory."""
+
+
+class _Table(dict[bytes, bytes | None]):
+    """Changed keys and their values; sorted only when somebody asks for an order."""
+
+    __slots__ = ("_fresh", "_order")
+
+    def __init__(self, changes: Changes | None = None) -> None:
+        super().__init__(changes or {})
+        self._order: SortedList[bytes] = SortedList()
+        self._fresh: list[bytes] = list(self)
+
+    def take(self, changes: Changes) -> None:
+        """Add changes."""
+        for key in changes:
+            if key not in self:
+                self._fresh.append(key)
+        self.update(changes)
+
+    def irange(
+        self, start: bytes, end: bytes, inclusive: tuple[bool, bool], reverse: bool = False
+    ) -> Iterator[bytes]:
+        """Keys from start to end, in order."""
+        if self._fresh:
+            self._order.update(self._fresh)
+            self._fresh = []
+        keys: Iterator[bytes] = self._order.irange(start, end, inclusive, reverse)
+        return keys
+
+
+class Engine:
+    """Ordered keys of at most 511 bytes with values of at most 64 KiB."""
+
+    def __init__(self, directory: Path, *, read_only: bool = False) -> None:
+        """Open or make the environment in `directory`; MetadataError when it cannot be used."""
+        self._directory = directory
+        self._active = _Table()
+        self._frozen: _Table | None = None
+        self._views: WeakSet[View] = WeakSet()
+        """Those that are open: threads may be reading them."""
+        try:
+            self._env = lmdb.open(
+                os.fsencode(directory),
+                map_size=MAP_BYTES,
+                subdir=True,
+                create=not read_only,
+                readonly=read_only,
+                max_dbs=0,
+                lib_version=0,
+                mode=0o600,
+            )
+            self._txn = self._env.begin()
+        except (lmdb.Error, OSError) as error:
+            raise MetadataError(
+                f"The metadata in {directory} cannot be opened: {error}."
+            ) from error
+        self._cursor = self._txn.cursor()
+
+    def close(self) -> None:
+        """Close the environment; changes that no checkpoint wrote are dropped.
+
+        Under a thread that still reads a view it stays open until the process ends.
+        """
+        self._cursor.close()
+        self._txn.abort()
+        if not self._views:
+            self._env.close()
+
+    # --- reading -------------------------------------------------------------
+
+    def get(self, key: bytes) -> bytes | None:
+        """The value of a key, or None."""
+        try:
+            return self._active[key]
+        except KeyError:
+            pass
+        if self._frozen is not None:
+            try:
+                return self._frozen[key]
+            except KeyError:
+                pass
+        return self._txn.get(key)
+
+    def scan(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Keys and values with start <= key < end, in order."""
+        overlays = [self._active] if self._frozen is None else [self._active, self._frozen]
+        return _merged(overlays, self._txn, start, end)
+
+    def scan_stored(self, start: bytes, end: bytes) -> list[tuple[bytes, bytes]]:
+        """What the last checkpoint holds of start <= key < end."""
+        return list(_stored(self._txn, start, end))
+
+    def view(self, prefix: bytes = b"") -> View:
+        """The rows whose keys start with `prefix` as they are now, for a thread; close it soon."""
+        overlays = [self._active] if self._frozen is None else [self._active, self._frozen]
+        try:
+            parts = [_part(overlay, prefix) for overlay in overlays]
+            return View(parts, self._env.begin(), self._views)
+        except lmdb.Error as error:
+            raise MetadataError(f"The metadata in {self._directory}: {error}.") from error
+
+    def last(self, start: bytes, end: bytes) -> tuple[bytes, bytes] | None:
+        """The greatest key with start <= key <= end, and its value, or None."""
+        while True:
+            best = next(self._active.irange(start, end, (True, True), reverse=True), None)
+            if self._frozen is not None:
+                other = next(self._frozen.irange(start, end, (True, True), reverse=True), None)
+                if other is not None and (best is None or other > best):
+                    best = other
+            cursor = self._cursor
+            if cursor.set_range(end):
+                stored = cursor.key() if cursor.key() == end or cursor.prev() else b""
+            else:
+                stored = cursor.key() if cursor.last() else b""
+            if stored >= start and stored and (best is None or stored > best):
+                return stored, cursor.value()
+            if best is None:
+                return None
+            value = self.get(best)
+            if value is not None:
+                return best, value
+            if best == start:
+                return None
+            end = _before(best)
+
+    # --- changing ------------------------------------------------------------
+
+    def apply(self, changes: Changes) -> None:
+        """Take absolute puts and deletes; they are seen at once."""
+        for key, value in changes.items():
+            if len(key) > KEY_BYTES_MAX or (value is not None and len(value) > VALUE_BYTES_MAX):
+                raise ValueError(f"key {key!r} or its value is too long")
+        self._active.take(changes)
+
+    @property
+    def changed_keys(self) -> int:
+        """Keys that changed since the last freeze."""
+        return len(self._active)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether a checkpoint is under way."""
+        return self._frozen is not None
+
+    # --- checkpoint ----------------------------------------------------------
+
+    def freeze(self) -> None:
+        """Set the changes so far aside for a checkpoint; later ones are kept apart."""
+        if self._frozen is not None:
+            raise RuntimeError("a checkpoint is under way")
+        self._frozen, self._active = self._active, _Table()
+
+    def amend(self, changes: Changes) -> None:
+        """Add to the changes that were set aside; what came later stays newer."""
+        assert self._frozen is not None
+        self._frozen.take(changes)
+
+    def write(self) -> None:
+        """Write what was set aside, with a full sync; MetadataError when it failed.
+
+        Runs in a thread.  After an error it may simply be called again.
+        """
+        assert self._frozen is not None
+        changes = sorted(self._frozen.items())
+        puts = [(key, value) for key, value in changes if value is not None]
+        deletes = [key for key, value in changes if value is None]
+        try:
+            self._preallocate(sum(len(key) + len(value) for key, value in puts))
+            with self._env.begin(write=True) as txn, txn.cursor() as cursor:
+                for start in range(0, len(puts), 500):
+                    cursor.putmulti(puts[start : start + 500])
+                for key in deletes:
+                    txn.delete(key)
+        except (lmdb.Error, OSError) as error:
+            raise MetadataError(f"The metadata in {self._directory}: {error}.") from error
+
+    def _preallocate(self, coming: int) -> None:
+        """Keep room for deletes: on a full disk even they need new pages."""
+        info = self._env.info()
+        used = (info["last_pgno"] + 1) * self._env.stat()["psize"]
+        path = self._directory / DATABASE
+        want = used + METADATA_PREALLOCATE_BYTES + 2 * coming
+        if path.stat().st_blocks * 512 >= used + METADATA_PREALLOCATE_BYTES // 2 + coming:
+            return
+        descriptor = os.open(path, os.O_RDWR)
+        try:
+            linux.allocate(descriptor, 0, want)
+        except OSError as error:
+            # Only a precaution: the transaction itself may still find room.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EOPNOTSUPP):
+                raise
+        finally:
+            os.close(descriptor)
+
+    def thaw(self) -> None:
+        """Forget what was set aside: it has been written."""
+        self._frozen = None
+        self._cursor.close()
+        self._txn.abort()
+        self._txn = self._env.begin()
+        self._cursor = self._txn.cursor()
+
+    @property
+    def bytes_used(self) -> int:
+        """What the database takes on disk."""
+        return (self._directory / DATABASE).stat().st_blocks * 512
+
+
+class View:
+    """The rows as they were at one instant; for one thread, any one.
+
+    While it is open the database keeps the pages that it needs.
+    """
+
+    def __init__(
+        self, overlays: Sequence[_Table], txn: lmdb.Transaction, views: WeakSet[View]
+    ) -> None:
+        self._overlays, self._txn, self._views = overlays, txn, views
+        views.add(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._txn.abort()
+        self._views.discard(self)
+
+    def get(self, key: bytes) -> bytes | None:
+        """The value of a key, or None."""
+        for overlay in self._overlays:
+            if key in overlay:
+                return overlay[key]
+        return self._txn.get(key)  # type: ignore[return-value]
+
+    def scan(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Keys and values with start <= key < end, in order."""
+        return _merged(self._overlays, self._txn, start, end)
+
+
+def _stored(txn: lmdb.Transaction, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
+    cursor = txn.cursor()
+    if not cursor.set_range(start):
+        return
+    for key, value in cursor:
+        if key >= end:  # type: ignore[operator]
+            return
+        yield key, value  # type: ignore[misc]
+
+
+def _merged(
+    overlays: Sequence[_Table], txn: lmdb.Transaction, start: bytes, end: bytes
+) -> Iterator[tuple[bytes, bytes]]:
+    """Rows of the database below the overlays, of which the first is the newest."""
+    walks: list[list[Any]] = []
+    for overlay in overlays:
+        keys = overlay.irange(start, end, (True, False))
+        first = next(keys, None)
+        if first is not None:
+            walks.append([first, keys, overlay])
+    stored = _stored(txn, start, end)
+    if not walks:
+        yield from stored
+        return
+    below = next(stored, None)
+    while walks or below is not None:
+        # The first of the walks (the newest) wins where keys are equal.
+        key = min(walk[0] for walk in walks) if walks else None
+        if below is not None and (key is None or below[0] < key):
+            yield below
+            below = next(stored, None)
+            continue
+        if below is not None and below[0] == key:
+            below = next(stored, None)
+        value: bytes | None = None
+        found = False
+        for walk in list(walks):
+            if walk[0] == key:
+                if not found:
+                    value, found = walk[2][key], True
+                walk[0] = next(walk[1], None)
+                if walk[0] is None:
+                    walks.remove(walk)
+        if value is not None and key is not None:
+            yield key, value
+
+
+def _part(overlay: _Table, prefix: bytes) -> _Table:
+    """A copy of the keys of a table that start with `prefix`."""
+    if not prefix:
+        return _Table(overlay)
+    end = (int.from_bytes(prefix, "big") + 1).to_bytes(len(prefix), "big")
+    return _Table({key: overlay[key] for key in overlay.irange(prefix, end, (True, False))})
+
+
+def _before(key: bytes) -> bytes:
+    """A key that is less than `key` and not less than any key of the same length below it."""
+    number = int.from_bytes(key, "big") - 1
+    return number.to_bytes(len(key), "big")

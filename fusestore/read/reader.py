@@ -1,0 +1,293 @@
+"""The read path: a file's extents, the shards they touch, every byte verified.
+
+What is in memory is copied from there.  Else the blocks that a range touches
+are read from the data shards, without blocking first and in a thread if that
+does not do, and checked against the checksums in the metadata.  When a shard
+is missing or bad, the same blocks of any k others are read and decoded, and
+the damage is noted for healing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+
+import trio
+
+from ..errors import LostError, NodeError, NodeTimeoutError
+from ..format import erasure, schema
+from ..format.records import Run, block_checksums
+from ..format.schema import Extent, Stripe
+from ..limits import (
+    BLOCK_BYTES,
+    NODE_SECONDS_MAX,
+    READ_SECONDS_MAX,
+    SLOW_SECONDS,
+    STRIPES_CACHED_MAX,
+)
+from ..log.log import Log
+from ..members.members import Member
+
+log = logging.getLogger(__name__)
+
+_SUM_BYTES = 8
+
+
+class Reader:
+    """Reads files and stripes of an open store."""
+
+    def __init__(self, state: Log) -> None:
+        self._log = state
+        self._cache: OrderedDict[int, Stripe] = OrderedDict()
+        self._told: set[tuple[int, int]] = set()
+        self.errors = 0
+        """Reads that were answered with EIO."""
+        self.degraded = 0
+        """Ranges that had to be decoded because a shard was missing or bad."""
+
+    @property
+    def cached(self) -> int:
+        """Decoded rows of stripes in memory."""
+        return len(self._cache)
+
+    # --- files ---------------------------------------------------------------
+
+    def extents(self, ino: int, start: int, end: int) -> Iterator[Extent]:
+        """The parts of a file's extents that lie in start <= i < end, in order."""
+        engine = self._log.engine
+        first = engine.last(schema.extent_key(ino, 0), schema.extent_key(ino, start))
+        if first is not None:
+            extent = Extent.decode(*first)
+            if extent.end > start:
+                yield extent.part(start, end)
+        low, high = schema.extent_key(ino, start + 1), schema.extent_key(ino, end)
+        for key, value in engine.scan(low, high):
+            yield Extent.decode(key, value).part(start, end)
+
+    def owners(self, number: int) -> set[int]:
+        """Inodes of the files that have bytes in a stripe."""
+        prefix = schema.owners_key(number, 0)[:9]
+        found = set()
+        for _, packed in self._log.engine.scan(prefix, schema.after(prefix)):
+            for ino, offset, length, _ in schema.OWNER.iter_unpack(packed):
+                extents = self.extents(ino, offset, offset + length)
+                if any(extent.stripe == number for extent in extents):
+                    found.add(ino)
+        return found
+
+    async def read(self, ino: int, start: int, end: int) -> bytes | bytearray | memoryview:
+        """The file's bytes start <= i < end; holes are zeros; LostError."""
+        if end <= start:
+            return b""
+        extents = list(self.extents(ino, start, end))
+        if len(extents) == 1 and extents[0].length == end - start:
+            return await self._read_extent(ino, extents[0])
+        result = bytearray(end - start)
+        for extent in extents:
+            at = extent.offset - start
+            result[at : at + extent.length] = await self._read_extent(ino, extent)
+        return result
+
+    async def _read_extent(self, ino: int, extent: Extent) -> bytes | memoryview:
+        start, end = extent.stripe_offset, extent.stripe_offset + extent.length
+        try:
+            return await self.read_stripe(extent.stripe, start, end)
+        except LostError as error:
+            again = list(self.extents(ino, extent.offset, extent.end))
+            if again == [extent]:  # else it was overwritten or moved meanwhile
+                self._lost(ino, extent, error)
+                raise
+        return memoryview(await self.read(ino, extent.offset, extent.end))
+
+    def _lost(self, ino: int, extent: Extent, error: LostError) -> None:
+        """Bytes of a file cannot be had: say so, once for each stripe of a file."""
+        self.errors += 1
+        if (ino, extent.stripe) not in self._told:
+            if len(self._told) >= STRIPES_CACHED_MAX:
+                self._told.clear()
+            self._told.add((ino, extent.stripe))
+            where = f"{self._log.path_of(ino)}, bytes {extent.offset} to {extent.end}"
+            log.error("%s cannot be read: %s", where, error)
+
+    # --- stripes -------------------------------------------------------------
+
+    def stripe(self, number: int) -> Stripe | None:
+        """A sealed stripe's row."""
+        row = self._cache.get(number)
+        if row is None:
+            value = self._log.engine.get(schema.stripe_key(number))
+            if value is None:
+                return None
+            row = self._cache[number] = Stripe.decode(value)
+            if len(self._cache) > STRIPES_CACHED_MAX:
+                self._cache.popitem(last=False)
+        return row
+
+    def forget(self, number: int) -> None:
+        """A stripe's row has changed, or is gone."""
+        self._cache.pop(number, None)
+
+    async def read_stripe(self, number: int, start: int, end: int) -> bytes | memoryview:
+        """A stripe's bytes start <= i < end; LostError."""
+        unsealed = self._log.unsealed.get(number)
+        if unsealed is not None:
+            return unsealed.bytes(start, end)
+        row = self.stripe(number)
+        if row is None:
+            raise LostError(f"Stripe {number:#x} is not in the metadata.")
+        length = row.shard_length
+        first, last = start // length, (end - 1) // length
+        if first == last:
+            return await self._read_shard(
+                number, row, first, start - first * length, end - first * length
+            )
+        parts = []
+        for index in range(first, last + 1):
+            low, high = max(start - index * length, 0), min(end - index * length, length)
+            parts.append(await self._read_shard(number, row, index, low, high))
+        return b"".join(parts)
+
+    async def _read_shard(
+        self, number: int, row: Stripe, index: int, start: int, end: int
+    ) -> memoryview:
+        """Bytes start <= i < end of one data shard, however they can be had."""
+        low = start // BLOCK_BYTES * BLOCK_BYTES
+        high = min(-(-end // BLOCK_BYTES) * BLOCK_BYTES, row.shard_length)
+        blocks: bytes | bytearray | None = await self.read_blocks(number, row, index, low, high)
+        if blocks is None:
+            blocks = (await self.decode(number, row, [index], low, high))[index]
+            self.degraded += 1
+        return memoryview(blocks)[start - low : end - low]
+
+    async def read_blocks(
+        self, number: int, row: Stripe, index: int, low: int, high: int, *, patient: bool = False
+    ) -> bytes | bytearray | None:
+        """Whole blocks of a shard, verified; None when they are missing, late or bad.
+
+        With `patient` a slow node is waited for as long as for a write.
+        """
+        place = row.shards[index]
+        member = self._log.members.by_id[place.node]
+        if not place.written or member.node is None:
+            return None
+        if member.unused and not self._log.broken:
+            return None  # once too few are up, whatever still answers is asked
+        if (member.doubted or member.slow_until > trio.current_time()) and not patient:
+            return None
+        seconds = NODE_SECONDS_MAX if patient else READ_SECONDS_MAX
+        try:
+            data = await member.read(
+                Run.SHARDS, place.segment, place.offset + low, high - low, seconds
+            )
+        except NodeTimeoutError as error:
+            log.warning("%s Others are read for a while.", error)
+            member.slow_until = trio.current_time() + SLOW_SECONDS
+            return None
+        except NodeError as error:
+            await self._failed(member, number, row, index, error)
+            return None
+        if verified(row, index, low, data):
+            return data
+        member.corrupt += 1
+        what = f"Shard {index} of stripe {number:#x} on node {member.name} is corrupt."
+        self._damaged(number, row, index, what)
+        return None
+
+    async def _failed(
+        self, member: Member, number: int, row: Stripe, index: int, error: NodeError
+    ) -> None:
+        """A read failed: because of the node, or of this shard alone."""
+        assert member.node is not None
+        try:
+            await member.call(member.node.check)
+        except NodeError as gone:
+            member.fail(gone)
+        else:
+            self._damaged(number, row, index, str(error))
+
+    def _damaged(self, number: int, row: Stripe, index: int, reason: str) -> None:
+        """Note a bad shard for healing, unless it was freed or moved meanwhile."""
+        value = self._log.engine.get(schema.stripe_key(number))
+        if value is None:
+            return
+        if Stripe.decode(value).shards[index] != row.shards[index]:
+            self.forget(number)
+            return
+        key = schema.missing_key(row.shards[index].node, number, index)
+        if self._log.engine.get(key) is None:
+            log.warning("%s It is decoded from others.", reason)
+            if not self._log.read_only and not self._log.broken:
+                self._log.apply({key: b""})
+
+    async def decode(
+        self, number: int, row: Stripe, wanted: list[int], low: int, high: int
+    ) -> dict[int, bytearray]:
+        """The same blocks of the shards `wanted`, from any k others; LostError."""
+        others = [index for index in range(row.code.n) if index not in wanted]
+        found = await self._gather(number, row, others, wanted, low, high)
+        if found is not None:
+            return found
+        # Shards that are bad in different blocks may still give every block.
+        result: dict[int, bytearray] = {index: bytearray() for index in wanted}
+        for start in range(low, high, BLOCK_BYTES):
+            end = min(start + BLOCK_BYTES, high)
+            every = range(row.code.n)
+            found = await self._gather(number, row, every, wanted, start, end, patient=True)
+            if found is None:
+                nodes = ", ".join(self._log.members.by_id[p.node].name for p in row.shards)
+                raise LostError(
+                    f"Stripe {number:#x} has fewer than the {row.code.k} good shards that it "
+                    f"needs (nodes {nodes}): repair the nodes that are not up."
+                )
+            for index in wanted:
+                result[index] += found[index]
+        return result
+
+    async def reads_without(self, number: int, row: Stripe, without: Sequence[int]) -> bool:
+        """Whether a stripe can be read without some shards, and what is decoded is right."""
+        length = row.shard_length
+        if await self._decodes(number, row, without, 0, length):
+            return True
+        for start in range(0, length, BLOCK_BYTES):
+            end = min(start + BLOCK_BYTES, length)
+            if not await self._decodes(number, row, without, start, end):
+                return False
+        return True
+
+    async def _decodes(
+        self, number: int, row: Stripe, without: Sequence[int], low: int, high: int
+    ) -> bool:
+        sources = [index for index in range(row.code.n) if index not in without]
+        found = await self._gather(number, row, sources, list(without), low, high)
+        return found is not None and all(
+            verified(row, index, low, bytes(data)) for index, data in found.items()
+        )
+
+    async def _gather(
+        self,
+        number: int,
+        row: Stripe,
+        sources: Iterable[int],
+        wanted: list[int],
+        low: int,
+        high: int,
+        *,
+        patient: bool = False,
+    ) -> dict[int, bytearray] | None:
+        """The blocks of the shards `wanted` from k good ones of `sources`; None if too few."""
+        present: dict[int, bytes | bytearray] = {}
+        for index in sources:
+            data = await self.read_blocks(number, row, index, low, high, patient=patient)
+            if data is not None:
+                present[index] = data
+                if len(present) == row.code.k:
+                    return erasure.rebuild(row.code, high - low, present, wanted)
+        return None
+
+
+def verified(row: Stripe, index: int, low: int, data: bytes | bytearray) -> bool:
+    """Whether blocks of a shard from offset `low` on match the stripe's checksums."""
+    first = low // BLOCK_BYTES * _SUM_BYTES
+    found = block_checksums(data, len(data))
+    return row.checksums[index][first : first + len(found)] == found

@@ -1,0 +1,1 @@
+"""The repair path: healing, rebuilding a node, scrubbing, and what is at risk."""

@@ -1,0 +1,180 @@
+"""Shards computed anew or moved: written, read back from the medium, and only then counted.
+
+Shared by healing, repair and moving.  A shard that is on its way counts for nobody:
+its row of `missing`, or its old place, goes in one step with the new one when what
+the node gives back is right.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from typing_extensions import Buffer
+
+from ..commit.replay import shard_is_intact
+from ..errors import LostError, NodeError
+from ..format import schema
+from ..format.records import HEADER_BYTES, Run
+from ..format.schema import ShardPlace, Stripe
+from ..log.log import Log
+from ..members.members import Member
+from ..nodes.base import Node
+from ..read.reader import Reader, verified
+from ..write.writer import shard_header, write_shard
+
+log = logging.getLogger(__name__)
+
+_Rebuilt = tuple[int, int, Stripe, ShardPlace]
+"""A stripe's number, a shard's index, the stripe as it was read, and the shard's place."""
+Here = tuple[int, Stripe, list[int]]
+"""A stripe's number, the stripe, and the indices of its shards on a node."""
+
+
+class Rebuilder:
+    """Gives nodes shards that they lack."""
+
+    def __init__(self, state: Log, reader: Reader) -> None:
+        self._log = state
+        self._reader = reader
+        self.told: set[int] = set()
+        """Stripes that cannot be rebuilt now, and of which the log has a line."""
+
+    def cost(self, number: int) -> int:
+        """Bytes of I/O that rebuilding a shard of a stripe takes."""
+        row = self._log.stripe(number)
+        return (row.code.k + 1) * row.shard_length if row is not None else 0
+
+    async def rebuild(self, member: Member, wanted: dict[int, list[int]]) -> tuple[int, int]:
+        """Rebuild shards by stripe; those that cannot be stay in `missing`; NodeError."""
+        written: list[_Rebuilt] = []
+        try:
+            for number, indices in wanted.items():
+                row = self._log.stripe(number)
+                if row is not None:
+                    await self._rewrite(member, number, row, indices, written)
+            return await self._prove(member, written)
+        except BaseException:
+            for _, index, row, place in written:
+                self._give_back(member, row, index, place)
+            raise
+
+    async def _rewrite(
+        self, member: Member, number: int, row: Stripe, indices: list[int], written: list[_Rebuilt]
+    ) -> None:
+        """Compute shards of a stripe and write them; they do not count yet."""
+        length = row.shard_length
+        try:
+            data = await self._reader.decode(number, row, indices, 0, length)
+        except LostError as error:
+            if number not in self.told:
+                self.told.add(number)
+                log.error("%s", error)
+            keys = [schema.missing_key(member.id, number, index) for index in indices]
+            self._log.apply({key: b"" for key in keys if self._log.engine.get(key) is None})
+            return
+        for index in indices:
+            await self._write(member, number, row, index, data[index], written)
+
+    async def _write(
+        self,
+        member: Member,
+        number: int,
+        row: Stripe,
+        index: int,
+        data: Buffer,
+        written: list[_Rebuilt],
+    ) -> None:
+        """Write a shard where it was, or, if it was not on this node, to a new place."""
+        place = row.shards[index]
+        if place.node != member.id or not place.written:
+            place = member.reserve(row.shard_length)
+            member.claim(place, row.shard_length, -1)
+        written.append((number, index, row, place))
+        header = shard_header(row.code, row.length, number, index, row.checksums[index])
+        await member.call(write_shard, self._log, member, place, header, data)
+
+    async def move(
+        self, target: Member, shards: Sequence[tuple[int, Stripe, int]]
+    ) -> tuple[int, int]:
+        """Give shards (stripe, row, index) of other nodes to a node; (shards, bytes) moved.
+
+        Each counts there, and its old place is to be reclaimed, from when it was read
+        back.  Hold `busy`.  LostError when one cannot be read, NodeError of the target.
+        """
+        written: list[_Rebuilt] = []
+        try:
+            for number, row, index in shards:
+                length = row.shard_length
+                data: Buffer | None = await self._reader.read_blocks(number, row, index, 0, length)
+                if data is None:
+                    data = (await self._reader.decode(number, row, [index], 0, length))[index]
+                await self._write(target, number, row, index, data, written)
+            return await self._prove(target, written)
+        except BaseException:
+            for _, index, row, place in written:
+                self._give_back(target, row, index, place)
+            raise
+
+    async def _prove(self, member: Member, written: list[_Rebuilt]) -> tuple[int, int]:
+        """Read rebuilt shards back; those that are right count from then on."""
+        node = member.node
+        assert node is not None
+        await member.call(node.flush, Run.SHARDS, sorted({place.segment for *_, place in written}))
+        for segment in {place.segment for *_, place in written if member.is_full(place.segment)}:
+            # A seal may still be writing to what it has reserved.
+            state = member.segments.get(segment)
+            await member.call(_give_back_ahead, node, segment, state.size if state else 0)
+        shards = total = 0
+        while written:
+            number, index, row, place = written[-1]
+            start, size = place.offset - HEADER_BYTES, HEADER_BYTES + row.shard_length
+            data = await member.call(node.read_back, Run.SHARDS, place.segment, start, size)
+            seed = self._log.shards(member.name, place.segment).seed(start)
+            header = shard_header(row.code, row.length, number, index, row.checksums[index])
+            if data[:HEADER_BYTES] != header.encode(seed) or not verified(
+                row, index, 0, data[HEADER_BYTES:]
+            ):
+                raise NodeError(
+                    f"Node {member.name} gives back other bytes than it was given: "
+                    "replace its disk."
+                )
+            written.pop()
+            now, before = self._log.stripe(number), row.shards[index]
+            key = schema.missing_key(before.node, number, index)
+            if now is None or now.shards[index] != before:  # freed meanwhile
+                self._give_back(member, row, index, place)
+                self._log.apply({key: None})
+                continue
+            if place != before:
+                member.claim(place, row.shard_length)
+            changes = {schema.stripe_key(number): now.moved(index, place).encode(), key: None}
+            if place != before and before.written:
+                debt, length = schema.reclaim_row(before, row.shard_length)
+                changes[debt] = length
+            self._log.apply(changes)
+            self._reader.forget(number)
+            shards, total = shards + 1, total + row.shard_length
+        return shards, total
+
+    @staticmethod
+    def _give_back(member: Member, row: Stripe, index: int, place: ShardPlace) -> None:
+        """A place that was reserved for a rebuilt shard is not needed."""
+        if place != row.shards[index]:
+            member.claim(place, row.shard_length)
+            member.release(place.segment, row.shard_length)
+
+
+def _give_back_ahead(node: Node, segment: int, reserved: int) -> None:
+    """In a thread: give back what was allocated past the end of a segment that is full."""
+    node.truncate(Run.SHARDS, segment, max(reserved, node.size(Run.SHARDS, segment)))
+
+
+def not_intact(member: Member, batch: list[Here]) -> dict[int, list[int]]:
+    """In a thread: by stripe the shards of a node that are not there or not right."""
+    found = {}
+    for number, row, here in batch:
+        bad = [i for i in here if not row.shards[i].written or not shard_is_intact(member, row, i)]
+        if bad:
+            found[number] = bad
+    return found

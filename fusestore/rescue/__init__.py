@@ -1,0 +1,1 @@
+"""When the metadata is lost or damaged: recover and fsck."""

@@ -1,0 +1,418 @@
+"""How fsck mends what it found: nothing is dropped, what has no place goes to lost+found.
+
+Each fix is one transaction on the rows as they are by then; one that an earlier
+fix made needless does nothing.  Counts are left to the findings of phase 3.
+"""
+
+from __future__ import annotations
+
+import stat
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import trio
+
+from ..errors import FormatError, NodeError
+from ..files import quota
+from ..format import schema
+from ..format.erasure import Code
+from ..format.records import HEADER_BYTES, Header, Run
+from ..format.schema import (
+    LOST_STRIPE,
+    OWNER,
+    ROOT,
+    Extent,
+    Inode,
+    Quota,
+    SegmentState,
+    ShardPlace,
+    Stripe,
+)
+from ..limits import OWNERS_PER_ROW_MAX
+from ..log.log import Log, Transaction
+from ..members.members import shard_sizes
+from ..store.opening import Store
+from .fsck_check import Around, Check, Finding
+
+LOST_AND_FOUND = b"lost+found"
+LOST_TARGET = b"(lost)"
+ROUNDS_MAX = 20
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+async def fsck(store: Store, *, repair: bool, at_rest: bool) -> dict[str, Any]:
+    """Check a store's tables, and mend them if asked; what was found, and what is left.
+
+    `at_rest`: nothing else uses the store; only then may it be mended.
+    """
+    found: dict[str, Finding] = {}
+    check, findings = await _check(store, at_rest)
+    for _ in range(ROUNDS_MAX):
+        found.update((str(finding), finding) for finding in findings)
+        if not findings or not repair:
+            break
+        phase = min(finding.phase for finding in findings)
+        mender = Mender(store.log)
+        for finding in findings:
+            if finding.phase == phase:
+                mender.mend(finding)
+        async with store.committer.lock:
+            await store.committer.commit_now(checkpoint=True)
+        check, findings = await _check(store, at_rest)
+    return {
+        "clean": not found,
+        "findings": [str(finding) for finding in found.values()],
+        "left": [str(finding) for finding in findings],
+        "files": check.files,
+        "stripes": check.stripes,
+        "lost_bytes": check.lost_bytes,
+    }
+
+
+async def _check(store: Store, at_rest: bool) -> tuple[Check, list[Finding]]:
+    """Check the store as it is at this instant, in a thread."""
+    state = store.log
+    before = await _sizes(state)
+    view = state.engine.view()
+    around = Around(
+        counters=state.counters.copy(),
+        segments={
+            (member.id, segment): SegmentState(found.size, found.live)
+            for member in state.members.all
+            for segment, found in member.segments.items()
+        },
+        unsealed=set(state.unsealed),
+        nodes={member.id: member.name for member in state.members.all},
+        sizes={},
+        shard_at=partial(_shard_at, state),
+        at_rest=at_rest,
+    )
+    check = Check(view, around)
+    with view:
+        # A segment that is reclaimed or begun meanwhile is in one of the two lists.
+        around.sizes = _larger(before, await _sizes(state))
+        return check, await trio.to_thread.run_sync(lambda: list(check.run()))
+
+
+_Sizes = dict[int, dict[int, int]]
+
+
+async def _sizes(state: Log) -> _Sizes:
+    """The bytes in each shard segment of the nodes that are there and answer."""
+    found: _Sizes = {}
+    for member in state.members.all:
+        if member.node is not None and not member.unused:
+            with suppress(NodeError):
+                found[member.id] = await member.call(shard_sizes, member.node)
+    return found
+
+
+def _shard_at(state: Log, node: int, segment: int, offset: int) -> tuple[int, int] | None:
+    """In a thread of trio's: see Around."""
+    member, start = state.members.by_id[node], offset - HEADER_BYTES
+    if member.node is None or member.unused:
+        return None
+    try:
+        data = member.watched[1].read(Run.SHARDS, segment, start, HEADER_BYTES)
+        header = Header.decode(data, state.shards(member.name, segment).seed(start))
+    except (NodeError, FormatError):
+        return None
+    return header.number, header.index
+
+
+def _larger(one: _Sizes, two: _Sizes) -> _Sizes:
+    return {
+        node: {n: max(one[node].get(n, 0), two[node].get(n, 0)) for n in {**one[node], **two[node]}}
+        for node in one.keys() & two.keys()
+    }
+
+
+class Mender:
+    """Changes rows so that a finding is none any more."""
+
+    def __init__(self, state: Log) -> None:
+        self._log = state
+        self._txn: Transaction
+
+    def mend(self, finding: Finding) -> None:
+        """Mend one finding."""
+        with Transaction(self._log) as self._txn:
+            finding.fix(self)
+
+    # --- rows ----------------------------------------------------------------
+
+    def drop(self, key: bytes) -> None:
+        """Remove a row that says nothing, or nothing that is true."""
+        self._txn.delete(key)
+
+    def _inode(self, ino: int) -> Inode | None:
+        value = self._txn.get(schema.inode_key(ino))
+        return Inode.decode(value) if value is not None else None
+
+    def change(self, ino: int, **fields: int) -> None:
+        """Set fields of an inode."""
+        inode = self._inode(ino)
+        if inode is not None:
+            for name, value in fields.items():
+                setattr(inode, name, value)
+            self._txn.put(schema.inode_key(ino), inode.encode())
+
+    def _first(self, prefix: bytes) -> tuple[bytes, bytes] | None:
+        return next(self._txn.scan(prefix, schema.after(prefix)), None)
+
+    # --- inodes --------------------------------------------------------------
+
+    def make_root(self) -> None:
+        """There must be a root directory."""
+        self.restore(ROOT, stat.S_IFDIR)
+        self.change(ROOT, parent=ROOT)
+
+    def restore(self, ino: int, kind: int = 0) -> None:
+        """Make an inode anew, of a type (if none is given) that fits what it has."""
+        inode = self._inode(ino)
+        if inode is not None:
+            if kind and stat.S_IFMT(inode.mode) != kind:
+                self.change(ino, mode=kind | stat.S_IMODE(inode.mode), size=0)
+            return
+        kind = kind or self._kind(ino)
+        now = time.time_ns()
+        mode = kind | (0o700 if kind == stat.S_IFDIR else 0o600)
+        size = self._end(ino) if kind == stat.S_IFREG else 0
+        code = self._code(kind)
+        new = Inode(mode, 0, 0, 1, size, 0, now, now, now, parent=ROOT, k=code.k, m=code.m)
+        self._txn.put(schema.inode_key(ino), new.encode())
+
+    def _kind(self, ino: int) -> int:
+        """The type that what is left of an inode tells of."""
+        if self._first(schema.name_key(ino, b"")) or self._first(schema.listing_key(ino, 0)[:9]):
+            return stat.S_IFDIR
+        if self._txn.get(schema.target_key(ino)) is not None:
+            return stat.S_IFLNK
+        return stat.S_IFREG
+
+    def _end(self, ino: int) -> int:
+        """The end of an inode's last extent."""
+        rows = self._txn.scan(schema.extent_key(ino, 0), schema.extent_key(ino + 1, 0))
+        return max((Extent.decode(key, value).end for key, value in rows), default=0)
+
+    def _code(self, kind: int) -> Code:
+        return self._log.code if kind == stat.S_IFREG else Code(0, 0)
+
+    def recode(self, ino: int) -> None:
+        """Give an inode a code that there is."""
+        inode = self._inode(ino)
+        if inode is not None:
+            code = self._code(stat.S_IFMT(inode.mode))
+            self.change(ino, k=code.k, m=code.m)
+
+    def resize(self, ino: int) -> None:
+        """Let a file end with its last extent."""
+        self.change(ino, size=self._end(ino))
+
+    def retype(self, ino: int) -> None:
+        """Give an inode a type that there is."""
+        inode = self._inode(ino)
+        if inode is not None:
+            self.change(ino, mode=self._kind(ino) | stat.S_IMODE(inode.mode))
+
+    def lose_target(self, ino: int) -> None:
+        """Where a symbolic link pointed is not known any more."""
+        self._txn.put(schema.target_key(ino), LOST_TARGET)
+
+    # --- names ---------------------------------------------------------------
+
+    def unlink(self, parent: int, name: bytes) -> None:
+        """Remove a name; an inode that has none then is attached in the next round."""
+        value = self._txn.get(schema.name_key(parent, name))
+        if value is not None:
+            ino, cookie = schema.decode_name(value)
+            self._txn.delete(schema.name_key(parent, name))
+            key = schema.listing_key(parent, cookie)
+            if self._txn.get(key) == schema.listing_value(ino, name):
+                self._txn.delete(key)
+
+    def detach(self, parent: int, ino: int) -> None:
+        """Take a directory out of the one that has it."""
+        prefix = schema.name_key(parent, b"")
+        for key, value in list(self._txn.scan(prefix, schema.after(prefix))):
+            if schema.decode_name(value)[0] == ino:
+                self.unlink(parent, schema.decode_name_key(key)[1])
+
+    def list_again(self, parent: int, name: bytes) -> None:
+        """Put a name into its directory's listing."""
+        value = self._txn.get(schema.name_key(parent, name))
+        if value is not None:
+            self._name(parent, name, *schema.decode_name(value))
+
+    def name_again(self, parent: int, cookie: int) -> None:
+        """A row of a listing has no name to it: make the name, or drop the row if there is one."""
+        key = schema.listing_key(parent, cookie)
+        value = self._txn.get(key)
+        if value is None:
+            return
+        _, ino, name = schema.decode_listing(key, value)
+        self._txn.delete(key)
+        folder = self._inode(parent)
+        if folder is not None and not stat.S_ISDIR(folder.mode):
+            return
+        if self._txn.get(schema.name_key(parent, name)) is None:
+            self.restore(parent, stat.S_IFDIR)
+            self.restore(ino)
+            self._name(parent, name, ino, cookie)
+
+    def _name(self, parent: int, name: bytes, ino: int, cookie: int = 0) -> None:
+        key = schema.listing_key(parent, cookie)
+        if cookie < schema.FIRST_COOKIE or self._txn.get(key) is not None:
+            cookie = self._unused("next_cookie", lambda n: schema.listing_key(parent, n))
+            key = schema.listing_key(parent, cookie)
+        self._txn.put(key, schema.listing_value(ino, name))
+        self._txn.put(schema.name_key(parent, name), schema.name_value(ino, cookie))
+
+    def _unused(self, counter: str, key: Callable[[int], bytes]) -> int:
+        """The next number of a counter that no row has."""
+        number: int = getattr(self._log.counters, counter)
+        while self._txn.get(key(number)) is not None:
+            number += 1
+        setattr(self._log.counters, counter, number + 1)
+        return number
+
+    def attach(self, ino: int, name: bytes = b"") -> None:
+        """Give an inode that has no name one in lost+found."""
+        folder = self._lost_and_found()
+        name = name or b"#%d" % ino
+        while self._txn.get(schema.name_key(folder, name)) is not None:
+            name += b"+"
+        self._name(folder, name, ino)
+        self.change(ino, parent=folder)
+
+    def _lost_and_found(self) -> int:
+        name = LOST_AND_FOUND
+        while (value := self._txn.get(schema.name_key(ROOT, name))) is not None:
+            ino, _ = schema.decode_name(value)
+            inode = self._inode(ino)
+            if inode is not None and stat.S_ISDIR(inode.mode):
+                return ino
+            name += b"+"
+        ino = self._unused("next_ino", schema.inode_key)
+        self.restore(ino, stat.S_IFDIR)
+        self._name(ROOT, name, ino)
+        return ino
+
+    def set_quota(self, ino: int, row: Quota) -> None:
+        """Set what a quota counts, how it stands, or which one is above it."""
+        quota.put(self._txn, ino, row)
+
+    # --- extents -------------------------------------------------------------
+
+    def move_extent(self, ino: int, extent: Extent) -> None:
+        """Bytes that cannot be where they are become a file in lost+found."""
+        if self._inode(ino) is None:
+            self.restore(ino, stat.S_IFREG)
+            return
+        key = schema.extent_key(ino, extent.offset)
+        if self._txn.get(key) != extent.encode():
+            return
+        self._txn.delete(key)
+        if extent.length == 0:
+            return
+        new = self._unused("next_ino", schema.inode_key)
+        moved = Extent(0, extent.length, extent.stripe, extent.stripe_offset)
+        self._txn.put(schema.extent_key(new, 0), moved.encode())
+        self.restore(new, stat.S_IFREG)
+        self.change(new, size=extent.length)
+        self.attach(new, b"#%d-%d" % (ino, extent.offset))
+
+    def put_extent(self, ino: int, extent: Extent) -> None:
+        """Bytes that have lost their extent get it back."""
+        self._txn.put(schema.extent_key(ino, extent.offset), extent.encode())
+
+    def lose_extent(self, ino: int, extent: Extent) -> None:
+        """Bytes that are nowhere are an error to read, never zeros."""
+        lost = Extent(extent.offset, extent.length, LOST_STRIPE, 0)
+        key = schema.extent_key(ino, extent.offset)
+        if self._txn.get(key) == extent.encode():
+            self._txn.put(key, lost.encode())
+
+    # --- stripes -------------------------------------------------------------
+
+    def add_owner(self, ino: int, extent: Extent) -> None:
+        """A stripe names all files that have bytes in it."""
+        at = extent.stripe_offset
+        while True:
+            key = schema.owners_key(extent.stripe, at)
+            packed = self._txn.get(key) or b""
+            if len(packed) < OWNERS_PER_ROW_MAX * OWNER.size:
+                break
+            at += 1
+        owner = OWNER.pack(ino, extent.offset, extent.length, extent.stripe_offset)
+        self._txn.put(key, packed + owner)
+
+    def drop_owners(self, number: int) -> None:
+        """A stripe that is gone has no owners."""
+        prefix = schema.owners_key(number, 0)[:9]
+        for key, _ in list(self._txn.scan(prefix, schema.after(prefix))):
+            self._txn.delete(key)
+
+    def set_live(self, number: int, live: int) -> None:
+        """Set how many bytes of a stripe files have."""
+        if live:
+            self._txn.put(schema.live_key(number), schema.live_value(live))
+        else:
+            self._txn.delete(schema.live_key(number))
+
+    def free(self, number: int) -> None:
+        """Free a stripe of which no file has bytes."""
+        value = self._txn.get(schema.stripe_key(number))
+        if value is not None:
+            self._txn.delete(schema.stripe_key(number))
+            self._txn.delete(schema.live_key(number))
+            self._txn.reclaim(number, Stripe.decode(value))
+            self.drop_owners(number)
+
+    def unwrite(self, number: int, index: int) -> None:
+        """A shard is not where it was said to be: it has to be rebuilt elsewhere."""
+        value = self._txn.get(schema.stripe_key(number))
+        if value is not None:
+            row = Stripe.decode(value)
+            node, here = row.shards[index].node, Counter(place.node for place in row.shards)
+            known = [member.id for member in self._log.members.all]
+            if node not in known:
+                node = min(known, key=lambda other: here[other])
+            moved = row.moved(index, ShardPlace(node, 0, 0))
+            self._txn.put(schema.stripe_key(number), moved.encode())
+            self.owe(node, number, index)
+
+    def owe(self, node: int, number: int, index: int) -> None:
+        """Have a shard rebuilt."""
+        self._txn.put(schema.missing_key(node, number, index), b"")
+
+    def owe_all(self, node: int, shards: Sequence[tuple[int, int]]) -> None:
+        """Have shards of a node rebuilt."""
+        for number, index in shards:
+            self.owe(node, number, index)
+
+    def set_segment(self, where: tuple[int, int], live: int, end: int) -> None:
+        """Set what a segment holds; the next mount removes one that holds nothing."""
+        member = self._log.members.by_id.get(where[0])
+        if member is None:
+            return
+        segment = where[1]
+        if live == 0:
+            if segment == member.segment:
+                member.roll()
+            member.segments.pop(segment, None)
+        else:
+            size = member.segments.get(segment, SegmentState()).size
+            member.segments[segment] = SegmentState(max(size, end), live)
+        member.changed.add(segment)
+
+    # --- counters ------------------------------------------------------------
+
+    def count(self, name: str, value: int) -> None:
+        """Set a counter."""
+        setattr(self._log.counters, name, value)

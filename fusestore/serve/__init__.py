@@ -1,0 +1,1 @@
+"""The daemon: FUSE requests, the control socket, mounting, systemd units."""

@@ -1,0 +1,194 @@
+"""Asking a store's daemon: the protocol of the control socket, and its client.
+
+A client connects, sends one line of JSON and gets lines of JSON:
+
+    {"command": "repair", "arguments": {"node": "us-east-1"}}
+                                        {"progress": {...}}     any number
+                                        {"alive": true}         when there is nothing to say
+                                        {"result": {...}}       or, as the last line,
+                                        {"error": {"kind": "UsageError", "message": "..."}}
+
+Texts are ASCII with JSON escapes; a path's bytes that are no UTF-8 are lone
+surrogates, as in `os.fsdecode`.  A client that hangs up gives its command up.
+
+This module imports neither trio nor the store, so that a command starts fast.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .. import errors
+from ..config.store_config import LOCK_NAME, SOCKET_NAME
+from ..errors import FusestoreError, NotMountedError, UsageError
+
+Message = dict[str, Any]
+Progress = Callable[[Message], None]
+
+REQUEST_BYTES_MAX = 1 << 20
+"""The longest line that a daemon reads."""
+ANSWER_BYTES_MAX = 1 << 26
+"""The longest line that a client reads: the layout of a large file is long."""
+ALIVE_SECONDS = 5.0
+"""A daemon that works on a command says something at least this often."""
+SILENCE_SECONDS = 60.0
+"""A client gives a daemon up that has said nothing for so long."""
+
+PEER = struct.Struct("3i")
+"""A SO_PEERCRED: process, user, group."""
+
+
+class UnansweredError(FusestoreError):
+    """A daemon took a request, and has not answered it."""
+
+
+def socket_address(directory_fd: int) -> str:
+    """The address of the socket in an open directory, however long the directory's path.
+
+    A socket's address has room for 107 bytes.
+    """
+    return f"/proc/self/fd/{directory_fd}/{SOCKET_NAME}"
+
+
+def parse_peer(data: bytes) -> tuple[int, int]:
+    """Process number and user in a SO_PEERCRED: who connected, or who listens."""
+    pid, uid, _gid = PEER.unpack(data)
+    return pid, uid
+
+
+def _peer_pid(connection: socket.socket) -> int:
+    return parse_peer(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size))[0]
+
+
+def lock_holder(store: Path) -> int | None:
+    """The process that has the store locked, or crashed when it had."""
+    try:
+        return int((store / LOCK_NAME).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def encode(message: Message) -> bytes:
+    """A message as a line."""
+    return json.dumps(message, separators=(",", ":")).encode("ascii") + b"\n"
+
+
+def error_message(error: FusestoreError) -> Message:
+    """The line that makes the client raise `error`."""
+    return {"error": {"kind": type(error).__name__, "message": str(error)}}
+
+
+def error_of(kind: str, message: str) -> FusestoreError:
+    """The exception that `error_message` was made of; FusestoreError for an unknown kind."""
+    found = getattr(errors, kind, None)
+    if isinstance(found, type) and issubclass(found, FusestoreError):
+        return found(message)
+    return FusestoreError(message)
+
+
+class ControlClient:
+    """The commands of a store's daemon, one connection each."""
+
+    def __init__(self, store: Path, silence_seconds: float = SILENCE_SECONDS) -> None:
+        self._store = store
+        self._silence_seconds = silence_seconds
+
+    def daemon(self) -> int:
+        """The process number of the daemon; NotMountedError when there is none."""
+        with self._connect() as connection:
+            return _peer_pid(connection)
+
+    def request(
+        self,
+        command: str,
+        arguments: Message | None = None,
+        on_progress: Progress | None = None,
+    ) -> Message:
+        """Have the daemon do `command`, and return its result.
+
+        Raises what the command raised; NotMountedError when nobody listens;
+        UnansweredError when the daemon is silent or ends before it has answered.
+        """
+        line = encode({"command": command, "arguments": arguments or {}})
+        if len(line) > REQUEST_BYTES_MAX:
+            raise UsageError(f"The arguments of {command!r} are longer than a request may be.")
+        with self._connect() as connection:
+            pid = _peer_pid(connection)
+            try:
+                self._send(connection, line)
+                for message in self._messages(connection):
+                    if "result" in message:
+                        result: Message = message["result"]
+                        return result
+                    if "error" in message:
+                        raise error_of(message["error"]["kind"], message["error"]["message"])
+                    if "progress" in message and on_progress is not None:
+                        on_progress(message["progress"])
+            except TimeoutError:
+                raise UnansweredError(
+                    f"The daemon of {self._store} (process {pid}) has not answered "
+                    f"for {self._silence_seconds:.0f} seconds."
+                ) from None
+            except (OSError, ValueError, TypeError, LookupError) as error:
+                raise UnansweredError(
+                    f"The daemon of {self._store} (process {pid}) gave no proper answer: {error}."
+                ) from error
+        raise UnansweredError(
+            f"The daemon of {self._store} (process {pid}) ended without an answer: see its log."
+        )
+
+    def _connect(self) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.settimeout(self._silence_seconds)
+        try:
+            directory = os.open(self._store, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                connection.connect(socket_address(directory))
+            finally:
+                os.close(directory)
+        except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
+            connection.close()
+            raise NotMountedError(f"The store {self._store} is not mounted.") from None
+        except PermissionError:
+            connection.close()
+            raise FusestoreError(
+                f"You may not ask the daemon of {self._store}: be its user, or root."
+            ) from None
+        except TimeoutError:
+            connection.close()
+            raise UnansweredError(
+                f"The daemon of {self._store} takes no requests (for "
+                f"{self._silence_seconds:.0f} seconds now)."
+            ) from None
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    @staticmethod
+    def _send(connection: socket.socket, line: bytes) -> None:
+        try:
+            connection.sendall(line)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it may have said why before it hung up
+
+    @staticmethod
+    def _messages(connection: socket.socket) -> Iterator[Message]:
+        """The lines that come, to the end; ValueError when they are not what they must be."""
+        buffer = bytearray()
+        while data := connection.recv(1 << 16):
+            start = len(buffer)
+            buffer += data
+            if b"\n" in data:
+                *lines, rest = bytes(buffer).split(b"\n")
+                for line in lines:
+                    yield json.loads(line)
+                buffer = bytearray(rest)
+            elif start > ANSWER_BYTES_MAX:
+                raise ValueError("a line without end")

@@ -1,0 +1,1 @@
+"""An open store: all of the layers below, put together."""

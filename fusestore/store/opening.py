@@ -1,0 +1,372 @@
+"""An open store: engine, nodes and log put together, replayed and ready to serve.
+
+Opening replays the journals, logs again what they held past the checkpoint,
+and opens a new epoch; closing commits and checkpoints everything.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import trio
+
+from ..commit.committer import Committer
+from ..commit.metadata_dump import Snapshotter
+from ..commit.reclaim import Reclaimer
+from ..commit.replay import Replayed, replay, suspect_shards
+from ..config.store_config import CONFIG_NAME, StoreConfig, sync_directory
+from ..errors import ConfigError, FusestoreError, MetadataError, NodeError, ReplayError, UsageError
+from ..format import erasure, schema
+from ..format.erasure import Code
+from ..format.records import Run
+from ..format.schema import Counters, LogState, NodeRow, SegmentState
+from ..grow.rebalance import Rebalancer
+from ..grow.topology import Topology
+from ..limits import CATCH_UP_SHARDS_MAX
+from ..log.journal import last_commit
+from ..log.log import Log
+from ..members.members import Member, State, open_members, open_node
+from ..metadata.engine import DATABASE, DATABASE_LOCK, Engine
+from ..read.reader import Reader
+from ..repair.repairer import Repairer
+from ..repair.scrub import Scrubber
+from ..system.io_uring import Ring
+from ..write.writer import Writer
+from .report import Reporter
+
+log = logging.getLogger(__name__)
+
+
+class Store:
+    """What the file system and the control commands work on."""
+
+    def __init__(self, config: StoreConfig, state: Log, nursery: trio.Nursery) -> None:
+        self.config = config
+        self.log = state
+        self.reader = Reader(state)
+        self.committer = Committer(state, nursery)
+        self.writer = Writer(state, nursery, self.committer.ask)
+        self.committer.writer = self.writer
+        checkpoint = state.engine.get(schema.LOG_KEY)
+        if checkpoint is not None:
+            self.committer.checkpointed = LogState.decode(checkpoint).commit
+        nodes = state.engine.get(schema.NODES_KEY)
+        self.committer.rows = schema.decode_nodes(nodes) if nodes else []
+        self.reclaimer = Reclaimer(state)
+        self.snapshotter = Snapshotter(state, self.committer)
+        self.repairer = Repairer(state, self.reader, self.committer)
+        self.rebalancer = Rebalancer(state, self.committer, self.repairer)
+        self.topology = Topology(state, self.committer, self.repairer, self.rebalancer)
+        self.scrubber = Scrubber(state, self.committer, self.repairer, config.scrub_days)
+        self.reporter = Reporter(
+            config, state, self.reader, self.committer, self.repairer, self.scrubber
+        )
+        self.status = self.reporter.status
+        self.committer.on_checkpoint += [self.reclaimer.wake, self.repairer.wake]
+        self.committer.on_commit.append(self.snapshotter.look)
+
+    def tasks(self) -> list[Callable[[], Awaitable[None]]]:
+        """What goes on in the background while it is open."""
+        parts = (self.reclaimer, self.snapshotter, self.repairer, self.scrubber, self.rebalancer)
+        return [part.run for part in parts]
+
+    def warnings(self) -> list[str]:
+        """A sentence for each node that is not as it should be."""
+        return [
+            f"Node {member.name} is {member.state}: {member.error} "
+            f"Run 'fusestore repair {self.config.store} {member.name}'."
+            for member in self.log.members.all
+            if member.state is not State.UP
+        ]
+
+
+@asynccontextmanager
+async def open_store(
+    config: StoreConfig,
+    *,
+    read_only: bool = False,
+    background: bool = True,
+    accept_loss: bool = False,
+) -> AsyncIterator[Store]:
+    """Open a store whose lock the caller holds; FusestoreError when it cannot be.
+
+    Without `background` nothing is healed, reclaimed or dumped while it is open; with
+    `accept_loss` commits that nodes which are not there may hold are given up.
+    On leaving, everything is committed and checkpointed; NotDurableError when
+    that was not possible.
+    """
+    erasure.self_check(config.code)
+    try:
+        os.makedirs(config.metadata, mode=0o700, exist_ok=True)
+        fresh = not read_only and not (config.metadata / DATABASE).exists()
+    except OSError as error:
+        raise MetadataError(
+            f"The metadata in {config.metadata} cannot be opened: {error.strerror}."
+        ) from error
+    engine = Engine(config.metadata, read_only=read_only)
+    try:
+        rows = _check_format(config, engine)
+        members = open_members(config, rows, opened=False)
+        async with trio.open_nursery() as nursery:
+            for member in members.all:
+                nursery.start_soon(_open, member, config, read_only)
+        state = Log(engine, members, config.uuid, config.code, read_only=read_only)
+        start = _load(state, config)
+        in_sync = [row.id for row in rows if row.in_sync]
+        with members.watched():
+            replayed = await trio.to_thread.run_sync(
+                partial(replay, state, start, in_sync, accept_loss=accept_loss)
+            )
+            suspects = await trio.to_thread.run_sync(suspect_shards, state, replayed)
+        _apply(state, replayed, suspects)
+        async with trio.open_nursery() as nursery:
+            ring = Ring.open()
+            if ring is not None:
+                nursery.start_soon(ring.run)
+                for member in members.all:
+                    member.ring = ring
+            store = Store(config, state, nursery)
+            _adopt_tails(store)
+            if not read_only:
+                await _begin_epoch(store)
+                nursery.start_soon(store.committer.run)
+            try:
+                async with trio.open_nursery() as tasks:
+                    if background and not read_only:
+                        await store.repairer.catch_up(CATCH_UP_SHARDS_MAX)
+                        for run in store.tasks():
+                            tasks.start_soon(run)
+                        store.reclaimer.wake()
+                    yield store
+                    tasks.cancel_scope.cancel()
+            finally:
+                with trio.CancelScope(shield=True):
+                    try:
+                        if not read_only:
+                            await _finish(store)
+                    finally:
+                        nursery.cancel_scope.cancel()
+    finally:
+        refused = fresh and engine.get(schema.LOG_KEY) is None
+        engine.close()
+        if refused:  # what was made for nothing must not stand in the way of `recover`
+            for name in (DATABASE, DATABASE_LOCK):
+                (config.metadata / name).unlink(missing_ok=True)
+
+
+async def _open(member: Member, config: StoreConfig, read_only: bool) -> None:
+    try:
+        opened = await member.call(partial(open_node, config, member.config, read_only=read_only))
+        member.take(opened, await member.call(opened.space))
+    except NodeError as error:
+        member.error = str(error)
+
+
+def _check_format(config: StoreConfig, engine: Engine) -> list[NodeRow]:
+    """The nodes as the metadata knows them; MetadataError when it is not this store's."""
+    value = engine.get(schema.FORMAT_KEY)
+    if value is None:
+        return []
+    found = json.loads(value)
+    if found["format"] != schema.FORMAT:
+        raise MetadataError(
+            f"The metadata in {config.metadata} has format {found['format']}; this fusestore "
+            f"knows {schema.FORMAT}: use a newer fusestore."
+        )
+    if found["store"] != str(config.uuid):
+        raise MetadataError(
+            f"The metadata in {config.metadata} belongs to another store ({found['store']})."
+        )
+    nodes = engine.get(schema.NODES_KEY)
+    return schema.decode_nodes(nodes) if nodes else []
+
+
+def _load(state: Log, config: StoreConfig) -> LogState:
+    """What the last checkpoint holds; for a new store, what there is at first."""
+    engine, members = state.engine, state.members
+    log_row = engine.get(schema.LOG_KEY)
+    if log_row is not None:
+        return LogState.decode(log_row)
+    if state.read_only:
+        raise UsageError("The store was never mounted: mount it read-write once.")
+    for member in members.all:
+        if member.node is not None and member.node.segments(Run.JOURNAL):
+            raise MetadataError(
+                f"Node {member.name} holds a journal, but the metadata is gone: mounting would "
+                f"start an empty store; run 'fusestore recover {config.store}'."
+            )
+    for member in members.all:
+        if member.node is None:
+            raise NodeError(f"A new store needs all of its nodes: {member.error}")
+    # From here on the metadata says that this is its store: a crash before the first
+    # checkpoint leaves a journal that can be replayed.
+    engine.apply({schema.FORMAT_KEY: _format(config), schema.LOG_KEY: LogState().encode()})
+    engine.freeze()
+    engine.write()
+    engine.thaw()
+    sync_directory(config.metadata)
+    return LogState()
+
+
+def _format(config: StoreConfig) -> bytes:
+    """What the metadata says of the store as a whole."""
+    value = {"format": schema.FORMAT, "store": str(config.uuid), "code": str(config.code)}
+    return json.dumps(value).encode()
+
+
+def _apply(state: Log, replayed: Replayed, suspects: dict[bytes, bytes | None]) -> None:
+    """Take over what was replayed, and say which nodes are in sync."""
+    engine = state.engine
+    state.state = replayed.state
+    state.apply(replayed.changes)
+    state.apply(suspects)
+    counters = engine.get(schema.COUNTERS_KEY)
+    if counters is not None:
+        state.counters = Counters.decode(counters)
+    new = replayed.state.commit == 0
+    for member in state.members.all:
+        if member.node is None or member.unused:
+            continue
+        if new or (
+            member.id in replayed.in_sync and replayed.reached[member.id] >= replayed.durable
+        ):
+            member.state, member.in_sync = State.UP, True
+        elif not member.error:
+            member.error = "It missed some commits."
+    nodes = engine.get(schema.NODES_KEY)
+    if not new:
+        for member in state.members.all:
+            member.holds = schema.NEVER_WHOLE  # unless the log knows it
+    for row in schema.decode_nodes(nodes) if nodes else ():
+        owner = state.members.by_id.get(row.id)
+        if owner is None:
+            config = state.members.config
+            raise ConfigError(
+                f"{config.store / CONFIG_NAME} lacks node {row.name} (region {row.region}, at "
+                f"{row.path}), which the store has: put it back, and use 'fusestore node remove'."
+            )
+        owner.holds = replayed.durable if row.in_sync else row.holds
+        if replayed.lossy and not owner.in_sync:
+            owner.holds = schema.NEVER_WHOLE
+    for key, value in engine.scan(schema.SEGMENTS_START, schema.SEGMENTS_END):
+        if schema.readable(key, value):
+            node, segment = schema.decode_segment_key(key)
+            owner = state.members.by_id.get(node)
+            if owner is not None:
+                owner.segments[segment] = SegmentState.decode(value)
+    if state.read_only:
+        return
+    if not state.members.in_sync:
+        problems = " ".join(m.error for m in state.members.all if m.error)
+        raise ReplayError(
+            "No node that holds every commit is there: bring one back, then mount again. "
+            + problems
+        )
+
+
+def _adopt_tails(store: Store) -> None:
+    """Take stripes that were open at a crash into memory again."""
+    tails: dict[tuple[int, Code], dict[int, bytes]] = {}
+    for key, value in store.log.engine.scan(schema.TAILS_START, schema.TAILS_END):
+        if not schema.readable(key, value):
+            continue
+        number, offset = schema.decode_tail_key(key)
+        code, data = schema.decode_tail(value)
+        tails.setdefault((number, code), {})[offset] = data
+    for (number, code), parts in tails.items():
+        store.writer.adopt(number, code, parts)
+
+
+async def _begin_epoch(store: Store) -> None:
+    """Log again what was replayed, in a new epoch, and checkpoint it."""
+    state, committer = store.log, store.committer
+    state.state = replace(state.state, epoch=state.state.epoch + 1, nonce=os.urandom(16).hex())
+    journals = [state.state.journal_segment]
+    for member in state.members.all:
+        if member.node is not None and not member.unused:
+            try:
+                journals += _take_over(store, member, await member.call(_tidy, store, member))
+            except FusestoreError as error:
+                member.fail(error)
+    committer.journal_segment = max(journals) + 1
+    committer.epoch_base = committer.checkpointed
+    if state.state.commit == 0 or state.engine.get(schema.FORMAT_KEY) != _format(store.config):
+        state.apply({schema.FORMAT_KEY: _format(store.config)})
+    store.writer.seal_all()
+    async with committer.lock:
+        await committer.commit_now(checkpoint=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a node holds when its store is opened."""
+
+    journals: list[int]
+    shards: list[int]
+    journal_bytes: int
+    """Since the last snapshot."""
+    last: int
+    """The last commit in its journal."""
+
+
+def _tidy(store: Store, member: Member) -> _Found:
+    """In a thread: look at a node, and give back what it has allocated ahead."""
+    node = member.node
+    assert node is not None
+    journals, shards = node.segments(Run.JOURNAL), node.segments(Run.SHARDS)
+    since = [segment for segment in journals if segment >= store.snapshotter.first_segment]
+    size = sum(node.size(Run.JOURNAL, segment) for segment in since)
+    last = 0 if member.in_sync else last_commit(store.log.store, member.name, node)
+    for segment in shards[-2:]:
+        if segment in member.segments:
+            node.truncate(Run.SHARDS, segment, node.size(Run.SHARDS, segment))
+    for segment in journals[-2:]:
+        node.truncate(Run.JOURNAL, segment, node.size(Run.JOURNAL, segment))
+    return _Found(journals, shards, size, last)
+
+
+def _take_over(store: Store, member: Member, found: _Found) -> list[int]:
+    """Go on with a node where it stands; its journal segments."""
+    if member.in_sync:
+        store.committer.journal_bytes = found.journal_bytes - store.snapshotter.last_bytes
+    member.segment = max([0, *member.segments, *found.shards]) + 1
+    member.note_segments(found.shards)
+    if member.state is State.BEHIND:
+        # Unless it is doubted, it lacks no more than what is in `missing`.
+        member.doubted = found.last < member.holds
+        member.state = State.REBUILDING
+    store.reclaimer.strays[member.id] = {n for n in found.shards if n not in member.segments}
+    return found.journals
+
+
+async def _finish(store: Store) -> None:
+    """Commit and checkpoint everything; NotDurableError."""
+    committer = store.committer
+    async with committer.lock:
+        store.writer.seal_all()
+        await committer.commit_now()
+        await committer.commit_now(checkpoint=True, cover=True)
+        for member in store.log.members.writable:
+            try:
+                await member.call(_trim, committer, member)
+            except NodeError as error:
+                log.warning("%s", error)
+
+
+def _trim(committer: Committer, member: Member) -> None:
+    """In a thread: give back what was allocated ahead."""
+    node = member.node
+    assert node is not None
+    try:
+        if member.in_sync and committer.journal_offset:
+            node.truncate(Run.JOURNAL, committer.journal_segment, committer.journal_offset)
+        if member.offset:
+            node.truncate(Run.SHARDS, member.segment, member.offset)
+    finally:
+        node.close()

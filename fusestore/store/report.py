@@ -1,0 +1,168 @@
+"""What an open store says of itself: the fields of `fusestore status --json`.
+
+Nothing here takes longer with more files or stripes, but `count_missing`, which
+is for a thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+import trio
+
+from ..commit.committer import Committer
+from ..config.store_config import StoreConfig
+from ..errors import NodeError
+from ..format import schema
+from ..format.placement import check_region_rule
+from ..log.log import Log
+from ..members.members import Member, State
+from ..metadata.engine import View
+from ..read.reader import Reader
+from ..repair.repairer import Repairer
+from ..repair.scrub import Scrubber
+
+Missing = dict[int, int]
+"""By node: how many shards it lacks."""
+
+
+def count_missing(view: View) -> Missing:
+    """In a thread: the shards that nodes lack, as of a view of `missing`, which is closed."""
+    with view:
+        found: Counter[int] = Counter()
+        for count, (key, _) in enumerate(view.scan(b"M", schema.after(b"M"))):
+            found[schema.decode_missing_key(key)[0]] += 1
+            if count % 256 == 0:
+                time.sleep(0)  # the event loop comes first
+        return dict(found)
+
+
+class Reporter:
+    """Looks at the parts of an open store."""
+
+    def __init__(
+        self,
+        config: StoreConfig,
+        state: Log,
+        reader: Reader,
+        committer: Committer,
+        repairer: Repairer,
+        scrubber: Scrubber,
+    ) -> None:
+        self._config = config
+        self._log = state
+        self._reader = reader
+        self._committer = committer
+        self._repairer = repairer
+        self._scrubber = scrubber
+
+    async def status(self) -> dict[str, Any]:
+        """The fields as of now; asks every node whether it is there, and what it takes."""
+        await self.measure()
+        view = self._log.engine.view(b"M")
+        return self.report(await trio.to_thread.run_sync(count_missing, view))
+
+    async def measure(self) -> None:
+        """Ask the nodes in use whether they are there, how much room they have and take."""
+        async with trio.open_nursery() as nursery:
+            for member in self._log.members.all:
+                if member.node is not None and not member.unused:
+                    nursery.start_soon(self._measure, member)
+
+    async def _measure(self, member: Member) -> None:
+        assert member.node is not None
+        try:
+            await member.call(member.sample)
+            member.used = await member.call(member.node.bytes_used)
+        except NodeError as error:
+            member.fail(error)
+            self._committer.ask()
+
+    def report(self, missing: Missing) -> dict[str, Any]:
+        """The fields, from what is known without asking a node."""
+        state, committer = self._log, self._committer
+        members = state.members
+        codes = list(dict.fromkeys([state.code, *self._known_codes()]))
+        whole = all(m.state is State.UP and not missing.get(m.id) for m in members.all)
+        lacking = {m.id for m in members.all if m.state is not State.UP or missing.get(m.id)}
+        unused = {member.id for member in members.all if member.unused}
+        size, free = members.usable(state.code)
+        try:
+            metadata_bytes = state.engine.bytes_used
+        except OSError:
+            metadata_bytes = 0
+        return {
+            "healthy": whole and not state.broken and not state.metadata_error,
+            "store": str(self._config.store),
+            "uuid": str(self._config.uuid),
+            "code": str(state.code),
+            "unsafe_codes": [
+                str(code) for code in codes if check_region_rule(code, members.config.regions)
+            ],
+            "regions_borne": members.losses_borne(codes, lacking),
+            "readable": members.losses_borne(codes, unused) >= 0,
+            "read_only": state.read_only or bool(state.broken),
+            "error": state.broken,
+            "metadata_error": state.metadata_error,
+            "files": state.counters.files,
+            "bytes": state.counters.file_bytes,
+            "bytes_total": size,
+            "bytes_free": free,
+            "stripes": state.counters.stripes,
+            "last_commit": state.state.commit,
+            "last_commit_at": committer.committed_at,
+            "uncommitted_bytes": state.unwritten(),
+            "checkpoint": committer.checkpointed,
+            "epoch": state.state.epoch,
+            "metadata_bytes": metadata_bytes,
+            "degraded_reads": self._reader.degraded,
+            "failed_reads": self._reader.errors,
+            "repair": self._repair(missing),
+            "repairs": self._repairer.past(),
+            "scrub": self._scrubber.report(),
+            "nodes": [self._node(member, missing.get(member.id, 0)) for member in members.all],
+        }
+
+    def _known_codes(self) -> list[Any]:
+        return schema.decode_codes(self._log.engine.get(schema.CODES_KEY))
+
+    def _node(self, member: Member, missing: int) -> dict[str, Any]:
+        space = member.space if member.node is not None and not member.unused else None
+        return {
+            "name": member.name,
+            "region": member.config.region,
+            "path": str(member.config.path),
+            "weight": member.config.weight,
+            "draining": member.config.draining,
+            "state": str(member.state),
+            "in_sync": member.in_sync,
+            "error": member.error,
+            "bytes_used": member.used if space else 0,
+            "bytes_free": space.free if space else 0,
+            "bytes_total": space.total if space else 0,
+            "missing_shards": missing,
+            "checksum_failures": member.corrupt,
+        }
+
+    def _repair(self, missing: Missing) -> dict[str, Any] | None:
+        """The repair under way, with `eta_seconds`, when its phase should end, if known."""
+        running = self._repairer.running
+        if running is None:
+            return None
+        healing = running.phase == "healing"
+        total = running.done + missing.get(running.node, 0) if healing else running.total
+        seconds = time.monotonic() - running.since if running.since else 0.0
+        known = 0 < running.done < total
+        eta = seconds * (total - running.done) / running.done if known else None
+        return {
+            "node": self._log.members.by_id[running.node].name,
+            "by_itself": running.by_itself,
+            "phase": running.phase,
+            "unit": "shards" if healing else "bytes",
+            "done": running.done,
+            "total": total,
+            "seconds": seconds,
+            "eta_seconds": eta,
+        }

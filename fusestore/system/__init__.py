@@ -1,0 +1,1 @@
+"""What the operating system gives: system calls, io_uring, mount tables, log files, systemd."""

@@ -1,0 +1,150 @@
+"""Where the daemon's log goes, and how a line looks.
+
+In the foreground it goes to standard error; in the background to
+`STORE/fusestore.log`, or to the journal where systemd connected standard error
+to it, with its priorities and without times of our own.  The log file takes
+standard output and error along when it is rolled, so that what a library
+prints, or a crash, is found there too.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import sys
+import time
+from io import TextIOWrapper
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+
+from ..errors import UsageError
+from ..text import printable
+
+LEVELS = ("debug", "info", "warning", "error")
+LOG_BYTES_MAX = 10 * 1000 * 1000
+LOG_FILES = 3
+"""Rolled files kept beside the one being written."""
+
+
+def _utc(record: logging.LogRecord) -> str:
+    seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+    return f"{seconds}.{int(record.msecs):03d}Z"
+
+
+class TextFormatter(logging.Formatter):
+    """`2026-01-31T12:00:00.000Z INFO daemon: text`, in UTC."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        record.message = printable(record.message)  # one line, whatever a file is called
+        return super().formatMessage(record)
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
+        return _utc(record)
+
+
+class JSONFormatter(logging.Formatter):
+    """One object a line: `time` (UTC), `level`, `logger`, `message`, and `exception` if any."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": _utc(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+class JournalFormatter(logging.Formatter):
+    """`<6>daemon: text`: a priority of sd-daemon(3) on each line; the journal has the time."""
+
+    def __init__(self, inner: logging.Formatter | None = None) -> None:
+        super().__init__("%(name)s: %(message)s")
+        self._inner = inner
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = self._inner.format(record) if self._inner else super().format(record)
+        priority = next(number for level, number in _PRIORITIES if record.levelno >= level)
+        return "\n".join(f"<{priority}>{line}" for line in text.split("\n"))
+
+
+_PRIORITIES = (
+    (logging.CRITICAL, 2),
+    (logging.ERROR, 3),
+    (logging.WARNING, 4),
+    (logging.INFO, 6),
+    (logging.NOTSET, 7),
+)
+"""The least level of Python's for each priority of syslog(3)."""
+ERROR_PRIORITY = "<3>"
+
+
+class DaemonLog(RotatingFileHandler):
+    """A rolled log file (mode 0600) that standard output and error go to as well."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            path,
+            maxBytes=LOG_BYTES_MAX,
+            backupCount=LOG_FILES,
+            encoding="utf-8",
+            errors="backslashreplace",
+        )
+
+    def _open(self) -> TextIOWrapper:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        fd = os.open(self.baseFilename, flags, 0o600)
+        os.dup2(fd, 1)
+        os.dup2(fd, 2)
+        return open(fd, "a", encoding=self.encoding, errors=self.errors)
+
+
+def is_journal(fd: int = 2) -> bool:
+    """Whether a descriptor is the connection to the journal that systemd announced."""
+    try:
+        status = os.fstat(fd)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def set_level(level: str) -> None:
+    """Log what is at least of this level, one of LEVELS, from now on; UsageError for others."""
+    if level not in LEVELS:
+        raise UsageError(f"There is no log level {level!r}; there are {', '.join(LEVELS)}.")
+    logging.getLogger().setLevel(level.upper())
+
+
+def get_level() -> str:
+    """The level from which on is logged, one of LEVELS."""
+    return logging.getLevelName(logging.getLogger().level).lower()
+
+
+def start(level: str, style: str, file: Path | None) -> None:
+    """Send the log to `file`, or to standard error for None; OSError when it cannot be opened."""
+    handler = DaemonLog(file) if file else logging.StreamHandler(sys.stderr)
+    formatter: logging.Formatter = JSONFormatter() if style == "json" else TextFormatter()
+    if not file and is_journal():
+        formatter = JournalFormatter(formatter if style == "json" else None)
+    handler.setFormatter(formatter)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    set_level(level)
+    logging.captureWarnings(True)
+    faulthandler.enable(2)
+
+
+def destination(pid: int) -> Path | None:
+    """The file that a daemon's standard error goes to, or None: a terminal, the journal, secret."""
+    try:
+        target = Path(os.readlink(f"/proc/{pid}/fd/2"))
+    except OSError:
+        return None
+    return target if target.is_file() else None

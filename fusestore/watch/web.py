@@ -1,0 +1,185 @@
+"""A small HTTP server in threads of its own: fixed paths, GET and HEAD, nothing else.
+
+A client gets CLIENT_SECONDS from its connection to the end of the answer, and
+there are no more than CLIENTS_MAX of them.  What listens on the loopback alone
+answers only who calls it by a name of the loopback, so that a web page cannot
+have a browser ask it under a name of the page's own (DNS rebinding).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import socket
+import socketserver
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from ..errors import FusestoreError
+
+log = logging.getLogger(__name__)
+
+CLIENTS_MAX = 16
+CLIENT_SECONDS = 15.0
+POLL_SECONDS = 0.1
+
+_ALWAYS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a path answers with."""
+
+    body: bytes
+    kind: str = "text/plain; charset=utf-8"
+    status: HTTPStatus = HTTPStatus.OK
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+Route = Callable[[str], Answer]
+"""Answers a request with this Accept header; in any thread.
+
+A FusestoreError is answered with 503 and its sentence.
+"""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    timeout = CLIENT_SECONDS
+
+    def do_GET(self) -> None:
+        self._send(self._answer())
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def do_POST(self) -> None:
+        text = b"Only GET and HEAD are answered here.\n"
+        refused = Answer(text, status=HTTPStatus.METHOD_NOT_ALLOWED, headers={"Allow": "GET, HEAD"})
+        self._send(refused)
+
+    do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_POST  # noqa: N815
+
+    def _answer(self) -> Answer:
+        if self.server.local and not is_loopback(self.headers.get("Host", "")):
+            text = b"Call this by the name of the loopback, for example localhost.\n"
+            return Answer(text, status=HTTPStatus.FORBIDDEN)
+        route = self.server.routes.get(self.path.partition("?")[0])
+        if route is None:
+            paths = " ".join(self.server.routes)
+            return Answer(f"There is only: {paths}\n".encode(), status=HTTPStatus.NOT_FOUND)
+        try:
+            return route(self.headers.get("Accept", ""))
+        except FusestoreError as error:
+            return Answer(f"{error}\n".encode(), status=HTTPStatus.SERVICE_UNAVAILABLE)
+        except Exception:
+            log.exception("%s could not be answered", self.path)
+            text = b"An unexpected error: see the log of the daemon.\n"
+            return Answer(text, status=HTTPStatus.INTERNAL_SERVER_ERROR)
+
+    def _send(self, answer: Answer) -> None:
+        self.send_response(answer.status)
+        fixed = {"Content-Type": answer.kind, "Content-Length": str(len(answer.body))}
+        for name, value in {**_ALWAYS, **answer.headers, **fixed}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(answer.body)
+
+    def version_string(self) -> str:
+        return "fusestore"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug(format, *args)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = CLIENTS_MAX
+
+    def __init__(self, host: str, port: int, routes: Mapping[str, Route]) -> None:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        self.address_family, _, _, _, address = found[0]
+        self.routes = routes
+        self.local = is_loopback(str(address[0]))
+        self._since: dict[socket.socket, float] = {}
+        super().__init__(address, _Handler)  # type: ignore[arg-type]
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)  # HTTPServer would look its own name up
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if len(self._since) >= CLIENTS_MAX:
+            self.shutdown_request(request)
+            return
+        self._since[request] = time.monotonic()
+        super().process_request(request, client_address)
+
+    def close_request(self, request: Any) -> None:
+        self._since.pop(request, None)
+        super().close_request(request)
+
+    def service_actions(self) -> None:
+        for request, since in list(self._since.items()):
+            if time.monotonic() - since > CLIENT_SECONDS:
+                try:
+                    request.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass  # it has just ended
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("a client of the status page went away: %s", sys.exception())
+
+
+class WebServer:
+    """Serves paths from its creation until it is closed."""
+
+    def __init__(self, host: str, port: int, routes: Mapping[str, Route]) -> None:
+        """Listen; port 0 is one that is free.  FusestoreError when it cannot listen."""
+        try:
+            self._server = _Server(host, port, routes)
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise FusestoreError(
+                f"{_joined(host, port)} cannot be listened on: {reason}."
+            ) from error
+        self.url = f"http://{_joined(host, self._server.server_address[1])}/"
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(POLL_SECONDS,), name="web", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop listening; blocks for POLL_SECONDS at most."""
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def _joined(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether the value of a Host header, or an address, is this machine's own loopback."""
+    name = host.strip().lower()
+    if name.startswith("["):
+        name = name[1:].partition("]")[0]
+    elif name.count(":") == 1:
+        name = name.partition(":")[0]
+    if name in ("localhost", "localhost."):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,1 @@
+"""The write path: file bytes become stripes, stripes become shards on the nodes."""
