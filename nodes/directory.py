@@ -27,7 +27,7 @@ from typing_extensions import Buffer
 from ..config.store_config import NodeIdentity, sync_directory
 from ..errors import NodeError, NodeFullError, NodeIdentityError, NodeLacksError
 from ..format.records import Run
-from ..limits import OPEN_SEGMENTS_MAX, SHARD_PREALLOCATE_BYTES
+from ..limits import DEFAULTS, Limits
 from ..system import linux
 from .base import Space
 
@@ -35,7 +35,6 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _BLOCK_BYTES = 4096
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)
 _FOLDERS = {Run.JOURNAL: ("journal", "log"), Run.SHARDS: ("shards", "seg")}
-_AHEAD = {Run.JOURNAL: 0, Run.SHARDS: SHARD_PREALLOCATE_BYTES}
 
 
 def segment_path(run: Run, segment: int) -> str:
@@ -72,7 +71,14 @@ class _Segment:
 class DirectoryNode:
     """Keeps segments in a directory; see `base.Node` for the contract."""
 
-    def __init__(self, path: Path, identity: NodeIdentity, *, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        identity: NodeIdentity,
+        *,
+        read_only: bool = False,
+        limits: Limits = DEFAULTS,
+    ) -> None:
         """Use the directory of the node with this identity, which has been verified."""
         self.path = path
         self._name = identity.node
@@ -84,6 +90,8 @@ class DirectoryNode:
                     sync_directory(path)
         with self._errors("open"):
             self._marker = os.stat(path / "node.toml")
+        self._limits = limits
+        self._ahead = {Run.JOURNAL: 0, Run.SHARDS: limits.shard_preallocate_bytes}
         self._lock = threading.Lock()
         self._open: OrderedDict[tuple[Run, int], _Segment] = OrderedDict()
 
@@ -148,7 +156,7 @@ class DirectoryNode:
                     os.close(fd)
                     raise
             opened = self._open[(run, segment)] = _Segment(fd)
-            while len(self._open) > OPEN_SEGMENTS_MAX:
+            while len(self._open) > self._limits.open_segments_max:
                 self._open.popitem(last=False)
             return opened
 
@@ -160,7 +168,7 @@ class DirectoryNode:
             end = offset + sum(len(view) for view in views)
             with self._lock:
                 if end > target.allocated:
-                    self._allocate(target, max(offset, target.allocated), end, _AHEAD[run])
+                    self._allocate(target, max(offset, target.allocated), end, self._ahead[run])
             while views:
                 written = os.pwritev(target.fd, views, offset)
                 if written == 0:

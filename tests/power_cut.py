@@ -48,7 +48,7 @@ import random
 import shutil
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -441,7 +441,7 @@ def write_disks(tape: Tape, origin: StoreConfig, to: Path) -> StoreConfig:
     """A store in the directory `to`, with the disks that the tape begins with."""
     to.mkdir(parents=True)
     shutil.copy(origin.store / CONFIG_NAME, to / CONFIG_NAME)
-    config = load(to)
+    config = replace(load(to), limits=origin.limits)
     config.metadata.mkdir()
     if tape.metadata is not None:
         (config.metadata / "data.mdb").write_bytes(tape.metadata)

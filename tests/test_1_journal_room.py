@@ -15,7 +15,7 @@ import trio
 from fusestore.config.store_config import IDENTITY_VERSION, NodeConfig, NodeIdentity, write_identity
 from fusestore.errors import NodeFullError
 from fusestore.format.records import Run
-from fusestore.limits import DIRECT_RECORD_BYTES_MAX, JOURNAL_AHEAD_BYTES
+from fusestore.limits import DEFAULTS
 from fusestore.members.members import Member
 from fusestore.nodes.directory import DirectoryNode, segment_path
 from fusestore.system.io_uring import Ring
@@ -37,7 +37,7 @@ def member(
     write_identity(tmp_path, NodeIdentity(uuid4(), "a", "a", uuid4(), IDENTITY_VERSION))
     identity = NodeIdentity(uuid4(), "a", "a", uuid4(), IDENTITY_VERSION)
     node = DirectoryNode(tmp_path, identity)
-    return Member(1, NodeConfig("a", "a", tmp_path), node, in_sync=True)
+    return Member(1, NodeConfig("a", "a", tmp_path), DEFAULTS, node, in_sync=True)
 
 
 async def test_both_ways_make_the_same_journal(
@@ -75,7 +75,7 @@ async def test_both_ways_make_the_same_journal(
             found = (path / segment_path(Run.JOURNAL, segment)).read_bytes()
             assert found[: len(expected)] == expected
             assert not any(found[len(expected) :])
-            if len(expected) > 1.5 * JOURNAL_AHEAD_BYTES:
+            if len(expected) > 1.5 * DEFAULTS.journal_ahead_bytes:
                 segment, expected = segment + 1, bytearray()
         nursery.cancel_scope.cancel()
     assert short > 100
@@ -85,15 +85,15 @@ def test_what_does_not_fit_goes_the_other_way(member: Member) -> None:
     member.append(1, 0, [bytes(64)], 64, ahead=True)
     room = member.journal_room
     assert room is not None
-    assert room.write(1, 64, bytes(DIRECT_RECORD_BYTES_MAX)) is not None
-    assert room.write(1, 64, bytes(DIRECT_RECORD_BYTES_MAX + 64)) is None
+    assert room.write(1, 64, bytes(DEFAULTS.direct_record_bytes_max)) is not None
+    assert room.write(1, 64, bytes(DEFAULTS.direct_record_bytes_max + 64)) is None
     assert room.write(1, 128, bytes(64)) is None
     assert room.write(2, 64, bytes(64)) is None
     member.append(1, 64, [bytes(64)], 64, ahead=False)
     assert room.write(1, 128, bytes(64)) is not None
-    end = JOURNAL_AHEAD_BYTES - 64
+    end = DEFAULTS.journal_ahead_bytes - 64
     member.append(1, end, [bytes(64)], 64, ahead=False)
-    assert room.write(1, end + 64, bytes(DIRECT_RECORD_BYTES_MAX)) is None
+    assert room.write(1, end + 64, bytes(DEFAULTS.direct_record_bytes_max)) is None
 
 
 def test_a_full_disk_costs_the_zeros_and_not_the_record(
@@ -104,7 +104,7 @@ def test_a_full_disk_costs_the_zeros_and_not_the_record(
     def write(
         self: DirectoryNode, run: Run, segment: int, offset: int, buffers: list[bytes]
     ) -> None:
-        if sum(map(len, buffers)) >= JOURNAL_AHEAD_BYTES:
+        if sum(map(len, buffers)) >= DEFAULTS.journal_ahead_bytes:
             raise NodeFullError("Node a is full.")
         real(self, run, segment, offset, buffers)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import trio
 from faults import HangingNode
-from test_2_log import Opened, opened
+from test_2_log import Opened, limited, opened
 
 from fusestore.config.mkfs import make_store
 from fusestore.config.store_config import StoreConfig
@@ -21,21 +21,20 @@ from fusestore.format.records import Place, Run, records
 from fusestore.limits import STRIPE_BYTES
 from fusestore.log.journal import copy_journals
 from fusestore.members import members
-from fusestore.read import reader
 from fusestore.repair import repairer, scrub
 from fusestore.rescue.fsck_mend import fsck
-from fusestore.write import writer
 
 DEADLINE = 0.3
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StoreConfig:
-    for module in (members, writer, reader):
-        monkeypatch.setattr(module, "NODE_SECONDS_MAX", DEADLINE)
-    monkeypatch.setattr(reader, "READ_SECONDS_MAX", DEADLINE)
-    monkeypatch.setattr(repairer, "RETRY_SECONDS_MIN", 0.1)
-    return make_store(tmp_path / "store")
+def config(tmp_path: Path) -> StoreConfig:
+    return limited(
+        make_store(tmp_path / "store"),
+        node_seconds_max=DEADLINE,
+        read_seconds_max=DEADLINE,
+        retry_seconds_min=0.1,
+    )
 
 
 @asynccontextmanager

@@ -23,7 +23,6 @@ from faults import FaultyNode, SlowNode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusestore.commit import metadata_dump
 from fusestore.commit.committer import Committer
 from fusestore.config.mkfs import make_store
 from fusestore.config.store_config import StoreConfig, load
@@ -40,7 +39,7 @@ from fusestore.format import schema
 from fusestore.format.erasure import Code
 from fusestore.format.records import Kind, Place, Run, decode_changes, decode_commit, records
 from fusestore.format.schema import ROOT, Inode, Stripe
-from fusestore.limits import SAMPLE_SECONDS, STRIPE_BYTES, TAIL_BYTES_MAX
+from fusestore.limits import DEFAULTS, STRIPE_BYTES, Limits
 from fusestore.members.members import open_node
 from fusestore.metadata.engine import Engine
 from fusestore.nodes.directory import segment_path
@@ -107,8 +106,14 @@ class Opened:
         assert sum(inode.allocated for inode in inodes) == sum(live.values())
 
 
-def make(path: Path, code: str = "2+1") -> StoreConfig:
-    return make_store(path, [(name, None) for name in REGIONS], Code.parse(code), None, False)
+def make(path: Path, code: str = "2+1", limits: Limits = DEFAULTS) -> StoreConfig:
+    regions = [(name, None) for name in REGIONS]
+    return limited(make_store(path, regions, Code.parse(code), None, False), limits)
+
+
+def limited(config: StoreConfig, limits: Limits = DEFAULTS, **changes: float) -> StoreConfig:
+    """A store with these limits, or with some others than the defaults."""
+    return replace(config, limits=replace(limits, **changes))
 
 
 async def loses_a_region(config: StoreConfig, region: int, files: dict[str, bytes]) -> None:
@@ -256,7 +261,7 @@ async def test_a_small_fsync_makes_no_stripe(config: StoreConfig, tmp_path: Path
         assert len(one.rows(b"T")) == 20
         crash = crashed(config, tmp_path / "crash")
         expected = await one.get("f")
-        await one.put("f", b"x" * (TAIL_BYTES_MAX + 1), 6000)
+        await one.put("f", b"x" * (DEFAULTS.tail_bytes_max + 1), 6000)
         await one.store.committer.commit()
         assert len(one.rows(b"S")) == 1
         assert one.rows(b"T") == []
@@ -524,10 +529,8 @@ async def test_a_snapshot_and_the_commits_after_it_are_the_state(
         assert found == state
 
 
-async def test_a_snapshot_is_no_reason_for_the_next(
-    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(metadata_dump, "SNAPSHOT_JOURNAL_BYTES_MIN", 100_000)
+async def test_a_snapshot_is_no_reason_for_the_next(config: StoreConfig) -> None:
+    config = limited(config, snapshot_journal_bytes_min=100_000)
     async with opened(config) as one:
         snapshotter = one.store.snapshotter
         for i in range(3000):
@@ -657,7 +660,7 @@ async def test_a_broken_mount_goes_on_reading_when_its_nodes_return(
             await one.store.committer.commit()
             for node in config.nodes[:2]:
                 node.path.rename(tmp_path / node.name)
-            await trio.sleep(SAMPLE_SECONDS)
+            await trio.sleep(DEFAULTS.sample_seconds)
             await one.put("b", b"b")
             with pytest.raises(NotDurableError):
                 await one.store.committer.commit()

@@ -45,6 +45,7 @@ from test_2_power_cut import (
 from fusestore.config.store_config import StoreConfig
 from fusestore.errors import FusestoreError, LostError, MetadataError, NodeError, NodeFullError
 from fusestore.format.schema import ROOT
+from fusestore.limits import Limits
 
 SHORT = 7
 """How many n have their turn in the short form of each test."""
@@ -163,10 +164,12 @@ async def read_model(one: Opened) -> Model:
     return model
 
 
-def start(place: Path, seed: str, hurt: Callable[[Tape], None] | None = None) -> Start:
+def start(
+    place: Path, seed: str, limits: Limits, hurt: Callable[[Tape], None] | None = None
+) -> Start:
     """Disks as a power cut late in some work leaves them."""
     chance = random.Random(seed)
-    history = work(make(place / "origin"), chance, steps=40, illness=None)
+    history = work(make(place / "origin", limits=limits), chance, steps=40, illness=None)
     at = len(history.tape.events) * 3 // 4
     disks = history.tape.cut(at, chance)
     oldest, newest = history.tape.bounds(at)
@@ -316,7 +319,8 @@ class Campaign:
 
     def begin(self) -> Start:
         """Where each run starts."""
-        return start(self.place / "start", f"{self.seed} start {self.name}", self.hurt)
+        limits = small_limits(random.Random(f"{self.seed} limits {self.name}"))
+        return start(self.place / "start", f"{self.seed} start {self.name}", limits, self.hurt)
 
     def attempt(
         self, begin: Start, machine: Callable[[StoreConfig, random.Random], Machine], label: str
@@ -328,21 +332,20 @@ class Campaign:
 
     def nodes(self, part: int | None, variants: list[dict[str, Any]], safe: bool) -> None:
         """Let each operation of the nodes fail; `safe`: it must never be noticed."""
-        with small_limits(random.Random(f"{self.seed} limits {self.name}")):
-            begin = self.begin()
-            whole = self.attempt(begin, partial(FaultyMachine, fault=Fault(0)), "whole")
-            assert whole.errors == []
-            assert isinstance(whole.machine, FaultyMachine)
-            chance = random.Random(f"{self.seed} {self.name} {part}")
-            for nth in sample(whole.machine.operations, part, chance):
-                fault = Fault(nth, **variants[nth % len(variants)])
-                with told(f"--model-seed {self.seed}, {self.name}, {fault}"):
-                    machine = partial(FaultyMachine, fault=fault)
-                    done = self.attempt(begin, machine, f"run{nth}")
-                    assert isinstance(done.machine, FaultyMachine)
-                    with told(f"failed: {done.machine.failed}"):
-                        assert not (safe and done.errors)
-                        check(done, chance, self.place / f"run{nth}-after")
+        begin = self.begin()
+        whole = self.attempt(begin, partial(FaultyMachine, fault=Fault(0)), "whole")
+        assert whole.errors == []
+        assert isinstance(whole.machine, FaultyMachine)
+        chance = random.Random(f"{self.seed} {self.name} {part}")
+        for nth in sample(whole.machine.operations, part, chance):
+            fault = Fault(nth, **variants[nth % len(variants)])
+            with told(f"--model-seed {self.seed}, {self.name}, {fault}"):
+                machine = partial(FaultyMachine, fault=fault)
+                done = self.attempt(begin, machine, f"run{nth}")
+                assert isinstance(done.machine, FaultyMachine)
+                with told(f"failed: {done.machine.failed}"):
+                    assert not (safe and done.errors)
+                    check(done, chance, self.place / f"run{nth}-after")
 
 
 ONE_NODE: list[dict[str, Any]] = [
@@ -400,24 +403,21 @@ def test_whatever_the_metadata_fails_at_is_told(
 ) -> None:
     campaign = Campaign(tmp_path, seed, "metadata")
     chance = random.Random(f"{seed} metadata {part}")
-    with small_limits(random.Random(f"{seed} limits metadata")):
-        begin = campaign.begin()
-        whole = campaign.attempt(
-            begin, partial(FaultyMetadata, nth=0, times=0, written=False), "whole"
-        )
-        assert whole.errors == []
-        assert isinstance(whole.machine, FaultyMetadata)
-        count = whole.machine.transactions
-        cases = [
-            (nth, times, written)
-            for nth in range(1, count + 1)
-            for times in (1, 2, 3, 1000)
-            for written in (False, True)
-        ]
-        for number in sample(len(cases), part, chance):
-            nth, times, written = cases[number - 1]
-            label = f"transaction {nth} fails {times} times, {'after' if written else 'before'} all"
-            with told(f"--model-seed {seed}, {label}"):
-                machine = partial(FaultyMetadata, nth=nth, times=times, written=written)
-                done = campaign.attempt(begin, machine, f"run{number}")
-                check(done, chance, tmp_path / f"run{number}-after")
+    begin = campaign.begin()
+    whole = campaign.attempt(begin, partial(FaultyMetadata, nth=0, times=0, written=False), "whole")
+    assert whole.errors == []
+    assert isinstance(whole.machine, FaultyMetadata)
+    count = whole.machine.transactions
+    cases = [
+        (nth, times, written)
+        for nth in range(1, count + 1)
+        for times in (1, 2, 3, 1000)
+        for written in (False, True)
+    ]
+    for number in sample(len(cases), part, chance):
+        nth, times, written = cases[number - 1]
+        label = f"transaction {nth} fails {times} times, {'after' if written else 'before'} all"
+        with told(f"--model-seed {seed}, {label}"):
+            machine = partial(FaultyMetadata, nth=nth, times=times, written=written)
+            done = campaign.attempt(begin, machine, f"run{number}")
+            check(done, chance, tmp_path / f"run{number}-after")

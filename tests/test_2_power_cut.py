@@ -14,9 +14,8 @@ from __future__ import annotations
 import random
 import shutil
 import stat
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +33,7 @@ from fusestore.files.filesystem import FileSystem
 from fusestore.files.tree import Change
 from fusestore.format.erasure import Code
 from fusestore.format.schema import ROOT
+from fusestore.limits import Limits
 from fusestore.store.opening import open_store
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -389,7 +389,7 @@ class Player:
         before = len(self.model.data.get(ino, b""))
         offset = self.chance.choice((0, before, self.chance.randint(0, before + 50_000)))
         data = self.chance.randbytes(self._size())
-        longest = sys.modules["fusestore.write.writer"].STRIPE_BYTES
+        longest = self.one.store.log.limits.stripe_bytes
         for start in range(0, len(data), longest):
             part = data[start : start + longest]
             await self._write(ino, offset + start, part)
@@ -761,41 +761,36 @@ class Cut:
 # --- the campaign -------------------------------------------------------------------------
 
 
-@contextmanager
-def small_limits(chance: random.Random) -> Iterator[None]:
+def small_limits(chance: random.Random) -> Limits:
     """Let segments roll, snapshots be taken and batches end soon."""
-    limits: dict[str, tuple[int, ...]] = {
-        "members.members.SHARD_SEGMENT_BYTES": (256 * KIB, MIB, 64 * MIB),
-        "commit.committer.JOURNAL_SEGMENT_BYTES": (16 * KIB, 64 * KIB, 8 * MIB),
-        "commit.committer.CHECKPOINT_CHANGES_MAX": (40, 200, 10_000),
-        "commit.metadata_dump.SNAPSHOT_JOURNAL_BYTES_MIN": (64 * KIB, 1 << 40),
-        "commit.metadata_dump.SNAPSHOT_PIECE_BYTES": (2 * KIB, 256 * KIB),
-        "commit.metadata_dump.SNAPSHOT_STEP_KEYS": (7, 200),
-        "files.contents.TRIM_BATCH": (2, 256),
-        "files.recode.RECODE_EXTENTS": (2, 128),
-        "files.recode.RECODE_BYTES": (64 * KIB, 4 * MIB),
-        "commit.reclaim.RECLAIM_BATCH": (2, 256),
-        "repair.repairer.REPAIR_BATCH": (2, 16),
-        "log.log.REPAIR_SCAN_ROWS": (5, 256),
-        "store.opening.CATCH_UP_SHARDS_MAX": (0, 4, 64),
-        "write.writer.TAIL_BYTES_MAX": (2 * KIB, 32 * KIB),
-        "write.writer.STRIPE_BYTES": (64 * KIB, 256 * KIB, MIB),
-        "write.writer.STRIPE_OWNERS_MAX": (5, 8192),
-        "write.writer.SEALS_MAX": (2, 8),
-        "nodes.directory.OPEN_SEGMENTS_MAX": (3, 128),
-    }
-    with pytest.MonkeyPatch.context() as patch, told("with small limits"):
-        for name, values in limits.items():
-            module, _, attribute = name.rpartition(".")
-            patch.setattr(sys.modules[f"fusestore.{module}"], attribute, chance.choice(values))
-        yield
+    return Limits(
+        shard_segment_bytes=chance.choice((256 * KIB, MIB, 64 * MIB)),
+        journal_segment_bytes=chance.choice((16 * KIB, 64 * KIB, 8 * MIB)),
+        checkpoint_changes_max=chance.choice((40, 200, 10_000)),
+        snapshot_journal_bytes_min=chance.choice((64 * KIB, 1 << 40)),
+        snapshot_piece_bytes=chance.choice((2 * KIB, 256 * KIB)),
+        snapshot_step_keys=chance.choice((7, 200)),
+        trim_batch=chance.choice((2, 256)),
+        recode_extents=chance.choice((2, 128)),
+        recode_bytes=chance.choice((64 * KIB, 4 * MIB)),
+        reclaim_batch=chance.choice((2, 256)),
+        repair_batch=chance.choice((2, 16)),
+        repair_scan_rows=chance.choice((5, 256)),
+        catch_up_shards_max=chance.choice((0, 4, 64)),
+        tail_bytes_max=chance.choice((2 * KIB, 32 * KIB)),
+        stripe_bytes=chance.choice((64 * KIB, 256 * KIB, MIB)),
+        stripe_owners_max=chance.choice((5, 8192)),
+        seals_max=chance.choice((2, 8)),
+        open_segments_max=chance.choice((3, 128)),
+    )
 
 
 def campaign(seed: int, number: int, cuts: int, place: Path) -> None:
     """Some work, and many cuts of it."""
     chance = random.Random(f"{seed} {number}")
-    with told(f"--model-seed {seed}, work {number}"), small_limits(chance):
-        config = make(place / "store", chance.choice(CODES))
+    with told(f"--model-seed {seed}, work {number}"):
+        limits = small_limits(chance)
+        config = make(place / "store", chance.choice(CODES), limits)
         history = work(config, chance, STEPS, illness_of(chance))
         for cut in range(cuts):
             chance = random.Random(f"{seed} {number} {cut}")

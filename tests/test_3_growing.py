@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import trio
 from faults import HangingNode
-from test_2_log import Opened, crashed, opened
+from test_2_log import Opened, crashed, limited, opened
 
 from fusestore.config import store_config as configuration
 from fusestore.config.mkfs import make_store
@@ -31,14 +31,11 @@ from fusestore.format.erasure import Code
 from fusestore.format.records import Run
 from fusestore.format.schema import Stripe
 from fusestore.grow import topology
-from fusestore.limits import CATCH_UP_SHARDS_MAX, MIB, STRIPE_BYTES
-from fusestore.members import members
+from fusestore.limits import DEFAULTS, MIB, STRIPE_BYTES
 from fusestore.members.members import Member
 from fusestore.metadata.engine import Engine
 from fusestore.nodes.base import Space
 from fusestore.nodes.directory import DirectoryNode
-from fusestore.read import reader
-from fusestore.repair import repairer
 from fusestore.rescue.recover import recover
 from fusestore.serve.daemon import _commands, offline
 
@@ -334,7 +331,7 @@ async def test_a_rebalance_goes_on_when_the_node_that_lacks_shards_is_back(tmp_p
                 await do(one, "rebalance", action="start", wait=True)
         assert (await do(one, "rebalance", action="status"))["state"] == "running"
         (tmp_path / "away").rename(node.config.path)
-        await one.store.repairer.catch_up(CATCH_UP_SHARDS_MAX)
+        await one.store.repairer.catch_up(DEFAULTS.catch_up_shards_max)
         done = await do(one, "rebalance", action="start", wait=True)
         assert (done["state"], done["error"]) == ("done", "")
         assert held(one)["us-east-2"] > 0
@@ -752,14 +749,13 @@ async def test_a_node_that_fails_while_it_is_given_shards_is_left_alone(
 
 
 @pytest.mark.parametrize("which", ["us-east-1", "us-east-2"])
-async def test_a_node_that_hangs_while_shards_move_stops_nobody(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
-) -> None:
-    for module in (members, reader):
-        monkeypatch.setattr(module, "NODE_SECONDS_MAX", 0.3)
-    monkeypatch.setattr(reader, "READ_SECONDS_MAX", 0.3)
-    monkeypatch.setattr(repairer, "RETRY_SECONDS_MIN", 0.1)
-    config = make_store(tmp_path / "store")
+async def test_a_node_that_hangs_while_shards_move_stops_nobody(tmp_path: Path, which: str) -> None:
+    config = limited(
+        make_store(tmp_path / "store"),
+        node_seconds_max=0.3,
+        read_seconds_max=0.3,
+        retry_seconds_min=0.1,
+    )
     async with opened(config) as one:
         files = await fill(one)
         await add(one, config.store, "us-east-2", "us-east-1")

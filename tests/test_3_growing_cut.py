@@ -33,14 +33,15 @@ from fusestore.config.store_config import (
     write,
     write_identity,
 )
+from fusestore.limits import Limits
 from fusestore.store.opening import Store
 
 CUTS = 12
 
 
-def six_nodes(place: Path, code: str, chance: random.Random) -> StoreConfig:
+def six_nodes(place: Path, code: str, chance: random.Random, limits: Limits) -> StoreConfig:
     """A new store with two nodes a region, of which the second ones are drained."""
-    config = make(place / "store", code)
+    config = make(place / "store", code, limits)
     more = []
     for node in config.nodes:
         name = node.name.replace("1", "2")
@@ -99,15 +100,13 @@ def work(config: StoreConfig, chance: random.Random) -> tuple[History, int]:
 def campaign(seed: int, number: int, cuts: int, place: Path) -> None:
     """Some work, and many cuts of it."""
     chance = random.Random(f"growing {seed} {number}")
-    with (
-        told(f"--model-seed {seed}, work {number}"),
-        small_limits(chance),
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        patch.setattr("fusestore.grow.rebalance.REPAIR_BATCH", chance.choice((1, 2, 16)))
-        patch.setattr("fusestore.log.log.REPAIR_SCAN_ROWS", chance.choice((5, 256)))
-        patch.setattr("fusestore.write.writer.STRIPE_BYTES", chance.choice((64 << 10, 256 << 10)))
-        config = six_nodes(place, chance.choice(CODES), chance)
+    with told(f"--model-seed {seed}, work {number}"):
+        limits = replace(
+            small_limits(chance),
+            repair_batch=chance.choice((1, 2, 16)),
+            stripe_bytes=chance.choice((64 << 10, 256 << 10)),
+        )
+        config = six_nodes(place, chance.choice(CODES), chance, limits)
         history, moved = work(config, chance)
         assert moved > 0
         for cut in range(cuts):

@@ -14,18 +14,17 @@ from typing import Any
 
 import pytest
 import trio
-from test_2_log import Opened, crashed, opened
+from test_2_log import Opened, crashed, limited, opened
 from test_3_fsck import check
 
 from fusestore.config.mkfs import make_store
 from fusestore.config.store_config import StoreConfig
 from fusestore.errors import NoSpaceError, UsageError
-from fusestore.files import recode as recode_module
 from fusestore.files.attributes import CODE, POLICY
 from fusestore.format import schema
 from fusestore.format.erasure import Code
 from fusestore.format.schema import ROOT, Stripe
-from fusestore.limits import RECODE_BYTES, STRIPE_BYTES
+from fusestore.limits import DEFAULTS, STRIPE_BYTES
 from fusestore.store.opening import open_store
 
 C42, C21, C12 = Code(4, 2), Code(2, 1), Code(1, 2)
@@ -112,7 +111,7 @@ async def test_a_tree_gets_another_code_and_nothing_else_changes(config: StoreCo
         inner = folder(one, "inner", top)
         other = await one.put("other", chance.randbytes(5000))
         small = await one.put("small", chance.randbytes(1000))
-        large = await one.put("large", chance.randbytes(3 * RECODE_BYTES + 12345))
+        large = await one.put("large", chance.randbytes(3 * DEFAULTS.recode_bytes + 12345))
         sparse = await one.put("sparse", b"end", offset=1 << 40)
         await contents.write(sparse, 10 * MIB, chance.randbytes(MIB))
         empty = await one.put("empty", b"")
@@ -255,8 +254,7 @@ async def test_a_crash_keeps_every_byte_and_the_rest_goes_on(config: StoreConfig
 async def test_a_full_store_is_waited_for(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recode_module, "RECODE_RETRY_SECONDS", 0.05)
-    async with opened(config) as one:
+    async with opened(limited(config, recode_retry_seconds=0.05)) as one:
         data = random.Random(3).randbytes(9 * MIB)
         ino = await one.put("f", data)
         takes = one.store.log.take_room

@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 import trio
-from test_2_log import Opened, opened
+from test_2_log import Opened, limited, opened
 from xxhash import xxh3_64_intdigest
 
 from fusestore.commit.metadata_dump import Snapshotter
@@ -46,7 +46,7 @@ from fusestore.format import acl, schema
 from fusestore.format.erasure import Code
 from fusestore.format.records import Header, Kind, Place, Run, records
 from fusestore.format.schema import ROOT, Extent
-from fusestore.limits import STRIPE_BYTES
+from fusestore.limits import STRIPE_BYTES, Limits
 from fusestore.metadata.engine import Engine
 from fusestore.rescue.recover import recover
 from fusestore.serve.control_server import lock_store
@@ -418,7 +418,12 @@ def recovered(
     try:
         with lock_store(config.store):
             return recover(
-                config.store, extra, metadata, accept_loss=accept_loss, progress=told.append
+                config.store,
+                extra,
+                metadata,
+                accept_loss=accept_loss,
+                progress=told.append,
+                limits=config.limits,
             )
     finally:
         assert fingerprint(*roots) == before
@@ -450,16 +455,17 @@ def refuses_what_is_there(config: StoreConfig) -> None:
     assert fingerprint(config.metadata) == before
 
 
-LIMITS: dict[str, tuple[int, ...]] = {
-    "fusestore.commit.committer.JOURNAL_SEGMENT_BYTES": (8 << 10, 64 << 10, 1 << 20),
-    "fusestore.commit.committer.CHECKPOINT_CHANGES_MAX": (20, 10_000),
-    "fusestore.commit.metadata_dump.SNAPSHOT_PIECE_BYTES": (500, 4 << 10, 256 << 10),
-    "fusestore.commit.metadata_dump.SNAPSHOT_STEP_KEYS": (1, 7, 200),
-    "fusestore.members.members.SHARD_SEGMENT_BYTES": (100_000, 1 << 20, 64 << 20),
-    "fusestore.rescue.recover.CHECKPOINT_CHANGES_MAX": (1, 50, 10_000),
-    "fusestore.files.contents.TRIM_BATCH": (1, 256),
-}
-SNAPSHOT_LIMIT = "fusestore.commit.metadata_dump.SNAPSHOT_JOURNAL_BYTES_MIN"
+def small_limits(chance: random.Random, *, forced: bool) -> Limits:
+    """Let segments roll, and snapshots be taken in small pieces; `forced`: only when asked."""
+    return Limits(
+        journal_segment_bytes=chance.choice((8 << 10, 64 << 10, 1 << 20)),
+        checkpoint_changes_max=chance.choice((1, 50, 10_000)),
+        snapshot_journal_bytes_min=1 << 40 if forced else 10_000,
+        snapshot_piece_bytes=chance.choice((500, 4 << 10, 256 << 10)),
+        snapshot_step_keys=chance.choice((1, 7, 200)),
+        shard_segment_bytes=chance.choice((100_000, 1 << 20, 64 << 20)),
+        trim_batch=chance.choice((1, 256)),
+    )
 
 
 @dataclass
@@ -651,7 +657,7 @@ def get_back(history: History, *extra: Path, refusable: bool) -> None:
         result = recovered(history.config, *extra, accept_loss=True)
     assert result["lost"] == [], result
     assert result["metadata"] == str(history.config.metadata)
-    history.config = load(history.config.store)
+    history.config = replace(load(history.config.store), limits=history.config.limits)
     refuses_what_is_there(history.config)
 
 
@@ -711,15 +717,16 @@ async def comes_back(history: History) -> None:
 
 def random_history(base: Path, chance: random.Random, number: int) -> History:
     code = chance.choice(("2+1", "2+1", "4+2", "1+2"))
+    forced = chance.random() < 0.5
     return History(
         base,
         chance,
         code,
-        make(base / "store", code),
+        limited(make(base / "store", code), small_limits(chance, forced=forced)),
         World(chance),
         KINDS[number % len(KINDS)],
         chance.choice(REGIONS),
-        chance.random() < 0.5,
+        forced,
     )
 
 
@@ -730,14 +737,11 @@ def numbers() -> list[Any]:
 
 @pytest.mark.parametrize("number", numbers())
 async def test_what_was_committed_is_recovered(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    number: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     seed = f"{request.config.getoption('--model-seed')}/{number}"
     chance = random.Random(seed)
-    for limit, values in LIMITS.items():
-        monkeypatch.setattr(limit, chance.choice(values))
     history = random_history(tmp_path, chance, number)
-    monkeypatch.setattr(SNAPSHOT_LIMIT, 1 << 40 if history.forced else 10_000)
     try:
         await lived(history)
         await comes_back(history)
@@ -1143,12 +1147,9 @@ def pieces(config: StoreConfig, node: int) -> list[tuple[Path, int, Header]]:
     return [found for found in journal_records(config, node) if found[2].kind is Kind.SNAPSHOT]
 
 
-async def with_snapshots(
-    config: StoreConfig, monkeypatch: pytest.MonkeyPatch, count: int = 1
-) -> Files:
+async def with_snapshots(config: StoreConfig, count: int = 1) -> Files:
     """A store whose metadata was dumped in several pieces, and that went on."""
-    monkeypatch.setattr("fusestore.commit.metadata_dump.SNAPSHOT_PIECE_BYTES", 1000)
-    monkeypatch.setattr("fusestore.commit.metadata_dump.SNAPSHOT_STEP_KEYS", 3)
+    config = limited(config, snapshot_piece_bytes=1000, snapshot_step_keys=3)
     for number in range(count):
         async with opened(config) as one:
             await put(one, made(f"{number}", *(f"f{i}" for i in range(10)), size=900))
@@ -1164,7 +1165,7 @@ async def with_snapshots(
 async def test_a_rotten_piece_is_read_from_another_node(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch, torn: bool
 ) -> None:
-    files = await with_snapshots(config, monkeypatch)
+    files = await with_snapshots(config)
     assert len(pieces(config, 0)) > 3
     for node in range(3):
         path, offset, header = pieces(config, node)[node]
@@ -1179,7 +1180,7 @@ async def test_a_rotten_piece_is_read_from_another_node(
 async def test_a_piece_that_is_rotten_everywhere_is_told(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await with_snapshots(config, monkeypatch)
+    await with_snapshots(config)
     for node in range(3):
         path, offset, _ = pieces(config, node)[1]
         spoil(path, offset)
@@ -1197,7 +1198,7 @@ async def test_an_older_snapshot_or_the_whole_journal_will_do(
         """Nothing was deleted yet when the machine stopped."""
 
     monkeypatch.setattr(Snapshotter, "_delete_before", nothing)
-    files = await with_snapshots(config, monkeypatch, count=2)
+    files = await with_snapshots(config, count=2)
     begun = sorted({header.number for _, _, header in pieces(config, 0)}, reverse=True)
     assert len(begun) == 2
     for node in range(3):
@@ -1333,7 +1334,7 @@ INTERRUPTIONS += [(os, "replace", 1), (Engine, "close", 1)]
 async def test_recovery_that_is_interrupted_leaves_nothing(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, nth: int
 ) -> None:
-    monkeypatch.setattr("fusestore.rescue.recover.CHECKPOINT_CHANGES_MAX", 1)
+    config = limited(config, checkpoint_changes_max=1)
     files: dict[str, bytes] = {}
     for number in range(4):
         files |= made(f"{number}", "a", f"b{number}")

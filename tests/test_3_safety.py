@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import trio
-from test_2_log import Opened, loses_a_region, opened
+from test_2_log import Opened, limited, loses_a_region, opened
 
 from fusestore.config.mkfs import make_store
 from fusestore.config.store_config import StoreConfig, load
@@ -113,10 +113,10 @@ async def scrubbed(one: Opened, files: dict[str, bytes]) -> int:
 
 
 async def test_a_storm_while_it_is_unmounted_is_mended(
-    config: StoreConfig, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+    config: StoreConfig, pytestconfig: pytest.Config
 ) -> None:
     """What is gone is noticed by the mount, and mended without being asked."""
-    monkeypatch.setattr("fusestore.members.members.SHARD_SEGMENT_BYTES", 1 << 20)
+    config = limited(config, shard_segment_bytes=1 << 20)
     seed = pytestconfig.getoption("--model-seed")
     print("seed", seed)
     chance = random.Random(seed)
@@ -186,10 +186,8 @@ async def reaches(one: Opened, stripes: int) -> None:
             await one.store.committer.commit()
 
 
-async def test_a_scrub_keeps_its_place(
-    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fusestore.repair.scrub.REPAIR_BATCH", 2)
+async def test_a_scrub_keeps_its_place(config: StoreConfig) -> None:
+    config = limited(config, repair_batch=2)
     async with opened(config) as one:
         await fill(one)
         await do(one, "scrub", action="start", rate=30e6)

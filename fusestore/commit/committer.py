@@ -39,15 +39,6 @@ from ..format.records import (
     record_length,
 )
 from ..format.schema import LogState, NodeRow, Stripe
-from ..limits import (
-    CHECKPOINT_CHANGES_MAX,
-    CHECKPOINT_SECONDS_MAX,
-    COMMIT_SECONDS_MAX,
-    HOP_CHANGES_MIN,
-    JOURNAL_SEGMENT_BYTES,
-    NODE_SECONDS_MAX,
-    SAMPLE_SECONDS,
-)
 from ..log.log import Log
 from ..members.journal_room import JournalRoom
 from ..members.members import Member
@@ -75,6 +66,7 @@ class Committer:
 
     def __init__(self, state: Log, nursery: trio.Nursery) -> None:
         self._log = state
+        self._limits = state.limits
         self._nursery = nursery
         self.writer: Writer
         self._next: _Round | None = None
@@ -139,7 +131,7 @@ class Committer:
     async def run(self) -> None:
         """Commit every five seconds, and for those who asked meanwhile, until cancelled."""
         while True:
-            with trio.move_on_after(COMMIT_SECONDS_MAX) as pause:
+            with trio.move_on_after(self._limits.commit_seconds_max) as pause:
                 await self._wanted.wait()
             async with self.lock:
                 self._wanted = trio.Event()
@@ -258,8 +250,9 @@ class Committer:
         due = force or (
             engine.changed_keys > 0
             and (
-                engine.changed_keys >= CHECKPOINT_CHANGES_MAX
-                or trio.current_time() - self._checkpointed_at >= CHECKPOINT_SECONDS_MAX
+                engine.changed_keys >= self._limits.checkpoint_changes_max
+                or trio.current_time() - self._checkpointed_at
+                >= self._limits.checkpoint_seconds_max
             )
         )
         nothing = not state.pending and not sealing and not (cover and self._uncovered)
@@ -294,7 +287,7 @@ class Committer:
             tuple(member.id for member in state.members.in_sync),
             taken.changes,
         )
-        if len(taken.changes) < HOP_CHANGES_MIN:
+        if len(taken.changes) < self._limits.hop_changes_min:
             payload = encode_commit(commit)
         else:
             payload = await trio.to_thread.run_sync(encode_commit, commit)
@@ -347,7 +340,7 @@ class Committer:
 
         A node that cannot is failed; whether enough are left is for the caller.
         """
-        if self.journal_offset >= JOURNAL_SEGMENT_BYTES:
+        if self.journal_offset >= self._limits.journal_segment_bytes:
             self.roll_journal()
         offset = self.journal_offset
         self.journal_offset += record_length(len(payload))
@@ -375,7 +368,7 @@ class Committer:
         writes: list[tuple[Member, JournalRoom, Operation, object]] = []
         for member in members:
             room = member.journal_room
-            fresh = now - member.sampled_at <= SAMPLE_SECONDS
+            fresh = now - member.sampled_at <= self._limits.sample_seconds
             if room is None or member.dirty or not member.in_sync or not fresh:
                 return False
             seed = self._log.journal(member.name, self.journal_segment).seed(offset)
@@ -387,12 +380,12 @@ class Committer:
         if batch is None:
             return False
         if batch.left:
-            with trio.move_on_after(NODE_SECONDS_MAX, shield=True):
+            with trio.move_on_after(self._limits.node_seconds_max, shield=True):
                 await ring.wait(batch)
         whole = True
         for (member, room, operation, _), result in zip(writes, batch.results, strict=True):
             if result is None:
-                member.fail(member.late(NODE_SECONDS_MAX))
+                member.fail(member.late(self._limits.node_seconds_max))
                 member.journal_room, member.late_segment = None, self.journal_segment
             elif result in _NOT_TRIED or 0 <= result < operation.length:
                 whole = False

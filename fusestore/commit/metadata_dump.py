@@ -17,7 +17,6 @@ import trio
 from ..errors import NodeError, NotDurableError
 from ..format import schema
 from ..format.records import Changes, Header, Kind, Run, checksum, encode_changes
-from ..limits import SNAPSHOT_JOURNAL_BYTES_MIN, SNAPSHOT_PIECE_BYTES, SNAPSHOT_STEP_KEYS
 from ..log.log import Log
 from ..nodes.base import Node
 from .committer import Committer
@@ -33,6 +32,7 @@ class Snapshotter:
 
     def __init__(self, state: Log, committer: Committer) -> None:
         self._log = state
+        self._limits = state.limits
         self._committer = committer
         self._wake = trio.Event()
         value = state.engine.get(schema.SNAPSHOT_KEY)
@@ -43,7 +43,9 @@ class Snapshotter:
 
     def look(self) -> None:
         """A commit has been made: see whether it is time."""
-        if self._committer.journal_bytes > max(SNAPSHOT_JOURNAL_BYTES_MIN, self.last_bytes):
+        if self._committer.journal_bytes > max(
+            self._limits.snapshot_journal_bytes_min, self.last_bytes
+        ):
             self._wake.set()
 
     async def run(self) -> None:
@@ -99,16 +101,18 @@ class Snapshotter:
         """The next rows from `start` on, and where to go on, None at the end."""
         piece: dict[bytes, bytes | None] = {}
         size = 0
-        while size < SNAPSHOT_PIECE_BYTES:
+        while size < self._limits.snapshot_piece_bytes:
             rows = 0
-            for key, value in islice(self._log.engine.scan(start, _END), SNAPSHOT_STEP_KEYS):
+            for key, value in islice(
+                self._log.engine.scan(start, _END), self._limits.snapshot_step_keys
+            ):
                 piece[key] = value
                 size += len(key) + len(value)
                 rows += 1
                 start = key + b"\0"
-                if size >= SNAPSHOT_PIECE_BYTES:
+                if size >= self._limits.snapshot_piece_bytes:
                     return piece, start
-            if rows < SNAPSHOT_STEP_KEYS:
+            if rows < self._limits.snapshot_step_keys:
                 return piece, None
             await trio.lowlevel.checkpoint()
         return piece, start

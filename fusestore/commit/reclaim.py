@@ -21,7 +21,6 @@ import trio
 from ..errors import NodeError
 from ..format import schema
 from ..format.records import Run, record_length
-from ..limits import RECLAIM_BATCH
 from ..log.log import Log
 from ..members.members import Member
 
@@ -36,6 +35,7 @@ class Reclaimer:
 
     def __init__(self, state: Log) -> None:
         self._log = state
+        self._limits = state.limits
         self._wake = trio.Event()
         self.strays: dict[int, set[int]] = {}
         """By node: segments on it that the tables do not have."""
@@ -96,8 +96,10 @@ class Reclaimer:
                         member.roll()
                     await self._drop(member, segment, shards)
                 else:
-                    for start in range(0, len(shards), RECLAIM_BATCH):
-                        await self._punch(member, segment, shards[start : start + RECLAIM_BATCH])
+                    for start in range(0, len(shards), self._limits.reclaim_batch):
+                        await self._punch(
+                            member, segment, shards[start : start + self._limits.reclaim_batch]
+                        )
             except NodeError as error:
                 member.fail(error)
                 return

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -24,6 +24,7 @@ from uuid import UUID
 from ..errors import ConfigError, NodeIdentityError, UsageError
 from ..format.erasure import Code
 from ..format.placement import check_region_rule
+from ..limits import DEFAULTS, Limits
 from ..system.strict_toml import Table, shown
 from .mount_options import parse_address
 
@@ -80,6 +81,8 @@ class StoreConfig:
     """A scrub begins by itself when the last one ended so long ago; 0: never."""
     metrics: str = ""
     """Where a mount serves metrics and the status page, as in `parse_address`; empty: nowhere."""
+    limits: Limits = field(default=DEFAULTS, compare=False)
+    """Not in the file: what everything in the open store keeps to."""
 
     @property
     def regions(self) -> tuple[str, ...]:

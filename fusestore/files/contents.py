@@ -21,16 +21,7 @@ from ..errors import FileTooLargeError, IsDirectoryError, QuotaError, StaleError
 from ..format import schema
 from ..format.erasure import Code
 from ..format.schema import Extent, Inode
-from ..limits import (
-    FILE_BYTES_MAX,
-    QUOTA_BLOCK_BYTES,
-    REMOVAL_BATCH,
-    REMOVAL_PAUSE_SECONDS,
-    REMOVALS_MAX,
-    STRIPE_BYTES,
-    TAIL_EXTENTS_MAX,
-    TRIM_BATCH,
-)
+from ..limits import FILE_BYTES_MAX
 from ..log.log import Log, Transaction
 from ..read.reader import Reader
 from ..write.writer import Writer
@@ -46,6 +37,7 @@ class Contents:
 
     def __init__(self, log: Log, reader: Reader, writer: Writer, nursery: trio.Nursery) -> None:
         self._log = log
+        self._limits = log.limits
         self._reader = reader
         self._writer = writer
         self._nursery = nursery
@@ -108,7 +100,10 @@ class Contents:
         extents = list(self._reader.extents(ino, offset, end)) if offset < inode.size else []
         for start, stop in [*((extent.offset, extent.end) for extent in extents), (end, end)]:
             if start - at > left:
-                end = max((at + left) // QUOTA_BLOCK_BYTES * QUOTA_BLOCK_BYTES, offset)
+                end = max(
+                    (at + left) // self._limits.quota_block_bytes * self._limits.quota_block_bytes,
+                    offset,
+                )
                 break
             left, at = left - (start - at), stop
         if end == offset or (whole and end < offset + len(data)):
@@ -144,7 +139,7 @@ class Contents:
             extent = Extent(offset, length, stripe, at)
         txn.put(schema.extent_key(ino, extent.offset), extent.encode())
         self._tails[ino] = extent
-        if len(self._tails) > TAIL_EXTENTS_MAX:
+        if len(self._tails) > self._limits.tail_extents_max:
             self._tails.popitem(last=False)
         return extent.end
 
@@ -219,8 +214,8 @@ class Contents:
             for offset, run in runs:
                 self._cut(txn, ino, inode, offset, offset + len(run))
                 inode.allocated += len(run)
-                for start in range(0, len(run), STRIPE_BYTES):
-                    piece = memoryview(run)[start : start + STRIPE_BYTES]
+                for start in range(0, len(run), self._limits.stripe_bytes):
+                    piece = memoryview(run)[start : start + self._limits.stripe_bytes]
                     for place in self._writer.append(txn, code, ino, offset, piece):
                         offset = self._point(txn, ino, offset, *place)
             txn.put(schema.inode_key(ino), inode.encode())
@@ -260,11 +255,11 @@ class Contents:
                 extent = Extent.decode(*first)
                 self._cut_extent(txn, ino, inode, extent, size, max(extent.end, size))
         start, end = schema.extent_key(ino, size), schema.extent_key(ino + 1, 0)
-        rows = list(islice(txn.scan(start, end), TRIM_BATCH + 1))
-        for key, value in rows[:TRIM_BATCH]:
+        rows = list(islice(txn.scan(start, end), self._limits.trim_batch + 1))
+        for key, value in rows[: self._limits.trim_batch]:
             extent = Extent.decode(key, value)
             self._cut_extent(txn, ino, inode, extent, extent.offset, extent.end)
-        return len(rows) > TRIM_BATCH
+        return len(rows) > self._limits.trim_batch
 
     async def _trim(self, ino: int, size: int) -> None:
         """Go on until nothing lies past `size`; the inode may be gone already."""
@@ -306,13 +301,16 @@ class Contents:
         """Remove what is dead, many at a time, once no more comes."""
         while self._dead:
             count = len(self._dead)
-            await trio.sleep(REMOVAL_PAUSE_SECONDS)
-            if not count < len(self._dead) < REMOVALS_MAX:
+            await trio.sleep(self._limits.removal_pause_seconds)
+            if not count < len(self._dead) < self._limits.removals_max:
                 await self._bury_now()
 
     async def _bury_now(self) -> None:
         while self._dead and not self._log.broken:
-            batch, self._dead = self._dead[:REMOVAL_BATCH], self._dead[REMOVAL_BATCH:]
+            batch, self._dead = (
+                self._dead[: self._limits.removal_batch],
+                self._dead[self._limits.removal_batch :],
+            )
             try:
                 self._dead += self._remove(batch)
             except Exception:
@@ -323,7 +321,7 @@ class Contents:
 
     async def buried(self, pauses: int = 1) -> None:
         """Return when what nobody uses any more is removed, what is just being let go, too."""
-        await trio.sleep(pauses * REMOVAL_PAUSE_SECONDS)
+        await trio.sleep(pauses * self._limits.removal_pause_seconds)
         await self._bury_now()
 
     def _remove(self, inos: Sequence[int]) -> Sequence[int]:
@@ -335,7 +333,7 @@ class Contents:
         left: Sequence[int] = []
         with Transaction(self._log) as txn:
             for i, ino in enumerate(inos):
-                if len(txn.changes) > TRIM_BATCH:
+                if len(txn.changes) > self._limits.trim_batch:
                     left = inos[i:]
                     break
                 value = txn.get(schema.inode_key(ino))
@@ -378,7 +376,10 @@ class Contents:
             schema.decode_ino_key(key) for key, value in rows if schema.readable(key, value)
         ]
         while orphans:
-            orphans = [*self._remove(orphans[:REMOVAL_BATCH]), *orphans[REMOVAL_BATCH:]]
+            orphans = [
+                *self._remove(orphans[: self._limits.removal_batch]),
+                *orphans[self._limits.removal_batch :],
+            ]
 
     @staticmethod
     def _inode(txn: Transaction, ino: int) -> Inode:

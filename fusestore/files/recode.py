@@ -30,7 +30,6 @@ from ..errors import FusestoreError, LostError, NoSpaceError, StaleError, UsageE
 from ..format import schema
 from ..format.erasure import Code
 from ..format.schema import LOST_STRIPE, Extent
-from ..limits import RECODE_BYTES, RECODE_EXTENTS, RECODE_NOTE_SECONDS, RECODE_RETRY_SECONDS
 from ..log.pace import Pace
 from ..store.opening import Store
 from .contents import Contents, Data
@@ -78,6 +77,7 @@ class Recoder:
     def __init__(self, store: Store, tree: Tree, contents: Contents, nursery: trio.Nursery) -> None:
         self._store = store
         self._log = store.log
+        self._limits = store.log.limits
         self._tree = tree
         self._contents = contents
         self._nursery = nursery
@@ -196,7 +196,7 @@ class Recoder:
                         pass  # it was removed
                     if self.job is not job or job.state != "running":
                         return
-                    if trio.current_time() - noted > RECODE_NOTE_SECONDS:
+                    if trio.current_time() - noted > self._limits.recode_note_seconds:
                         noted = trio.current_time()
                         self._note()
                 await trio.lowlevel.checkpoint()
@@ -212,7 +212,7 @@ class Recoder:
         while job.state == "running" and self.job is job:
             await self._contents.settled(ino)
             found = self._store.reader.extents(ino, at, self._tree.inode(ino).size)
-            rows = list(islice(found, RECODE_EXTENTS))
+            rows = list(islice(found, self._limits.recode_extents))
             if not rows:
                 return
             run, end = self._choose(rows, code)
@@ -226,7 +226,7 @@ class Recoder:
                         continue  # it was changed meanwhile
                 except NoSpaceError as error:
                     self._waits_for = str(error)
-                    await trio.sleep(RECODE_RETRY_SECONDS)
+                    await trio.sleep(self._limits.recode_retry_seconds)
                     continue
                 self._waits_for = ""
                 job.recoded += sum(extent.length for extent, _ in parts)
@@ -243,7 +243,7 @@ class Recoder:
         for extent in rows:
             if extent.stripe == LOST_STRIPE or self._code(extent.stripe) == code:
                 continue
-            if run and size + extent.length > RECODE_BYTES:
+            if run and size + extent.length > self._limits.recode_bytes:
                 return run, extent.offset
             run.append(extent)
             size += extent.length

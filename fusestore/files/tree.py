@@ -29,7 +29,7 @@ from ..errors import (
 from ..format import acl, schema
 from ..format.erasure import Code
 from ..format.schema import ROOT, Inode
-from ..limits import CODES_CACHED_MAX, LINKS_MAX, NAME_BYTES_MAX, TARGET_BYTES_MAX
+from ..limits import LINKS_MAX, NAME_BYTES_MAX, TARGET_BYTES_MAX
 from ..log.log import Log, Transaction
 from . import quota
 
@@ -51,6 +51,7 @@ class Tree:
 
     def __init__(self, log: Log) -> None:
         self._log = log
+        self.limits = log.limits
         self._codes: dict[int, Code] = {}
         """Codes that directories give to new files, as far as they were asked for."""
         self.fenced: set[int] = set()
@@ -145,7 +146,7 @@ class Tree:
                 code = self._log.code
                 break
             ino = inode.parent
-        if len(self._codes) + len(passed) > CODES_CACHED_MAX:
+        if len(self._codes) + len(passed) > self.limits.codes_cached_max:
             self._codes.clear()
         self._codes.update(dict.fromkeys(passed, code))
         return code

@@ -13,7 +13,6 @@ from itertools import islice
 from typing import Self
 
 from ..errors import StaleError
-from ..limits import WALK_BATCH
 from .tree import Tree
 
 
@@ -50,8 +49,8 @@ class Walk:
                 yield list(self._again(moved))
                 continue
             folder, cookie = self._open.pop()
-            entries = list(islice(self._tree.entries(folder, cookie), WALK_BATCH))
-            if len(entries) == WALK_BATCH:
+            entries = list(islice(self._tree.entries(folder, cookie), self._tree.limits.walk_batch))
+            if len(entries) == self._tree.limits.walk_batch:
                 self._open.append((folder, entries[-1][0]))
             yield [(folder, ino) for _, ino, _ in entries]
 

@@ -16,9 +16,13 @@ import trio
 from ..format.erasure import Code
 from ..format.placement import draw, shares
 from ..format.schema import Stripe
-from ..limits import BALANCE_SLACK
 from ..log.log import Log
 from ..members.members import Member, Members, State
+
+BALANCED = 0.02
+"""A rebalance has ended when every node is so near to its share, or no move makes it nearer."""
+BALANCE_SLACK = 0.01
+"""A rebalance leaves a node alone that is so near to its share."""
 
 Moves = Iterator[tuple[int, Member]]
 """Of one stripe: indices of shards that move, and where to."""

@@ -29,18 +29,15 @@ from ..commit.committer import Committer
 from ..errors import FusestoreError, LostError, NodeError, UsageError
 from ..format import schema
 from ..format.schema import Stripe
-from ..limits import BALANCED, BETWEEN_COMMITS_BYTES, PROBE_SECONDS, REPAIR_BATCH, RESERVE_BYTES
 from ..log.log import Log
 from ..log.pace import Pace
 from ..members.members import Member, State
 from ..repair.repairer import Repairer
-from .balance import Balance, Census, Draining, Moves, take_census
+from .balance import BALANCED, Balance, Census, Draining, Moves, take_census
 
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.2
-_KEPT_FREE = RESERVE_BYTES + BETWEEN_COMMITS_BYTES
-"""What moving leaves on a device: writes that were accepted find their place."""
 Progress = Callable[[dict[str, Any]], None]
 _Shard = tuple[int, Stripe, int]
 """A stripe's number, its row, and the index of a shard."""
@@ -71,6 +68,7 @@ class Rebalancer:
 
     def __init__(self, state: Log, committer: Committer, repairer: Repairer) -> None:
         self._log = state
+        self._limits = state.limits
         self._committer = committer
         self._repairer = repairer
         value = state.engine.get(schema.REBALANCE_KEY)
@@ -143,7 +141,7 @@ class Rebalancer:
             except FusestoreError as error:
                 log.error("Moving shards is tried again later: %s", error)
             if not moved:
-                with trio.move_on_after(PROBE_SECONDS):
+                with trio.move_on_after(self._limits.probe_seconds):
                     await self._wake.wait()
 
     def _to_drain(self) -> list[Member]:
@@ -231,8 +229,8 @@ class Rebalancer:
                 for index, target in choose(number, row):
                     wanted[target.id].append((number, row, index))
             for node, shards in wanted.items():
-                for first in range(0, len(shards), REPAIR_BATCH):
-                    part = shards[first : first + REPAIR_BATCH]
+                for first in range(0, len(shards), self._limits.repair_batch):
+                    part = shards[first : first + self._limits.repair_batch]
                     await pace.spend(2 * sum(row.shard_length for _, row, _ in part))
                     if not going():
                         return False
@@ -253,7 +251,9 @@ class Rebalancer:
             try:
                 await target.call(target.sample)
                 size = sum(row.shard_length for _, row, _ in there)
-                if target.space is None or target.space.free < size + _KEPT_FREE:
+                # Writes that were accepted find their place.
+                kept_free = self._limits.reserve_bytes + self._limits.between_commits_bytes
+                if target.space is None or target.space.free < size + kept_free:
                     full = f"Node {target.name} has no room left: add a node to its region."
                     self._notes.update((row.shards[i].node, full) for _, row, i in there)
                     return 0

@@ -34,7 +34,6 @@ from ..format import schema
 from ..format.erasure import Code
 from ..format.placement import check_region_rule
 from ..format.records import Run
-from ..limits import RECLAIM_BATCH, RESERVE_BYTES
 from ..log.log import Log
 from ..members.members import Member, open_node
 from ..repair.repairer import Repairer
@@ -53,6 +52,7 @@ class Topology:
         self, state: Log, committer: Committer, repairer: Repairer, rebalancer: Rebalancer
     ) -> None:
         self._log = state
+        self._limits = state.limits
         self._committer = committer
         self._repairer = repairer
         self._rebalancer = rebalancer
@@ -112,7 +112,9 @@ class Topology:
             if problem:
                 raise UsageError(problem)
             nodes = (*(other for other in config.nodes if other.name != name), node)
-            member = Member(0, node, holds=schema.NEVER_WHOLE, ring=members.all[0].ring)
+            member = Member(
+                0, node, self._log.limits, holds=schema.NEVER_WHOLE, ring=members.all[0].ring
+            )
             await member.call(self._prepare, nodes)
             await trio.to_thread.run_sync(members.configure, nodes)
             await self._repairer.join(member, progress)
@@ -220,7 +222,7 @@ class Topology:
         others = [m for m in self._log.members.all if m is not member and m.takes]
         inside = [m for m in others if m.config.region == region] or others
         spaces = {m.space.device: m.space.free for m in inside if m.space is not None}
-        room = sum(max(0, free - RESERVE_BYTES) for free in spaces.values())
+        room = sum(max(0, free - self._limits.reserve_bytes) for free in spaces.values())
         if room < census.held[member.id]:
             raise UsageError(
                 f"The other nodes of region {region} have room for {room >> 20:,} MiB, and "
@@ -271,7 +273,8 @@ class Topology:
         owed = schema.reclaim_key(member.id, 0, 0)[:3]
         missing = schema.missing_prefix(member.id)
         for prefix in (owed, missing):
-            while rows := list(islice(engine.scan(prefix, schema.after(prefix)), RECLAIM_BATCH)):
+            batch = self._limits.reclaim_batch
+            while rows := list(islice(engine.scan(prefix, schema.after(prefix)), batch)):
                 self._log.apply({key: None for key, _ in rows})
                 await trio.lowlevel.checkpoint()
         async with self._committer.lock:

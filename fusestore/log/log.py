@@ -19,7 +19,6 @@ from ..format import schema
 from ..format.erasure import Code
 from ..format.records import Changes, Place, Run
 from ..format.schema import Counters, LogState, ShardPlace, Stripe
-from ..limits import METADATA_ROW_BYTES, METADATA_SHARE, REPAIR_SCAN_ROWS, RESERVE_BYTES
 from ..members.members import Members
 from ..metadata.engine import Engine
 
@@ -138,6 +137,7 @@ class Log:
     ) -> None:
         self.engine = engine
         self.members = members
+        self.limits = members.config.limits
         self.store = store
         self.code = code
         """For files below no directory with a code of its own."""
@@ -180,7 +180,10 @@ class Log:
         if self.broken:
             raise ReadOnlyError(self.broken)
         if grows:
-            self.take_room(max(self.code.k, METADATA_SHARE) * (METADATA_ROW_BYTES + grows))
+            self.take_room(
+                max(self.code.k, self.limits.metadata_share)
+                * (self.limits.metadata_row_bytes + grows)
+            )
         return Transaction(self)
 
     def apply(self, changes: Changes) -> None:
@@ -206,7 +209,7 @@ class Log:
         count: int | None = None,
     ) -> Iterator[list[tuple[int, Stripe]]]:
         """The sealed stripes, some at a time; others may run in between."""
-        count = count or REPAIR_SCAN_ROWS
+        count = count or self.limits.repair_scan_rows
         while rows := list(islice(self.engine.scan(start, end), count)):
             yield [(schema.decode_stripe_key(key), Stripe.decode(value)) for key, value in rows]
             start = rows[-1][0] + b"\0"
@@ -251,6 +254,7 @@ class Log:
             self.refresh_room()
             if length > self._room:
                 raise NoSpaceError(
-                    f"The store is full: every device keeps {RESERVE_BYTES >> 20} MiB in reserve."
+                    "The store is full: every device keeps "
+                    f"{self.limits.reserve_bytes >> 20} MiB in reserve."
                 )
         self._room -= length

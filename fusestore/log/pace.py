@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import trio
 
-from ..limits import BACKGROUND_BUSY_RATE, USERS_AWAY_SECONDS
 from .log import Log
 
 
@@ -22,8 +21,9 @@ class Pace:
         """Wait until `length` more bytes may be read or written."""
         now = trio.current_time()
         rate = self._rate
-        if self._polite and now - self._log.used_at < USERS_AWAY_SECONDS:
-            rate = min(rate or BACKGROUND_BUSY_RATE, BACKGROUND_BUSY_RATE)
+        if self._polite and now - self._log.used_at < self._log.limits.users_away_seconds:
+            busy = self._log.limits.background_busy_rate
+            rate = min(rate or busy, busy)
         start = max(self._next, now)
         self._next = start + (length / rate if rate else 0.0)
         await trio.sleep_until(start)

@@ -13,7 +13,7 @@ import contextlib
 import mmap
 import os
 
-from ..limits import DIRECT_RECORD_BYTES_MAX
+from ..limits import Limits
 from ..nodes.base import Segment
 from ..system.io_uring import Operation, write_operation
 
@@ -23,12 +23,13 @@ _BLOCK_BYTES = 4096
 class JournalRoom:
     """The zeros in a segment up to `end`; where records go on is said by `begin`."""
 
-    def __init__(self, target: Segment, segment: int, end: int) -> None:
+    def __init__(self, target: Segment, segment: int, end: int, limits: Limits) -> None:
         """In a thread: find out how the open segment can be written."""
         self._target = target  # it stays open
+        self._record_bytes_max = limits.direct_record_bytes_max
         self._segment, self._offset = segment, -1
         self._end = end // _BLOCK_BYTES * _BLOCK_BYTES
-        self._buffer = memoryview(mmap.mmap(-1, DIRECT_RECORD_BYTES_MAX + 2 * _BLOCK_BYTES))
+        self._buffer = memoryview(mmap.mmap(-1, limits.direct_record_bytes_max + 2 * _BLOCK_BYTES))
         self._block, self._direct = 1, -1
         with contextlib.suppress(OSError):  # then it is written through the page cache
             path, flags = f"/proc/self/fd/{target.fd}", os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC
@@ -65,7 +66,7 @@ class JournalRoom:
         if (
             offset != self._offset
             or not self.covers(segment, end)
-            or len(record) > DIRECT_RECORD_BYTES_MAX
+            or len(record) > self._record_bytes_max
         ):
             return None
         lead = self.lead(offset)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar, cast
 
 import trio
@@ -36,17 +36,7 @@ from ..format.erasure import Code
 from ..format.placement import Placement, Site, losses_borne
 from ..format.records import HEADER_BYTES, Run, record_length
 from ..format.schema import NodeRow, SegmentState, ShardPlace
-from ..limits import (
-    BETWEEN_COMMITS_BYTES,
-    JOURNAL_AHEAD_BYTES,
-    METADATA_SHARE,
-    NODE_SECONDS_MAX,
-    NODE_THREADS_MAX,
-    READ_NOW_BYTES_MAX,
-    RESERVE_BYTES,
-    SHARD_SEGMENT_BYTES,
-    SUSPICIONS_MAX,
-)
+from ..limits import DEFAULTS, Limits
 from ..nodes.base import Node, Segment, Space
 from ..nodes.directory import DirectoryNode
 from ..system.io_uring import Ring, read_operation
@@ -57,7 +47,10 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_ZEROS = bytes(JOURNAL_AHEAD_BYTES)
+
+@cache
+def _zeros(length: int) -> bytes:
+    return bytes(length)
 
 
 class State(StrEnum):
@@ -81,6 +74,7 @@ class Member:
 
     id: int
     config: NodeConfig
+    limits: Limits
     node: Node | None = None
     state: State = State.DOWN
     in_sync: bool = False
@@ -111,7 +105,7 @@ class Member:
     calls: set[trio.CancelScope] = field(default_factory=set)
     """Of what is waited for; given up at once when the node fails."""
     threads: trio.CapacityLimiter = field(
-        default_factory=lambda: trio.CapacityLimiter(NODE_THREADS_MAX)
+        default_factory=lambda: trio.CapacityLimiter(DEFAULTS.node_threads_max)
     )
     segment: int = 1
     """The shard segment being filled, and where it goes on."""
@@ -154,7 +148,7 @@ class Member:
         self, function: Callable[..., T], *arguments: Any, seconds: float | None = None
     ) -> T:
         """Do something with the node in a thread; NodeTimeoutError when it takes too long."""
-        seconds = NODE_SECONDS_MAX if seconds is None else seconds
+        seconds = self.limits.node_seconds_max if seconds is None else seconds
         with trio.move_on_after(seconds, shield=True) as scope:
             self.calls.add(scope)
             try:
@@ -176,7 +170,7 @@ class Member:
         """Exactly `length` bytes of a segment; NodeError, NodeTimeoutError."""
         node = self.node
         assert node is not None
-        if self.ring is None or length <= READ_NOW_BYTES_MAX:
+        if self.ring is None or length <= self.limits.read_now_bytes_max:
             data = node.read_now(run, segment, offset, length)
             if data is not None:
                 return data
@@ -216,10 +210,11 @@ class Member:
         node.write(Run.JOURNAL, segment, offset, buffers)
         if ahead and room is None and self.node is node and self.in_sync:  # not given up
             with suppress(NodeFullError):
-                node.write(Run.JOURNAL, segment, end, [_ZEROS])
+                zeros = _zeros(self.limits.journal_ahead_bytes)
+                node.write(Run.JOURNAL, segment, end, [zeros])
                 opened = node.opened(Run.JOURNAL, segment)
                 if opened is not None:
-                    room = JournalRoom(opened, segment, end + len(_ZEROS))
+                    room = JournalRoom(opened, segment, end + len(zeros), self.limits)
         if room is not None:
             lead = room.lead(end)
             room.begin(end, node.read(Run.JOURNAL, segment, end - lead, lead))
@@ -247,7 +242,7 @@ class Member:
 
     def reserve(self, payload_length: int) -> ShardPlace:
         """Take the next place for a shard; the caller then writes it."""
-        if self.offset >= SHARD_SEGMENT_BYTES:
+        if self.offset >= self.limits.shard_segment_bytes:
             self.roll()
         length = record_length(payload_length)
         reserved = ShardPlace(self.id, self.segment, self.offset + HEADER_BYTES)
@@ -296,7 +291,7 @@ class Member:
         if self.unused:
             return
         log.error("%s It is out of use now; see 'fusestore status'.", error)
-        gone = isinstance(error, NodeIdentityError) or self.suspicions >= SUSPICIONS_MAX
+        gone = isinstance(error, NodeIdentityError) or self.suspicions >= self.limits.suspicions_max
         self.state = State.DOWN if gone else State.SUSPECT
         self.in_sync, self.error = False, str(error)
         for scope in list(self.calls):
@@ -466,14 +461,16 @@ class Members:
         spaces = {m.space.device: m.space for m in self.takers if m.space and m.writable}
         totals, frees = [], []
         for device, (average, worst) in self._loads(code).items():
-            room = max(0, spaces[device].free - RESERVE_BYTES)
-            soon = min(room / worst, BETWEEN_COMMITS_BYTES)
+            room = max(0, spaces[device].free - self.config.limits.reserve_bytes)
+            soon = min(room / worst, self.config.limits.between_commits_bytes)
             frees.append(int(soon + (room - soon * worst) / average))
             totals.append(int(spaces[device].total / average))
         try:
             found = os.statvfs(self.config.metadata)
             room = found.f_bavail * found.f_frsize
-            frees.append(max(0, room - RESERVE_BYTES) * METADATA_SHARE)
+            frees.append(
+                max(0, room - self.config.limits.reserve_bytes) * self.config.limits.metadata_share
+            )
         except OSError as error:
             log.error("The metadata's free space cannot be told: %s.", error.strerror)
         return min(totals, default=0), min(frees, default=0)
@@ -509,7 +506,7 @@ def open_node(config: StoreConfig, node: NodeConfig, *, read_only: bool = False)
             f"{node.path} belongs to node {identity.node} of store {identity.store}, "
             f"not to node {node.name} of {config.store}."
         )
-    return DirectoryNode(node.path, identity, read_only=read_only)
+    return DirectoryNode(node.path, identity, read_only=read_only, limits=config.limits)
 
 
 def node_ids(nodes: Iterable[NodeConfig], rows: Iterable[NodeRow]) -> dict[str, int]:
@@ -540,7 +537,7 @@ def open_members(
     ids = node_ids(config.nodes, rows)
     members = []
     for node in config.nodes:
-        member = Member(ids[node.name], node)
+        member = Member(ids[node.name], node, config.limits)
         if opened:
             try:
                 opened_node = open_node(config, node, read_only=read_only)

@@ -26,7 +26,7 @@ from sortedcontainers import SortedList
 
 from ..errors import MetadataError
 from ..format.records import Changes
-from ..limits import KEY_BYTES_MAX, MAP_BYTES, METADATA_PREALLOCATE_BYTES, VALUE_BYTES_MAX
+from ..limits import DEFAULTS, KEY_BYTES_MAX, VALUE_BYTES_MAX, Limits
 from ..system import linux
 
 DATABASE, DATABASE_LOCK = "data.mdb", "lock.mdb"
@@ -64,9 +64,12 @@ class _Table(dict[bytes, bytes | None]):
 class Engine:
     """Ordered keys of at most 511 bytes with values of at most 64 KiB."""
 
-    def __init__(self, directory: Path, *, read_only: bool = False) -> None:
+    def __init__(
+        self, directory: Path, *, read_only: bool = False, limits: Limits = DEFAULTS
+    ) -> None:
         """Open or make the environment in `directory`; MetadataError when it cannot be used."""
         self._directory = directory
+        self.limits = limits
         self._active = _Table()
         self._frozen: _Table | None = None
         self._views: WeakSet[View] = WeakSet()
@@ -74,7 +77,7 @@ class Engine:
         try:
             self._env = lmdb.open(
                 os.fsencode(directory),
-                map_size=MAP_BYTES,
+                map_size=self.limits.map_bytes,
                 subdir=True,
                 create=not read_only,
                 readonly=read_only,
@@ -212,8 +215,11 @@ class Engine:
         info = self._env.info()
         used = (info["last_pgno"] + 1) * self._env.stat()["psize"]
         path = self._directory / DATABASE
-        want = used + METADATA_PREALLOCATE_BYTES + 2 * coming
-        if path.stat().st_blocks * 512 >= used + METADATA_PREALLOCATE_BYTES // 2 + coming:
+        want = used + self.limits.metadata_preallocate_bytes + 2 * coming
+        if (
+            path.stat().st_blocks * 512
+            >= used + self.limits.metadata_preallocate_bytes // 2 + coming
+        ):
             return
         descriptor = os.open(path, os.O_RDWR)
         try:

@@ -19,13 +19,7 @@ from ..errors import LostError, NodeError, NodeTimeoutError
 from ..format import erasure, schema
 from ..format.records import Run, block_checksums
 from ..format.schema import Extent, Stripe
-from ..limits import (
-    BLOCK_BYTES,
-    NODE_SECONDS_MAX,
-    READ_SECONDS_MAX,
-    SLOW_SECONDS,
-    STRIPES_CACHED_MAX,
-)
+from ..limits import BLOCK_BYTES
 from ..log.log import Log
 from ..members.members import Member
 
@@ -39,6 +33,7 @@ class Reader:
 
     def __init__(self, state: Log) -> None:
         self._log = state
+        self._limits = state.limits
         self._cache: OrderedDict[int, Stripe] = OrderedDict()
         self._told: set[tuple[int, int]] = set()
         self.errors = 0
@@ -104,7 +99,7 @@ class Reader:
         """Bytes of a file cannot be had: say so, once for each stripe of a file."""
         self.errors += 1
         if (ino, extent.stripe) not in self._told:
-            if len(self._told) >= STRIPES_CACHED_MAX:
+            if len(self._told) >= self._limits.stripes_cached_max:
                 self._told.clear()
             self._told.add((ino, extent.stripe))
             where = f"{self._log.path_of(ino)}, bytes {extent.offset} to {extent.end}"
@@ -120,7 +115,7 @@ class Reader:
             if value is None:
                 return None
             row = self._cache[number] = Stripe.decode(value)
-            if len(self._cache) > STRIPES_CACHED_MAX:
+            if len(self._cache) > self._limits.stripes_cached_max:
                 self._cache.popitem(last=False)
         return row
 
@@ -175,14 +170,14 @@ class Reader:
             return None  # once too few are up, whatever still answers is asked
         if (member.doubted or member.slow_until > trio.current_time()) and not patient:
             return None
-        seconds = NODE_SECONDS_MAX if patient else READ_SECONDS_MAX
+        seconds = self._limits.node_seconds_max if patient else self._limits.read_seconds_max
         try:
             data = await member.read(
                 Run.SHARDS, place.segment, place.offset + low, high - low, seconds
             )
         except NodeTimeoutError as error:
             log.warning("%s Others are read for a while.", error)
-            member.slow_until = trio.current_time() + SLOW_SECONDS
+            member.slow_until = trio.current_time() + self._limits.slow_seconds
             return None
         except NodeError as error:
             await self._failed(member, number, row, index, error)

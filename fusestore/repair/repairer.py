@@ -46,13 +46,6 @@ from ..errors import FusestoreError, NodeError, NodeIdentityError, NodeTimeoutEr
 from ..format import schema
 from ..format.records import Run
 from ..format.schema import Stripe
-from ..limits import (
-    PROBE_SECONDS,
-    REPAIR_BATCH,
-    REPAIRS_KEPT_MAX,
-    RETRY_SECONDS_MAX,
-    RETRY_SECONDS_MIN,
-)
 from ..log.journal import copy_journals, first_needed, last_commit
 from ..log.log import Log
 from ..log.pace import Pace
@@ -93,6 +86,7 @@ class Repairer:
 
     def __init__(self, state: Log, reader: Reader, committer: Committer) -> None:
         self._log = state
+        self._limits = state.limits
         self._reader = reader
         self._committer = committer
         self.rebuilder = Rebuilder(state, reader)
@@ -138,7 +132,7 @@ class Repairer:
                             member.fail(error)
                             self._committer.ask()
             await self.catch_up(None)
-            with trio.move_on_after(PROBE_SECONDS):
+            with trio.move_on_after(self._limits.probe_seconds):
                 await self._wake.wait()
             self._wake = trio.Event()
 
@@ -150,7 +144,7 @@ class Repairer:
                 continue
             if shards_max is None and member.unused:
                 # What has just failed is left alone for a while.
-                at = self._retry_at.setdefault(member.id, now + RETRY_SECONDS_MIN)
+                at = self._retry_at.setdefault(member.id, now + self._limits.retry_seconds_min)
                 if now < at:
                     continue
             debt = islice(self._lacks(member), None if shards_max is None else shards_max + 1)
@@ -208,7 +202,10 @@ class Repairer:
     def _retry_later(self, member: Member) -> None:
         """Leave a node alone for a while, twice as long each time."""
         member.suspicions += 1
-        wait = min(2 * self._retry_wait.get(member.id, RETRY_SECONDS_MIN), RETRY_SECONDS_MAX)
+        wait = min(
+            2 * self._retry_wait.get(member.id, self._limits.retry_seconds_min),
+            self._limits.retry_seconds_max,
+        )
         self._retry_wait[member.id] = wait
         self._retry_at[member.id] = trio.current_time() + wait
 
@@ -254,7 +251,12 @@ class Repairer:
         while True:
             if self.running is not None:
                 self.running.enter("healing", shards, 0)
-            rows = list(islice(self._log.engine.scan(start, schema.after(prefix)), REPAIR_BATCH))
+            rows = list(
+                islice(
+                    self._log.engine.scan(start, schema.after(prefix)),
+                    self._limits.repair_batch,
+                )
+            )
             if not rows:
                 return shards, size
             start = rows[-1][0] + b"\0"
@@ -349,7 +351,7 @@ class Repairer:
             return
         known = self.past()
         known.append({"node": name, "at": time.time(), "bytes": size, "seconds": seconds})
-        row = json.dumps(known[-REPAIRS_KEPT_MAX:]).encode()
+        row = json.dumps(known[-self._limits.repairs_kept_max :]).encode()
         self._log.apply({schema.REPAIRS_KEY: row})
 
     def _lacks(self, member: Member) -> Iterator[int]:
@@ -496,8 +498,8 @@ class Repairer:
                 if (here := [i for i, place in enumerate(row.shards) if place.node == member.id])
                 and self._is_weak(number, row, member) is weak
             ]
-            for first in range(0, max(len(found), 1), REPAIR_BATCH):
-                yield found[first : first + REPAIR_BATCH]
+            for first in range(0, max(len(found), 1), self._limits.repair_batch):
+                yield found[first : first + self._limits.repair_batch]
 
     def _is_weak(self, number: int, row: Stripe, member: Member) -> bool:
         """Whether a stripe lacks shards besides those on this node."""

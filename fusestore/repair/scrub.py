@@ -20,7 +20,6 @@ from ..commit.committer import Committer
 from ..errors import NodeError, NotDurableError, UsageError
 from ..format import schema
 from ..format.schema import Stripe
-from ..limits import REPAIR_BATCH, SCRUB_NOTE_SECONDS
 from ..log.journal import copy_journals, first_needed
 from ..log.log import Log
 from ..log.pace import Pace
@@ -75,6 +74,7 @@ class Scrubber:
         self, state: Log, committer: Committer, repairer: Repairer, every_days: int
     ) -> None:
         self._log = state
+        self._limits = state.limits
         self._committer = committer
         self._repairer = repairer
         self._every_days = every_days
@@ -190,15 +190,15 @@ class Scrubber:
         self._walk_from = (time.monotonic(), scrub.stripes)
         while scrub.state == "running":
             start = bytes.fromhex(scrub.position)
-            batch = next(self._log.batches(start, end, REPAIR_BATCH), [])
+            batch = next(self._log.batches(start, end, self._limits.repair_batch), [])
             await pace.spend(sum(row.shard_length * row.code.n for _, row in batch))
             await self._verify(batch)
             scrub.stripes += len(batch)
-            if len(batch) < REPAIR_BATCH:
+            if len(batch) < self._limits.repair_batch:
                 await self._finish()
                 return
             scrub.position = (schema.stripe_key(batch[-1][0]) + b"\0").hex()
-            if trio.current_time() - noted > SCRUB_NOTE_SECONDS:
+            if trio.current_time() - noted > self._limits.scrub_note_seconds:
                 noted = trio.current_time()
                 self._note()
 

@@ -44,7 +44,7 @@ from ..format.erasure import Code
 from ..format.placement import check_region_rule
 from ..format.records import Changes, Run
 from ..format.schema import Counters, LogState, NodeRow, Stripe
-from ..limits import CHECKPOINT_CHANGES_MAX
+from ..limits import DEFAULTS, Limits
 from ..log.journal import Entry, Journals, read_journals
 from ..log.log import Log
 from ..members.members import open_members, shard_sizes
@@ -91,6 +91,7 @@ def recover(
     *,
     accept_loss: bool,
     progress: Progress,
+    limits: Limits = DEFAULTS,
 ) -> dict[str, Any]:
     """Make the metadata of a store from its nodes, of which `extra` lie elsewhere; what was found.
 
@@ -113,7 +114,7 @@ def recover(
     found.problems.update((name, str(error)) for name, error in journals.failed.items())
     journals.keep_latest()
     with _draft(target) as (draft, finish):
-        engine = Engine(draft)
+        engine = Engine(draft, limits=limits)
         try:
             checkpoint = _load(engine, journals, progress)
             known = _latest(engine, journals, checkpoint, schema.NODES_KEY)
@@ -220,7 +221,7 @@ def _load(engine: Engine, journals: Journals, progress: Progress) -> LogState:
     def load(entry: Entry, changes: Changes) -> None:
         nonlocal done
         engine.apply(changes)
-        if engine.changed_keys >= CHECKPOINT_CHANGES_MAX:
+        if engine.changed_keys >= engine.limits.checkpoint_changes_max:
             _save(engine)
         done += entry.header.payload_length
         progress({"phase": "metadata", "done": done, "total": total})

@@ -24,7 +24,6 @@ from ..config.mount_options import NO_METRICS, MountOptions, parse_address
 from ..config.store_config import StoreConfig
 from ..errors import FusestoreError, InvalidError, UsageError
 from ..files.filesystem import FileSystem
-from ..limits import FUSE_TASKS_MAX
 from ..metadata.engine import DATABASE
 from ..repair.risk import Rates, Safety
 from ..rescue.fsck_mend import fsck
@@ -299,7 +298,7 @@ class _Daemon:
                             outer.start_soon(self._watch_signals)
                             nursery.start_soon(self._read_further_ahead)
                             nursery.start_soon(self._tell_ready, store)
-                            await pyfuse3.main(max_tasks=FUSE_TASKS_MAX)
+                            await pyfuse3.main(max_tasks=self._config.limits.fuse_tasks_max)
                             self._manager.stopping("Committing, and closing the store")
                     await files.contents.buried()
                     await counter.keep()
@@ -384,7 +383,7 @@ class _Daemon:
         """Raise the kernel's read-ahead, once the first answer shows that it has set its own."""
         with contextlib.suppress(OSError):  # unmounted meanwhile
             await trio.to_thread.run_sync(os.statvfs, self._mountpoint, abandon_on_cancel=True)
-            mounts.read_further_ahead(self._mountpoint)
+            mounts.read_further_ahead(self._mountpoint, self._config.limits.read_ahead_bytes)
 
     async def _tell_ready(self, store: Store) -> None:
         """Tell the service manager, if there is one, once the mount answers through the kernel.

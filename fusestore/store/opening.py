@@ -28,7 +28,6 @@ from ..format.records import Run
 from ..format.schema import Counters, LogState, NodeRow, SegmentState
 from ..grow.rebalance import Rebalancer
 from ..grow.topology import Topology
-from ..limits import CATCH_UP_SHARDS_MAX
 from ..log.journal import last_commit
 from ..log.log import Log
 from ..members.members import Member, State, open_members, open_node
@@ -109,7 +108,7 @@ async def open_store(
         raise MetadataError(
             f"The metadata in {config.metadata} cannot be opened: {error.strerror}."
         ) from error
-    engine = Engine(config.metadata, read_only=read_only)
+    engine = Engine(config.metadata, read_only=read_only, limits=config.limits)
     try:
         rows = _check_format(config, engine)
         members = open_members(config, rows, opened=False)
@@ -139,7 +138,7 @@ async def open_store(
             try:
                 async with trio.open_nursery() as tasks:
                     if background and not read_only:
-                        await store.repairer.catch_up(CATCH_UP_SHARDS_MAX)
+                        await store.repairer.catch_up(config.limits.catch_up_shards_max)
                         for run in store.tasks():
                             tasks.start_soon(run)
                         store.reclaimer.wake()

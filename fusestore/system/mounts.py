@@ -24,7 +24,6 @@ from typing import NamedTuple
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from ..errors import FusestoreError, StoreBusyError, UsageError
-from ..limits import READ_AHEAD_BYTES
 
 SUBTYPE = "fusestore"
 BDI = Path("/sys/class/bdi")
@@ -138,7 +137,7 @@ def find(mountpoint: Path) -> Mount | None:
     return found[-1] if found else None
 
 
-def read_further_ahead(mountpoint: Path) -> None:
+def read_further_ahead(mountpoint: Path, length: int) -> None:
     """Have the kernel ask for more at a time when files are read in order.
 
     Its own choice is 128 KiB.  Only root may say so, and only after the first answer of the mount.
@@ -147,7 +146,7 @@ def read_further_ahead(mountpoint: Path) -> None:
     if mount is not None:
         place = f"{os.major(mount.device)}:{os.minor(mount.device)}"
         with contextlib.suppress(OSError):
-            (BDI / place / "read_ahead_kb").write_text(f"{READ_AHEAD_BYTES >> 10}\n")
+            (BDI / place / "read_ahead_kb").write_text(f"{length >> 10}\n")
 
 
 def containing(path: Path) -> Mount | None:

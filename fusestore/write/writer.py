@@ -32,15 +32,7 @@ from ..format.records import (
     record_length,
 )
 from ..format.schema import OWNER, SegmentState, ShardPlace, Stripe
-from ..limits import (
-    NODE_SECONDS_MAX,
-    OWNERS_PER_ROW_MAX,
-    SEALS_MAX,
-    STRIPE_BYTES,
-    STRIPE_OWNERS_MAX,
-    TAIL_BYTES_MAX,
-    UNFLUSHED_BYTES_MAX,
-)
+from ..limits import OWNERS_PER_ROW_MAX
 from ..log.log import Log, Transaction
 from ..members.members import Member
 
@@ -116,8 +108,9 @@ class _Seal:
     def give_up(self) -> None:
         """Leave the node that is being written to, and its thread, to themselves."""
         member, _ = self.targets[self.next]
+        seconds = member.limits.node_seconds_max
         self.errors[self.next] = NodeTimeoutError(
-            f"Node {member.name} did not take a shard within {NODE_SECONDS_MAX:.0f} seconds."
+            f"Node {member.name} did not take a shard within {seconds:.0f} seconds."
         )
         self.hung = True
         self.attempt += 1
@@ -129,6 +122,7 @@ class Writer:
 
     def __init__(self, log: Log, nursery: trio.Nursery, ask_commit: Callable[[], None]) -> None:
         self._log = log
+        self._limits = log.limits
         self._nursery = nursery
         self._ask_commit = ask_commit
         self._open: dict[Code, UnsealedStripe] = {}
@@ -154,11 +148,12 @@ class Writer:
             await self._waiting.park()
 
     def _unwritten(self) -> int:
-        return len(self._log.unsealed) * STRIPE_BYTES
+        return len(self._log.unsealed) * self._limits.stripe_bytes
 
     def _has_room(self) -> bool:
         return bool(self._log.broken) or (
-            self._seals < SEALS_MAX and self.unflushed < UNFLUSHED_BYTES_MAX
+            self._seals < self._limits.seals_max
+            and self.unflushed < self._limits.unflushed_bytes_max
         )
 
     def flushed(self, length: int) -> None:
@@ -175,9 +170,9 @@ class Writer:
         view = memoryview(data)
         length = len(view)
         self.unflushed += length
-        if self.unflushed * 2 >= UNFLUSHED_BYTES_MAX:
+        if self.unflushed * 2 >= self._limits.unflushed_bytes_max:
             self._ask_commit()
-        if length == STRIPE_BYTES == code.k * code.shard_length(length):
+        if length == self._limits.stripe_bytes == code.k * code.shard_length(length):
             stripe = UnsealedStripe(self._log.next_stripe(), code, view, pooled=False)
             stripe.note_owner(ino, offset, length)
             stripe.position = length
@@ -190,14 +185,17 @@ class Writer:
         while done < length:
             stripe = self._open.get(code) or self._begin(code)
             start = stripe.position
-            part = min(length - done, STRIPE_BYTES - start)
+            part = min(length - done, self._limits.stripe_bytes - start)
             stripe.data[start : start + part] = view[done : done + part]
             stripe.note_owner(ino, offset + done, part)
             stripe.position += part
             txn.point_at(stripe.number, part)
             pieces.append((stripe.number, start, part))
             done += part
-            if stripe.position == STRIPE_BYTES or stripe.owners_count >= STRIPE_OWNERS_MAX:
+            if (
+                stripe.position == self._limits.stripe_bytes
+                or stripe.owners_count >= self._limits.stripe_owners_max
+            ):
                 self._seal(stripe, alive=True)
         return pieces
 
@@ -228,7 +226,9 @@ class Writer:
     def _buffer(self, code: Code) -> bytearray:
         """Room for a stripe's data; what it holds is of no meaning."""
         free = self._pool.setdefault(code, [])
-        return free.pop() if free else bytearray(code.k * code.shard_length(STRIPE_BYTES))
+        return (
+            free.pop() if free else bytearray(code.k * code.shard_length(self._limits.stripe_bytes))
+        )
 
     def adopt(self, number: int, code: Code, tails: dict[int, bytes]) -> None:
         """Take a stripe that a crash left open into memory, of what commits hold of it."""
@@ -249,7 +249,7 @@ class Writer:
             fresh = stripe.position - stripe.committed
             if fresh == 0:
                 continue
-            if fresh > TAIL_BYTES_MAX:
+            if fresh > self._limits.tail_bytes_max:
                 self._seal(stripe)
                 continue
             if self._log.engine.get(schema.live_key(stripe.number)) is not None:
@@ -320,7 +320,7 @@ class Writer:
         self, stripe: UnsealedStripe, targets: list[tuple[Member, ShardPlace]]
     ) -> None:
         free = self._parity.setdefault(stripe.code, [])
-        size = stripe.code.m * stripe.code.shard_length(STRIPE_BYTES)
+        size = stripe.code.m * stripe.code.shard_length(self._limits.stripe_bytes)
         work = _Seal(stripe, targets, free.pop() if free else bytearray(size))
         await self._run(work)
         checksums, errors = work.checksums, work.errors
@@ -422,7 +422,7 @@ class Writer:
                 nursery.start_soon(attempt)
                 while not done.is_set():
                     before = work.next
-                    with trio.move_on_after(NODE_SECONDS_MAX):
+                    with trio.move_on_after(self._limits.node_seconds_max):
                         await done.wait()
                     if not done.is_set() and work.checksums and work.next == before:
                         work.give_up()
