@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
 from fusestore.errors import BadMagicError, ChecksumError, TruncatedError, UnknownVersionError
-from fusestore.format import schema
+from fusestore.format import file_rows, keys, store_rows, stripe_rows
 from fusestore.format.erasure import Code
 from fusestore.format.records import (
     Commit,
@@ -147,32 +147,38 @@ NUMBER = st.integers(0, 2**63)
 
 @given(NUMBER, NUMBER, NUMBER, NUMBER)
 def test_keys_sort_as_their_numbers(a: int, b: int, c: int, d: int) -> None:
-    assert (schema.extent_key(a, b) < schema.extent_key(c, d)) == ((a, b) < (c, d))
-    assert (schema.listing_key(a, b) < schema.listing_key(c, d)) == ((a, b) < (c, d))
+    assert (file_rows.extent_key(a, b) < file_rows.extent_key(c, d)) == ((a, b) < (c, d))
+    assert (file_rows.listing_key(a, b) < file_rows.listing_key(c, d)) == ((a, b) < (c, d))
 
 
 def test_rows_read_as_they_are_written() -> None:
-    inode = schema.Inode(0o100644, 1, 2, 3, 2**63 - 1, 5, -6, 7, 8, 9, 10, 11, 12, 4, 2)
-    assert schema.Inode.decode(inode.encode()) == inode
-    extent = schema.Extent(2**62, 1 << 20, 5 << 40, 77)
-    assert schema.Extent.decode(schema.extent_key(9, 2**62), extent.encode()) == extent
-    shards = tuple(schema.ShardPlace(i, i + 1, i << 33) for i in range(6))
+    inode = file_rows.Inode(0o100644, 1, 2, 3, 2**63 - 1, 5, -6, 7, 8, 9, 10, 11, 12, 4, 2)
+    assert file_rows.Inode.decode(inode.encode()) == inode
+    extent = file_rows.Extent(2**62, 1 << 20, 5 << 40, 77)
+    assert file_rows.Extent.decode(file_rows.extent_key(9, 2**62), extent.encode()) == extent
+    shards = tuple(stripe_rows.ShardPlace(i, i + 1, i << 33) for i in range(6))
     sums = tuple(bytes([i]) * 8 * 17 for i in range(6))
-    stripe = schema.Stripe(Code(4, 2), 1 << 20, shards, sums)
-    assert schema.Stripe.decode(stripe.encode()) == stripe
-    counters = schema.Counters(5, 6, 7, 8, -1)
-    assert schema.Counters.decode(counters.encode()) == counters
-    state = schema.LogState(1, "ab" * 16, 2, 2**64 - 1, 4)
-    assert schema.LogState.decode(state.encode()) == state
-    rows = [schema.NodeRow(1, "a", "r", "/a", True), schema.NodeRow(2, "b", "s", "/b", False, 17)]
-    assert schema.decode_nodes(schema.encode_nodes(rows)) == rows
-    assert schema.decode_missing_key(schema.missing_key(3, 5 << 40, 2)) == (3, 5 << 40, 2)
-    assert schema.decode_reclaim_key(schema.reclaim_key(3, 4, 5)) == (3, 4, 5)
-    assert schema.decode_tail(schema.tail_value(Code(4, 2), b"xyz")) == (Code(4, 2), b"xyz")
+    stripe = stripe_rows.Stripe(Code(4, 2), 1 << 20, shards, sums)
+    assert stripe_rows.Stripe.decode(stripe.encode()) == stripe
+    counters = store_rows.Counters(5, 6, 7, 8, -1)
+    assert store_rows.Counters.decode(counters.encode()) == counters
+    state = store_rows.LogState(1, "ab" * 16, 2, 2**64 - 1, 4)
+    assert store_rows.LogState.decode(state.encode()) == state
+    rows = [
+        store_rows.NodeRow(1, "a", "r", "/a", True),
+        store_rows.NodeRow(2, "b", "s", "/b", False, 17),
+    ]
+    assert store_rows.decode_nodes(store_rows.encode_nodes(rows)) == rows
+    assert stripe_rows.decode_missing_key(stripe_rows.missing_key(3, 5 << 40, 2)) == (3, 5 << 40, 2)
+    assert stripe_rows.decode_reclaim_key(stripe_rows.reclaim_key(3, 4, 5)) == (3, 4, 5)
+    assert stripe_rows.decode_tail(stripe_rows.tail_value(Code(4, 2), b"xyz")) == (
+        Code(4, 2),
+        b"xyz",
+    )
 
 
 @given(st.binary(min_size=1, max_size=12))
 def test_after_a_prefix_comes_the_next_key(prefix: bytes) -> None:
     if prefix != b"\xff" * len(prefix):
-        assert prefix + b"\xff" * 40 < schema.after(prefix)
-        assert schema.after(prefix) > prefix
+        assert prefix + b"\xff" * 40 < keys.after(prefix)
+        assert keys.after(prefix) > prefix

@@ -35,10 +35,11 @@ from fusestore.errors import (
     NotDurableError,
 )
 from fusestore.files.filesystem import FileSystem
-from fusestore.format import schema
+from fusestore.format import file_rows, keys, store_rows, stripe_rows
 from fusestore.format.erasure import Code
+from fusestore.format.file_rows import ROOT, Inode
 from fusestore.format.records import Kind, Place, Run, decode_changes, decode_commit, records
-from fusestore.format.schema import ROOT, Inode, Stripe
+from fusestore.format.stripe_rows import Stripe
 from fusestore.limits import DEFAULTS, STRIPE_BYTES, Limits
 from fusestore.members.members import open_node
 from fusestore.metadata.engine import Engine
@@ -86,16 +87,16 @@ class Opened:
 
     def rows(self, table: bytes) -> list[tuple[bytes, bytes]]:
         """All rows of a table, by its letter."""
-        return list(self.store.log.engine.scan(table, schema.after(table)))
+        return list(self.store.log.engine.scan(table, keys.after(table)))
 
     def check_counters(self) -> None:
         """`live`, `allocated` and the counters against the extents."""
         live: dict[int, int] = {}
         for key, value in self.rows(b"E"):
-            extent = schema.Extent.decode(key, value)
+            extent = file_rows.Extent.decode(key, value)
             live[extent.stripe] = live.get(extent.stripe, 0) + extent.length
         found = {
-            schema.decode_stripe_key(key): schema.decode_live(value)
+            stripe_rows.decode_stripe_key(key): stripe_rows.decode_live(value)
             for key, value in self.rows(b"V")
         }
         assert found == live
@@ -444,7 +445,7 @@ async def test_rotten_shards_never_show_and_are_healed(config: StoreConfig) -> N
     async with opened(config) as one:
         await one.put("f", data)
     async with opened(config) as one:
-        stripes = [(schema.decode_stripe_key(k), Stripe.decode(v)) for k, v in one.rows(b"S")]
+        stripes = [(stripe_rows.decode_stripe_key(k), Stripe.decode(v)) for k, v in one.rows(b"S")]
         for number, row in stripes:
             flip(config, one, number, row, chance.randrange(2), chance.randrange(row.shard_length))
         assert await one.get("f") == data
@@ -464,7 +465,7 @@ async def test_different_blocks_of_all_shards_may_rot(config: StoreConfig) -> No
         await one.put("f", data)
     async with opened(config) as one:
         ((key, value),) = one.rows(b"S")
-        number, row = schema.decode_stripe_key(key), Stripe.decode(value)
+        number, row = stripe_rows.decode_stripe_key(key), Stripe.decode(value)
         for index in range(3):
             flip(config, one, number, row, index, index * 100_000)
         assert await one.get("f") == data
@@ -475,7 +476,7 @@ async def test_more_rot_than_the_code_allows_is_an_error_and_no_byte(config: Sto
         await one.put("f", random.Random(10).randbytes(1 << 20))
     async with opened(config) as one:
         ((key, value),) = one.rows(b"S")
-        number, row = schema.decode_stripe_key(key), Stripe.decode(value)
+        number, row = stripe_rows.decode_stripe_key(key), Stripe.decode(value)
         for index in range(2):
             flip(config, one, number, row, index, 5)
         with pytest.raises(LostError):
@@ -506,7 +507,7 @@ async def test_a_snapshot_and_the_commits_after_it_are_the_state(
         state = {
             key: value
             for key, value in one.store.log.engine.scan(b"A", b"[")
-            if key != schema.LOG_KEY
+            if key != store_rows.LOG_KEY
         }
         path = config.nodes[node].path
         place = Place(config.uuid, config.nodes[node].name, Run.JOURNAL, 0)
@@ -525,7 +526,7 @@ async def test_a_snapshot_and_the_commits_after_it_are_the_state(
         for number, changes in sorted(commits):
             if number > begin:
                 loaded.update(changes)
-        found = {k: v for k, v in loaded.items() if v is not None and k != schema.LOG_KEY}
+        found = {k: v for k, v in loaded.items() if v is not None and k != store_rows.LOG_KEY}
         assert found == state
 
 
@@ -803,12 +804,12 @@ async def test_a_shard_on_its_way_is_not_cut_off(config: StoreConfig) -> None:
         await one.store.committer.commit()
         member = one.store.log.members.all[0]
         ((key, value),) = one.rows(b"S")
-        number, row = schema.decode_stripe_key(key), Stripe.decode(value)
+        number, row = stripe_rows.decode_stripe_key(key), Stripe.decode(value)
         index = next(i for i, place in enumerate(row.shards) if place.node == member.id)
         gate = threading.Event()
         slow = SlowNode(member.node, gate, row.shards[index].offset)
         member.node = slow
-        one.store.log.apply({schema.missing_key(member.id, number, index): b""})
+        one.store.log.apply({stripe_rows.missing_key(member.id, number, index): b""})
         await one.put("b", files["b"])
         member.roll()
         async with trio.open_nursery() as nursery:

@@ -44,7 +44,7 @@ from test_2_power_cut import (
 
 from fusestore.config.store_config import StoreConfig
 from fusestore.errors import FusestoreError, LostError, MetadataError, NodeError, NodeFullError
-from fusestore.format.schema import ROOT
+from fusestore.format.file_rows import ROOT
 from fusestore.limits import Limits
 
 SHORT = 7

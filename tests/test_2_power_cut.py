@@ -32,7 +32,7 @@ from fusestore.errors import FusestoreError, ReplayError
 from fusestore.files.filesystem import FileSystem
 from fusestore.files.tree import Change
 from fusestore.format.erasure import Code
-from fusestore.format.schema import ROOT
+from fusestore.format.file_rows import ROOT
 from fusestore.limits import Limits
 from fusestore.store.opening import open_store
 

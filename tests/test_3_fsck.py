@@ -24,9 +24,10 @@ from fusestore.config.mkfs import make_store
 from fusestore.config.store_config import StoreConfig, load
 from fusestore.errors import LostError, UsageError
 from fusestore.files.filesystem import FileSystem
-from fusestore.format import schema
+from fusestore.format import file_rows, stripe_rows
+from fusestore.format.file_rows import ROOT, Extent, Inode
 from fusestore.format.records import Run
-from fusestore.format.schema import ROOT, Extent, Inode, Stripe
+from fusestore.format.stripe_rows import Stripe
 from fusestore.limits import STRIPE_BYTES
 from fusestore.metadata.engine import Engine
 from fusestore.nodes.directory import segment_path
@@ -229,7 +230,7 @@ async def test_bytes_that_are_nowhere_are_an_error_and_no_zeros(config: StoreCon
     def drop(rows: Rows) -> int:
         victim = max(key for key in rows if key[:1] == b"S")
         del rows[victim]
-        return schema.decode_stripe_key(victim)
+        return stripe_rows.decode_stripe_key(victim)
 
     edit(config, drop)
     async with mended(config) as one:
@@ -244,9 +245,9 @@ async def test_bytes_that_are_nowhere_are_an_error_and_no_zeros(config: StoreCon
 
 async def test_what_has_no_place_goes_to_lost_and_found(config: StoreConfig) -> None:
     def drop(rows: Rows) -> int:
-        key = schema.name_key(ROOT, b"folder")
-        ino, cookie = schema.decode_name(rows.pop(key))
-        del rows[schema.listing_key(ROOT, cookie)]
+        key = file_rows.name_key(ROOT, b"folder")
+        ino, cookie = file_rows.decode_name(rows.pop(key))
+        del rows[file_rows.listing_key(ROOT, cookie)]
         return ino
 
     async with opened(config) as one:
@@ -259,11 +260,11 @@ async def test_what_has_no_place_goes_to_lost_and_found(config: StoreConfig) -> 
 
 async def test_directories_inside_themselves_are_taken_out(config: StoreConfig) -> None:
     def loop(rows: Rows) -> None:
-        folder, cookie = schema.decode_name(rows.pop(schema.name_key(ROOT, b"folder")))
-        del rows[schema.listing_key(ROOT, cookie)]
-        inner, _ = schema.decode_name(rows[schema.name_key(folder, b"inner")])
-        rows[schema.name_key(inner, b"folder")] = schema.name_value(folder, cookie)
-        rows[schema.listing_key(inner, cookie)] = schema.listing_value(folder, b"folder")
+        folder, cookie = file_rows.decode_name(rows.pop(file_rows.name_key(ROOT, b"folder")))
+        del rows[file_rows.listing_key(ROOT, cookie)]
+        inner, _ = file_rows.decode_name(rows[file_rows.name_key(folder, b"inner")])
+        rows[file_rows.name_key(inner, b"folder")] = file_rows.name_value(folder, cookie)
+        rows[file_rows.listing_key(inner, cookie)] = file_rows.listing_value(folder, b"folder")
 
     edit(config, loop)
     async with mended(config) as one:
@@ -277,12 +278,12 @@ async def test_extents_that_overlap_or_lie_past_the_end_become_files(config: Sto
             (k, v) for k, v in rows.items() if k[:1] == b"E" and Extent.decode(k, v).length > 5000
         )
         extent = Extent.decode(key, value)
-        ino = schema.decode_ino_key(key)
+        ino = file_rows.decode_ino_key(key)
         inside = Extent(extent.offset + 100, 50, extent.stripe, extent.stripe_offset)
-        rows[schema.extent_key(ino, inside.offset)] = inside.encode()
-        inode = Inode.decode(rows[schema.inode_key(ino)])
+        rows[file_rows.extent_key(ino, inside.offset)] = inside.encode()
+        inode = Inode.decode(rows[file_rows.inode_key(ino)])
         past = Extent(inode.size + 10, 60, extent.stripe, extent.stripe_offset)
-        rows[schema.extent_key(ino, past.offset)] = past.encode()
+        rows[file_rows.extent_key(ino, past.offset)] = past.encode()
 
     edit(config, overlap)
     async with opened(config) as one:
@@ -362,11 +363,11 @@ async def test_a_mount_believes_no_trim_and_no_orphan_that_the_inode_contradicts
 
     def wrong(rows: Rows) -> None:
         for name, key, value in (
-            (b"file1", schema.trim_key, bytes(8)),
-            (b"file2", schema.orphan_key, b""),
-            (b"folder", schema.orphan_key, b""),
+            (b"file1", file_rows.trim_key, bytes(8)),
+            (b"file2", file_rows.orphan_key, b""),
+            (b"folder", file_rows.orphan_key, b""),
         ):
-            rows[key(schema.decode_name(rows[schema.name_key(ROOT, name)])[0])] = value
+            rows[key(file_rows.decode_name(rows[file_rows.name_key(ROOT, name)])[0])] = value
 
     edit(config, wrong)
     async with opened(config) as one:
@@ -391,8 +392,8 @@ async def test_a_stray_row_of_a_listing_makes_no_file_a_directory(config: StoreC
         before = await read_all(one)
 
     def stray(rows: Rows) -> None:
-        file, _ = schema.decode_name(rows[schema.name_key(ROOT, b"file1")])
-        rows[schema.listing_key(file, 20)] = schema.listing_value(file, b"name")
+        file, _ = file_rows.decode_name(rows[file_rows.name_key(ROOT, b"file1")])
+        rows[file_rows.listing_key(file, 20)] = file_rows.listing_value(file, b"name")
 
     edit(config, stray)
     async with mended(config) as one:
@@ -413,13 +414,13 @@ async def test_shards_that_are_cut_in_half_are_named(config: StoreConfig) -> Non
 async def test_a_stripe_keeps_the_shards_that_another_claims(config: StoreConfig) -> None:
     """Whose shards they are is written on the nodes."""
     async with opened(config) as one:
-        first, *_, last = (schema.decode_stripe_key(key) for key, _ in one.rows(b"S"))
+        first, *_, last = (stripe_rows.decode_stripe_key(key) for key, _ in one.rows(b"S"))
         row = one.store.reader.stripe(last)
         assert row is not None
         before = bytes(await one.store.reader.read_stripe(last, 0, row.length))
 
     def claim(rows: Rows) -> None:
-        rows[schema.stripe_key(first)] = rows[schema.stripe_key(last)]
+        rows[stripe_rows.stripe_key(first)] = rows[stripe_rows.stripe_key(last)]
 
     edit(config, claim)
     async with mended(config) as one:

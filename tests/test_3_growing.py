@@ -26,10 +26,10 @@ from fusestore.config import store_config as configuration
 from fusestore.config.mkfs import make_store
 from fusestore.config.store_config import CONFIG_NAME, NodeConfig, StoreConfig, load, write
 from fusestore.errors import ConfigError, FusestoreError, NodeError, UsageError
-from fusestore.format import schema
+from fusestore.format import store_rows
 from fusestore.format.erasure import Code
 from fusestore.format.records import Run
-from fusestore.format.schema import Stripe
+from fusestore.format.stripe_rows import Stripe
 from fusestore.grow import topology
 from fusestore.limits import DEFAULTS, MIB, STRIPE_BYTES
 from fusestore.members.members import Member
@@ -568,7 +568,7 @@ async def test_a_store_without_weights_reads_as_before(tmp_path: Path) -> None:
     config = make_store(tmp_path / "store")
     async with opened(config) as one:
         files = await fill(one)
-        value = one.store.log.engine.get(schema.NODES_KEY)
+        value = one.store.log.engine.get(store_rows.NODES_KEY)
         assert value is not None
         assert all(row.keys() <= OLD_FIELDS for row in json.loads(value))
     assert "weight" not in (config.store / CONFIG_NAME).read_text()

@@ -21,9 +21,10 @@ from fusestore.config.mkfs import make_store
 from fusestore.config.store_config import StoreConfig
 from fusestore.errors import NoSpaceError, UsageError
 from fusestore.files.attributes import CODE, POLICY
-from fusestore.format import schema
+from fusestore.format import stripe_rows
 from fusestore.format.erasure import Code
-from fusestore.format.schema import ROOT, Stripe
+from fusestore.format.file_rows import ROOT
+from fusestore.format.stripe_rows import Stripe
 from fusestore.limits import DEFAULTS, STRIPE_BYTES
 from fusestore.store.opening import open_store
 
@@ -45,7 +46,7 @@ def codes(one: Opened, ino: int) -> set[str]:
     found = set()
     for extent in one.store.reader.extents(ino, 0, 1 << 60):
         unsealed = one.store.log.unsealed.get(extent.stripe)
-        row = one.store.log.engine.get(schema.stripe_key(extent.stripe))
+        row = one.store.log.engine.get(stripe_rows.stripe_key(extent.stripe))
         if unsealed is not None:
             found.add(str(unsealed.code))
         else:

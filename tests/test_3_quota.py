@@ -19,8 +19,8 @@ from test_3_fsck import check, edit
 from fusestore.config.mkfs import make_store
 from fusestore.config.store_config import StoreConfig
 from fusestore.errors import CrossesQuotaError, FileSystemError, QuotaError, UsageError
-from fusestore.format import schema
-from fusestore.format.schema import NO_LIMIT, ROOT, Quota, QuotaState
+from fusestore.format import file_rows
+from fusestore.format.file_rows import NO_LIMIT, ROOT, Quota, QuotaState
 from fusestore.limits import STRIPE_BYTES
 from fusestore.rescue.fsck_mend import fsck
 from fusestore.rescue.recover import recover
@@ -61,7 +61,7 @@ async def clear(one: Opened, ino: int) -> None:
 
 
 def row(one: Opened, ino: int) -> Quota | None:
-    value = one.store.log.engine.get(schema.quota_key(ino))
+    value = one.store.log.engine.get(file_rows.quota_key(ino))
     return Quota.decode(value) if value is not None else None
 
 
@@ -311,7 +311,7 @@ async def test_what_is_there_is_counted_and_given_back(config: StoreConfig) -> N
         await clear(one, outer)
         await clear(one, inner)
         assert one.rows(b"B") == []
-        inodes = [schema.Inode.decode(value) for _, value in one.rows(b"I")]
+        inodes = [file_rows.Inode.decode(value) for _, value in one.rows(b"I")]
         assert not any(inode.quota_root for inode in inodes)
     await clean(config)
 
@@ -465,7 +465,7 @@ async def test_fsck_counts_anew(config: StoreConfig, what: str) -> None:
         expected = usage(one, outer)
 
     def hurt(rows: dict[bytes, bytes]) -> None:
-        key = schema.quota_key(top)
+        key = file_rows.quota_key(top)
         found = Quota.decode(rows[key])
         if what == "count":
             found.bytes_used += 1
@@ -477,7 +477,7 @@ async def test_fsck_counts_anew(config: StoreConfig, what: str) -> None:
             del rows[key]
         else:
             for key in [key for key in rows if key[:1] == b"I"][5::7]:
-                inode = schema.Inode.decode(rows[key])
+                inode = file_rows.Inode.decode(rows[key])
                 inode.quota_root = 0
                 rows[key] = inode.encode()
 

@@ -42,10 +42,10 @@ from fusestore.errors import (
 )
 from fusestore.files.filesystem import FileSystem
 from fusestore.files.tree import Change
-from fusestore.format import acl, schema
+from fusestore.format import acl, file_rows
 from fusestore.format.erasure import Code
+from fusestore.format.file_rows import ROOT, Extent
 from fusestore.format.records import Header, Kind, Place, Run, records
-from fusestore.format.schema import ROOT, Extent
 from fusestore.limits import STRIPE_BYTES, Limits
 from fusestore.metadata.engine import Engine
 from fusestore.rescue.recover import recover
@@ -92,7 +92,7 @@ def walk(one: Opened) -> dict[bytes, int]:
 def data_ranges(one: Opened, ino: int) -> tuple[tuple[int, int], ...]:
     """Where a file has bytes; the rest are holes."""
     ranges: list[tuple[int, int]] = []
-    start, end = schema.extent_key(ino, 0), schema.extent_key(ino + 1, 0)
+    start, end = file_rows.extent_key(ino, 0), file_rows.extent_key(ino + 1, 0)
     for key, value in one.store.log.engine.scan(start, end):
         extent = Extent.decode(key, value)
         if ranges and ranges[-1][1] == extent.offset:

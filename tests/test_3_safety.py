@@ -20,9 +20,9 @@ from test_2_log import Opened, limited, loses_a_region, opened
 from fusestore.config.mkfs import make_store
 from fusestore.config.store_config import StoreConfig, load
 from fusestore.errors import UsageError
-from fusestore.format import schema
+from fusestore.format import stripe_rows
 from fusestore.format.erasure import Code
-from fusestore.format.schema import Stripe
+from fusestore.format.stripe_rows import Stripe
 from fusestore.limits import STRIPE_BYTES
 from fusestore.rescue.recover import recover
 from fusestore.serve.daemon import _commands, offline
@@ -251,7 +251,8 @@ async def test_a_drill_finds_what_could_not_be_lost(tmp_path: Path) -> None:
     async with opened(config) as one:
         await fill(one)
         number, row = next(
-            (schema.decode_stripe_key(key), Stripe.decode(value)) for key, value in one.rows(b"S")
+            (stripe_rows.decode_stripe_key(key), Stripe.decode(value))
+            for key, value in one.rows(b"S")
         )
         place = next(
             p for p in row.shards if one.store.log.members.by_id[p.node].name == REGIONS[0]
@@ -314,13 +315,13 @@ async def test_the_weakest_stripes_come_first(tmp_path: Path) -> None:
     config = make_store(tmp_path / "store", code=Code(4, 2))
     async with opened(config) as one:
         files = await fill(one)
-        weak = {schema.decode_stripe_key(key) for key, _ in one.rows(b"S")[::4]}
+        weak = {stripe_rows.decode_stripe_key(key) for key, _ in one.rows(b"S")[::4]}
         other = one.store.log.members.all[1]
         for number in weak:
             row = one.store.reader.stripe(number)
             assert row is not None
             index = next(i for i, place in enumerate(row.shards) if place.node == other.id)
-            one.store.log.apply({schema.missing_key(other.id, number, index): b""})
+            one.store.log.apply({stripe_rows.missing_key(other.id, number, index): b""})
         order: list[int] = []
         rebuild = one.store.repairer.rebuilder.rebuild
 

@@ -40,7 +40,7 @@ from fusestore.config.mkfs import make_store
 from fusestore.config.mount_options import MountOptions, parse_address
 from fusestore.config.store_config import COUNTS_NAME, StoreConfig, load
 from fusestore.errors import ConfigError, FusestoreError, NoEntryError, NoSpaceError, UsageError
-from fusestore.format import schema
+from fusestore.format import stripe_rows
 from fusestore.format.erasure import Code
 from fusestore.limits import STRIPE_BYTES
 from fusestore.metadata.engine import Engine
@@ -262,9 +262,11 @@ async def test_missing_shards_are_counted_beside_the_loop(config: StoreConfig) -
         await one.checkpoint()
         engine = one.store.log.engine
         node = one.store.log.members.all[1].id
-        engine.apply({schema.missing_key(node, n, 0): b"" for n in range(1 << 41, (1 << 41) + 300)})
+        engine.apply(
+            {stripe_rows.missing_key(node, n, 0): b"" for n in range(1 << 41, (1 << 41) + 300)}
+        )
         view = engine.view(b"M")
-        engine.apply({schema.missing_key(node, 1 << 41, 0): None})
+        engine.apply({stripe_rows.missing_key(node, 1 << 41, 0): None})
         with view:
             assert len(list(view.scan(b"M", b"N"))) == 300
         status = await one.store.status()
@@ -275,7 +277,7 @@ async def test_missing_shards_are_counted_beside_the_loop(config: StoreConfig) -
 
 def test_a_view_outlives_its_engine(tmp_path: Path) -> None:
     engine = Engine(tmp_path)
-    engine.apply({schema.missing_key(1, n, 0): b"" for n in range(1000)})
+    engine.apply({stripe_rows.missing_key(1, n, 0): b"" for n in range(1000)})
     engine.freeze()
     engine.write()
     engine.thaw()

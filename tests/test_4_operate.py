@@ -22,7 +22,7 @@ from fusestore.config.mkfs import make_store
 from fusestore.config.mount_options import MountOptions, of_fstab
 from fusestore.config.store_config import StoreConfig
 from fusestore.errors import FusestoreError, MetadataError, UnknownVersionError, UsageError
-from fusestore.format import records, schema
+from fusestore.format import records, store_rows
 from fusestore.serve import units
 from fusestore.serve.daemon import offline
 from fusestore.system import logs
@@ -164,7 +164,7 @@ def test_metadata_of_a_newer_format_is_refused_in_one_sentence(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as newer:
-        newer.setattr(schema, "FORMAT", 2)
+        newer.setattr(store_rows, "FORMAT", 2)
         opened(config)
     with pytest.raises(MetadataError, match=r"has format 2; this fusestore knows 1: use a newer"):
         opened(config)

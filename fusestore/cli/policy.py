@@ -205,7 +205,7 @@ def quota() -> None:
 
 def _limit(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
     """A number, for bytes with a unit; `none` is no limit."""
-    from ..format.schema import NO_LIMIT
+    from ..format.file_rows import NO_LIMIT
 
     if value is None or value.lower() == "none":
         return None if value is None else NO_LIMIT

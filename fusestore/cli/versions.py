@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from .. import __version__
-from ..format import erasure, schema
+from ..format import erasure, store_rows
 
 LIBRARIES = ("libfuse3", "libisal")
 PACKAGES = ("pyfuse3", "lmdb", "trio", "cffi", "reedsolo", "xxhash")
@@ -19,7 +19,7 @@ def versions() -> dict[str, str]:
     """The versions by name; a library that is not there is `missing`."""
     import_module("..serve.operations", __package__)  # loads libfuse3
     erasure.self_check(erasure.Code(2, 1))  # loads ISA-L
-    found = {"fusestore": __version__, "format": str(schema.FORMAT)}
+    found = {"fusestore": __version__, "format": str(store_rows.FORMAT)}
     found |= {"Python": platform.python_version(), "Linux": platform.release()}
     found |= {name: _library(name) for name in LIBRARIES}
     return found | {name: _package(name) for name in PACKAGES}

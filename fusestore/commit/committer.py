@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, replace
 import trio
 
 from ..errors import MetadataError, NodeError, NodeTimeoutError, NotDurableError
-from ..format import schema
+from ..format import store_rows, stripe_rows
 from ..format.records import (
     HEADER_BYTES,
     Commit,
@@ -38,7 +38,8 @@ from ..format.records import (
     encode_commit,
     record_length,
 )
-from ..format.schema import LogState, NodeRow, Stripe
+from ..format.store_rows import LogState, NodeRow
+from ..format.stripe_rows import Stripe
 from ..log.log import Log
 from ..members.journal_room import JournalRoom
 from ..members.members import Member
@@ -211,8 +212,8 @@ class Committer:
         """Put a changed set of nodes, and what lost ones lack, among the changes."""
         for member in self._left():
             for stripe, index in member.unflushed:
-                if self._log.engine.get(schema.stripe_key(stripe)) is not None:
-                    self._log.apply({schema.missing_key(member.id, stripe, index): b""})
+                if self._log.engine.get(stripe_rows.stripe_key(stripe)) is not None:
+                    self._log.apply({stripe_rows.missing_key(member.id, stripe, index): b""})
             member.unflushed = []
             member.dirty = set()
         rows = self._node_rows()
@@ -225,7 +226,7 @@ class Committer:
             )
             raise NotDurableError(self._log.broken)
         self.rows = rows
-        self._log.apply({schema.NODES_KEY: schema.encode_nodes(rows)})
+        self._log.apply({store_rows.NODES_KEY: store_rows.encode_nodes(rows)})
         return True
 
     def _take(self, *, force: bool, cover: bool) -> Taken | None:
@@ -234,17 +235,17 @@ class Committer:
         self.writer.settle()
         sealing = self.writer.being_sealed()
         for stripe in sealing:
-            if engine.get(schema.live_key(stripe.number)) is None:
+            if engine.get(stripe_rows.live_key(stripe.number)) is None:
                 stripe.dead = True
                 state.counters.stripes -= 1
         counters = state.counters.encode()
         if counters != self._counters:
             self._counters = counters
-            state.apply({schema.COUNTERS_KEY: counters})
+            state.apply({store_rows.COUNTERS_KEY: counters})
         for member in state.members.all:
             for segment in member.changed:
                 found = member.committed(segment)
-                key = schema.segment_key(member.id, segment)
+                key = stripe_rows.segment_key(member.id, segment)
                 state.apply({key: found.encode() if found else None})
             member.changed.clear()
         due = force or (
@@ -301,7 +302,7 @@ class Committer:
                 "mend the nodes and mount again."
             )
             raise NotDurableError(state.broken)
-        self.writer.fresh.difference_update(map(schema.decode_stripe_key, self._puts(taken)))
+        self.writer.fresh.difference_update(map(stripe_rows.decode_stripe_key, self._puts(taken)))
         state.state = replace(
             state.state,
             commit=commit.number,
@@ -316,7 +317,7 @@ class Committer:
 
     def _puts(self, taken: Taken) -> list[bytes]:
         """Keys of the new stripes that a commit puts."""
-        keys = map(schema.stripe_key, self.writer.fresh)
+        keys = map(stripe_rows.stripe_key, self.writer.fresh)
         return [key for key in keys if taken.changes.get(key) is not None]
 
     def _is_held(self, taken: Taken) -> bool:
@@ -324,11 +325,14 @@ class Committer:
         members, engine = self._log.members, self._log.engine
         lost = {shard for member in members.all if member.unused for shard in member.unflushed}
         for key in self._puts(taken):
-            number, row = schema.decode_stripe_key(key), Stripe.decode(taken.changes[key] or b"")
+            number, row = (
+                stripe_rows.decode_stripe_key(key),
+                Stripe.decode(taken.changes[key] or b""),
+            )
             good = [
                 place.written
                 and (number, index) not in lost
-                and engine.get(schema.missing_key(place.node, number, index)) is None
+                and engine.get(stripe_rows.missing_key(place.node, number, index)) is None
                 for index, place in enumerate(row.shards)
             ]
             if sum(good) < row.code.k:
@@ -469,7 +473,7 @@ class Committer:
             engine, state = self._log.engine, self._frozen_at
             if state is None:
                 return
-            engine.amend({schema.LOG_KEY: state.encode()})
+            engine.amend({store_rows.LOG_KEY: state.encode()})
             began = time.perf_counter_ns()
             try:
                 await trio.to_thread.run_sync(engine.write)

@@ -15,7 +15,7 @@ from itertools import islice
 import trio
 
 from ..errors import NodeError, NotDurableError
-from ..format import schema
+from ..format import store_rows
 from ..format.records import Changes, Header, Kind, Run, checksum, encode_changes
 from ..log.log import Log
 from ..nodes.base import Node
@@ -35,7 +35,7 @@ class Snapshotter:
         self._limits = state.limits
         self._committer = committer
         self._wake = trio.Event()
-        value = state.engine.get(schema.SNAPSHOT_KEY)
+        value = state.engine.get(store_rows.SNAPSHOT_KEY)
         row = json.loads(value) if value else {"bytes": 0, "segment": 0}
         self.last_bytes: int = row["bytes"]
         """Of the last snapshot, and the journal segment that it begins in."""
@@ -89,7 +89,7 @@ class Snapshotter:
             "pieces": pieces,
             "bytes": total,
         }
-        self._log.apply({schema.SNAPSHOT_KEY: json.dumps(row).encode()})
+        self._log.apply({store_rows.SNAPSHOT_KEY: json.dumps(row).encode()})
         self.last_bytes, self.first_segment = total, first_segment
         await committer.commit()
         # The snapshot counts for certain before what it replaces goes.

@@ -19,7 +19,7 @@ from collections import defaultdict
 import trio
 
 from ..errors import NodeError
-from ..format import schema
+from ..format import keys, stripe_rows
 from ..format.records import Run, record_length
 from ..log.log import Log
 from ..members.members import Member
@@ -81,11 +81,11 @@ class Reclaimer:
 
     async def _reclaim(self, member: Member) -> None:
         engine = self._log.engine
-        prefix = schema.reclaim_key(member.id, 0, 0)[:3]
+        prefix = stripe_rows.reclaim_key(member.id, 0, 0)[:3]
         debt: Debt = defaultdict(list)
-        for key, value in engine.scan_stored(prefix, schema.after(prefix)):
+        for key, value in engine.scan_stored(prefix, keys.after(prefix)):
             if engine.get(key) is not None:
-                _, segment, offset = schema.decode_reclaim_key(key)
+                _, segment, offset = stripe_rows.decode_reclaim_key(key)
                 debt[segment].append((offset, int.from_bytes(value, "little")))
         for segment, shards in debt.items():
             dead = sum(record_length(length) for _, length in shards)
@@ -124,7 +124,7 @@ class Reclaimer:
 
     def _paid(self, member: Member, segment: int, shards: list[tuple[int, int]]) -> None:
         self._log.apply(
-            {schema.reclaim_key(member.id, segment, offset): None for offset, _ in shards}
+            {stripe_rows.reclaim_key(member.id, segment, offset): None for offset, _ in shards}
         )
         for _, length in shards:
             member.release(segment, length)

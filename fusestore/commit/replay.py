@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..errors import NodeError, NodeLacksError, ReplayError
-from ..format import schema
+from ..format import stripe_rows
 from ..format.records import Commit, Run
-from ..format.schema import LogState, Stripe
+from ..format.store_rows import LogState
+from ..format.stripe_rows import Stripe
 from ..log.journal import read_journals
 from ..log.log import Log
 from ..members.members import Member
@@ -166,12 +167,12 @@ def suspect_shards(state: Log, replayed: Replayed) -> dict[bytes, bytes | None]:
     for key, value in replayed.doubtful.items():
         if key[:1] != b"S" or value is None:
             continue
-        number, row = schema.decode_stripe_key(key), Stripe.decode(value)
+        number, row = stripe_rows.decode_stripe_key(key), Stripe.decode(value)
         for index, place in enumerate(row.shards):
             member = state.members.by_id.get(place.node)
             if member is None or not place.written:
                 continue
             # Of a node that is away nobody can tell: it may have flushed nothing of this.
             if member.node is None or member.unused or not shard_is_intact(member, row, index):
-                rows[schema.missing_key(place.node, number, index)] = b""
+                rows[stripe_rows.missing_key(place.node, number, index)] = b""
     return rows

@@ -27,11 +27,11 @@ from ..errors import (
     StaleError,
     UsageError,
 )
-from ..format import acl, schema
+from ..format import acl, file_rows, keys, stripe_rows
 from ..format.erasure import Code
+from ..format.file_rows import Inode
 from ..format.placement import check_region_rule, regions_borne
 from ..format.records import Run
-from ..format.schema import Inode
 from ..limits import FILE_BYTES_MAX, XATTR_BYTES_MAX, XATTR_LIST_BYTES_MAX
 from ..log.log import Log
 from ..nodes.directory import segment_path
@@ -61,15 +61,15 @@ class Attributes:
         if name.startswith(VIRTUAL):
             return self._virtual(ino, name)
         self._check_namespace(name)
-        value = self._log.engine.get(schema.xattr_key(ino, name))
+        value = self._log.engine.get(file_rows.xattr_key(ino, name))
         if value is None:
             raise NoAttributeError("There is no such attribute.")
         return value
 
     def names(self, ino: int) -> list[bytes]:
         """The names of the stored attributes."""
-        prefix = schema.xattr_key(ino, b"")
-        rows = self._log.engine.scan(prefix, schema.after(prefix))
+        prefix = file_rows.xattr_key(ino, b"")
+        rows = self._log.engine.scan(prefix, keys.after(prefix))
         return [key[len(prefix) :] for key, _ in rows]
 
     def set(self, ino: int, name: bytes, value: bytes, *, may_keep_sgid: bool = True) -> None:
@@ -86,7 +86,7 @@ class Attributes:
             raise AttributeTooLargeError(f"A value may have {XATTR_BYTES_MAX} bytes.")
         self._check_namespace(name)
         with self._log.transaction(grows=len(name) + len(value)) as txn:
-            key = schema.xattr_key(ino, name)
+            key = file_rows.xattr_key(ino, name)
             inode = self._inode(ino)
             stored: bytes | None = value
             if name == acl.ACCESS:
@@ -102,7 +102,7 @@ class Attributes:
                 if taken + len(name) + 1 > XATTR_LIST_BYTES_MAX:
                     raise AttributeTooLargeError("The inode has too many attributes.")
             inode.ctime = time.time_ns()
-            txn.put(schema.inode_key(ino), inode.encode())
+            txn.put(file_rows.inode_key(ino), inode.encode())
             if stored is None:
                 txn.delete(key)
             else:
@@ -110,7 +110,7 @@ class Attributes:
 
     def drop_capability(self, ino: int) -> None:
         """What the kernel does before a file changes, unless it may not ask for attributes."""
-        if self._log.engine.get(schema.xattr_key(ino, CAPABILITY)) is not None:
+        if self._log.engine.get(file_rows.xattr_key(ino, CAPABILITY)) is not None:
             self.remove(ino, CAPABILITY)
 
     def remove(self, ino: int, name: bytes) -> None:
@@ -122,12 +122,12 @@ class Attributes:
             raise NotPermittedError("This attribute cannot be removed.")
         self._check_namespace(name)
         with self._log.transaction() as txn:
-            key = schema.xattr_key(ino, name)
+            key = file_rows.xattr_key(ino, name)
             if txn.get(key) is None:
                 raise NoAttributeError("There is no such attribute.")
             inode = self._inode(ino)
             inode.ctime = time.time_ns()
-            txn.put(schema.inode_key(ino), inode.encode())
+            txn.put(file_rows.inode_key(ino), inode.encode())
             txn.delete(key)
 
     @staticmethod
@@ -136,7 +136,7 @@ class Attributes:
             raise NotSupportedError("There are the namespaces user, trusted and security.")
 
     def _inode(self, ino: int) -> Inode:
-        value = self._log.engine.get(schema.inode_key(ino))
+        value = self._log.engine.get(file_rows.inode_key(ino))
         if value is None:
             raise StaleError(f"There is no inode {ino}.")
         return Inode.decode(value)
@@ -222,7 +222,7 @@ class Attributes:
         shards = []
         for index, place in enumerate(row.shards):
             member = self._log.members.by_id[place.node]
-            missing = self._log.engine.get(schema.missing_key(place.node, number, index))
+            missing = self._log.engine.get(stripe_rows.missing_key(place.node, number, index))
             here = place.written and missing is None and not member.unused
             shards.append(
                 {

@@ -18,9 +18,9 @@ from itertools import islice
 import trio
 
 from ..errors import FileTooLargeError, IsDirectoryError, QuotaError, StaleError
-from ..format import schema
+from ..format import file_rows, keys, tables
 from ..format.erasure import Code
-from ..format.schema import Extent, Inode
+from ..format.file_rows import Extent, Inode
 from ..limits import FILE_BYTES_MAX
 from ..log.log import Log, Transaction
 from ..read.reader import Reader
@@ -52,7 +52,7 @@ class Contents:
     async def read(self, ino: int, offset: int, size: int) -> Data:
         """Up to `size` bytes from `offset`; fewer only at the end of the file."""
         self._log.used_at = trio.current_time()
-        value = self._log.engine.get(schema.inode_key(ino))
+        value = self._log.engine.get(file_rows.inode_key(ino))
         if value is None:
             raise StaleError(f"There is no inode {ino}.")
         return await self._reader.read(ino, offset, min(offset + size, Inode.decode(value).size))
@@ -75,7 +75,7 @@ class Contents:
             inode = self._inode(txn, ino)
             inode.mtime = inode.ctime = time.time_ns()
             if offset < inode.size and self._overwrite(ino, offset, data):
-                txn.put(schema.inode_key(ino), inode.encode())
+                txn.put(file_rows.inode_key(ino), inode.encode())
                 return len(data)
             if inode.quota_root:
                 data = self._within_quota(txn, ino, inode, offset, data, whole)
@@ -88,7 +88,7 @@ class Contents:
                 offset = self._point(txn, ino, offset, *piece)
             inode.allocated += len(data)
             inode.size = max(inode.size, end)
-            txn.put(schema.inode_key(ino), inode.encode())
+            txn.put(file_rows.inode_key(ino), inode.encode())
         return len(data)
 
     def _within_quota(
@@ -137,7 +137,7 @@ class Contents:
             extent = Extent(tail.offset, tail.length + length, stripe, tail.stripe_offset)
         else:
             extent = Extent(offset, length, stripe, at)
-        txn.put(schema.extent_key(ino, extent.offset), extent.encode())
+        txn.put(file_rows.extent_key(ino, extent.offset), extent.encode())
         self._tails[ino] = extent
         if len(self._tails) > self._limits.tail_extents_max:
             self._tails.popitem(last=False)
@@ -146,8 +146,8 @@ class Contents:
     def _cut(self, txn: Transaction, ino: int, inode: Inode, start: int, end: int) -> None:
         """Let go of the file's bytes start <= i < end; `inode` is changed, not put."""
         self._tails.pop(ino, None)
-        low, at = schema.extent_key(ino, 0), schema.extent_key(ino, start)
-        rows = list(txn.scan(schema.extent_key(ino, start + 1), schema.extent_key(ino, end)))
+        low, at = file_rows.extent_key(ino, 0), file_rows.extent_key(ino, start)
+        rows = list(txn.scan(file_rows.extent_key(ino, start + 1), file_rows.extent_key(ino, end)))
         first = txn.last(low, at)
         if first is not None:
             rows.insert(0, first)
@@ -164,12 +164,12 @@ class Contents:
             return
         if extent.offset < start:
             left = extent.part(extent.offset, start)
-            txn.put(schema.extent_key(ino, left.offset), left.encode())
+            txn.put(file_rows.extent_key(ino, left.offset), left.encode())
         else:
-            txn.delete(schema.extent_key(ino, extent.offset))
+            txn.delete(file_rows.extent_key(ino, extent.offset))
         if extent.end > end:
             right = extent.part(end, extent.end)
-            txn.put(schema.extent_key(ino, right.offset), right.encode())
+            txn.put(file_rows.extent_key(ino, right.offset), right.encode())
         txn.let_go(extent.stripe, gone.length)
         inode.allocated -= gone.length
 
@@ -182,7 +182,7 @@ class Contents:
 
     def has(self, ino: int, extent: Extent) -> bool:
         """Whether a file still has exactly this extent."""
-        row = self._log.engine.get(schema.extent_key(ino, extent.offset))
+        row = self._log.engine.get(file_rows.extent_key(ino, extent.offset))
         return row == extent.encode()
 
     def set_code(self, ino: int, code: Code) -> None:
@@ -190,7 +190,7 @@ class Contents:
         with self._log.transaction() as txn:
             inode = self._inode(txn, ino)
             inode.k, inode.m = code.k, code.m
-            txn.put(schema.inode_key(ino), inode.encode())
+            txn.put(file_rows.inode_key(ino), inode.encode())
 
     def recode(self, ino: int, code: Code, parts: list[tuple[Extent, Data | None]]) -> bool:
         """Write what extents (in order) hold to stripes of a code; False if they have changed.
@@ -218,7 +218,7 @@ class Contents:
                     piece = memoryview(run)[start : start + self._limits.stripe_bytes]
                     for place in self._writer.append(txn, code, ino, offset, piece):
                         offset = self._point(txn, ino, offset, *place)
-            txn.put(schema.inode_key(ino), inode.encode())
+            txn.put(file_rows.inode_key(ino), inode.encode())
         return True
 
     # --- truncating ----------------------------------------------------------
@@ -236,9 +236,9 @@ class Contents:
             more = shrinks and self._trim_batch(txn, ino, inode, size)
             if inode.quota_root:
                 quota.charge(txn, inode.quota_root, inode.allocated - before)
-            txn.put(schema.inode_key(ino), inode.encode())
+            txn.put(file_rows.inode_key(ino), inode.encode())
             if more:
-                txn.put(schema.trim_key(ino), size.to_bytes(8, "little"))
+                txn.put(file_rows.trim_key(ino), size.to_bytes(8, "little"))
                 self._trimming[ino] = trio.Event()
         if more:
             # Even if the caller goes away: until it is done nobody can use the file.
@@ -249,12 +249,12 @@ class Contents:
         """Let go of some of what lies past `size`; whether there is more."""
         self._tails.pop(ino, None)
         if size > 0:
-            key = schema.extent_key(ino, size - 1)
-            first = txn.last(schema.extent_key(ino, 0), key)
+            key = file_rows.extent_key(ino, size - 1)
+            first = txn.last(file_rows.extent_key(ino, 0), key)
             if first is not None:
                 extent = Extent.decode(*first)
                 self._cut_extent(txn, ino, inode, extent, size, max(extent.end, size))
-        start, end = schema.extent_key(ino, size), schema.extent_key(ino + 1, 0)
+        start, end = file_rows.extent_key(ino, size), file_rows.extent_key(ino + 1, 0)
         rows = list(islice(txn.scan(start, end), self._limits.trim_batch + 1))
         for key, value in rows[: self._limits.trim_batch]:
             extent = Extent.decode(key, value)
@@ -267,16 +267,16 @@ class Contents:
         while more:
             await trio.lowlevel.checkpoint()
             with Transaction(self._log) as txn:
-                value = txn.get(schema.inode_key(ino))
+                value = txn.get(file_rows.inode_key(ino))
                 inode = Inode.decode(value) if value is not None else _GONE
                 before = inode.allocated
                 more = self._trim_batch(txn, ino, inode, size)
                 if value is not None:
                     if inode.quota_root:
                         quota.charge(txn, inode.quota_root, inode.allocated - before)
-                    txn.put(schema.inode_key(ino), inode.encode())
+                    txn.put(file_rows.inode_key(ino), inode.encode())
                 if not more:
-                    txn.delete(schema.trim_key(ino))
+                    txn.delete(file_rows.trim_key(ino))
         event = self._trimming.pop(ino, None)
         if event is not None:
             event.set()
@@ -336,25 +336,25 @@ class Contents:
                 if len(txn.changes) > self._limits.trim_batch:
                     left = inos[i:]
                     break
-                value = txn.get(schema.inode_key(ino))
+                value = txn.get(file_rows.inode_key(ino))
                 if value is None:
                     continue
                 inode = Inode.decode(value)
                 if inode.nlink:
                     log.error("Inode %d is to be removed, and has a name: run fsck.", ino)
                     continue
-                prefix = schema.xattr_key(ino, b"")
-                for key, _ in list(txn.scan(prefix, schema.after(prefix))):
+                prefix = file_rows.xattr_key(ino, b"")
+                for key, _ in list(txn.scan(prefix, keys.after(prefix))):
                     txn.delete(key)
                 if stat.S_ISLNK(inode.mode):
-                    txn.delete(schema.target_key(ino))
-                txn.delete(schema.inode_key(ino))
-                txn.delete(schema.orphan_key(ino))
+                    txn.delete(file_rows.target_key(ino))
+                txn.delete(file_rows.inode_key(ino))
+                txn.delete(file_rows.orphan_key(ino))
                 txn.files -= 1
                 if inode.quota_root:
                     quota.leave(txn, ino, inode)
                 if stat.S_ISREG(inode.mode) and self._trim_batch(txn, ino, inode, 0):
-                    txn.put(schema.trim_key(ino), bytes(8))
+                    txn.put(file_rows.trim_key(ino), bytes(8))
                     trims.append(ino)
         for ino in trims:
             self._nursery.start_soon(self._trim, ino, 0)
@@ -363,17 +363,17 @@ class Contents:
     async def resume(self) -> None:
         """After a mount: end the trims, and remove the orphans, that were left behind."""
         engine = self._log.engine
-        for key, value in list(engine.scan(schema.TRIMS_START, schema.TRIMS_END)):
-            if schema.readable(key, value):
-                ino, size = schema.decode_ino_key(key), int.from_bytes(value, "little")
-                row = engine.get(schema.inode_key(ino))
+        for key, value in list(engine.scan(file_rows.TRIMS_START, file_rows.TRIMS_END)):
+            if tables.readable(key, value):
+                ino, size = file_rows.decode_ino_key(key), int.from_bytes(value, "little")
+                row = engine.get(file_rows.inode_key(ino))
                 if size == (Inode.decode(row).size if row is not None else 0):
                     await self._trim(ino, size)
                 else:
                     log.error("A trim of inode %d is not of its size: run fsck.", ino)
-        rows = engine.scan(schema.ORPHANS_START, schema.ORPHANS_END)
+        rows = engine.scan(file_rows.ORPHANS_START, file_rows.ORPHANS_END)
         orphans: Sequence[int] = [
-            schema.decode_ino_key(key) for key, value in rows if schema.readable(key, value)
+            file_rows.decode_ino_key(key) for key, value in rows if tables.readable(key, value)
         ]
         while orphans:
             orphans = [
@@ -383,7 +383,7 @@ class Contents:
 
     @staticmethod
     def _inode(txn: Transaction, ino: int) -> Inode:
-        value = txn.get(schema.inode_key(ino))
+        value = txn.get(file_rows.inode_key(ino))
         if value is None:
             raise StaleError(f"There is no inode {ino}.")
         inode = Inode.decode(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import trio
 
-from ..format.schema import NO_LIMIT
+from ..format.file_rows import NO_LIMIT
 from ..store.opening import Store
 from .attributes import Attributes
 from .contents import Contents

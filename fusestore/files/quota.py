@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import CrossesQuotaError, QuotaError
-from ..format import schema
-from ..format.schema import NO_LIMIT, Inode, Quota, QuotaState
+from ..format import file_rows
+from ..format.file_rows import NO_LIMIT, Inode, Quota, QuotaState
 from ..log.log import Transaction
 
 
@@ -35,7 +35,7 @@ def chain(get: Callable[[bytes], bytes | None], root: int) -> dict[int, Quota]:
     """The quotas that count what lies in `root`, by directory, the nearest first."""
     rows: dict[int, Quota] = {}
     while root and root not in rows:
-        value = get(schema.quota_key(root))
+        value = get(file_rows.quota_key(root))
         if value is None:
             break
         rows[root] = Quota.decode(value)
@@ -74,9 +74,9 @@ def _check(row: Quota, size: int, files: int) -> None:
 def put(txn: Transaction, ino: int, row: Quota) -> None:
     """Keep a row as long as it means something."""
     if row.state is QuotaState.GONE and row.files_used == 0:
-        txn.delete(schema.quota_key(ino))
+        txn.delete(file_rows.quota_key(ino))
     else:
-        txn.put(schema.quota_key(ino), row.encode())
+        txn.put(file_rows.quota_key(ino), row.encode())
 
 
 def charge(txn: Transaction, root: int, size: int, files: int = 0) -> None:
@@ -99,7 +99,7 @@ def counts_in(txn: Transaction, ino: int, inode: Inode) -> int:
     """The directory whose quota an inode itself counts for."""
     if inode.quota_root != ino:
         return inode.quota_root
-    value = txn.get(schema.quota_key(ino))
+    value = txn.get(file_rows.quota_key(ino))
     return Quota.decode(value).outer if value is not None else 0
 
 
@@ -124,7 +124,7 @@ def leave(txn: Transaction, ino: int, inode: Inode) -> None:
     """An inode that counts for a quota is removed, with all that it has."""
     charge(txn, counts_in(txn, ino, inode), -inode.allocated, -1)
     if inode.quota_root == ino:
-        value = txn.get(schema.quota_key(ino))
+        value = txn.get(file_rows.quota_key(ino))
         if value is not None:
             row = Quota.decode(value)
             row.state = QuotaState.GONE

@@ -18,8 +18,8 @@ from typing import Any
 import trio
 
 from ..errors import FusestoreError, NoEntryError, NotDirectoryError, UsageError
-from ..format import schema
-from ..format.schema import NO_LIMIT, ROOT, Inode, Quota, QuotaState
+from ..format import file_rows
+from ..format.file_rows import NO_LIMIT, ROOT, Inode, Quota, QuotaState
 from ..log.log import Log, Transaction
 from . import quota
 from .quota import Move
@@ -61,7 +61,7 @@ class QuotaRoots:
                 row.bytes_max = row.files_max = NO_LIMIT
             row.bytes_max = row.bytes_max if bytes_max is None else bytes_max
             row.files_max = row.files_max if files_max is None else files_max
-            txn.put(schema.quota_key(ino), row.encode())
+            txn.put(file_rows.quota_key(ino), row.encode())
         self.resume()
 
     def clear(self, ino: int) -> None:
@@ -71,7 +71,7 @@ class QuotaRoots:
             raise UsageError(f"{self._tree.path(ino)} has no quota of its own.")
         with self._log.transaction() as txn:
             row.state = QuotaState.CLEARING
-            txn.put(schema.quota_key(ino), row.encode())
+            txn.put(file_rows.quota_key(ino), row.encode())
         self.resume()
 
     async def wait(self, ino: int) -> None:
@@ -90,8 +90,8 @@ class QuotaRoots:
 
     def all(self) -> list[dict[str, Any]]:
         """All quotas, by path."""
-        rows = self._log.engine.scan(schema.QUOTAS_START, schema.QUOTAS_END)
-        found = [(schema.decode_ino_key(key), Quota.decode(value)) for key, value in rows]
+        rows = self._log.engine.scan(file_rows.QUOTAS_START, file_rows.QUOTAS_END)
+        found = [(file_rows.decode_ino_key(key), Quota.decode(value)) for key, value in rows]
         messages = [self._message(*one) for one in found if one[1].state is not QuotaState.GONE]
         return sorted(messages, key=lambda message: str(message["path"]))
 
@@ -111,7 +111,7 @@ class QuotaRoots:
         return row if row is not None and row.state is QuotaState.ACTIVE else None
 
     def _row(self, ino: int) -> Quota | None:
-        value = self._log.engine.get(schema.quota_key(ino))
+        value = self._log.engine.get(file_rows.quota_key(ino))
         return Quota.decode(value) if value is not None else None
 
     # --- the work ------------------------------------------------------------
@@ -141,8 +141,8 @@ class QuotaRoots:
         self._changed = trio.Event()
 
     def _unfinished(self) -> list[tuple[int, QuotaState]]:
-        rows = self._log.engine.scan(schema.QUOTAS_START, schema.QUOTAS_END)
-        found = [(schema.decode_ino_key(key), Quota.decode(value).state) for key, value in rows]
+        rows = self._log.engine.scan(file_rows.QUOTAS_START, file_rows.QUOTAS_END)
+        found = [(file_rows.decode_ino_key(key), Quota.decode(value).state) for key, value in rows]
         return [one for one in found if one[1] in _UNFINISHED]
 
     def _fence(self) -> None:
@@ -154,7 +154,7 @@ class QuotaRoots:
             if not self._begin(top, state):
                 return
             for step in walk.steps():
-                row, value = self._row(top), self._log.engine.get(schema.inode_key(top))
+                row, value = self._row(top), self._log.engine.get(file_rows.inode_key(top))
                 if row is None or row.state is not state or value is None:
                     return  # it was changed, or removed, meanwhile
                 with self._log.transaction() as txn:
@@ -171,7 +171,7 @@ class QuotaRoots:
     def _begin(self, top: int, state: QuotaState) -> bool:
         """Let the directory itself name its quota, or the one above; False when it is gone."""
         with self._log.transaction() as txn:
-            row, value = self._row(top), txn.get(schema.inode_key(top))
+            row, value = self._row(top), txn.get(file_rows.inode_key(top))
             if row is None:
                 return False
             if value is None:
@@ -186,8 +186,8 @@ class QuotaRoots:
             quota.shift(txn, below, Move(before, above, 0, 1), enforce=False)
             row.outer = above
             inode.quota_root = top if state is QuotaState.COUNTING else above
-            txn.put(schema.inode_key(top), inode.encode())
-            txn.put(schema.quota_key(top), row.encode())
+            txn.put(file_rows.inode_key(top), inode.encode())
+            txn.put(file_rows.quota_key(top), row.encode())
         return True
 
     def _take(
@@ -196,7 +196,7 @@ class QuotaRoots:
         """Let some entries, and what will be made below them, count for `root`."""
         moves: dict[int, list[int]] = defaultdict(lambda: [0, 0])
         for folder, ino in entries:
-            value = txn.get(schema.inode_key(ino))
+            value = txn.get(file_rows.inode_key(ino))
             if value is None or self._tree.inode(folder).quota_root != root:
                 continue
             inode = Inode.decode(value)
@@ -204,11 +204,11 @@ class QuotaRoots:
             if inner is not None:
                 old, size, files = inner.outer, inner.bytes_used, inner.files_used + 1
                 inner.outer = root
-                txn.put(schema.quota_key(ino), inner.encode())
+                txn.put(file_rows.quota_key(ino), inner.encode())
             else:
                 old, size, files = inode.quota_root, inode.allocated, 1
                 inode.quota_root = root
-                txn.put(schema.inode_key(ino), inode.encode())
+                txn.put(file_rows.inode_key(ino), inode.encode())
                 if stat.S_ISDIR(inode.mode):
                     walk.enter(ino)
             moves[old][0] += size

@@ -27,9 +27,10 @@ from typing import Any
 import trio
 
 from ..errors import FusestoreError, LostError, NoSpaceError, StaleError, UsageError
-from ..format import schema
+from ..format import store_rows
 from ..format.erasure import Code
-from ..format.schema import LOST_STRIPE, Extent
+from ..format.file_rows import Extent
+from ..format.stripe_rows import LOST_STRIPE
 from ..log.pace import Pace
 from ..store.opening import Store
 from .contents import Contents, Data
@@ -81,7 +82,7 @@ class Recoder:
         self._tree = tree
         self._contents = contents
         self._nursery = nursery
-        value = self._log.engine.get(schema.RECODE_KEY)
+        value = self._log.engine.get(store_rows.RECODE_KEY)
         self.job = Recoding(**json.loads(value)) if value else Recoding()
         self._running = False
         self._began = (0.0, 0)
@@ -145,7 +146,7 @@ class Recoder:
             self._nursery.start_soon(self._run)
 
     def _note(self) -> None:
-        self._log.apply({schema.RECODE_KEY: json.dumps(asdict(self.job)).encode()})
+        self._log.apply({store_rows.RECODE_KEY: json.dumps(asdict(self.job)).encode()})
 
     def _end(self, state: str) -> None:
         self.job.state, self.job.finished = state, time.time()

@@ -26,9 +26,9 @@ from ..errors import (
     StaleError,
     TooManyLinksError,
 )
-from ..format import acl, schema
+from ..format import acl, file_rows, store_rows
 from ..format.erasure import Code
-from ..format.schema import ROOT, Inode
+from ..format.file_rows import ROOT, Inode
 from ..limits import LINKS_MAX, NAME_BYTES_MAX, TARGET_BYTES_MAX
 from ..log.log import Log, Transaction
 from . import quota
@@ -61,17 +61,17 @@ class Tree:
 
     def make_root(self) -> None:
         """Make the root directory of a new store; it belongs to who mounts it first."""
-        if self._log.engine.get(schema.inode_key(ROOT)) is None:
+        if self._log.engine.get(file_rows.inode_key(ROOT)) is None:
             now = time.time_ns()
             owner = os.getuid(), os.getgid()
             root = Inode(stat.S_IFDIR | 0o755, *owner, 2, 0, 0, now, now, now, parent=ROOT)
-            self._log.apply({schema.inode_key(ROOT): root.encode()})
+            self._log.apply({file_rows.inode_key(ROOT): root.encode()})
 
     # --- looking -------------------------------------------------------------
 
     def inode(self, ino: int) -> Inode:
         """The attributes of an inode; StaleError."""
-        value = self._log.engine.get(schema.inode_key(ino))
+        value = self._log.engine.get(file_rows.inode_key(ino))
         if value is None:
             raise StaleError(f"There is no inode {ino}.")
         return Inode.decode(value)
@@ -84,18 +84,18 @@ class Tree:
             return parent
         if name == b"..":
             return self.inode(parent).parent
-        value = self._log.engine.get(schema.name_key(parent, name))
-        return schema.decode_name(value)[0] if value is not None else None
+        value = self._log.engine.get(file_rows.name_key(parent, name))
+        return file_rows.decode_name(value)[0] if value is not None else None
 
     def entries(self, ino: int, after: int) -> Iterator[tuple[int, int, bytes]]:
         """(cookie, ino, name) of a directory's entries past the cookie `after`, in order."""
-        start = schema.listing_key(ino, max(after + 1, schema.FIRST_COOKIE))
-        for key, value in self._log.engine.scan(start, schema.listing_key(ino + 1, 0)):
-            yield schema.decode_listing(key, value)
+        start = file_rows.listing_key(ino, max(after + 1, file_rows.FIRST_COOKIE))
+        for key, value in self._log.engine.scan(start, file_rows.listing_key(ino + 1, 0)):
+            yield file_rows.decode_listing(key, value)
 
     def target(self, ino: int) -> bytes:
         """What a symbolic link points at; InvalidError when it is none."""
-        value = self._log.engine.get(schema.target_key(ino))
+        value = self._log.engine.get(file_rows.target_key(ino))
         if value is None:
             raise InvalidError("Not a symbolic link.")
         return value
@@ -104,7 +104,7 @@ class Tree:
         """A path of an inode from the root, for people; `?` where it cannot be told."""
         parts: list[str] = []
         while ino != ROOT and len(parts) < 256:
-            value = self._log.engine.get(schema.inode_key(ino))
+            value = self._log.engine.get(file_rows.inode_key(ino))
             parent = Inode.decode(value).parent if value is not None else 0
             names = (name for _, child, name in self.entries(parent, 0) if child == ino)
             parts.append(next(names, b"?").decode(errors="replace"))
@@ -116,7 +116,7 @@ class Tree:
     def lies_below(self, ino: int, top: int) -> bool:
         """Whether an inode is a directory, or was last given a name somewhere below it."""
         while ino != top:
-            value = self._log.engine.get(schema.inode_key(ino))
+            value = self._log.engine.get(file_rows.inode_key(ino))
             if value is None or ino == ROOT:
                 return False
             ino = Inode.decode(value).parent
@@ -159,7 +159,7 @@ class Tree:
                 raise NotPermittedError("Only a directory's code can be set.")
             inode.k, inode.m = (code.k, code.m) if code else (0, 0)
             inode.ctime = time.time_ns()
-            txn.put(schema.inode_key(ino), inode.encode())
+            txn.put(file_rows.inode_key(ino), inode.encode())
             if code is not None:
                 self.note_code(txn, code)
         self._codes.clear()
@@ -167,9 +167,9 @@ class Tree:
     @staticmethod
     def note_code(txn: Transaction, code: Code) -> None:
         """A code comes into use: `status` names those that do not bear the loss of a region."""
-        known = schema.decode_codes(txn.get(schema.CODES_KEY))
+        known = store_rows.decode_codes(txn.get(store_rows.CODES_KEY))
         if code not in known:
-            txn.put(schema.CODES_KEY, schema.encode_codes([*known, code]))
+            txn.put(store_rows.CODES_KEY, store_rows.encode_codes([*known, code]))
 
     # --- making --------------------------------------------------------------
 
@@ -198,13 +198,13 @@ class Tree:
                 if directory:
                     mode |= stat.S_ISGID
             ino, cookie = log.counters.next_ino, log.counters.next_cookie
-            default = txn.get(schema.xattr_key(parent, acl.DEFAULT))
+            default = txn.get(file_rows.xattr_key(parent, acl.DEFAULT))
             if default is not None:
                 mode, access, inherited = acl.inherit(default, mode, directory)
                 if access is not None:
-                    txn.put(schema.xattr_key(ino, acl.ACCESS), access)
+                    txn.put(file_rows.xattr_key(ino, acl.ACCESS), access)
                 if inherited is not None:
-                    txn.put(schema.xattr_key(ino, acl.DEFAULT), inherited)
+                    txn.put(file_rows.xattr_key(ino, acl.DEFAULT), inherited)
             inode = Inode(
                 mode, uid, gid, 2 if directory else 1, 0, 0, now, now, now, rdev, parent=parent
             )
@@ -213,13 +213,13 @@ class Tree:
                 quota.charge(txn, folder.quota_root, 0, 1)
             if target is not None:
                 inode.size = len(target)
-                txn.put(schema.target_key(ino), target)
+                txn.put(file_rows.target_key(ino), target)
             elif stat.S_ISREG(mode):
                 code = self.code(parent)
                 inode.k, inode.m = code.k, code.m
-            txn.put(schema.inode_key(ino), inode.encode())
-            txn.put(schema.name_key(parent, name), schema.name_value(ino, cookie))
-            txn.put(schema.listing_key(parent, cookie), schema.listing_value(ino, name))
+            txn.put(file_rows.inode_key(ino), inode.encode())
+            txn.put(file_rows.name_key(parent, name), file_rows.name_value(ino, cookie))
+            txn.put(file_rows.listing_key(parent, cookie), file_rows.listing_value(ino, name))
             folder.nlink += directory
             self._touch(txn, parent, folder, now)
             txn.files += 1
@@ -246,9 +246,9 @@ class Tree:
             inode.nlink += 1
             inode.ctime = now
             inode.parent = parent
-            txn.put(schema.inode_key(ino), inode.encode())
-            txn.put(schema.name_key(parent, name), schema.name_value(ino, cookie))
-            txn.put(schema.listing_key(parent, cookie), schema.listing_value(ino, name))
+            txn.put(file_rows.inode_key(ino), inode.encode())
+            txn.put(file_rows.name_key(parent, name), file_rows.name_value(ino, cookie))
+            txn.put(file_rows.listing_key(parent, cookie), file_rows.listing_value(ino, name))
             self._touch(txn, parent, folder, now)
             self._log.counters.next_cookie += 1
         return inode
@@ -312,7 +312,7 @@ class Tree:
                 self._check_fences(parent, new_parent)
             now = time.time_ns()
             lost: tuple[int, Inode] | None = None
-            found = txn.get(schema.name_key(new_parent, new_name))
+            found = txn.get(file_rows.name_key(new_parent, new_name))
             if found is None:
                 self._check_new(txn, new_parent, new_name)
                 new_cookie = self._log.counters.next_cookie
@@ -320,7 +320,7 @@ class Tree:
             else:
                 if not replace:
                     raise ExistsError("The new name is taken.")
-                there, new_cookie = schema.decode_name(found)
+                there, new_cookie = file_rows.decode_name(found)
                 if there == ino:
                     return None
                 old = self._get(txn, there)
@@ -334,8 +334,11 @@ class Tree:
                 self._drop_link(txn, there, old, now)
                 lost = there, old
             self._drop_name(txn, parent, name, cookie)
-            txn.put(schema.name_key(new_parent, new_name), schema.name_value(ino, new_cookie))
-            txn.put(schema.listing_key(new_parent, new_cookie), schema.listing_value(ino, new_name))
+            txn.put(file_rows.name_key(new_parent, new_name), file_rows.name_value(ino, new_cookie))
+            txn.put(
+                file_rows.listing_key(new_parent, new_cookie),
+                file_rows.listing_value(ino, new_name),
+            )
             if directory:
                 folders[parent].nlink -= 1
                 folders[new_parent].nlink += 1
@@ -345,7 +348,7 @@ class Tree:
                 quota.shift(txn, *quota.crossing(txn, ino, inode, root))
             inode.ctime = now
             inode.parent = new_parent
-            txn.put(schema.inode_key(ino), inode.encode())
+            txn.put(file_rows.inode_key(ino), inode.encode())
             for number, folder in folders.items():
                 self._touch(txn, number, folder, now)
         self._moved(ino)
@@ -376,13 +379,13 @@ class Tree:
             quota.shift(txn, *crossing)
             for ino, origin, to, new, cookie in moves:
                 inode = inodes[ino]
-                txn.put(schema.name_key(to, new), schema.name_value(ino, cookie))
-                txn.put(schema.listing_key(to, cookie), schema.listing_value(ino, new))
+                txn.put(file_rows.name_key(to, new), file_rows.name_value(ino, cookie))
+                txn.put(file_rows.listing_key(to, cookie), file_rows.listing_value(ino, new))
                 if stat.S_ISDIR(inode.mode):
                     folders[origin].nlink -= 1
                     folders[to].nlink += 1
                 inode.ctime, inode.parent = now, to
-                txn.put(schema.inode_key(ino), inode.encode())
+                txn.put(file_rows.inode_key(ino), inode.encode())
             for number, folder in folders.items():
                 self._touch(txn, number, folder, now)
         self._codes.clear()
@@ -397,7 +400,7 @@ class Tree:
             inode = self._get(txn, ino)
             if change.mode is not None:
                 inode.mode = stat.S_IFMT(inode.mode) | stat.S_IMODE(change.mode)
-                key = schema.xattr_key(ino, acl.ACCESS)
+                key = file_rows.xattr_key(ino, acl.ACCESS)
                 access = txn.get(key)
                 if access is not None:
                     txn.put(key, acl.chmod(access, inode.mode))
@@ -410,7 +413,7 @@ class Tree:
             if change.mtime is not None:
                 inode.mtime = change.mtime
             inode.ctime = change.ctime if change.ctime is not None else time.time_ns()
-            txn.put(schema.inode_key(ino), inode.encode())
+            txn.put(file_rows.inode_key(ino), inode.encode())
         return inode
 
     # --- parts of operations -------------------------------------------------
@@ -421,7 +424,7 @@ class Tree:
 
     @staticmethod
     def _get(txn: Transaction, ino: int) -> Inode:
-        value = txn.get(schema.inode_key(ino))
+        value = txn.get(file_rows.inode_key(ino))
         if value is None:
             raise StaleError(f"There is no inode {ino}.")
         return Inode.decode(value)
@@ -435,7 +438,7 @@ class Tree:
     def _check_new(self, txn: Transaction, parent: int, name: bytes) -> None:
         if len(name) > NAME_BYTES_MAX:
             raise NameTooLongError(f"A name may have {NAME_BYTES_MAX} bytes.")
-        if txn.get(schema.name_key(parent, name)) is not None:
+        if txn.get(file_rows.name_key(parent, name)) is not None:
             raise ExistsError("The name is taken.")
         if self._get(txn, parent).nlink == 0:
             raise NoEntryError("The directory was deleted.")
@@ -459,25 +462,25 @@ class Tree:
 
     @staticmethod
     def _entry(txn: Transaction, parent: int, name: bytes) -> tuple[int, int]:
-        value = txn.get(schema.name_key(parent, name))
+        value = txn.get(file_rows.name_key(parent, name))
         if value is None:
             raise NoEntryError("There is no such name.")
-        return schema.decode_name(value)
+        return file_rows.decode_name(value)
 
     @staticmethod
     def _drop_name(txn: Transaction, parent: int, name: bytes, cookie: int) -> None:
-        txn.delete(schema.name_key(parent, name))
-        txn.delete(schema.listing_key(parent, cookie))
+        txn.delete(file_rows.name_key(parent, name))
+        txn.delete(file_rows.listing_key(parent, cookie))
 
     @staticmethod
     def _drop_link(txn: Transaction, ino: int, inode: Inode, now: int) -> None:
         inode.nlink = 0 if stat.S_ISDIR(inode.mode) else inode.nlink - 1
         inode.ctime = now
-        txn.put(schema.inode_key(ino), inode.encode())
+        txn.put(file_rows.inode_key(ino), inode.encode())
         if inode.nlink == 0:
-            txn.put(schema.orphan_key(ino), b"")
+            txn.put(file_rows.orphan_key(ino), b"")
 
     @staticmethod
     def _touch(txn: Transaction, ino: int, folder: Inode, now: int) -> None:
         folder.mtime = folder.ctime = now
-        txn.put(schema.inode_key(ino), folder.encode())
+        txn.put(file_rows.inode_key(ino), folder.encode())

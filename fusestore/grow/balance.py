@@ -15,7 +15,7 @@ import trio
 
 from ..format.erasure import Code
 from ..format.placement import draw, shares
-from ..format.schema import Stripe
+from ..format.stripe_rows import Stripe
 from ..log.log import Log
 from ..members.members import Member, Members, State
 

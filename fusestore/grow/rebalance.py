@@ -27,8 +27,8 @@ import trio
 
 from ..commit.committer import Committer
 from ..errors import FusestoreError, LostError, NodeError, UsageError
-from ..format import schema
-from ..format.schema import Stripe
+from ..format import store_rows
+from ..format.stripe_rows import Stripe
 from ..log.log import Log
 from ..log.pace import Pace
 from ..members.members import Member, State
@@ -71,7 +71,7 @@ class Rebalancer:
         self._limits = state.limits
         self._committer = committer
         self._repairer = repairer
-        value = state.engine.get(schema.REBALANCE_KEY)
+        value = state.engine.get(store_rows.REBALANCE_KEY)
         self.row = Rebalance(**json.loads(value)) if value else Rebalance()
         self.drained: set[int] = set()
         """Nodes to be drained that were found empty."""
@@ -120,7 +120,7 @@ class Rebalancer:
         return asdict(self.row)
 
     def _note(self) -> None:
-        self._log.apply({schema.REBALANCE_KEY: json.dumps(asdict(self.row)).encode()})
+        self._log.apply({store_rows.REBALANCE_KEY: json.dumps(asdict(self.row)).encode()})
 
     def wake(self) -> None:
         """There may be something to move."""

@@ -30,7 +30,7 @@ from ..config.store_config import (
     check_places,
 )
 from ..errors import NodeError, UsageError
-from ..format import schema
+from ..format import keys, store_rows, stripe_rows
 from ..format.erasure import Code
 from ..format.placement import check_region_rule
 from ..format.records import Run
@@ -113,7 +113,7 @@ class Topology:
                 raise UsageError(problem)
             nodes = (*(other for other in config.nodes if other.name != name), node)
             member = Member(
-                0, node, self._log.limits, holds=schema.NEVER_WHOLE, ring=members.all[0].ring
+                0, node, self._log.limits, holds=store_rows.NEVER_WHOLE, ring=members.all[0].ring
             )
             await member.call(self._prepare, nodes)
             await trio.to_thread.run_sync(members.configure, nodes)
@@ -195,7 +195,7 @@ class Topology:
 
     def _codes(self, census: Census) -> set[Code]:
         """Codes that stripes have, or new ones may get."""
-        known = schema.decode_codes(self._log.engine.get(schema.CODES_KEY))
+        known = store_rows.decode_codes(self._log.engine.get(store_rows.CODES_KEY))
         return {self._log.code, *known, *census.codes}
 
     def _check_without(self, member: Member, codes: Iterable[Code]) -> None:
@@ -270,18 +270,18 @@ class Topology:
     async def _forget(self, member: Member) -> None:
         """No row speaks of a node any more; the metadata and all other nodes have flushed that."""
         engine = self._log.engine
-        owed = schema.reclaim_key(member.id, 0, 0)[:3]
-        missing = schema.missing_prefix(member.id)
+        owed = stripe_rows.reclaim_key(member.id, 0, 0)[:3]
+        missing = stripe_rows.missing_prefix(member.id)
         for prefix in (owed, missing):
             batch = self._limits.reclaim_batch
-            while rows := list(islice(engine.scan(prefix, schema.after(prefix)), batch)):
+            while rows := list(islice(engine.scan(prefix, keys.after(prefix)), batch)):
                 self._log.apply({key: None for key, _ in rows})
                 await trio.lowlevel.checkpoint()
         async with self._committer.lock:
             await self._committer.commit_now()
             self._log.members.remove(member)
-            for prefix in (owed, missing, schema.segment_key(member.id, 0)[:3]):
-                rows = list(engine.scan(prefix, schema.after(prefix)))
+            for prefix in (owed, missing, stripe_rows.segment_key(member.id, 0)[:3]):
+                rows = list(engine.scan(prefix, keys.after(prefix)))
                 self._log.apply({key: None for key, _ in rows})
             await self._committer.commit_now(checkpoint=True, cover=True)
             await self._committer.commit_now(cover=True)

@@ -15,7 +15,7 @@ from typing import Any
 from uuid import UUID
 
 from ..errors import FormatError, NodeError, NodeLacksError, ReplayError
-from ..format import schema
+from ..format import keys, store_rows
 from ..format.records import (
     HEADER_BYTES,
     Changes,
@@ -29,7 +29,7 @@ from ..format.records import (
     records,
 )
 from ..format.records import checksum as checksum_of
-from ..format.schema import LogState
+from ..format.store_rows import LogState
 from ..metadata.engine import Engine
 from ..nodes.base import Node
 
@@ -229,7 +229,7 @@ def _commit_entry(header: Header, payload: memoryview) -> Entry | None:
     except FormatError as error:
         log.error("Commit %d: %s", header.number, error)
         return None
-    row = commit.changes.get(schema.SNAPSHOT_KEY)
+    row = commit.changes.get(store_rows.SNAPSHOT_KEY)
     return Entry(
         header,
         [],
@@ -247,7 +247,7 @@ def first_needed(engine: Engine) -> int:
 
     As the last checkpoint has it: a snapshot that is under way does not count yet.
     """
-    rows = engine.scan_stored(schema.SNAPSHOT_KEY, schema.after(schema.SNAPSHOT_KEY))
+    rows = engine.scan_stored(store_rows.SNAPSHOT_KEY, keys.after(store_rows.SNAPSHOT_KEY))
     return int(json.loads(rows[0][1])["segment"]) if rows else 0
 
 

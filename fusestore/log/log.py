@@ -15,10 +15,11 @@ from typing import Protocol, Self
 from uuid import UUID
 
 from ..errors import NoSpaceError, ReadOnlyError
-from ..format import schema
+from ..format import keys, stripe_rows
 from ..format.erasure import Code
 from ..format.records import Changes, Place, Run
-from ..format.schema import Counters, LogState, ShardPlace, Stripe
+from ..format.store_rows import Counters, LogState
+from ..format.stripe_rows import ShardPlace, Stripe
 from ..members.members import Members
 from ..metadata.engine import Engine
 
@@ -89,44 +90,46 @@ class Transaction:
 
     def point_at(self, stripe: int, length: int) -> None:
         """`length` bytes of a stripe came to be part of a file."""
-        key = schema.live_key(stripe)
+        key = stripe_rows.live_key(stripe)
         live = self.get(key)
-        self.put(key, schema.live_value(length + (schema.decode_live(live) if live else 0)))
+        self.put(
+            key, stripe_rows.live_value(length + (stripe_rows.decode_live(live) if live else 0))
+        )
         self.file_bytes += length
 
     def let_go(self, stripe: int, length: int) -> None:
         """`length` bytes of a stripe are part of no file any more; the last free it."""
-        key = schema.live_key(stripe)
+        key = stripe_rows.live_key(stripe)
         live = self.get(key)
-        left = (schema.decode_live(live) if live else 0) - length
+        left = (stripe_rows.decode_live(live) if live else 0) - length
         self.file_bytes -= length
         if left > 0:
-            self.put(key, schema.live_value(left))
+            self.put(key, stripe_rows.live_value(left))
         else:
             self.delete(key)
             self._free(stripe)
 
     def _free(self, stripe: int) -> None:
-        value = self.get(schema.stripe_key(stripe))
+        value = self.get(stripe_rows.stripe_key(stripe))
         if value is not None:
-            self.delete(schema.stripe_key(stripe))
+            self.delete(stripe_rows.stripe_key(stripe))
             self.stripes -= 1
             self.reclaim(stripe, Stripe.decode(value))
         unsealed = self._log.unsealed.get(stripe)
         if unsealed is not None:
             # Its shards, if it is being sealed, are reclaimed by the sealer.
             for offset in unsealed.tails:
-                self.delete(schema.tail_key(stripe, offset))
-        prefix = schema.owners_key(stripe, 0)[:9]
-        for key, _ in self.scan(prefix, schema.after(prefix)):
+                self.delete(stripe_rows.tail_key(stripe, offset))
+        prefix = stripe_rows.owners_key(stripe, 0)[:9]
+        for key, _ in self.scan(prefix, keys.after(prefix)):
             self.delete(key)
 
     def reclaim(self, number: int, stripe: Stripe) -> None:
         """Free the room of a stripe's shards after the next checkpoint."""
         for index, place in enumerate(stripe.shards):
-            self.delete(schema.missing_key(place.node, number, index))
+            self.delete(stripe_rows.missing_key(place.node, number, index))
             if place.written:
-                self.put(*schema.reclaim_row(place, stripe.shard_length))
+                self.put(*stripe_rows.reclaim_row(place, stripe.shard_length))
 
 
 class Log:
@@ -199,25 +202,27 @@ class Log:
 
     def stripe(self, number: int) -> Stripe | None:
         """A sealed stripe's row, as it is now."""
-        value = self.engine.get(schema.stripe_key(number))
+        value = self.engine.get(stripe_rows.stripe_key(number))
         return Stripe.decode(value) if value is not None else None
 
     def batches(
         self,
-        start: bytes = schema.STRIPES_START,
-        end: bytes = schema.STRIPES_END,
+        start: bytes = stripe_rows.STRIPES_START,
+        end: bytes = stripe_rows.STRIPES_END,
         count: int | None = None,
     ) -> Iterator[list[tuple[int, Stripe]]]:
         """The sealed stripes, some at a time; others may run in between."""
         count = count or self.limits.repair_scan_rows
         while rows := list(islice(self.engine.scan(start, end), count)):
-            yield [(schema.decode_stripe_key(key), Stripe.decode(value)) for key, value in rows]
+            yield [
+                (stripe_rows.decode_stripe_key(key), Stripe.decode(value)) for key, value in rows
+            ]
             start = rows[-1][0] + b"\0"
 
     def stripes_end(self) -> bytes:
         """The first key past those of the stripes that there are now."""
-        last = self.engine.last(schema.STRIPES_START, schema.STRIPES_END)
-        return last[0] + b"\0" if last is not None else schema.STRIPES_START
+        last = self.engine.last(stripe_rows.STRIPES_START, stripe_rows.STRIPES_END)
+        return last[0] + b"\0" if last is not None else stripe_rows.STRIPES_START
 
     def break_(self, reason: str) -> None:
         """Turn read-only for good: what was promised cannot be kept."""
@@ -232,7 +237,7 @@ class Log:
             and member.node is not None
             and not member.unused
             and place.segment not in member.lost_segments
-            and self.engine.get(schema.missing_key(place.node, number, index)) is None
+            and self.engine.get(stripe_rows.missing_key(place.node, number, index)) is None
         )
 
     # --- room ----------------------------------------------------------------

@@ -35,7 +35,8 @@ from ..errors import (
 from ..format.erasure import Code
 from ..format.placement import Placement, Site, losses_borne
 from ..format.records import HEADER_BYTES, Run, record_length
-from ..format.schema import NodeRow, SegmentState, ShardPlace
+from ..format.store_rows import NodeRow
+from ..format.stripe_rows import SegmentState, ShardPlace
 from ..limits import DEFAULTS, Limits
 from ..nodes.base import Node, Segment, Space
 from ..nodes.directory import DirectoryNode

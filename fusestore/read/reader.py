@@ -16,9 +16,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import trio
 
 from ..errors import LostError, NodeError, NodeTimeoutError
-from ..format import erasure, schema
+from ..format import erasure, file_rows, keys, stripe_rows
+from ..format.file_rows import Extent
 from ..format.records import Run, block_checksums
-from ..format.schema import Extent, Stripe
+from ..format.stripe_rows import Stripe
 from ..limits import BLOCK_BYTES
 from ..log.log import Log
 from ..members.members import Member
@@ -51,21 +52,21 @@ class Reader:
     def extents(self, ino: int, start: int, end: int) -> Iterator[Extent]:
         """The parts of a file's extents that lie in start <= i < end, in order."""
         engine = self._log.engine
-        first = engine.last(schema.extent_key(ino, 0), schema.extent_key(ino, start))
+        first = engine.last(file_rows.extent_key(ino, 0), file_rows.extent_key(ino, start))
         if first is not None:
             extent = Extent.decode(*first)
             if extent.end > start:
                 yield extent.part(start, end)
-        low, high = schema.extent_key(ino, start + 1), schema.extent_key(ino, end)
+        low, high = file_rows.extent_key(ino, start + 1), file_rows.extent_key(ino, end)
         for key, value in engine.scan(low, high):
             yield Extent.decode(key, value).part(start, end)
 
     def owners(self, number: int) -> set[int]:
         """Inodes of the files that have bytes in a stripe."""
-        prefix = schema.owners_key(number, 0)[:9]
+        prefix = stripe_rows.owners_key(number, 0)[:9]
         found = set()
-        for _, packed in self._log.engine.scan(prefix, schema.after(prefix)):
-            for ino, offset, length, _ in schema.OWNER.iter_unpack(packed):
+        for _, packed in self._log.engine.scan(prefix, keys.after(prefix)):
+            for ino, offset, length, _ in stripe_rows.OWNER.iter_unpack(packed):
                 extents = self.extents(ino, offset, offset + length)
                 if any(extent.stripe == number for extent in extents):
                     found.add(ino)
@@ -111,7 +112,7 @@ class Reader:
         """A sealed stripe's row."""
         row = self._cache.get(number)
         if row is None:
-            value = self._log.engine.get(schema.stripe_key(number))
+            value = self._log.engine.get(stripe_rows.stripe_key(number))
             if value is None:
                 return None
             row = self._cache[number] = Stripe.decode(value)
@@ -203,13 +204,13 @@ class Reader:
 
     def _damaged(self, number: int, row: Stripe, index: int, reason: str) -> None:
         """Note a bad shard for healing, unless it was freed or moved meanwhile."""
-        value = self._log.engine.get(schema.stripe_key(number))
+        value = self._log.engine.get(stripe_rows.stripe_key(number))
         if value is None:
             return
         if Stripe.decode(value).shards[index] != row.shards[index]:
             self.forget(number)
             return
-        key = schema.missing_key(row.shards[index].node, number, index)
+        key = stripe_rows.missing_key(row.shards[index].node, number, index)
         if self._log.engine.get(key) is None:
             log.warning("%s It is decoded from others.", reason)
             if not self._log.read_only and not self._log.broken:

@@ -14,9 +14,9 @@ from typing_extensions import Buffer
 
 from ..commit.replay import shard_is_intact
 from ..errors import LostError, NodeError
-from ..format import schema
+from ..format import stripe_rows
 from ..format.records import HEADER_BYTES, Run
-from ..format.schema import ShardPlace, Stripe
+from ..format.stripe_rows import ShardPlace, Stripe
 from ..log.log import Log
 from ..members.members import Member
 from ..nodes.base import Node
@@ -70,7 +70,7 @@ class Rebuilder:
             if number not in self.told:
                 self.told.add(number)
                 log.error("%s", error)
-            keys = [schema.missing_key(member.id, number, index) for index in indices]
+            keys = [stripe_rows.missing_key(member.id, number, index) for index in indices]
             self._log.apply({key: b"" for key in keys if self._log.engine.get(key) is None})
             return
         for index in indices:
@@ -141,16 +141,16 @@ class Rebuilder:
                 )
             written.pop()
             now, before = self._log.stripe(number), row.shards[index]
-            key = schema.missing_key(before.node, number, index)
+            key = stripe_rows.missing_key(before.node, number, index)
             if now is None or now.shards[index] != before:  # freed meanwhile
                 self._give_back(member, row, index, place)
                 self._log.apply({key: None})
                 continue
             if place != before:
                 member.claim(place, row.shard_length)
-            changes = {schema.stripe_key(number): now.moved(index, place).encode(), key: None}
+            changes = {stripe_rows.stripe_key(number): now.moved(index, place).encode(), key: None}
             if place != before and before.written:
-                debt, length = schema.reclaim_row(before, row.shard_length)
+                debt, length = stripe_rows.reclaim_row(before, row.shard_length)
                 changes[debt] = length
             self._log.apply(changes)
             self._reader.forget(number)

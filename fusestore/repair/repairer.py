@@ -43,9 +43,9 @@ from ..config.store_config import (
     write_identity,
 )
 from ..errors import FusestoreError, NodeError, NodeIdentityError, NodeTimeoutError, UsageError
-from ..format import schema
+from ..format import keys, store_rows, stripe_rows
 from ..format.records import Run
-from ..format.schema import Stripe
+from ..format.stripe_rows import Stripe
 from ..log.journal import copy_journals, first_needed, last_commit
 from ..log.log import Log
 from ..log.pace import Pace
@@ -247,13 +247,13 @@ class Repairer:
 
     async def _heal_all(self, member: Member, pace: Pace | None) -> tuple[int, int]:
         shards = size = 0
-        start = prefix = schema.missing_prefix(member.id)
+        start = prefix = stripe_rows.missing_prefix(member.id)
         while True:
             if self.running is not None:
                 self.running.enter("healing", shards, 0)
             rows = list(
                 islice(
-                    self._log.engine.scan(start, schema.after(prefix)),
+                    self._log.engine.scan(start, keys.after(prefix)),
                     self._limits.repair_batch,
                 )
             )
@@ -262,7 +262,7 @@ class Repairer:
             start = rows[-1][0] + b"\0"
             wanted: dict[int, list[int]] = {}
             for key, _ in rows:
-                _, number, index = schema.decode_missing_key(key)
+                _, number, index = stripe_rows.decode_missing_key(key)
                 row = self._log.stripe(number)
                 here = [place.node for place in row.shards] if row is not None else []
                 if here[index : index + 1] == [member.id]:
@@ -342,7 +342,7 @@ class Repairer:
 
     def past(self) -> list[dict[str, Any]]:
         """The last repairs: `node`, `at` (seconds since the epoch), `bytes`, `seconds`."""
-        value = self._log.engine.get(schema.REPAIRS_KEY)
+        value = self._log.engine.get(store_rows.REPAIRS_KEY)
         return json.loads(value) if value else []
 
     def _remember(self, name: str, size: int, seconds: float) -> None:
@@ -352,13 +352,13 @@ class Repairer:
         known = self.past()
         known.append({"node": name, "at": time.time(), "bytes": size, "seconds": seconds})
         row = json.dumps(known[-self._limits.repairs_kept_max :]).encode()
-        self._log.apply({schema.REPAIRS_KEY: row})
+        self._log.apply({store_rows.REPAIRS_KEY: row})
 
     def _lacks(self, member: Member) -> Iterator[int]:
         """Stripes of which a node lacks a shard, as far as that is known."""
-        prefix = schema.missing_prefix(member.id)
-        for key, _ in self._log.engine.scan(prefix, schema.after(prefix)):
-            yield schema.decode_missing_key(key)[1]
+        prefix = stripe_rows.missing_prefix(member.id)
+        for key, _ in self._log.engine.scan(prefix, keys.after(prefix)):
+            yield stripe_rows.decode_missing_key(key)[1]
 
     def _total(self, member: Member) -> int:
         """About how many bytes the node holds when it is whole."""
@@ -375,7 +375,7 @@ class Repairer:
         node = await member.call(self.claim, member.config)
         last = await member.call(last_commit, self._log.store, member.name, node)
         if last < max(member.holds, 1):
-            member.holds = schema.NEVER_WHOLE  # until it is in sync again
+            member.holds = store_rows.NEVER_WHOLE  # until it is in sync again
             member.doubted = True
         await self._enter(member, node)
 
@@ -513,7 +513,7 @@ class Repairer:
         if member.in_sync:
             return
         assert member.node is not None
-        if member.holds == schema.NEVER_WHOLE:  # what it has may be of another history
+        if member.holds == store_rows.NEVER_WHOLE:  # what it has may be of another history
             await member.call(_drop_journals, member.node)
         if member.late_segment:  # a new file, which no late write knows
             await member.call(member.node.delete, Run.JOURNAL, member.late_segment)

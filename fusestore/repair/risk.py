@@ -17,10 +17,10 @@ from typing import Any
 import trio
 
 from ..errors import UsageError
-from ..format import schema
+from ..format import store_rows
 from ..format.erasure import Code
 from ..format.placement import losses, regions_borne
-from ..format.schema import Stripe
+from ..format.stripe_rows import Stripe
 from ..log.log import Log
 from ..log.pace import Pace
 from ..members.members import Member
@@ -126,7 +126,7 @@ class Safety:
         at the rate measured on this store (`measured`), or else at an assumed one.
         """
         members = self._log.members
-        value = self._log.engine.get(schema.REPAIRS_KEY)
+        value = self._log.engine.get(store_rows.REPAIRS_KEY)
         repairs = json.loads(value) if value else []
         size = sum(repair["bytes"] for repair in repairs)
         seconds = sum(repair["seconds"] for repair in repairs)

@@ -18,8 +18,8 @@ import trio
 
 from ..commit.committer import Committer
 from ..errors import NodeError, NotDurableError, UsageError
-from ..format import schema
-from ..format.schema import Stripe
+from ..format import keys, store_rows, stripe_rows
+from ..format.stripe_rows import Stripe
 from ..log.journal import copy_journals, first_needed
 from ..log.log import Log
 from ..log.pace import Pace
@@ -78,7 +78,7 @@ class Scrubber:
         self._committer = committer
         self._repairer = repairer
         self._every_days = every_days
-        value = state.engine.get(schema.SCRUB_KEY)
+        value = state.engine.get(store_rows.SCRUB_KEY)
         self.scrub = Scrub(**json.loads(value)) if value else Scrub()
         self._wake = trio.Event()
         self._walk_from = (0.0, 0)
@@ -145,7 +145,7 @@ class Scrubber:
             raise UsageError(f"No scrub is {state}.")
 
     def _note(self) -> None:
-        self._log.apply({schema.SCRUB_KEY: self.scrub.encode()})
+        self._log.apply({store_rows.SCRUB_KEY: self.scrub.encode()})
         self._wake.set()
 
     # --- the work ------------------------------------------------------------
@@ -181,11 +181,11 @@ class Scrubber:
         pace = Pace(self._log, scrub.rate)
         if not scrub.position:
             scrub.found += await self._journals()
-            scrub.position = schema.STRIPES_START.hex()
+            scrub.position = stripe_rows.STRIPES_START.hex()
             scrub.total = self._log.counters.stripes
             # What is written from now on is read when it is its turn, else there were no end.
             scrub.end = self._log.stripes_end().hex()
-        end = bytes.fromhex(scrub.end) or schema.STRIPES_END
+        end = bytes.fromhex(scrub.end) or stripe_rows.STRIPES_END
         noted = trio.current_time()
         self._walk_from = (time.monotonic(), scrub.stripes)
         while scrub.state == "running":
@@ -197,7 +197,7 @@ class Scrubber:
             if len(batch) < self._limits.repair_batch:
                 await self._finish()
                 return
-            scrub.position = (schema.stripe_key(batch[-1][0]) + b"\0").hex()
+            scrub.position = (stripe_rows.stripe_key(batch[-1][0]) + b"\0").hex()
             if trio.current_time() - noted > self._limits.scrub_note_seconds:
                 noted = trio.current_time()
                 self._note()
@@ -251,7 +251,7 @@ class Scrubber:
         """Have a bad shard rebuilt, unless it was freed or moved meanwhile, or is owed anyway."""
         place = row.shards[index]
         now = self._log.stripe(number)
-        key = schema.missing_key(place.node, number, index)
+        key = stripe_rows.missing_key(place.node, number, index)
         if now is not None and now.shards[index] == place and self._log.engine.get(key) is None:
             log.warning("Scrub: shard %d of stripe %#x is bad or gone.", index, number)
             self.scrub.found += 1
@@ -260,6 +260,6 @@ class Scrubber:
     async def _finish(self) -> None:
         await self._repairer.heal()
         await self._committer.commit()
-        self.scrub.left = sum(1 for _ in self._log.engine.scan(b"M", schema.after(b"M")))
+        self.scrub.left = sum(1 for _ in self._log.engine.scan(b"M", keys.after(b"M")))
         self.scrub.state, self.scrub.finished = "done", time.time()
         self._note()

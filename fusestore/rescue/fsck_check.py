@@ -23,42 +23,16 @@ from dataclasses import dataclass, field, replace
 from operator import methodcaller
 from typing import Any, NamedTuple
 
-from ..format import schema
+from ..format import file_rows, keys, stripe_rows, tables
 from ..format.erasure import Code
+from ..format.file_rows import ROOT, Extent, Inode, Quota, QuotaState
 from ..format.records import HEADER_BYTES, record_length
-from ..format.schema import (
-    LOST_STRIPE,
-    OWNER,
-    ROOT,
-    Counters,
-    Extent,
-    Inode,
-    Quota,
-    QuotaState,
-    SegmentState,
-    Stripe,
-)
+from ..format.store_rows import Counters
+from ..format.stripe_rows import LOST_STRIPE, OWNER, SegmentState, Stripe
+from ..format.tables import TABLES
 from ..limits import FILE_BYTES_MAX, NAME_BYTES_MAX, RECORD_ALIGN_BYTES, SHARD_SEGMENT_BYTES
 from ..metadata.engine import View
 
-TABLES = {
-    b"B": "quotas",
-    b"D": "trims",
-    b"E": "extents",
-    b"G": "segments",
-    b"I": "inodes",
-    b"L": "listing",
-    b"M": "missing",
-    b"N": "names",
-    b"O": "owners",
-    b"Q": "targets",
-    b"R": "reclaim",
-    b"S": "stripes",
-    b"T": "tails",
-    b"U": "orphans",
-    b"V": "live",
-    b"X": "xattrs",
-}
 _FILE_TYPES = {stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK}
 _FILE_TYPES |= {stat.S_IFCHR, stat.S_IFBLK}
 _FORBIDDEN = {*b"/\0"}
@@ -150,7 +124,7 @@ class Check:
         """All findings; read it to its end before using the counts."""
         yield from self._rows_are_readable()
         for key, value in self._table(b"B"):
-            self.quotas[schema.decode_ino_key(key)] = Quota.decode(value)
+            self.quotas[file_rows.decode_ino_key(key)] = Quota.decode(value)
         yield from self._names()
         yield from self._listing()
         yield from self._inodes()
@@ -166,24 +140,24 @@ class Check:
 
     def _table(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
         """The rows of a table, or of a part of it, that can be read."""
-        for key, value in self.view.scan(prefix, schema.after(prefix)):
-            if schema.readable(key, value):
+        for key, value in self.view.scan(prefix, keys.after(prefix)):
+            if tables.readable(key, value):
                 yield key, value
 
     def _get(self, key: bytes) -> bytes | None:
         """The value of a row, if it is there and can be read."""
         value = self.view.get(key)
-        return value if value is not None and schema.readable(key, value) else None
+        return value if value is not None and tables.readable(key, value) else None
 
     def _rows_are_readable(self) -> Iterator[Finding]:
         """Rows that cannot be read are reported once, and count as not there."""
         for key, value in self.view.scan(b"", b"\xff"):
-            if key[:1] != b"Z" and not schema.readable(key, value):
-                table = TABLES.get(key[:1], "rows")
+            if key[:1] != b"Z" and not tables.readable(key, value):
+                table = TABLES[key[:1]].name if key[:1] in TABLES else "rows"
                 yield finding(1, table, f"row {key.hex()} cannot be read", "drop", key)
 
     def _inode(self, ino: int) -> Inode | None:
-        value = self._get(schema.inode_key(ino))
+        value = self._get(file_rows.inode_key(ino))
         return Inode.decode(value) if value is not None else None
 
     # --- names ---------------------------------------------------------------
@@ -193,10 +167,13 @@ class Check:
         if parent is None or not stat.S_ISDIR(parent.mode):
             yield finding(1, "inodes", "there is no root directory", "make_root")
         for key, value in self._table(b"N"):
-            (above, name), (ino, cookie) = schema.decode_name_key(key), schema.decode_name(value)
+            (above, name), (ino, cookie) = (
+                file_rows.decode_name_key(key),
+                file_rows.decode_name(value),
+            )
             self.last_cookie = max(self.last_cookie, cookie)
             if above != folder:
-                folder, parent = schema.Ino(above), self._inode(above)
+                folder, parent = file_rows.Ino(above), self._inode(above)
             if parent is None or not stat.S_ISDIR(parent.mode):
                 text = f"{name!r} is in directory {above}, which is not there"
                 yield finding(1, "names", text, "restore", above, stat.S_IFDIR)
@@ -226,16 +203,18 @@ class Check:
                 continue
             if stat.S_ISDIR(inode.mode):
                 self.folders[ino] = above
-            if self.view.get(schema.listing_key(above, cookie)) != schema.listing_value(ino, name):
+            if self.view.get(file_rows.listing_key(above, cookie)) != file_rows.listing_value(
+                ino, name
+            ):
                 text = f"{name!r} in directory {above} is not in its listing"
                 yield finding(1, "names", text, "list_again", above, name)
 
     def _listing(self) -> Iterator[Finding]:
         for key, value in self._table(b"L"):
-            parent = schema.decode_ino_key(key)
-            cookie, ino, name = schema.decode_listing(key, value)
-            entry = self.view.get(schema.name_key(parent, name)) if name else b""
-            if entry == schema.name_value(ino, cookie):
+            parent = file_rows.decode_ino_key(key)
+            cookie, ino, name = file_rows.decode_listing(key, value)
+            entry = self.view.get(file_rows.name_key(parent, name)) if name else b""
+            if entry == file_rows.name_value(ino, cookie):
                 continue
             text = f"directory {parent} lists {name!r} as inode {ino}, and has no such name"
             yield finding(1, "listing", text, "name_again", parent, cookie)
@@ -245,7 +224,7 @@ class Check:
     def _inodes(self) -> Iterator[Finding]:
         inside = Counter(self.folders.values())
         for key, value in self._table(b"I"):
-            ino, inode = schema.decode_ino_key(key), Inode.decode(value)
+            ino, inode = file_rows.decode_ino_key(key), Inode.decode(value)
             self.last_ino = max(self.last_ino, ino)
             self.files += 1
             kind = stat.S_IFMT(inode.mode)
@@ -256,7 +235,10 @@ class Check:
             yield from self._inode_links(ino, inode, inside[ino])
             if self.quotas or inode.quota_root:
                 yield from self._quota_root(ino, inode)
-            if inode.allocated and next(self._table(schema.extent_key(ino, 0)[:9]), None) is None:
+            if (
+                inode.allocated
+                and next(self._table(file_rows.extent_key(ino, 0)[:9]), None) is None
+            ):
                 yield from self._allocated(ino, inode, 0)
             yield from self._inode_form(ino, inode)
 
@@ -269,7 +251,7 @@ class Check:
         if inode.size > FILE_BYTES_MAX:
             yield finding(2, "inodes", f"inode {ino} has {inode.size} bytes", "resize", ino)
         if kind == stat.S_IFLNK:
-            target = self._get(schema.target_key(ino))
+            target = self._get(file_rows.target_key(ino))
             if target is None:
                 text = f"symbolic link {ino} has no target"
                 yield finding(2, "targets", text, "lose_target", ino)
@@ -279,7 +261,7 @@ class Check:
 
     def _inode_links(self, ino: int, inode: Inode, subdirectories: int) -> Iterator[Finding]:
         names = self.links[ino]
-        orphan = self.view.get(schema.orphan_key(ino)) is not None
+        orphan = self.view.get(file_rows.orphan_key(ino)) is not None
         if ino == ROOT:
             names = 1
         if names == 0:
@@ -291,7 +273,7 @@ class Check:
             expected = 2 + subdirectories if stat.S_ISDIR(inode.mode) else names
             if orphan:
                 text = f"inode {ino} is to be removed, and has a name"
-                yield finding(4, "orphans", text, "drop", schema.orphan_key(ino))
+                yield finding(4, "orphans", text, "drop", file_rows.orphan_key(ino))
         if inode.nlink != expected:
             text = f"inode {ino} counts {inode.nlink} links, and has {expected}"
             yield finding(4, "inodes", text, "change", ino, nlink=expected)
@@ -384,11 +366,11 @@ class Check:
         owned = _Owned(self._table)
         ino, inode, end, held, trimmed = -1, None, 0, 0, False
         for key, value in self._table(b"E"):
-            owner, extent = schema.decode_ino_key(key), Extent.decode(key, value)
+            owner, extent = file_rows.decode_ino_key(key), Extent.decode(key, value)
             if owner != ino:
                 yield from self._allocated(ino, inode, held)
                 ino, inode, end, held = owner, self._inode(owner), 0, 0
-                trimmed = self.view.get(schema.trim_key(ino)) is not None
+                trimmed = self.view.get(file_rows.trim_key(ino)) is not None
             self.uses[extent.stripe] += extent.length
             problem = self._misplaced(extent, inode, end, trimmed)
             if problem:
@@ -444,37 +426,37 @@ class Check:
         last = -1
         for letter in (b"X", b"Q"):
             for key, _ in self._table(letter):
-                ino = schema.decode_ino_key(key)
+                ino = file_rows.decode_ino_key(key)
                 inode = self._inode(ino)
                 wrong = inode is not None and letter == b"Q" and not stat.S_ISLNK(inode.mode)
                 if ino != last and (inode is None or wrong):
                     what = "is no link" if wrong else "is not there"
                     fix = ("drop", key) if wrong else ("restore", ino)
                     text = f"a row belongs to inode {ino}, which {what}"
-                    yield finding(2, TABLES[letter], text, *fix)
+                    yield finding(2, TABLES[letter].name, text, *fix)
                 last = ino
 
     def _owed(self) -> Iterator[Finding]:
         for key, _ in self._table(b"U"):
-            if self._inode(schema.decode_ino_key(key)) is None:
-                yield self._stale(key, f"inode {schema.decode_ino_key(key)} is not there")
+            if self._inode(file_rows.decode_ino_key(key)) is None:
+                yield self._stale(key, f"inode {file_rows.decode_ino_key(key)} is not there")
         for key, value in self._table(b"D"):
-            inode = self._inode(schema.decode_ino_key(key))
+            inode = self._inode(file_rows.decode_ino_key(key))
             size = inode.size if inode is not None else 0
             if int.from_bytes(value, "little") != size:
                 yield self._stale(key, f"its inode ends at {size}")
         for key, _ in self._table(b"M"):
-            node, number, index = schema.decode_missing_key(key)
+            node, number, index = stripe_rows.decode_missing_key(key)
             row = self._stripe(number)
             if row is None or index >= row.code.n or row.shards[index].node != node:
                 yield self._stale(key, f"stripe {number:#x} has no shard {index} on node {node}")
         for key, _ in self._table(b"T"):
-            number, _ = schema.decode_tail_key(key)
+            number, _ = stripe_rows.decode_tail_key(key)
             if number not in self.around.unsealed:
                 yield self._stale(key, f"stripe {number:#x} is not open")
         last = -1
         for key, _ in self._table(b"O"):
-            number = int(schema.decode_ino_key(key))
+            number = int(file_rows.decode_ino_key(key))
             if number == last or number in self.around.unsealed:
                 continue
             last = number
@@ -483,10 +465,10 @@ class Check:
                 yield finding(4, "owners", text, "drop_owners", number)
 
     def _stale(self, key: bytes, why: str) -> Finding:
-        return finding(4, TABLES[key[:1]], f"a row is out of date: {why}", "drop", key)
+        return finding(4, TABLES[key[:1]].name, f"a row is out of date: {why}", "drop", key)
 
     def _stripe(self, number: int) -> Stripe | None:
-        value = self._get(schema.stripe_key(number))
+        value = self._get(stripe_rows.stripe_key(number))
         return Stripe.decode(value) if value is not None else None
 
     # --- stripes and segments ------------------------------------------------
@@ -494,7 +476,7 @@ class Check:
     def _stripes(self) -> Iterator[Finding]:
         places: dict[_Where, list[_Shard]] = defaultdict(list)
         for key, value in self._table(b"S"):
-            number, row = schema.decode_stripe_key(key), Stripe.decode(value)
+            number, row = stripe_rows.decode_stripe_key(key), Stripe.decode(value)
             self.stripes += 1
             if number not in self.uses:
                 text = f"no file has bytes in stripe {number:#x}"
@@ -510,7 +492,7 @@ class Check:
                 elif place.written:
                     shard = _Shard(start, start + record_length(row.shard_length), number, index)
                     places[place.node, place.segment].append(shard)
-                elif self.view.get(schema.missing_key(place.node, number, index)) is None:
+                elif self.view.get(stripe_rows.missing_key(place.node, number, index)) is None:
                     text = f"shard {index} of stripe {number:#x} was never written, and is not owed"
                     yield finding(4, "missing", text, "owe", place.node, number, index)
         yield from self._live()
@@ -519,7 +501,7 @@ class Check:
     def _live(self) -> Iterator[Finding]:
         counted = {}
         for key, value in self._table(b"V"):
-            counted[schema.decode_stripe_key(key)] = schema.decode_live(value)
+            counted[stripe_rows.decode_stripe_key(key)] = stripe_rows.decode_live(value)
         for number in sorted(counted.keys() | self.uses.keys(), reverse=True):
             counts, live = counted.get(number, 0), self.uses[number]
             if counts > live:
@@ -533,7 +515,7 @@ class Check:
 
         Called for the newest stripe first: what it has of a file was written last.
         """
-        prefix = schema.owners_key(number, 0)[:9]
+        prefix = stripe_rows.owners_key(number, 0)[:9]
         owners = [
             owner
             for _, packed in self._table(prefix)
@@ -558,7 +540,7 @@ class Check:
     def _gaps(self, ino: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         """Parts of a file's bytes start <= i < end that no extent has."""
         taken = list(self.restored.get(ino, ()))
-        for key, value in self._table(schema.extent_key(ino, 0)[:9]):
+        for key, value in self._table(file_rows.extent_key(ino, 0)[:9]):
             extent = Extent.decode(key, value)
             taken.append((extent.offset, extent.end))
         for first, last in sorted(taken):
@@ -573,12 +555,12 @@ class Check:
         known, names = self.around.segments, self.around.nodes
         debts: dict[_Where, list[tuple[int, int, bytes]]] = defaultdict(list)
         for key, value in self._table(b"R"):
-            node, segment, offset = schema.decode_reclaim_key(key)
+            node, segment, offset = stripe_rows.decode_reclaim_key(key)
             start = offset - HEADER_BYTES
             end = start + record_length(int.from_bytes(value, "little"))
             debts[node, segment].append((start, end, key))
         for key, _ in [*self._table(b"G"), *self._table(b"R")]:
-            node, _ = schema.decode_segment_key(key)
+            node, _ = stripe_rows.decode_segment_key(key)
             if node not in names:
                 yield self._stale(key, f"there is no node {node}")
         for where in sorted(places.keys() | known.keys() | debts.keys()):
@@ -637,7 +619,7 @@ class Check:
             (shard.stripe, shard.which)
             for shard in shards
             if sizes.get(segment, 0) < shard.end
-            and self.view.get(schema.missing_key(node, shard.stripe, shard.which)) is None
+            and self.view.get(stripe_rows.missing_key(node, shard.stripe, shard.which)) is None
         ]
         if gone:
             name = self.around.nodes[node]
@@ -681,7 +663,7 @@ class _Owned:
             if len(self._stripes) > 64:
                 self._stripes.pop(next(iter(self._stripes)))
             found = self._stripes[stripe] = defaultdict(list)
-            prefix = schema.owners_key(stripe, 0)[:9]
+            prefix = stripe_rows.owners_key(stripe, 0)[:9]
             for _, packed in self._table(prefix):
                 for ino, offset, length, at in OWNER.iter_unpack(packed):
                     found[ino, offset - at].append((offset, offset + length))

@@ -18,20 +18,11 @@ import trio
 
 from ..errors import FormatError, NodeError
 from ..files import quota
-from ..format import schema
+from ..format import file_rows, keys, stripe_rows
 from ..format.erasure import Code
+from ..format.file_rows import ROOT, Extent, Inode, Quota
 from ..format.records import HEADER_BYTES, Header, Run
-from ..format.schema import (
-    LOST_STRIPE,
-    OWNER,
-    ROOT,
-    Extent,
-    Inode,
-    Quota,
-    SegmentState,
-    ShardPlace,
-    Stripe,
-)
+from ..format.stripe_rows import LOST_STRIPE, OWNER, SegmentState, ShardPlace, Stripe
 from ..limits import OWNERS_PER_ROW_MAX
 from ..log.log import Log, Transaction
 from ..members.members import shard_sizes
@@ -151,7 +142,7 @@ class Mender:
         self._txn.delete(key)
 
     def _inode(self, ino: int) -> Inode | None:
-        value = self._txn.get(schema.inode_key(ino))
+        value = self._txn.get(file_rows.inode_key(ino))
         return Inode.decode(value) if value is not None else None
 
     def change(self, ino: int, **fields: int) -> None:
@@ -160,10 +151,10 @@ class Mender:
         if inode is not None:
             for name, value in fields.items():
                 setattr(inode, name, value)
-            self._txn.put(schema.inode_key(ino), inode.encode())
+            self._txn.put(file_rows.inode_key(ino), inode.encode())
 
     def _first(self, prefix: bytes) -> tuple[bytes, bytes] | None:
-        return next(self._txn.scan(prefix, schema.after(prefix)), None)
+        return next(self._txn.scan(prefix, keys.after(prefix)), None)
 
     # --- inodes --------------------------------------------------------------
 
@@ -185,19 +176,21 @@ class Mender:
         size = self._end(ino) if kind == stat.S_IFREG else 0
         code = self._code(kind)
         new = Inode(mode, 0, 0, 1, size, 0, now, now, now, parent=ROOT, k=code.k, m=code.m)
-        self._txn.put(schema.inode_key(ino), new.encode())
+        self._txn.put(file_rows.inode_key(ino), new.encode())
 
     def _kind(self, ino: int) -> int:
         """The type that what is left of an inode tells of."""
-        if self._first(schema.name_key(ino, b"")) or self._first(schema.listing_key(ino, 0)[:9]):
+        if self._first(file_rows.name_key(ino, b"")) or self._first(
+            file_rows.listing_key(ino, 0)[:9]
+        ):
             return stat.S_IFDIR
-        if self._txn.get(schema.target_key(ino)) is not None:
+        if self._txn.get(file_rows.target_key(ino)) is not None:
             return stat.S_IFLNK
         return stat.S_IFREG
 
     def _end(self, ino: int) -> int:
         """The end of an inode's last extent."""
-        rows = self._txn.scan(schema.extent_key(ino, 0), schema.extent_key(ino + 1, 0))
+        rows = self._txn.scan(file_rows.extent_key(ino, 0), file_rows.extent_key(ino + 1, 0))
         return max((Extent.decode(key, value).end for key, value in rows), default=0)
 
     def _code(self, kind: int) -> Code:
@@ -222,56 +215,56 @@ class Mender:
 
     def lose_target(self, ino: int) -> None:
         """Where a symbolic link pointed is not known any more."""
-        self._txn.put(schema.target_key(ino), LOST_TARGET)
+        self._txn.put(file_rows.target_key(ino), LOST_TARGET)
 
     # --- names ---------------------------------------------------------------
 
     def unlink(self, parent: int, name: bytes) -> None:
         """Remove a name; an inode that has none then is attached in the next round."""
-        value = self._txn.get(schema.name_key(parent, name))
+        value = self._txn.get(file_rows.name_key(parent, name))
         if value is not None:
-            ino, cookie = schema.decode_name(value)
-            self._txn.delete(schema.name_key(parent, name))
-            key = schema.listing_key(parent, cookie)
-            if self._txn.get(key) == schema.listing_value(ino, name):
+            ino, cookie = file_rows.decode_name(value)
+            self._txn.delete(file_rows.name_key(parent, name))
+            key = file_rows.listing_key(parent, cookie)
+            if self._txn.get(key) == file_rows.listing_value(ino, name):
                 self._txn.delete(key)
 
     def detach(self, parent: int, ino: int) -> None:
         """Take a directory out of the one that has it."""
-        prefix = schema.name_key(parent, b"")
-        for key, value in list(self._txn.scan(prefix, schema.after(prefix))):
-            if schema.decode_name(value)[0] == ino:
-                self.unlink(parent, schema.decode_name_key(key)[1])
+        prefix = file_rows.name_key(parent, b"")
+        for key, value in list(self._txn.scan(prefix, keys.after(prefix))):
+            if file_rows.decode_name(value)[0] == ino:
+                self.unlink(parent, file_rows.decode_name_key(key)[1])
 
     def list_again(self, parent: int, name: bytes) -> None:
         """Put a name into its directory's listing."""
-        value = self._txn.get(schema.name_key(parent, name))
+        value = self._txn.get(file_rows.name_key(parent, name))
         if value is not None:
-            self._name(parent, name, *schema.decode_name(value))
+            self._name(parent, name, *file_rows.decode_name(value))
 
     def name_again(self, parent: int, cookie: int) -> None:
         """A row of a listing has no name to it: make the name, or drop the row if there is one."""
-        key = schema.listing_key(parent, cookie)
+        key = file_rows.listing_key(parent, cookie)
         value = self._txn.get(key)
         if value is None:
             return
-        _, ino, name = schema.decode_listing(key, value)
+        _, ino, name = file_rows.decode_listing(key, value)
         self._txn.delete(key)
         folder = self._inode(parent)
         if folder is not None and not stat.S_ISDIR(folder.mode):
             return
-        if self._txn.get(schema.name_key(parent, name)) is None:
+        if self._txn.get(file_rows.name_key(parent, name)) is None:
             self.restore(parent, stat.S_IFDIR)
             self.restore(ino)
             self._name(parent, name, ino, cookie)
 
     def _name(self, parent: int, name: bytes, ino: int, cookie: int = 0) -> None:
-        key = schema.listing_key(parent, cookie)
-        if cookie < schema.FIRST_COOKIE or self._txn.get(key) is not None:
-            cookie = self._unused("next_cookie", lambda n: schema.listing_key(parent, n))
-            key = schema.listing_key(parent, cookie)
-        self._txn.put(key, schema.listing_value(ino, name))
-        self._txn.put(schema.name_key(parent, name), schema.name_value(ino, cookie))
+        key = file_rows.listing_key(parent, cookie)
+        if cookie < file_rows.FIRST_COOKIE or self._txn.get(key) is not None:
+            cookie = self._unused("next_cookie", lambda n: file_rows.listing_key(parent, n))
+            key = file_rows.listing_key(parent, cookie)
+        self._txn.put(key, file_rows.listing_value(ino, name))
+        self._txn.put(file_rows.name_key(parent, name), file_rows.name_value(ino, cookie))
 
     def _unused(self, counter: str, key: Callable[[int], bytes]) -> int:
         """The next number of a counter that no row has."""
@@ -285,20 +278,20 @@ class Mender:
         """Give an inode that has no name one in lost+found."""
         folder = self._lost_and_found()
         name = name or b"#%d" % ino
-        while self._txn.get(schema.name_key(folder, name)) is not None:
+        while self._txn.get(file_rows.name_key(folder, name)) is not None:
             name += b"+"
         self._name(folder, name, ino)
         self.change(ino, parent=folder)
 
     def _lost_and_found(self) -> int:
         name = LOST_AND_FOUND
-        while (value := self._txn.get(schema.name_key(ROOT, name))) is not None:
-            ino, _ = schema.decode_name(value)
+        while (value := self._txn.get(file_rows.name_key(ROOT, name))) is not None:
+            ino, _ = file_rows.decode_name(value)
             inode = self._inode(ino)
             if inode is not None and stat.S_ISDIR(inode.mode):
                 return ino
             name += b"+"
-        ino = self._unused("next_ino", schema.inode_key)
+        ino = self._unused("next_ino", file_rows.inode_key)
         self.restore(ino, stat.S_IFDIR)
         self._name(ROOT, name, ino)
         return ino
@@ -314,27 +307,27 @@ class Mender:
         if self._inode(ino) is None:
             self.restore(ino, stat.S_IFREG)
             return
-        key = schema.extent_key(ino, extent.offset)
+        key = file_rows.extent_key(ino, extent.offset)
         if self._txn.get(key) != extent.encode():
             return
         self._txn.delete(key)
         if extent.length == 0:
             return
-        new = self._unused("next_ino", schema.inode_key)
+        new = self._unused("next_ino", file_rows.inode_key)
         moved = Extent(0, extent.length, extent.stripe, extent.stripe_offset)
-        self._txn.put(schema.extent_key(new, 0), moved.encode())
+        self._txn.put(file_rows.extent_key(new, 0), moved.encode())
         self.restore(new, stat.S_IFREG)
         self.change(new, size=extent.length)
         self.attach(new, b"#%d-%d" % (ino, extent.offset))
 
     def put_extent(self, ino: int, extent: Extent) -> None:
         """Bytes that have lost their extent get it back."""
-        self._txn.put(schema.extent_key(ino, extent.offset), extent.encode())
+        self._txn.put(file_rows.extent_key(ino, extent.offset), extent.encode())
 
     def lose_extent(self, ino: int, extent: Extent) -> None:
         """Bytes that are nowhere are an error to read, never zeros."""
         lost = Extent(extent.offset, extent.length, LOST_STRIPE, 0)
-        key = schema.extent_key(ino, extent.offset)
+        key = file_rows.extent_key(ino, extent.offset)
         if self._txn.get(key) == extent.encode():
             self._txn.put(key, lost.encode())
 
@@ -344,7 +337,7 @@ class Mender:
         """A stripe names all files that have bytes in it."""
         at = extent.stripe_offset
         while True:
-            key = schema.owners_key(extent.stripe, at)
+            key = stripe_rows.owners_key(extent.stripe, at)
             packed = self._txn.get(key) or b""
             if len(packed) < OWNERS_PER_ROW_MAX * OWNER.size:
                 break
@@ -354,29 +347,29 @@ class Mender:
 
     def drop_owners(self, number: int) -> None:
         """A stripe that is gone has no owners."""
-        prefix = schema.owners_key(number, 0)[:9]
-        for key, _ in list(self._txn.scan(prefix, schema.after(prefix))):
+        prefix = stripe_rows.owners_key(number, 0)[:9]
+        for key, _ in list(self._txn.scan(prefix, keys.after(prefix))):
             self._txn.delete(key)
 
     def set_live(self, number: int, live: int) -> None:
         """Set how many bytes of a stripe files have."""
         if live:
-            self._txn.put(schema.live_key(number), schema.live_value(live))
+            self._txn.put(stripe_rows.live_key(number), stripe_rows.live_value(live))
         else:
-            self._txn.delete(schema.live_key(number))
+            self._txn.delete(stripe_rows.live_key(number))
 
     def free(self, number: int) -> None:
         """Free a stripe of which no file has bytes."""
-        value = self._txn.get(schema.stripe_key(number))
+        value = self._txn.get(stripe_rows.stripe_key(number))
         if value is not None:
-            self._txn.delete(schema.stripe_key(number))
-            self._txn.delete(schema.live_key(number))
+            self._txn.delete(stripe_rows.stripe_key(number))
+            self._txn.delete(stripe_rows.live_key(number))
             self._txn.reclaim(number, Stripe.decode(value))
             self.drop_owners(number)
 
     def unwrite(self, number: int, index: int) -> None:
         """A shard is not where it was said to be: it has to be rebuilt elsewhere."""
-        value = self._txn.get(schema.stripe_key(number))
+        value = self._txn.get(stripe_rows.stripe_key(number))
         if value is not None:
             row = Stripe.decode(value)
             node, here = row.shards[index].node, Counter(place.node for place in row.shards)
@@ -384,12 +377,12 @@ class Mender:
             if node not in known:
                 node = min(known, key=lambda other: here[other])
             moved = row.moved(index, ShardPlace(node, 0, 0))
-            self._txn.put(schema.stripe_key(number), moved.encode())
+            self._txn.put(stripe_rows.stripe_key(number), moved.encode())
             self.owe(node, number, index)
 
     def owe(self, node: int, number: int, index: int) -> None:
         """Have a shard rebuilt."""
-        self._txn.put(schema.missing_key(node, number, index), b"")
+        self._txn.put(stripe_rows.missing_key(node, number, index), b"")
 
     def owe_all(self, node: int, shards: Sequence[tuple[int, int]]) -> None:
         """Have shards of a node rebuilt."""

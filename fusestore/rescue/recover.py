@@ -39,11 +39,12 @@ from ..config.store_config import (
 )
 from ..errors import FusestoreError, NodeError, ReplayError, UsageError
 from ..files.tree import Tree
-from ..format import schema
+from ..format import file_rows, store_rows, stripe_rows
 from ..format.erasure import Code
 from ..format.placement import check_region_rule
 from ..format.records import Changes, Run
-from ..format.schema import Counters, LogState, NodeRow, Stripe
+from ..format.store_rows import Counters, LogState, NodeRow
+from ..format.stripe_rows import Stripe
 from ..limits import DEFAULTS, Limits
 from ..log.journal import Entry, Journals, read_journals
 from ..log.log import Log
@@ -117,9 +118,9 @@ def recover(
         engine = Engine(draft, limits=limits)
         try:
             checkpoint = _load(engine, journals, progress)
-            known = _latest(engine, journals, checkpoint, schema.NODES_KEY)
-            rows = schema.decode_nodes(known) if known else []
-            about = _latest(engine, journals, checkpoint, schema.FORMAT_KEY)
+            known = _latest(engine, journals, checkpoint, store_rows.NODES_KEY)
+            rows = store_rows.decode_nodes(known) if known else []
+            about = _latest(engine, journals, checkpoint, store_rows.FORMAT_KEY)
             config = _config(found, rows, about, target)
             members = open_members(config, rows, read_only=True)
             state = Log(engine, members, config.uuid, config.code, read_only=True)
@@ -130,7 +131,7 @@ def recover(
             lossy = _may_lack(state, replayed, accept_loss) or replayed.lossy
             state.apply(replayed.changes)
             if lossy:
-                _save(engine, {schema.LOG_KEY: _settle(state, replayed).encode()})
+                _save(engine, {store_rows.LOG_KEY: _settle(state, replayed).encode()})
             # Else what came after the checkpoint is left to the next mount, as after a crash.
             result = _report(found, journals, state, replayed)
         finally:
@@ -234,7 +235,7 @@ def _load(engine: Engine, journals: Journals, progress: Progress) -> LogState:
         load(entry, commit.changes)
         digest = entry.header.payload_checksum
         state = LogState(commit.epoch, commit.nonce.hex(), commit.number, digest, entry.segment)
-    _save(engine, {schema.LOG_KEY: state.encode()})
+    _save(engine, {store_rows.LOG_KEY: state.encode()})
     return state
 
 
@@ -346,8 +347,8 @@ def _settle(state: Log, replayed: Replayed) -> LogState:
             and member.id in replayed.in_sync
             and replayed.reached[member.id] >= last
         )
-        rows.append(member.row(whole, 0 if whole else schema.NEVER_WHOLE))
-    state.apply({schema.NODES_KEY: schema.encode_nodes(rows)})
+        rows.append(member.row(whole, 0 if whole else store_rows.NEVER_WHOLE))
+    state.apply({store_rows.NODES_KEY: store_rows.encode_nodes(rows)})
     return replace(replayed.state, epoch=replayed.state.epoch + EPOCHS_SKIPPED)
 
 
@@ -357,7 +358,7 @@ def _settle(state: Log, replayed: Replayed) -> LogState:
 def _report(found: Found, journals: Journals, state: Log, replayed: Replayed) -> dict[str, Any]:
     """What was found, and what was lost, by file."""
     tree, reader = Tree(state), Reader(state)
-    counters = state.engine.get(schema.COUNTERS_KEY)
+    counters = state.engine.get(store_rows.COUNTERS_KEY)
     known = Counters.decode(counters) if counters else Counters(files=0)
     sizes = _segment_sizes(state)
     lost = [number for number, row in _stripes(state) if not _readable(state, sizes, number, row)]
@@ -385,8 +386,8 @@ def _report(found: Found, journals: Journals, state: Log, replayed: Replayed) ->
 
 
 def _stripes(state: Log) -> Iterator[tuple[int, Stripe]]:
-    for key, value in state.engine.scan(schema.STRIPES_START, schema.STRIPES_END):
-        yield schema.decode_stripe_key(key), Stripe.decode(value)
+    for key, value in state.engine.scan(stripe_rows.STRIPES_START, stripe_rows.STRIPES_END):
+        yield stripe_rows.decode_stripe_key(key), Stripe.decode(value)
 
 
 def _segment_sizes(state: Log) -> dict[int, dict[int, int]]:
@@ -406,7 +407,7 @@ def _readable(state: Log, sizes: dict[int, dict[int, int]], number: int, row: St
     there = 0
     for index, place in enumerate(row.shards):
         size = sizes.get(place.node, {}).get(place.segment, 0)
-        missing = state.engine.get(schema.missing_key(place.node, number, index)) is not None
+        missing = state.engine.get(stripe_rows.missing_key(place.node, number, index)) is not None
         there += place.written and not missing and size >= place.offset + row.shard_length
     return there >= row.code.k
 
@@ -417,7 +418,7 @@ def _dropped(journals: Journals, tree: Tree, number: int) -> dict[str, Any]:
     for entry in journals.commits[number]:
         for key in entry.commit().changes:
             if key[:1] == b"N":
-                parent, name = schema.decode_name_key(key)
+                parent, name = file_rows.decode_name_key(key)
                 paths.add(tree.path(parent).rstrip("/") + "/" + name.decode(errors="replace"))
     return {"commit": number, "names": sorted(paths)}
 

@@ -23,7 +23,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext
 from .. import errors
 from ..files.filesystem import FileSystem
 from ..files.tree import Change
-from ..format.schema import Inode
+from ..format.file_rows import Inode
 from ..limits import NAME_BYTES_MAX
 from ..tally import Tallies, Tally
 from .lookups import Lookups

@@ -22,10 +22,11 @@ from ..commit.reclaim import Reclaimer
 from ..commit.replay import Replayed, replay, suspect_shards
 from ..config.store_config import CONFIG_NAME, StoreConfig, sync_directory
 from ..errors import ConfigError, FusestoreError, MetadataError, NodeError, ReplayError, UsageError
-from ..format import erasure, schema
+from ..format import erasure, store_rows, stripe_rows, tables
 from ..format.erasure import Code
 from ..format.records import Run
-from ..format.schema import Counters, LogState, NodeRow, SegmentState
+from ..format.store_rows import Counters, LogState, NodeRow
+from ..format.stripe_rows import SegmentState
 from ..grow.rebalance import Rebalancer
 from ..grow.topology import Topology
 from ..log.journal import last_commit
@@ -52,11 +53,11 @@ class Store:
         self.committer = Committer(state, nursery)
         self.writer = Writer(state, nursery, self.committer.ask)
         self.committer.writer = self.writer
-        checkpoint = state.engine.get(schema.LOG_KEY)
+        checkpoint = state.engine.get(store_rows.LOG_KEY)
         if checkpoint is not None:
             self.committer.checkpointed = LogState.decode(checkpoint).commit
-        nodes = state.engine.get(schema.NODES_KEY)
-        self.committer.rows = schema.decode_nodes(nodes) if nodes else []
+        nodes = state.engine.get(store_rows.NODES_KEY)
+        self.committer.rows = store_rows.decode_nodes(nodes) if nodes else []
         self.reclaimer = Reclaimer(state)
         self.snapshotter = Snapshotter(state, self.committer)
         self.repairer = Repairer(state, self.reader, self.committer)
@@ -152,7 +153,7 @@ async def open_store(
                     finally:
                         nursery.cancel_scope.cancel()
     finally:
-        refused = fresh and engine.get(schema.LOG_KEY) is None
+        refused = fresh and engine.get(store_rows.LOG_KEY) is None
         engine.close()
         if refused:  # what was made for nothing must not stand in the way of `recover`
             for name in (DATABASE, DATABASE_LOCK):
@@ -169,27 +170,27 @@ async def _open(member: Member, config: StoreConfig, read_only: bool) -> None:
 
 def _check_format(config: StoreConfig, engine: Engine) -> list[NodeRow]:
     """The nodes as the metadata knows them; MetadataError when it is not this store's."""
-    value = engine.get(schema.FORMAT_KEY)
+    value = engine.get(store_rows.FORMAT_KEY)
     if value is None:
         return []
     found = json.loads(value)
-    if found["format"] != schema.FORMAT:
+    if found["format"] != store_rows.FORMAT:
         raise MetadataError(
             f"The metadata in {config.metadata} has format {found['format']}; this fusestore "
-            f"knows {schema.FORMAT}: use a newer fusestore."
+            f"knows {store_rows.FORMAT}: use a newer fusestore."
         )
     if found["store"] != str(config.uuid):
         raise MetadataError(
             f"The metadata in {config.metadata} belongs to another store ({found['store']})."
         )
-    nodes = engine.get(schema.NODES_KEY)
-    return schema.decode_nodes(nodes) if nodes else []
+    nodes = engine.get(store_rows.NODES_KEY)
+    return store_rows.decode_nodes(nodes) if nodes else []
 
 
 def _load(state: Log, config: StoreConfig) -> LogState:
     """What the last checkpoint holds; for a new store, what there is at first."""
     engine, members = state.engine, state.members
-    log_row = engine.get(schema.LOG_KEY)
+    log_row = engine.get(store_rows.LOG_KEY)
     if log_row is not None:
         return LogState.decode(log_row)
     if state.read_only:
@@ -205,7 +206,7 @@ def _load(state: Log, config: StoreConfig) -> LogState:
             raise NodeError(f"A new store needs all of its nodes: {member.error}")
     # From here on the metadata says that this is its store: a crash before the first
     # checkpoint leaves a journal that can be replayed.
-    engine.apply({schema.FORMAT_KEY: _format(config), schema.LOG_KEY: LogState().encode()})
+    engine.apply({store_rows.FORMAT_KEY: _format(config), store_rows.LOG_KEY: LogState().encode()})
     engine.freeze()
     engine.write()
     engine.thaw()
@@ -215,7 +216,7 @@ def _load(state: Log, config: StoreConfig) -> LogState:
 
 def _format(config: StoreConfig) -> bytes:
     """What the metadata says of the store as a whole."""
-    value = {"format": schema.FORMAT, "store": str(config.uuid), "code": str(config.code)}
+    value = {"format": store_rows.FORMAT, "store": str(config.uuid), "code": str(config.code)}
     return json.dumps(value).encode()
 
 
@@ -225,7 +226,7 @@ def _apply(state: Log, replayed: Replayed, suspects: dict[bytes, bytes | None]) 
     state.state = replayed.state
     state.apply(replayed.changes)
     state.apply(suspects)
-    counters = engine.get(schema.COUNTERS_KEY)
+    counters = engine.get(store_rows.COUNTERS_KEY)
     if counters is not None:
         state.counters = Counters.decode(counters)
     new = replayed.state.commit == 0
@@ -238,11 +239,11 @@ def _apply(state: Log, replayed: Replayed, suspects: dict[bytes, bytes | None]) 
             member.state, member.in_sync = State.UP, True
         elif not member.error:
             member.error = "It missed some commits."
-    nodes = engine.get(schema.NODES_KEY)
+    nodes = engine.get(store_rows.NODES_KEY)
     if not new:
         for member in state.members.all:
-            member.holds = schema.NEVER_WHOLE  # unless the log knows it
-    for row in schema.decode_nodes(nodes) if nodes else ():
+            member.holds = store_rows.NEVER_WHOLE  # unless the log knows it
+    for row in store_rows.decode_nodes(nodes) if nodes else ():
         owner = state.members.by_id.get(row.id)
         if owner is None:
             config = state.members.config
@@ -252,10 +253,10 @@ def _apply(state: Log, replayed: Replayed, suspects: dict[bytes, bytes | None]) 
             )
         owner.holds = replayed.durable if row.in_sync else row.holds
         if replayed.lossy and not owner.in_sync:
-            owner.holds = schema.NEVER_WHOLE
-    for key, value in engine.scan(schema.SEGMENTS_START, schema.SEGMENTS_END):
-        if schema.readable(key, value):
-            node, segment = schema.decode_segment_key(key)
+            owner.holds = store_rows.NEVER_WHOLE
+    for key, value in engine.scan(stripe_rows.SEGMENTS_START, stripe_rows.SEGMENTS_END):
+        if tables.readable(key, value):
+            node, segment = stripe_rows.decode_segment_key(key)
             owner = state.members.by_id.get(node)
             if owner is not None:
                 owner.segments[segment] = SegmentState.decode(value)
@@ -272,11 +273,11 @@ def _apply(state: Log, replayed: Replayed, suspects: dict[bytes, bytes | None]) 
 def _adopt_tails(store: Store) -> None:
     """Take stripes that were open at a crash into memory again."""
     tails: dict[tuple[int, Code], dict[int, bytes]] = {}
-    for key, value in store.log.engine.scan(schema.TAILS_START, schema.TAILS_END):
-        if not schema.readable(key, value):
+    for key, value in store.log.engine.scan(stripe_rows.TAILS_START, stripe_rows.TAILS_END):
+        if not tables.readable(key, value):
             continue
-        number, offset = schema.decode_tail_key(key)
-        code, data = schema.decode_tail(value)
+        number, offset = stripe_rows.decode_tail_key(key)
+        code, data = stripe_rows.decode_tail(value)
         tails.setdefault((number, code), {})[offset] = data
     for (number, code), parts in tails.items():
         store.writer.adopt(number, code, parts)
@@ -295,8 +296,8 @@ async def _begin_epoch(store: Store) -> None:
                 member.fail(error)
     committer.journal_segment = max(journals) + 1
     committer.epoch_base = committer.checkpointed
-    if state.state.commit == 0 or state.engine.get(schema.FORMAT_KEY) != _format(store.config):
-        state.apply({schema.FORMAT_KEY: _format(store.config)})
+    if state.state.commit == 0 or state.engine.get(store_rows.FORMAT_KEY) != _format(store.config):
+        state.apply({store_rows.FORMAT_KEY: _format(store.config)})
     store.writer.seal_all()
     async with committer.lock:
         await committer.commit_now(checkpoint=True)

@@ -15,7 +15,7 @@ import trio
 from ..commit.committer import Committer
 from ..config.store_config import StoreConfig
 from ..errors import NodeError
-from ..format import schema
+from ..format import keys, store_rows, stripe_rows
 from ..format.placement import check_region_rule
 from ..log.log import Log
 from ..members.members import Member, State
@@ -32,8 +32,8 @@ def count_missing(view: View) -> Missing:
     """In a thread: the shards that nodes lack, as of a view of `missing`, which is closed."""
     with view:
         found: Counter[int] = Counter()
-        for count, (key, _) in enumerate(view.scan(b"M", schema.after(b"M"))):
-            found[schema.decode_missing_key(key)[0]] += 1
+        for count, (key, _) in enumerate(view.scan(b"M", keys.after(b"M"))):
+            found[stripe_rows.decode_missing_key(key)[0]] += 1
             if count % 256 == 0:
                 time.sleep(0)  # the event loop comes first
         return dict(found)
@@ -126,7 +126,7 @@ class Reporter:
         }
 
     def _known_codes(self) -> list[Any]:
-        return schema.decode_codes(self._log.engine.get(schema.CODES_KEY))
+        return store_rows.decode_codes(self._log.engine.get(store_rows.CODES_KEY))
 
     def _node(self, member: Member, missing: int) -> dict[str, Any]:
         space = member.space if member.node is not None and not member.unused else None

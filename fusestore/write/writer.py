@@ -19,7 +19,7 @@ import trio
 from typing_extensions import Buffer
 
 from ..errors import NodeError, NodeTimeoutError
-from ..format import erasure, schema
+from ..format import erasure, stripe_rows
 from ..format.erasure import Code
 from ..format.records import (
     HEADER_BYTES,
@@ -31,7 +31,7 @@ from ..format.records import (
     payload_checksum,
     record_length,
 )
-from ..format.schema import OWNER, SegmentState, ShardPlace, Stripe
+from ..format.stripe_rows import OWNER, SegmentState, ShardPlace, Stripe
 from ..limits import OWNERS_PER_ROW_MAX
 from ..log.log import Log, Transaction
 from ..members.members import Member
@@ -252,10 +252,10 @@ class Writer:
             if fresh > self._limits.tail_bytes_max:
                 self._seal(stripe)
                 continue
-            if self._log.engine.get(schema.live_key(stripe.number)) is not None:
-                key = schema.tail_key(stripe.number, stripe.committed)
+            if self._log.engine.get(stripe_rows.live_key(stripe.number)) is not None:
+                key = stripe_rows.tail_key(stripe.number, stripe.committed)
                 fresh_bytes = stripe.bytes(stripe.committed, stripe.position)
-                tail = schema.tail_value(stripe.code, fresh_bytes)
+                tail = stripe_rows.tail_value(stripe.code, fresh_bytes)
                 self._log.apply({key: tail, **self._owners(stripe)})
                 stripe.tails.append(stripe.committed)
             stripe.committed = stripe.position
@@ -282,7 +282,7 @@ class Writer:
         rows = {}
         for start in range(0, len(stripe.owners), OWNERS_PER_ROW_MAX):
             part = stripe.owners[start : start + OWNERS_PER_ROW_MAX]
-            key = schema.owners_key(stripe.number, part[0][3])
+            key = stripe_rows.owners_key(stripe.number, part[0][3])
             rows[key] = b"".join(OWNER.pack(*owner) for owner in part)
         stripe.owners = []
         return rows
@@ -294,7 +294,7 @@ class Writer:
         if self._open.get(stripe.code) is stripe:
             del self._open[stripe.code]
         if alive is None:
-            alive = self._log.engine.get(schema.live_key(stripe.number)) is not None
+            alive = self._log.engine.get(stripe_rows.live_key(stripe.number)) is not None
         if not alive:
             self._forget(stripe)
             return
@@ -365,15 +365,15 @@ class Writer:
                 changes, txn.changes = txn.changes, {}
             self._amend(stripe, changes)
             return
-        alive = log.engine.get(schema.live_key(number)) is not None
+        alive = log.engine.get(stripe_rows.live_key(number)) is not None
         if alive or stripe.taken is not None:
             self.fresh.add(number)
-            changes = {schema.stripe_key(number): row.encode()}
+            changes = {stripe_rows.stripe_key(number): row.encode()}
             changes.update(self._owners(stripe))
-            changes.update((schema.tail_key(number, offset), None) for offset in stripe.tails)
+            changes.update((stripe_rows.tail_key(number, offset), None) for offset in stripe.tails)
             for index, place in enumerate(row.shards):
                 if not place.written:
-                    changes[schema.missing_key(place.node, number, index)] = b""
+                    changes[stripe_rows.missing_key(place.node, number, index)] = b""
             self._amend(stripe, changes)
         if not alive:
             # It died on its way: the commit that took it needs the row, the next one frees it.
@@ -389,7 +389,7 @@ class Writer:
     ) -> None:
         """A shard did not get where its place was reserved, also for the commit that counts it."""
         member.release(place.segment, length)
-        key = schema.segment_key(member.id, place.segment)
+        key = stripe_rows.segment_key(member.id, place.segment)
         value = stripe.taken.changes.get(key) if stripe.taken is not None else None
         if value is not None:
             counted = SegmentState.decode(value)

@@ -1,0 +1,120 @@
+"""Rows about the store as a whole: counters, the log, the nodes; keys begin with `Z`."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import asdict, dataclass, replace
+from typing import Self
+
+from .erasure import Code
+from .file_rows import FIRST_COOKIE, ROOT
+
+CODES_KEY = b"Zcodes"
+COUNTERS_KEY = b"Zcounters"
+FORMAT_KEY = b"Zformat"
+LOG_KEY = b"Zlog"
+NODES_KEY = b"Znodes"
+REBALANCE_KEY = b"Zrebalance"
+RECODE_KEY = b"Zrecode"
+REPAIRS_KEY = b"Zrepairs"
+SCRUB_KEY = b"Zscrub"
+SNAPSHOT_KEY = b"Zsnapshot"
+FORMAT = 1
+
+
+@dataclass(slots=True)
+class Counters:
+    """What is handed out, and what there is."""
+
+    next_ino: int = ROOT + 1
+    next_cookie: int = FIRST_COOKIE
+    files: int = 1
+    """Inodes of any kind."""
+    file_bytes: int = 0
+    """Bytes that extents hold."""
+    stripes: int = 0
+    """Stripes that are sealed or about to be."""
+
+    _STRUCT = struct.Struct("<QQqqq")
+
+    def copy(self) -> Self:
+        """The counters as they are now."""
+        return replace(self)
+
+    def encode(self) -> bytes:
+        """The row's value."""
+        return self._STRUCT.pack(
+            self.next_ino, self.next_cookie, self.files, self.file_bytes, self.stripes
+        )
+
+    @classmethod
+    def decode(cls, value: bytes) -> Self:
+        """Read the row's value."""
+        return cls(*cls._STRUCT.unpack(value))
+
+
+def encode_codes(codes: list[Code]) -> bytes:
+    return json.dumps([str(code) for code in codes]).encode()
+
+
+def decode_codes(value: bytes | None) -> list[Code]:
+    """Codes that directories were ever given, or files recoded to."""
+    return [Code.parse(text) for text in json.loads(value)] if value else []
+
+
+@dataclass(slots=True)
+class LogState:
+    """Where the log stood at a commit; JSON in the row."""
+
+    epoch: int = 0
+    nonce: str = ""
+    """32 hexadecimal digits, drawn anew with each epoch."""
+    commit: int = 0
+    checksum: int = 0
+    """Of the payload of that commit."""
+    journal_segment: int = 1
+    """Commits after it lie in this journal segment or a later one."""
+
+    def encode(self) -> bytes:
+        """The row's value."""
+        return json.dumps({name: getattr(self, name) for name in self.__slots__}).encode()
+
+    @classmethod
+    def decode(cls, value: bytes) -> Self:
+        """Read the row's value."""
+        return cls(**json.loads(value))
+
+
+NEVER_WHOLE = 1 << 62
+"""`holds` of a node that may lack anything, whatever its journal says."""
+
+
+@dataclass(slots=True)
+class NodeRow:
+    """A node as the log knows it; the row holds a JSON list of all of them."""
+
+    id: int
+    name: str
+    region: str
+    path: str
+    in_sync: bool
+    holds: int = 0
+    """For a node that is not in sync: the last commit that it is known to have flushed."""
+    weight: float = 1.0
+    draining: bool = False
+
+
+def encode_nodes(rows: list[NodeRow]) -> bytes:
+    """Weights of 1 and nodes that are not drained go without saying."""
+    usual = {"weight": 1.0, "draining": False}
+    return json.dumps(
+        [
+            {name: value for name, value in asdict(row).items() if usual.get(name, ...) != value}
+            for row in rows
+        ]
+    ).encode()
+
+
+def decode_nodes(value: bytes) -> list[NodeRow]:
+    return [NodeRow(**row) for row in json.loads(value)]

@@ -1,0 +1,212 @@
+"""Rows about stripes: where their shards lie, what lives in them, and what is owed to nodes.
+
+One function a key, one dataclass a value; `tables` has the list of all tables.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, replace
+from typing import Self
+
+from ..limits import BLOCK_BYTES, RECORD_ALIGN_BYTES, SHARD_SEGMENT_BYTES, STRIPE_BYTES
+from .erasure import Code
+from .keys import HI, HIQ, HQB, QI, Q
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlace:
+    """Where a shard's payload lies; segment 0 means that it was never written."""
+
+    node: int
+    segment: int
+    offset: int
+    """Of the payload, in the segment's file."""
+
+    @property
+    def written(self) -> bool:
+        """Whether the node was ever given it."""
+        return self.segment != 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stripe:
+    """A sealed stripe: where its n shards lie and what their blocks must hash to."""
+
+    code: Code
+    length: int
+    """Bytes of file data, padding excluded."""
+    shards: tuple[ShardPlace, ...]
+    checksums: tuple[bytes, ...]
+    """For each shard the xxh3-64 of each of its blocks, 8 bytes each."""
+
+    _HEAD = struct.Struct("<BBII")
+    _PLACE = struct.Struct("<HIQ")
+
+    @property
+    def shard_length(self) -> int:
+        """Bytes of each shard."""
+        return self.code.shard_length(self.length)
+
+    def moved(self, index: int, place: ShardPlace) -> Stripe:
+        """The same stripe with one shard elsewhere."""
+        shards = (*self.shards[:index], place, *self.shards[index + 1 :])
+        return replace(self, shards=shards)
+
+    def encode(self) -> bytes:
+        """The row's value."""
+        return b"".join(
+            (
+                self._HEAD.pack(self.code.k, self.code.m, self.length, self.shard_length),
+                *(self._PLACE.pack(s.node, s.segment, s.offset) for s in self.shards),
+                *self.checksums,
+            )
+        )
+
+    @classmethod
+    def has_form(cls, value: bytes) -> bool:
+        """Whether a value has the numbers and the length of a stripe's row; struct.error."""
+        k, m, length, shard_length = cls._HEAD.unpack_from(value)
+        code = Code(k, m)
+        blocks = -(-shard_length // BLOCK_BYTES)
+        return (
+            code.is_possible
+            and 0 < length <= STRIPE_BYTES
+            and shard_length == code.shard_length(length)
+            and len(value) == cls._HEAD.size + code.n * (cls._PLACE.size + 8 * blocks)
+        )
+
+    @classmethod
+    def decode(cls, value: bytes) -> Self:
+        """Read the row's value."""
+        k, m, length, _ = cls._HEAD.unpack_from(value)
+        code = Code(k, m)
+        start = cls._HEAD.size + cls._PLACE.size * code.n
+        places = cls._PLACE.iter_unpack(value[cls._HEAD.size : start])
+        each = (len(value) - start) // code.n
+        return cls(
+            code,
+            length,
+            tuple(ShardPlace(*place) for place in places),
+            tuple(value[start + i * each : start + (i + 1) * each] for i in range(code.n)),
+        )
+
+
+STRIPES_START, STRIPES_END = b"S", b"T"
+LOST_STRIPE = 0
+"""No stripe: fsck points extents at it whose bytes are nowhere, so that they are an error."""
+
+
+def stripe_key(stripe: int) -> bytes:
+    return b"S" + Q.pack(stripe)
+
+
+def decode_stripe_key(key: bytes) -> int:
+    return int(Q.unpack_from(key, 1)[0])
+
+
+def live_key(stripe: int) -> bytes:
+    return b"V" + Q.pack(stripe)
+
+
+def live_value(live: int) -> bytes:
+    return Q.pack(live)
+
+
+def decode_live(value: bytes) -> int:
+    return int(Q.unpack(value)[0])
+
+
+OWNER = struct.Struct("<QQII")
+"""ino, file offset, length, stripe offset."""
+
+
+def owners_key(stripe: int, stripe_offset: int) -> bytes:
+    return b"O" + QI.pack(stripe, stripe_offset)
+
+
+TAILS_START, TAILS_END = b"T", b"U"
+
+
+def tail_key(stripe: int, stripe_offset: int) -> bytes:
+    return b"T" + QI.pack(stripe, stripe_offset)
+
+
+def tail_value(code: Code, data: bytes) -> bytes:
+    return bytes((code.k, code.m)) + data
+
+
+def decode_tail(value: bytes) -> tuple[Code, bytes]:
+    """(code of the stripe, bytes)."""
+    return Code(value[0], value[1]), value[2:]
+
+
+def decode_tail_key(key: bytes) -> tuple[int, int]:
+    """(stripe, stripe offset)."""
+    return QI.unpack_from(key, 1)
+
+
+def missing_key(node: int, stripe: int, index: int) -> bytes:
+    return b"M" + HQB.pack(node, stripe, index)
+
+
+def missing_prefix(node: int) -> bytes:
+    return b"M" + struct.pack(">H", node)
+
+
+def decode_missing_key(key: bytes) -> tuple[int, int, int]:
+    """(node, stripe, index)."""
+    return HQB.unpack_from(key, 1)
+
+
+@dataclass(slots=True)
+class SegmentState:
+    """A shard segment: bytes used, and bytes of records with something live in them."""
+
+    size: int = 0
+    live: int = 0
+
+    _STRUCT = struct.Struct("<QQ")
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether a segment may be so long, and so much live in it."""
+        return self.live <= self.size <= SHARD_SEGMENT_BYTES + RECORD_ALIGN_BYTES + STRIPE_BYTES
+
+    def encode(self) -> bytes:
+        """The row's value."""
+        return self._STRUCT.pack(self.size, self.live)
+
+    @classmethod
+    def decode(cls, value: bytes) -> Self:
+        """Read the row's value."""
+        return cls(*cls._STRUCT.unpack(value))
+
+
+SEGMENTS_START, SEGMENTS_END = b"G", b"H"
+
+
+def segment_key(node: int, segment: int) -> bytes:
+    return b"G" + HI.pack(node, segment)
+
+
+def decode_segment_key(key: bytes) -> tuple[int, int]:
+    """(node, segment)."""
+    return HI.unpack_from(key, 1)
+
+
+RECLAIM_START, RECLAIM_END = b"R", b"S"
+
+
+def reclaim_key(node: int, segment: int, offset: int) -> bytes:
+    return b"R" + HIQ.pack(node, segment, offset)
+
+
+def reclaim_row(place: ShardPlace, length: int) -> tuple[bytes, bytes]:
+    """The row that frees a shard of `length` bytes."""
+    return reclaim_key(place.node, place.segment, place.offset), length.to_bytes(4, "little")
+
+
+def decode_reclaim_key(key: bytes) -> tuple[int, int, int]:
+    """(node, segment, payload offset)."""
+    return HIQ.unpack_from(key, 1)

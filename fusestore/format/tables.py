@@ -1,0 +1,95 @@
+"""The metadata tables, and the form of their rows.
+
+A key is the table's letter and big-endian numbers, so that keys sort by number.
+
+    I ino                      inodes    Inode
+    N parent name              names     ino, cookie
+    L parent cookie            listing   ino, name          stable readdir
+    E ino offset               extents   Extent             of file bytes
+    S stripe                   stripes   Stripe             once it is sealed
+    V stripe                   live      bytes that extents point at
+    O stripe stripe-offset     owners    packed Owner; true only where extents agree
+    T stripe stripe-offset     tails     code, bytes committed before the stripe was sealed
+    X ino name                 xattrs    value
+    Q ino                      targets   of a symbolic link
+    M node stripe index        missing   nothing            what healing owes the node
+    B ino                      quotas    Quota              of a directory
+    U ino                      orphans   nothing            unlinked while still in use
+    D ino                      trims     size               extents past it are to be removed
+    G node segment             segments  SegmentState
+    R node segment offset      reclaim   payload length     to free after the next checkpoint
+    Z name                     super     counters, log, nodes, snapshot
+
+`file_rows`, `stripe_rows` and `store_rows` have one function a key and one
+dataclass a value; nobody else knows bytes.
+
+A crash may leave: rows in `orphans`, `trims`, `tails` and `reclaim` that the
+next mount works off.  `live`, `Inode.allocated`, what quotas count and the
+counters are denormalised; fsck can count them anew.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .erasure import Code
+from .file_rows import NUMBER_MAX, Quota
+from .keys import Q
+from .stripe_rows import OWNER, SegmentState, Stripe
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """What the rows of a table look like."""
+
+    letter: bytes
+    name: str
+    key_length: int
+    """Of keys that end with a name: the least."""
+    has_form: Callable[[bytes, bytes], bool]
+    """Of a key of that length and its value; struct.error or ValueError also mean no."""
+    named: bool = False
+    """Keys end with a name."""
+
+
+def _numbers(packed: bytes) -> bool:
+    return all(0 < number <= NUMBER_MAX for (number,) in Q.iter_unpack(packed))
+
+
+TABLES = {
+    table.letter: table
+    for table in (
+        Table(b"B", "quotas", 9, lambda k, v: Quota.decode(v).state > 0 and _numbers(k[1:])),
+        Table(b"D", "trims", 9, lambda k, v: len(v) == 8 and _numbers(k[1:])),
+        Table(b"E", "extents", 17, lambda k, v: len(v) == 16 and _numbers(k[1:9])),
+        Table(b"G", "segments", 7, lambda k, v: SegmentState.decode(v).is_possible),
+        Table(b"I", "inodes", 9, lambda k, v: len(v) == 86 and _numbers(k[1:])),
+        Table(b"L", "listing", 17, lambda k, v: len(v) > 8 and _numbers(k[1:] + v[:8])),
+        Table(b"M", "missing", 12, lambda k, v: True),
+        Table(b"N", "names", 9, lambda k, v: len(v) == 16 and _numbers(k[1:9] + v), named=True),
+        Table(b"O", "owners", 13, lambda k, v: len(v) % OWNER.size == 0 < len(v)),
+        Table(b"Q", "targets", 9, lambda k, v: len(v) > 0 and _numbers(k[1:])),
+        Table(b"R", "reclaim", 15, lambda k, v: len(v) == 4),
+        Table(b"S", "stripes", 9, lambda k, v: Stripe.has_form(v)),
+        Table(b"T", "tails", 13, lambda k, v: len(v) > 2 and Code(v[0], v[1]).is_possible),
+        Table(b"U", "orphans", 9, lambda k, v: _numbers(k[1:])),
+        Table(b"V", "live", 9, lambda k, v: len(v) == 8),
+        Table(b"X", "xattrs", 10, lambda k, v: _numbers(k[1:9]), named=True),
+    )
+}
+"""All tables but `super`, by their letter."""
+
+
+def readable(key: bytes, value: bytes) -> bool:
+    """Whether a row of any table but `super` has the form of its table's rows."""
+    table = TABLES.get(key[:1])
+    if table is None or len(key) < table.key_length:
+        return False
+    if len(key) > table.key_length and not table.named:
+        return False
+    try:
+        return table.has_form(key, value)
+    except (struct.error, ValueError):
+        return False
