@@ -12,6 +12,10 @@ class FusestoreError(Exception):
     """The base of all errors that fusestore raises on purpose."""
 
 
+class InvariantError(Exception):
+    """Something is so that can never be: a bug.  Nothing may be built, or freed, on it."""
+
+
 class UsageError(FusestoreError):
     """The caller asked for something that makes no sense; nothing was changed."""
 

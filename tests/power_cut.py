@@ -69,11 +69,12 @@ from fusestore.config.store_config import (
 )
 from fusestore.errors import NodeError
 from fusestore.format.records import Run
-from fusestore.members import members
+from fusestore.members import member
+from fusestore.members import opening as node_opening
 from fusestore.metadata.engine import Engine
 from fusestore.nodes.base import Node, Space
 from fusestore.nodes.directory import segment_path
-from fusestore.repair import repairer
+from fusestore.repair import comeback, repairer
 from fusestore.store import opening
 
 SECTOR_BYTES = 512
@@ -691,12 +692,12 @@ class Machine:
         patch = self._patches.setattr
         patch(trio.to_thread, "run_sync", self._run_sync)
         patch(trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
-        patch(members, "_Watched", lambda member: member.node)  # its threads are not of trio
+        patch(member, "_Watched", lambda member: member.node)  # its threads are not of trio
         patch(os, "fsync", lambda descriptor: None)  # the tape is what decides
         patch(os, "fdatasync", lambda descriptor: None)
         patch(lmdb, "open", partial(lmdb.open, sync=False))
-        opener = self._opening(members.open_node)
-        for module in (members, repairer, opening):
+        opener = self._opening(node_opening.open_node)
+        for module in (node_opening, comeback, repairer, opening):
             patch(module, "open_node", opener)
         patch(repairer, "write_identity", self._claiming(write_identity))
         patch(Engine, "write", self._checkpointing(Engine.write))

@@ -16,7 +16,7 @@ from fusestore.config.store_config import IDENTITY_VERSION, NodeConfig, NodeIden
 from fusestore.errors import NodeFullError
 from fusestore.format.records import Run
 from fusestore.limits import DEFAULTS
-from fusestore.members.members import Member
+from fusestore.members.member import Member
 from fusestore.nodes.directory import DirectoryNode, segment_path
 from fusestore.system.io_uring import Ring
 
@@ -37,7 +37,10 @@ def member(
     write_identity(tmp_path, NodeIdentity(uuid4(), "a", "a", uuid4(), IDENTITY_VERSION))
     identity = NodeIdentity(uuid4(), "a", "a", uuid4(), IDENTITY_VERSION)
     node = DirectoryNode(tmp_path, identity)
-    return Member(1, NodeConfig("a", "a", tmp_path), DEFAULTS, node, in_sync=True)
+    found = Member(1, NodeConfig("a", "a", tmp_path), DEFAULTS)
+    found.open(node, node.space())
+    found.standing.confirmed()
+    return found
 
 
 async def test_both_ways_make_the_same_journal(
@@ -49,7 +52,6 @@ async def test_both_ways_make_the_same_journal(
     ring = Ring.open()
     if ring is None:
         pytest.skip("this kernel offers no io_uring")
-    assert member.node is not None
     path = member.config.path
     segment, expected, short = 1, bytearray(), 0
     async with trio.open_nursery() as nursery:

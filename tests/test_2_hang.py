@@ -20,8 +20,8 @@ from fusestore.errors import NodeError
 from fusestore.format.records import Place, Run, records
 from fusestore.limits import STRIPE_BYTES
 from fusestore.log.journal import copy_journals
-from fusestore.members import members
-from fusestore.repair import repairer, scrub
+from fusestore.members import opening
+from fusestore.repair import comeback, rejoin, scrub
 from fusestore.rescue.fsck_mend import fsck
 
 DEADLINE = 0.3
@@ -60,7 +60,7 @@ async def healthy(one: Opened) -> None:
     """Wait until everything is healed."""
     with trio.fail_after(20):
         while not (await one.store.status())["healthy"]:
-            one.store.repairer.wake()
+            one.store.comeback.wake()
             await trio.sleep(0.05)
 
 
@@ -83,7 +83,7 @@ async def test_writes_and_syncs_go_on_without_it(config: StoreConfig, which: int
             assert await one.get("meanwhile") == data("meanwhile")
             await one.put("small", b"small")
             await one.store.committer.commit()
-        assert one.store.log.members.all[which].unused
+        assert one.store.log.members.all[which].out_of_use
         node.awake.set()
         await one.put("after", data("after"))
         await healthy(one)
@@ -107,7 +107,7 @@ async def test_a_sync_under_way_when_it_hangs_is_kept(config: StoreConfig) -> No
 async def test_a_slow_node_is_read_when_no_other_will_do(config: StoreConfig) -> None:
     async with hanging(config, 0) as (one, node):
         slow = one.store.log.members.all[0]
-        slow.slow_until = trio.current_time() + 1000
+        slow.standing.answered_late(trio.current_time() + 1000)
         one.store.log.members.all[1].fail(OSError("It is gone."))
         assert await one.get("before") == data("before")
         assert node.awake.is_set()
@@ -138,7 +138,7 @@ async def test_a_mount_does_not_wait_for_a_node_that_hangs_half_way(
     made: list[HangingNode] = []
 
     def open_node(*arguments: Any, **options: Any) -> Any:
-        node = members.open_node(*arguments, **options)
+        node = opening.open_node(*arguments, **options)
         if config.nodes[0] in arguments:
             node = HangingNode(node, after=calls)
             made.append(node)
@@ -175,14 +175,14 @@ async def test_syncs_go_on_while_a_node_hangs_that_gets_its_journal_again(
         return copy_journals(*arguments)
 
     async with hanging(config) as (one, node):
-        monkeypatch.setattr(repairer, "copy_journals", copy)
-        monkeypatch.setattr(repairer, "open_node", lambda *arguments: node)
+        monkeypatch.setattr(rejoin, "copy_journals", copy)
+        monkeypatch.setattr(comeback, "open_node", lambda *arguments: node)
         one.store.log.members.all[0].fail(NodeError("It went away."))
         await one.put("meanwhile", data("meanwhile"))
         await one.store.committer.commit()
         with trio.fail_after(20 * DEADLINE + 5):
             while copies < which:
-                one.store.repairer.wake()
+                one.store.comeback.wake()
                 await trio.sleep(0.05)
             await one.put("after", data("after"))
             await one.store.committer.commit()

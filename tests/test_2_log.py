@@ -41,7 +41,7 @@ from fusestore.format.file_rows import ROOT, Inode
 from fusestore.format.records import Kind, Place, Run, decode_changes, decode_commit, records
 from fusestore.format.stripe_rows import Stripe
 from fusestore.limits import DEFAULTS, STRIPE_BYTES, Limits
-from fusestore.members.members import open_node
+from fusestore.members.opening import open_node
 from fusestore.metadata.engine import Engine
 from fusestore.nodes.directory import segment_path
 from fusestore.serve.daemon import offline
@@ -450,7 +450,7 @@ async def test_rotten_shards_never_show_and_are_healed(config: StoreConfig) -> N
             flip(config, one, number, row, chance.randrange(2), chance.randrange(row.shard_length))
         assert await one.get("f") == data
         assert one.rows(b"M") != []
-        one.store.repairer.wake()
+        one.store.comeback.wake()
         await trio.testing.wait_all_tasks_blocked(0.2)
         assert one.rows(b"M") == []
         for node in (config.nodes[0], config.nodes[1], config.nodes[2]):
@@ -581,7 +581,7 @@ async def test_an_interrupted_repair_is_no_repair(config: StoreConfig) -> None:
             assert (await one.store.status())["healthy"] is False or one.rows(b"M") == []
             with trio.fail_after(20):
                 while not (await one.store.status())["healthy"]:
-                    one.store.repairer.wake()
+                    one.store.comeback.wake()
                     await trio.sleep(0.05)
     shutil.rmtree(config.nodes[1].path)
     async with opened(config) as one:
@@ -647,7 +647,7 @@ async def test_what_a_node_that_is_away_had_not_flushed_is_rebuilt(
     async with opened(crash) as one:
         with trio.fail_after(20):
             while not (await one.store.status())["healthy"]:
-                one.store.repairer.wake()
+                one.store.comeback.wake()
                 await trio.sleep(0.05)
     await loses_a_region(crash, 0, {"f": data})
 
@@ -668,8 +668,8 @@ async def test_a_broken_mount_goes_on_reading_when_its_nodes_return(
             for node in config.nodes[:2]:
                 (tmp_path / node.name).rename(node.path)
             for _ in range(3):
-                await one.store.repairer.catch_up(None)
-                await one.store.repairer.catch_up(64)
+                await one.store.comeback.catch_up(None)
+                await one.store.comeback.catch_up(64)
             assert await one.get("sealed") == b"s" * STRIPE_BYTES
     async with opened(config) as one:
         assert await one.get("sealed") == b"s" * STRIPE_BYTES
@@ -691,20 +691,20 @@ async def test_a_node_that_fails_while_it_comes_back_is_owed_all_again(
         await one.store.committer.commit()
         # It comes back, is given shards, and fails again before they are flushed.
         faulty = FaultyNode(open_node(config, config.nodes[0]))
-        async with one.store.repairer.busy:
-            await one.store.repairer._enter(member, faulty)
+        async with one.store.healer.busy:
+            await one.store.rejoin.enter(member, faulty)
             await one.put("c", files["c"])
             await trio.testing.wait_all_tasks_blocked(0.1)
             faulty.fail_at = 0
             await one.store.committer.commit()
-            assert member.unused
+            assert member.out_of_use
             assert len(one.rows(b"M")) == 4
-        for segment in member.dirty | {member.segment}:
+        for segment in member.shards.dirty | {member.shards.current}:
             (config.nodes[0].path / segment_path(Run.SHARDS, segment)).unlink(missing_ok=True)
     async with opened(config) as one:
         with trio.fail_after(20):
             while not (await one.store.status())["healthy"]:
-                one.store.repairer.wake()
+                one.store.comeback.wake()
                 await trio.sleep(0.05)
     await loses_a_region(config, 1, files)
 
@@ -741,9 +741,9 @@ async def test_lost_segments_are_rebuilt_without_being_asked(
         with trio.fail_after(20):
             while (
                 not (await one.store.status())["healthy"]
-                or one.store.log.members.all[0].lost_segments
+                or one.store.log.members.all[0].shards.lost
             ):
-                one.store.repairer.wake()
+                one.store.comeback.wake()
                 await trio.sleep(0.05)
     await loses_a_region(config, 1, {"f": data})
 
@@ -756,14 +756,14 @@ async def test_a_rebuild_that_fails_keeps_no_room(config: StoreConfig) -> None:
         await one.put("f", random.Random(22).randbytes(5 << 20))
         await one.store.committer.commit()
         faulty = FaultyNode(open_node(config, config.nodes[0]))
-        async with one.store.repairer.busy:
-            await one.store.repairer._enter(member, faulty)
+        async with one.store.healer.busy:
+            await one.store.rejoin.enter(member, faulty)
             faulty.fail_at, faulty.for_good = faulty.operations + 3, False
             with pytest.raises(NodeError):
-                await one.store.repairer._heal(member)
+                await one.store.healer.heal(member)
             faulty.fail_at = None
-            await one.store.repairer._heal(member)
-            await one.store.repairer._join(member, lambda m: None)
+            await one.store.healer.heal(member)
+            await one.store.rejoin.join(member, lambda m: None)
         assert (await one.store.status())["healthy"] is True
         one.delete("f")
         with trio.fail_after(20):
@@ -811,9 +811,9 @@ async def test_a_shard_on_its_way_is_not_cut_off(config: StoreConfig) -> None:
         member.node = slow
         one.store.log.apply({stripe_rows.missing_key(member.id, number, index): b""})
         await one.put("b", files["b"])
-        member.roll()
+        member.shards.roll()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(one.store.repairer._heal, member)
+            nursery.start_soon(one.store.healer.heal, member)
             await trio.testing.wait_all_tasks_blocked(0.2)
             gate.set()
         await one.store.committer.commit()
@@ -868,7 +868,7 @@ async def test_a_place_that_a_failed_node_did_not_take_is_not_counted(
         done = await offline(crash, "fsck", {}, lambda message: None)
         assert done["findings"] == []
         async with opened(crash) as one:
-            assert one.store.log.members.all[0].lost_segments == set()
+            assert one.store.log.members.all[0].shards.lost == set()
 
 
 # --- the short way of small commits ------------------------------------------------------

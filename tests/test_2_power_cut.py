@@ -548,7 +548,7 @@ async def healthy(one: Opened) -> None:
             if not (member.config.path / "node.toml").exists():
                 path = one.files.tree.path
                 await one.store.repairer.repair(member.name, lambda message: None, path)
-        one.store.repairer.wake()
+        one.store.comeback.wake()
         await trio.sleep(PROBE_SECONDS)
     raise AssertionError(f"it does not get well: {await one.store.status()}")
 

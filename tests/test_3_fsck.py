@@ -311,7 +311,7 @@ async def test_shards_that_lie_on_each_other_are_rebuilt(config: StoreConfig) ->
         assert await read_all(one) == before
         with trio.fail_after(20):
             while one.rows(b"M"):
-                one.store.repairer.wake()
+                one.store.comeback.wake()
                 await trio.sleep(0.05)
 
 

@@ -32,7 +32,7 @@ from fusestore.format.records import Run
 from fusestore.format.stripe_rows import Stripe
 from fusestore.grow import topology
 from fusestore.limits import DEFAULTS, MIB, STRIPE_BYTES
-from fusestore.members.members import Member
+from fusestore.members.member import Member
 from fusestore.metadata.engine import Engine
 from fusestore.nodes.base import Space
 from fusestore.nodes.directory import DirectoryNode
@@ -302,7 +302,7 @@ async def test_new_data_is_safe_while_one_of_two_nodes_is_away(tmp_path: Path) -
         for name in ("us-east-1", "us-west-2"):
             (tmp_path / name).rename(config.store / name)
     async with opened(load(config.store)) as one:
-        await one.store.repairer.catch_up(None)
+        await one.store.comeback.catch_up(None)
         assert (await one.store.status())["healthy"] is True
         await is_right(one, files)
 
@@ -325,13 +325,13 @@ async def test_a_rebalance_goes_on_when_the_node_that_lacks_shards_is_back(tmp_p
         await add(one, config.store, "us-east-2", "us-east-1")
         node = one.store.log.members.all[3]
         node.config.path.rename(tmp_path / "away")
-        await one.store.repairer.look_at(node)
+        await one.store.healer.look_at(node)
         for _ in range(2):
             with pytest.raises(NodeError, match=r"us-east-2 is down\."):
                 await do(one, "rebalance", action="start", wait=True)
         assert (await do(one, "rebalance", action="status"))["state"] == "running"
         (tmp_path / "away").rename(node.config.path)
-        await one.store.repairer.catch_up(DEFAULTS.catch_up_shards_max)
+        await one.store.comeback.catch_up(DEFAULTS.catch_up_shards_max)
         done = await do(one, "rebalance", action="start", wait=True)
         assert (done["state"], done["error"]) == ("done", "")
         assert held(one)["us-east-2"] > 0
@@ -383,7 +383,7 @@ async def test_a_node_can_be_removed_while_its_room_is_reclaimed(
 
         monkeypatch.setattr(DirectoryNode, "delete", delete)
         files = await fill(one, "ab")
-        member.roll()  # it has two segments, and the second is reclaimed after it was removed
+        member.shards.roll()  # it has two segments, and the second is reclaimed after it was removed
         files |= await fill(one, "cd")
         await do(one, "node_drain", node="us-east-1")
         await one.checkpoint()
@@ -673,7 +673,7 @@ async def test_a_kill_at_any_moment_keeps_every_byte(
             await is_right(one, files)
             with trio.fail_after(60):
                 while not all(member.in_sync for member in one.store.log.members.all):
-                    await one.store.repairer.catch_up(None)
+                    await one.store.comeback.catch_up(None)
             if one.store.rebalancer.row.state == "running":
                 await do(one, "rebalance", action="start", wait=True)
             for member in list(one.store.log.members.all):
@@ -726,7 +726,7 @@ async def test_a_node_that_fails_while_it_is_given_shards_is_left_alone(
         await grow(one, config.store)
         target = one.store.log.members.named("us-east-2")
         assert target is not None
-        real = one.store.repairer.rebuilder._prove
+        real = one.store.healer.rebuilder._prove
         proved = 0
 
         async def fails_once(member: Member, written: Any) -> tuple[int, int]:
@@ -736,10 +736,10 @@ async def test_a_node_that_fails_while_it_is_given_shards_is_left_alone(
                 raise NodeError("It failed.")
             return await real(member, written)
 
-        monkeypatch.setattr(one.store.repairer.rebuilder, "_prove", fails_once)
+        monkeypatch.setattr(one.store.healer.rebuilder, "_prove", fails_once)
         await do(one, "rebalance", action="start", wait=False)
         with trio.fail_after(30):
-            while not target.unused:
+            while not target.out_of_use:
                 await trio.testing.wait_all_tasks_blocked(0.01)
         await is_right(one, files)
     async with opened(load(config.store)) as one:
@@ -767,7 +767,7 @@ async def test_a_node_that_hangs_while_shards_move_stops_nobody(tmp_path: Path, 
             if which == "us-east-2":  # there is no other for the shards to go to
                 with pytest.raises(NodeError, match="tried again by itself"):
                     await do(one, "node_drain", node="us-east-1")
-                assert member.unused
+                assert member.out_of_use
             else:
                 assert (await do(one, "node_drain", node="us-east-1"))["drained"] is True
             files |= await fill(one, "d")
@@ -777,7 +777,7 @@ async def test_a_node_that_hangs_while_shards_move_stops_nobody(tmp_path: Path, 
             node.awake.set()
         with trio.fail_after(20):
             while not all(member.in_sync for member in one.store.log.members.all):
-                await one.store.repairer.catch_up(None)
+                await one.store.comeback.catch_up(None)
                 await trio.sleep(0.05)
         assert (await do(one, "node_drain", node="us-east-1"))["drained"] is True
         await do(one, "node_remove", node="us-east-1")

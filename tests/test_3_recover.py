@@ -384,7 +384,7 @@ async def healthy(one: Opened) -> None:
     """Wait until nothing is missing anywhere."""
     with trio.fail_after(HEALTHY_SECONDS_MAX):
         while not (await one.store.status())["healthy"]:
-            one.store.repairer.wake()
+            one.store.comeback.wake()
             await trio.sleep(0.02)
 
 

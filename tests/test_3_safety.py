@@ -323,13 +323,13 @@ async def test_the_weakest_stripes_come_first(tmp_path: Path) -> None:
             index = next(i for i, place in enumerate(row.shards) if place.node == other.id)
             one.store.log.apply({stripe_rows.missing_key(other.id, number, index): b""})
         order: list[int] = []
-        rebuild = one.store.repairer.rebuilder.rebuild
+        rebuild = one.store.healer.rebuilder.rebuild
 
         async def note(member: Any, wanted: dict[int, list[int]]) -> tuple[int, int]:
             order.extend(wanted)
             return await rebuild(member, wanted)
 
-        one.store.repairer.rebuilder.rebuild = note  # type: ignore[method-assign]
+        one.store.healer.rebuilder.rebuild = note  # type: ignore[method-assign]
         shutil.rmtree(config.nodes[0].path)
         await do(one, "repair", node=REGIONS[0])
         assert set(order[: len(weak)]) == weak

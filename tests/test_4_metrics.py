@@ -391,7 +391,7 @@ async def everything(one: Opened) -> Monitor:
         file.seek(10_000)
         file.write(bytes(100_000))
     await one.get("a")
-    await one.store.repairer.heal()
+    await one.store.healer.heal_all()
     shutil.rmtree(node.path)
     await one.store.repairer.repair(node.name, lambda message: None, str)
     with trio.fail_after(30):

@@ -42,7 +42,7 @@ from ..format.store_rows import LogState, NodeRow
 from ..format.stripe_rows import Stripe
 from ..log.log import Log
 from ..members.journal_room import JournalRoom
-from ..members.members import Member
+from ..members.member import Member
 from ..system import linux
 from ..system.io_uring import Operation
 from ..tally import Histogram
@@ -194,10 +194,7 @@ class Committer:
                 return
 
     def _node_rows(self) -> list[NodeRow]:
-        return [
-            member.row(member.in_sync, 0 if member.in_sync else member.holds)
-            for member in self._log.members.all
-        ]
+        return [member.row() for member in self._log.members.all]
 
     def _left(self) -> list[Member]:
         """Nodes that the last commit counts on, and that failed since."""
@@ -205,17 +202,18 @@ class Committer:
         return [
             member
             for member in self._log.members.all
-            if (member.id in before and not member.in_sync) or (member.unused and member.unflushed)
+            if (member.id in before and not member.in_sync)
+            or (member.out_of_use and member.shards.unflushed)
         ]
 
     def _note_nodes(self) -> bool:
         """Put a changed set of nodes, and what lost ones lack, among the changes."""
         for member in self._left():
-            for stripe, index in member.unflushed:
+            for stripe, index in member.shards.unflushed:
                 if self._log.engine.get(stripe_rows.stripe_key(stripe)) is not None:
                     self._log.apply({stripe_rows.missing_key(member.id, stripe, index): b""})
-            member.unflushed = []
-            member.dirty = set()
+            member.shards.unflushed = []
+            member.shards.dirty = set()
         rows = self._node_rows()
         if rows == self.rows:
             return False
@@ -243,11 +241,11 @@ class Committer:
             self._counters = counters
             state.apply({store_rows.COUNTERS_KEY: counters})
         for member in state.members.all:
-            for segment in member.changed:
-                found = member.committed(segment)
+            for segment in member.shards.changed:
+                found = member.shards.committed(segment)
                 key = stripe_rows.segment_key(member.id, segment)
                 state.apply({key: found.encode() if found else None})
-            member.changed.clear()
+            member.shards.changed.clear()
         due = force or (
             engine.changed_keys > 0
             and (
@@ -323,7 +321,12 @@ class Committer:
     def _is_held(self, taken: Taken) -> bool:
         """Whether a commit counts with the nodes that have flushed it, and may be checkpointed."""
         members, engine = self._log.members, self._log.engine
-        lost = {shard for member in members.all if member.unused for shard in member.unflushed}
+        lost = {
+            shard
+            for member in members.all
+            if member.out_of_use
+            for shard in member.shards.unflushed
+        }
         for key in self._puts(taken):
             number, row = (
                 stripe_rows.decode_stripe_key(key),
@@ -373,7 +376,7 @@ class Committer:
         for member in members:
             room = member.journal_room
             fresh = now - member.sampled_at <= self._limits.sample_seconds
-            if room is None or member.dirty or not member.in_sync or not fresh:
+            if room is None or member.shards.dirty or not member.in_sync or not fresh:
                 return False
             seed = self._log.journal(member.name, self.journal_segment).seed(offset)
             write = room.write(self.journal_segment, offset, header.encode(seed) + rest)
@@ -405,14 +408,14 @@ class Committer:
 
     @staticmethod
     def _holds(member: Member, header: Header) -> None:
-        if member.in_sync and header.kind is Kind.COMMIT:
-            member.holds = header.number
+        if header.kind is Kind.COMMIT:
+            member.standing.flushed(header.number)
 
     async def _flush_node(
         self, member: Member, offset: int, header: Header, payload: bytes
     ) -> None:
-        dirty, member.dirty = member.dirty, set()
-        shards = len(member.unflushed)
+        dirty, member.shards.dirty = member.shards.dirty, set()
+        shards = len(member.shards.unflushed)
         began = time.perf_counter_ns()
         try:
             await member.call(self._write_node, member, offset, header, payload, sorted(dirty))
@@ -423,7 +426,7 @@ class Committer:
             return
         finally:
             member.flushes.add(time.perf_counter_ns() - began)
-        del member.unflushed[:shards]
+        del member.shards.unflushed[:shards]
         member.sampled_at = trio.current_time()
         self._holds(member, header)
 
@@ -432,7 +435,6 @@ class Committer:
     ) -> None:
         """In a thread: append the record and flush what the node was given."""
         node = member.node
-        assert node is not None
         if member.in_sync:
             seed = self._log.journal(member.name, self.journal_segment).seed(offset)
             padding = bytes(header.record_length - len(payload) - HEADER_BYTES)
@@ -444,8 +446,8 @@ class Committer:
                 node.truncate(Run.JOURNAL, segment, size)
         node.flush(Run.SHARDS, dirty)
         for segment in dirty:
-            state = member.segments.get(segment)
-            if state is not None and member.is_full(segment):
+            state = member.shards.states.get(segment)
+            if state is not None and member.shards.is_full(segment):
                 node.truncate(Run.SHARDS, segment, state.size)
         member.sample()
 

@@ -123,7 +123,6 @@ class Snapshotter:
             await self._committer.commit_now(checkpoint=True)
             for member in self._log.members.in_sync:
                 node = member.node
-                assert node is not None
 
                 def delete(node: Node = node) -> None:
                     for old in node.segments(Run.JOURNAL):

@@ -22,7 +22,7 @@ from ..errors import NodeError
 from ..format import keys, stripe_rows
 from ..format.records import Run, record_length
 from ..log.log import Log
-from ..members.members import Member
+from ..members.member import Member
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,6 @@ class Reclaimer:
             await trio.lowlevel.checkpoint()
         for member in self._log.members.writable:
             node = member.node
-            assert node is not None
             try:
                 for segment in self.strays.pop(member.id, ()):
                     await member.call(node.delete, Run.SHARDS, segment)
@@ -89,11 +88,11 @@ class Reclaimer:
                 debt[segment].append((offset, int.from_bytes(value, "little")))
         for segment, shards in debt.items():
             dead = sum(record_length(length) for _, length in shards)
-            state = member.segments.get(segment)
+            state = member.shards.states.get(segment)
             try:
                 if state is not None and state.live == dead:
-                    if segment == member.segment:
-                        member.roll()
+                    if segment == member.shards.current:
+                        member.shards.roll()
                     await self._drop(member, segment, shards)
                 else:
                     for start in range(0, len(shards), self._limits.reclaim_batch):
@@ -106,14 +105,12 @@ class Reclaimer:
 
     async def _drop(self, member: Member, segment: int, shards: list[tuple[int, int]]) -> None:
         """Delete a segment in which nothing lives."""
-        assert member.node is not None
         await member.call(member.node.delete, Run.SHARDS, segment)
         self._paid(member, segment, shards)
-        member.segments.pop(segment, None)
+        member.shards.states.pop(segment, None)
 
     async def _punch(self, member: Member, segment: int, shards: list[tuple[int, int]]) -> None:
         node = member.node
-        assert node is not None
 
         def punch() -> None:
             for offset, length in shards:
@@ -127,5 +124,5 @@ class Reclaimer:
             {stripe_rows.reclaim_key(member.id, segment, offset): None for offset, _ in shards}
         )
         for _, length in shards:
-            member.release(segment, length)
-        member.changed.add(segment)
+            member.shards.release(segment, length)
+        member.shards.changed.add(segment)

@@ -21,7 +21,7 @@ from ..format.store_rows import LogState
 from ..format.stripe_rows import Stripe
 from ..log.journal import read_journals
 from ..log.log import Log
-from ..members.members import Member
+from ..members.member import Member
 from ..read.reader import verified
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def replay(
     With `accept_loss` what cannot be decided, or is gone, is dropped instead; `how`
     tells people how to say that.
     """
-    nodes = [(member.name, member.node) for member in state.members.all if member.node]
+    nodes = [(member.name, member.node) for member in state.members.all if member.is_open]
     journals = read_journals(state.store, nodes, start.journal_segment)
     for member in state.members.all:
         error = journals.failed.get(member.name)
@@ -128,7 +128,7 @@ def _counts(state: Log, commit: Commit) -> bool:
             member = state.members.by_id.get(place.node)
             if not place.written:
                 continue
-            if member is None or member.node is None or member.unused:
+            if member is None or member.out_of_use:
                 away.append(member.name if member else str(place.node))
                 continue
             try:
@@ -156,7 +156,6 @@ def shard_is_intact(member: Member, row: Stripe, index: int) -> bool:
 
 def _verify(member: Member, row: Stripe, index: int) -> bool:
     place = row.shards[index]
-    assert member.node is not None
     data = member.node.read(Run.SHARDS, place.segment, place.offset, row.shard_length)
     return verified(row, index, 0, data)
 
@@ -173,6 +172,6 @@ def suspect_shards(state: Log, replayed: Replayed) -> dict[bytes, bytes | None]:
             if member is None or not place.written:
                 continue
             # Of a node that is away nobody can tell: it may have flushed nothing of this.
-            if member.node is None or member.unused or not shard_is_intact(member, row, index):
+            if member.out_of_use or not shard_is_intact(member, row, index):
                 rows[stripe_rows.missing_key(place.node, number, index)] = b""
     return rows

@@ -223,7 +223,7 @@ class Attributes:
         for index, place in enumerate(row.shards):
             member = self._log.members.by_id[place.node]
             missing = self._log.engine.get(stripe_rows.missing_key(place.node, number, index))
-            here = place.written and missing is None and not member.unused
+            here = place.written and missing is None and not member.out_of_use
             shards.append(
                 {
                     "index": index,

@@ -17,7 +17,9 @@ from ..format.erasure import Code
 from ..format.placement import draw, shares
 from ..format.stripe_rows import Stripe
 from ..log.log import Log
-from ..members.members import Member, Members, State
+from ..members.member import Member
+from ..members.members import Members
+from ..members.standing import State
 
 BALANCED = 0.02
 """A rebalance has ended when every node is so near to its share, or no move makes it nearer."""

@@ -31,7 +31,8 @@ from ..format import store_rows
 from ..format.stripe_rows import Stripe
 from ..log.log import Log
 from ..log.pace import Pace
-from ..members.members import Member, State
+from ..members.member import Member
+from ..members.standing import State
 from ..repair.repairer import Repairer
 from .balance import BALANCED, Balance, Census, Draining, Moves, take_census
 
@@ -244,7 +245,7 @@ class Rebalancer:
 
     async def _move(self, target: Member, shards: Sequence[_Shard]) -> int:
         """Move some shards to a node, as far as they are still where they were."""
-        async with self._repairer.busy:
+        async with self._repairer.healer.busy:
             there = [shard for shard in shards if self._is_there(*shard)]
             if not target.takes or target.state is not State.UP or not there:
                 return 0
@@ -266,7 +267,7 @@ class Rebalancer:
     async def _move_those(self, target: Member, shards: Sequence[_Shard]) -> int:
         """The same; of those that cannot be read it is noted.  NodeError."""
         try:
-            await self._repairer.rebuilder.move(target, shards)
+            await self._repairer.healer.rebuilder.move(target, shards)
         except LostError as error:
             if len(shards) > 1:
                 return sum([await self._move_those(target, [shard]) for shard in shards])

@@ -35,7 +35,8 @@ from ..format.erasure import Code
 from ..format.placement import check_region_rule
 from ..format.records import Run
 from ..log.log import Log
-from ..members.members import Member, open_node
+from ..members.member import Member
+from ..members.opening import open_node
 from ..repair.repairer import Repairer
 from .balance import Census, take_census
 from .rebalance import LOOK_SECONDS, Rebalancer
@@ -73,7 +74,7 @@ class Topology:
                     "state": str(member.state),
                     "draining": member.config.draining,
                     "drained": member.config.draining and not census.shards[member.id],
-                    "problem": member.error or self._rebalancer.stuck.get(member.id, ""),
+                    "problem": member.standing.error or self._rebalancer.stuck.get(member.id, ""),
                     "shards": census.shards[member.id],
                     "bytes": census.held[member.id],
                     "share_bytes": int(census.share[member.id]),
@@ -112,9 +113,8 @@ class Topology:
             if problem:
                 raise UsageError(problem)
             nodes = (*(other for other in config.nodes if other.name != name), node)
-            member = Member(
-                0, node, self._log.limits, holds=store_rows.NEVER_WHOLE, ring=members.all[0].ring
-            )
+            member = Member(0, node, self._limits, holds=store_rows.NEVER_WHOLE)
+            member.ring = members.all[0].ring
             await member.call(self._prepare, nodes)
             await trio.to_thread.run_sync(members.configure, nodes)
             await self._repairer.join(member, progress)
@@ -128,7 +128,7 @@ class Topology:
             raise UsageError(problem)
         check_owner(members.config.store, node.path)
         members.check_file()
-        self._repairer.claim(node).close()
+        self._repairer.prepare_directory(node).close()
 
     # --- draining ------------------------------------------------------------
 
@@ -235,7 +235,7 @@ class Topology:
         """Take a node that nothing needs out of the store, and empty it; UsageError."""
         self._log.transaction()
         store = self._log.members.config.store
-        async with self._changing, self._repairer.busy:
+        async with self._changing, self._repairer.healer.busy:
             member = self._repairer.member(name)
             if not member.config.draining:
                 raise UsageError(
@@ -263,8 +263,7 @@ class Topology:
             except (NodeError, OSError) as error:
                 log.warning("What node %s kept could not be deleted: %s", name, error)
                 emptied = False
-            if member.node is not None:
-                member.node.close()
+            member.node.close()
         return {"node": name, "path": str(member.config.path), "emptied": emptied}
 
     async def _forget(self, member: Member) -> None:

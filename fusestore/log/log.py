@@ -234,9 +234,9 @@ class Log:
         return (
             place.written
             and member is not None
-            and member.node is not None
-            and not member.unused
-            and place.segment not in member.lost_segments
+            and member.is_open
+            and not member.out_of_use
+            and place.segment not in member.shards.lost
             and self.engine.get(stripe_rows.missing_key(place.node, number, index)) is None
         )
 

@@ -22,7 +22,7 @@ from ..format.records import Run, block_checksums
 from ..format.stripe_rows import Stripe
 from ..limits import BLOCK_BYTES
 from ..log.log import Log
-from ..members.members import Member
+from ..members.member import Member
 
 log = logging.getLogger(__name__)
 
@@ -165,11 +165,12 @@ class Reader:
         """
         place = row.shards[index]
         member = self._log.members.by_id[place.node]
-        if not place.written or member.node is None:
+        if not place.written or not member.is_open:
             return None
-        if member.unused and not self._log.broken:
+        if member.out_of_use and not self._log.broken:
             return None  # once too few are up, whatever still answers is asked
-        if (member.doubted or member.slow_until > trio.current_time()) and not patient:
+        standing = member.standing
+        if (standing.doubted or standing.is_slow(trio.current_time())) and not patient:
             return None
         seconds = self._limits.node_seconds_max if patient else self._limits.read_seconds_max
         try:
@@ -178,7 +179,7 @@ class Reader:
             )
         except NodeTimeoutError as error:
             log.warning("%s Others are read for a while.", error)
-            member.slow_until = trio.current_time() + self._limits.slow_seconds
+            member.standing.answered_late(trio.current_time())
             return None
         except NodeError as error:
             await self._failed(member, number, row, index, error)
@@ -194,7 +195,6 @@ class Reader:
         self, member: Member, number: int, row: Stripe, index: int, error: NodeError
     ) -> None:
         """A read failed: because of the node, or of this shard alone."""
-        assert member.node is not None
         try:
             await member.call(member.node.check)
         except NodeError as gone:

@@ -18,7 +18,7 @@ from ..format import stripe_rows
 from ..format.records import HEADER_BYTES, Run
 from ..format.stripe_rows import ShardPlace, Stripe
 from ..log.log import Log
-from ..members.members import Member
+from ..members.member import Member
 from ..nodes.base import Node
 from ..read.reader import Reader, verified
 from ..write.writer import shard_header, write_shard
@@ -89,7 +89,7 @@ class Rebuilder:
         place = row.shards[index]
         if place.node != member.id or not place.written:
             place = member.reserve(row.shard_length)
-            member.claim(place, row.shard_length, -1)
+            member.shards.hold_back(place, row.shard_length)
         written.append((number, index, row, place))
         header = shard_header(row.code, row.length, number, index, row.checksums[index])
         await member.call(write_shard, self._log, member, place, header, data)
@@ -119,11 +119,12 @@ class Rebuilder:
     async def _prove(self, member: Member, written: list[_Rebuilt]) -> tuple[int, int]:
         """Read rebuilt shards back; those that are right count from then on."""
         node = member.node
-        assert node is not None
         await member.call(node.flush, Run.SHARDS, sorted({place.segment for *_, place in written}))
-        for segment in {place.segment for *_, place in written if member.is_full(place.segment)}:
+        for segment in {
+            place.segment for *_, place in written if member.shards.is_full(place.segment)
+        }:
             # A seal may still be writing to what it has reserved.
-            state = member.segments.get(segment)
+            state = member.shards.states.get(segment)
             await member.call(_give_back_ahead, node, segment, state.size if state else 0)
         shards = total = 0
         while written:
@@ -147,7 +148,7 @@ class Rebuilder:
                 self._log.apply({key: None})
                 continue
             if place != before:
-                member.claim(place, row.shard_length)
+                member.shards.count(place, row.shard_length)
             changes = {stripe_rows.stripe_key(number): now.moved(index, place).encode(), key: None}
             if place != before and before.written:
                 debt, length = stripe_rows.reclaim_row(before, row.shard_length)
@@ -161,8 +162,8 @@ class Rebuilder:
     def _give_back(member: Member, row: Stripe, index: int, place: ShardPlace) -> None:
         """A place that was reserved for a rebuilt shard is not needed."""
         if place != row.shards[index]:
-            member.claim(place, row.shard_length)
-            member.release(place.segment, row.shard_length)
+            member.shards.count(place, row.shard_length)
+            member.shards.release(place.segment, row.shard_length)
 
 
 def _give_back_ahead(node: Node, segment: int, reserved: int) -> None:

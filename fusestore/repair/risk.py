@@ -23,7 +23,7 @@ from ..format.placement import losses, regions_borne
 from ..format.stripe_rows import Stripe
 from ..log.log import Log
 from ..log.pace import Pace
-from ..members.members import Member
+from ..members.member import Member
 from ..read.reader import Reader
 
 Progress = Callable[[dict[str, Any]], None]
@@ -132,7 +132,7 @@ class Safety:
         seconds = sum(repair["seconds"] for repair in repairs)
         speed = size / seconds if size and seconds else ASSUMED_REPAIR_RATE
         held = max(
-            (sum(max(s.live, 0) for s in member.segments.values()) for member in members.all),
+            (sum(max(s.live, 0) for s in member.shards.states.values()) for member in members.all),
             default=0,
         )
         down = (rates.replace_hours * 3600 + held / speed) / YEAR_SECONDS
@@ -205,7 +205,7 @@ class Safety:
         """
         stripes = shards = check = rebuild = weak = hopeless = 0
         reads: Counter[str] = Counter()
-        anew = anew or member.node is None
+        anew = anew or not member.is_open
         async for batch in self._stripes():
             for number, row in batch:
                 here = [i for i, place in enumerate(row.shards) if place.node == member.id]

@@ -23,7 +23,7 @@ from ..format.stripe_rows import Stripe
 from ..log.journal import copy_journals, first_needed
 from ..log.log import Log
 from ..log.pace import Pace
-from ..members.members import State
+from ..members.standing import State
 from .rebuild import not_intact
 from .repairer import Repairer
 
@@ -258,7 +258,7 @@ class Scrubber:
             self._log.apply({key: b""})
 
     async def _finish(self) -> None:
-        await self._repairer.heal()
+        await self._repairer.healer.heal_all()
         await self._committer.commit()
         self.scrub.left = sum(1 for _ in self._log.engine.scan(b"M", keys.after(b"M")))
         self.scrub.state, self.scrub.finished = "done", time.time()

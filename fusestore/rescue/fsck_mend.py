@@ -25,7 +25,7 @@ from ..format.records import HEADER_BYTES, Header, Run
 from ..format.stripe_rows import LOST_STRIPE, OWNER, SegmentState, ShardPlace, Stripe
 from ..limits import OWNERS_PER_ROW_MAX
 from ..log.log import Log, Transaction
-from ..members.members import shard_sizes
+from ..members.opening import shard_sizes
 from ..store.opening import Store
 from .fsck_check import Around, Check, Finding
 
@@ -75,7 +75,7 @@ async def _check(store: Store, at_rest: bool) -> tuple[Check, list[Finding]]:
         segments={
             (member.id, segment): SegmentState(found.size, found.live)
             for member in state.members.all
-            for segment, found in member.segments.items()
+            for segment, found in member.shards.states.items()
         },
         unsealed=set(state.unsealed),
         nodes={member.id: member.name for member in state.members.all},
@@ -97,7 +97,7 @@ async def _sizes(state: Log) -> _Sizes:
     """The bytes in each shard segment of the nodes that are there and answer."""
     found: _Sizes = {}
     for member in state.members.all:
-        if member.node is not None and not member.unused:
+        if not member.out_of_use:
             with suppress(NodeError):
                 found[member.id] = await member.call(shard_sizes, member.node)
     return found
@@ -106,7 +106,7 @@ async def _sizes(state: Log) -> _Sizes:
 def _shard_at(state: Log, node: int, segment: int, offset: int) -> tuple[int, int] | None:
     """In a thread of trio's: see Around."""
     member, start = state.members.by_id[node], offset - HEADER_BYTES
-    if member.node is None or member.unused:
+    if member.out_of_use:
         return None
     try:
         data = member.watched[1].read(Run.SHARDS, segment, start, HEADER_BYTES)
@@ -396,13 +396,13 @@ class Mender:
             return
         segment = where[1]
         if live == 0:
-            if segment == member.segment:
-                member.roll()
-            member.segments.pop(segment, None)
+            if segment == member.shards.current:
+                member.shards.roll()
+            member.shards.states.pop(segment, None)
         else:
-            size = member.segments.get(segment, SegmentState()).size
-            member.segments[segment] = SegmentState(max(size, end), live)
-        member.changed.add(segment)
+            size = member.shards.states.get(segment, SegmentState()).size
+            member.shards.states[segment] = SegmentState(max(size, end), live)
+        member.shards.changed.add(segment)
 
     # --- counters ------------------------------------------------------------
 

@@ -48,7 +48,7 @@ from ..format.stripe_rows import Stripe
 from ..limits import DEFAULTS, Limits
 from ..log.journal import Entry, Journals, read_journals
 from ..log.log import Log
-from ..members.members import open_members, shard_sizes
+from ..members.opening import open_members, shard_sizes
 from ..metadata.engine import DATABASE, DATABASE_LOCK, Engine
 from ..nodes.base import Node
 from ..nodes.directory import DirectoryNode
@@ -322,7 +322,7 @@ def _may_lack(state: Log, replayed: Replayed, accept_loss: bool) -> bool:
     vouching = {
         member.id
         for member in state.members.all
-        if member.node is not None and replayed.reached[member.id] >= replayed.durable
+        if member.is_open and replayed.reached[member.id] >= replayed.durable
     }
     others = {member.id for member in state.members.all} - vouching
     if not others & replayed.in_sync or not state.members.could_store(state.code, others):
@@ -343,11 +343,10 @@ def _settle(state: Log, replayed: Replayed) -> LogState:
     rows = []
     for member in state.members.all:
         whole = (
-            member.node is not None
-            and member.id in replayed.in_sync
-            and replayed.reached[member.id] >= last
+            member.is_open and member.id in replayed.in_sync and replayed.reached[member.id] >= last
         )
-        rows.append(member.row(whole, 0 if whole else store_rows.NEVER_WHOLE))
+        holds = 0 if whole else store_rows.NEVER_WHOLE
+        rows.append(replace(member.row(), in_sync=whole, holds=holds))
     state.apply({store_rows.NODES_KEY: store_rows.encode_nodes(rows)})
     return replace(replayed.state, epoch=replayed.state.epoch + EPOCHS_SKIPPED)
 
@@ -376,7 +375,7 @@ def _report(found: Found, journals: Journals, state: Log, replayed: Replayed) ->
                 "path": str(member.config.path),
                 "found": member.node is not None,
                 "last_commit": max(journals.holders.get(member.name, {0})),
-                "problem": found.problems.get(member.name, member.error),
+                "problem": found.problems.get(member.name, member.standing.error),
             }
             for member in state.members.all
         ],
@@ -394,7 +393,7 @@ def _segment_sizes(state: Log) -> dict[int, dict[int, int]]:
     """By node, and segment: the bytes that are there."""
     sizes: dict[int, dict[int, int]] = {}
     for member in state.members.all:
-        if member.node is not None:
+        if member.is_open:
             try:
                 sizes[member.id] = shard_sizes(member.node)
             except NodeError as error:

@@ -119,7 +119,7 @@ def _commands(store: Store, files: FileSystem) -> dict[str, Command]:
 
     async def repair(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
         member = store.repairer.member(str(arguments["node"]))
-        await store.repairer.look_at(member)
+        await store.healer.look_at(member)
         to = Path(arguments["to"]) if arguments.get("to") else None
         plan = await safety.plan(member, anew=to is not None)
         if arguments.get("dry_run"):

@@ -31,9 +31,14 @@ from ..grow.rebalance import Rebalancer
 from ..grow.topology import Topology
 from ..log.journal import last_commit
 from ..log.log import Log
-from ..members.members import Member, State, open_members, open_node
+from ..members.member import Member
+from ..members.opening import open_members, open_node
+from ..members.standing import State
 from ..metadata.engine import DATABASE, DATABASE_LOCK, Engine
 from ..read.reader import Reader
+from ..repair.comeback import Comeback
+from ..repair.heal import Healer
+from ..repair.rejoin import Rejoin
 from ..repair.repairer import Repairer
 from ..repair.scrub import Scrubber
 from ..system.io_uring import Ring
@@ -60,7 +65,10 @@ class Store:
         self.committer.rows = store_rows.decode_nodes(nodes) if nodes else []
         self.reclaimer = Reclaimer(state)
         self.snapshotter = Snapshotter(state, self.committer)
-        self.repairer = Repairer(state, self.reader, self.committer)
+        self.healer = Healer(state, self.reader, self.committer)
+        self.rejoin = Rejoin(state, self.committer, self.healer)
+        self.comeback = Comeback(state, self.healer, self.rejoin)
+        self.repairer = Repairer(state, self.reader, self.committer, self.healer, self.rejoin)
         self.rebalancer = Rebalancer(state, self.committer, self.repairer)
         self.topology = Topology(state, self.committer, self.repairer, self.rebalancer)
         self.scrubber = Scrubber(state, self.committer, self.repairer, config.scrub_days)
@@ -68,18 +76,18 @@ class Store:
             config, state, self.reader, self.committer, self.repairer, self.scrubber
         )
         self.status = self.reporter.status
-        self.committer.on_checkpoint += [self.reclaimer.wake, self.repairer.wake]
+        self.committer.on_checkpoint += [self.reclaimer.wake, self.comeback.wake]
         self.committer.on_commit.append(self.snapshotter.look)
 
     def tasks(self) -> list[Callable[[], Awaitable[None]]]:
         """What goes on in the background while it is open."""
-        parts = (self.reclaimer, self.snapshotter, self.repairer, self.scrubber, self.rebalancer)
+        parts = (self.reclaimer, self.snapshotter, self.comeback, self.scrubber, self.rebalancer)
         return [part.run for part in parts]
 
     def warnings(self) -> list[str]:
         """A sentence for each node that is not as it should be."""
         return [
-            f"Node {member.name} is {member.state}: {member.error} "
+            f"Node {member.name} is {member.state}: {member.standing.error} "
             f"Run 'fusestore repair {self.config.store} {member.name}'."
             for member in self.log.members.all
             if member.state is not State.UP
@@ -139,7 +147,7 @@ async def open_store(
             try:
                 async with trio.open_nursery() as tasks:
                     if background and not read_only:
-                        await store.repairer.catch_up(config.limits.catch_up_shards_max)
+                        await store.comeback.catch_up(config.limits.catch_up_shards_max)
                         for run in store.tasks():
                             tasks.start_soon(run)
                         store.reclaimer.wake()
@@ -163,9 +171,9 @@ async def open_store(
 async def _open(member: Member, config: StoreConfig, read_only: bool) -> None:
     try:
         opened = await member.call(partial(open_node, config, member.config, read_only=read_only))
-        member.take(opened, await member.call(opened.space))
+        member.open(opened, await member.call(opened.space))
     except NodeError as error:
-        member.error = str(error)
+        member.standing.refused(error)
 
 
 def _check_format(config: StoreConfig, engine: Engine) -> list[NodeRow]:
@@ -196,14 +204,14 @@ def _load(state: Log, config: StoreConfig) -> LogState:
     if state.read_only:
         raise UsageError("The store was never mounted: mount it read-write once.")
     for member in members.all:
-        if member.node is not None and member.node.segments(Run.JOURNAL):
+        if member.is_open and member.node.segments(Run.JOURNAL):
             raise MetadataError(
                 f"Node {member.name} holds a journal, but the metadata is gone: mounting would "
                 f"start an empty store; run 'fusestore recover {config.store}'."
             )
     for member in members.all:
-        if member.node is None:
-            raise NodeError(f"A new store needs all of its nodes: {member.error}")
+        if not member.is_open:
+            raise NodeError(f"A new store needs all of its nodes: {member.standing.error}")
     # From here on the metadata says that this is its store: a crash before the first
     # checkpoint leaves a journal that can be replayed.
     engine.apply({store_rows.FORMAT_KEY: _format(config), store_rows.LOG_KEY: LogState().encode()})
@@ -231,18 +239,18 @@ def _apply(state: Log, replayed: Replayed, suspects: dict[bytes, bytes | None]) 
         state.counters = Counters.decode(counters)
     new = replayed.state.commit == 0
     for member in state.members.all:
-        if member.node is None or member.unused:
+        if member.out_of_use:
             continue
         if new or (
             member.id in replayed.in_sync and replayed.reached[member.id] >= replayed.durable
         ):
-            member.state, member.in_sync = State.UP, True
-        elif not member.error:
-            member.error = "It missed some commits."
+            member.standing.confirmed()
+        else:
+            member.standing.missed()
     nodes = engine.get(store_rows.NODES_KEY)
     if not new:
         for member in state.members.all:
-            member.holds = store_rows.NEVER_WHOLE  # unless the log knows it
+            member.standing.recorded(store_rows.NEVER_WHOLE)  # unless the log knows it
     for row in store_rows.decode_nodes(nodes) if nodes else ():
         owner = state.members.by_id.get(row.id)
         if owner is None:
@@ -251,19 +259,19 @@ def _apply(state: Log, replayed: Replayed, suspects: dict[bytes, bytes | None]) 
                 f"{config.store / CONFIG_NAME} lacks node {row.name} (region {row.region}, at "
                 f"{row.path}), which the store has: put it back, and use 'fusestore node remove'."
             )
-        owner.holds = replayed.durable if row.in_sync else row.holds
+        owner.standing.recorded(replayed.durable if row.in_sync else row.holds)
         if replayed.lossy and not owner.in_sync:
-            owner.holds = store_rows.NEVER_WHOLE
+            owner.standing.recorded(store_rows.NEVER_WHOLE)
     for key, value in engine.scan(stripe_rows.SEGMENTS_START, stripe_rows.SEGMENTS_END):
         if tables.readable(key, value):
             node, segment = stripe_rows.decode_segment_key(key)
             owner = state.members.by_id.get(node)
             if owner is not None:
-                owner.segments[segment] = SegmentState.decode(value)
+                owner.shards.states[segment] = SegmentState.decode(value)
     if state.read_only:
         return
     if not state.members.in_sync:
-        problems = " ".join(m.error for m in state.members.all if m.error)
+        problems = " ".join(m.standing.error for m in state.members.all if m.standing.error)
         raise ReplayError(
             "No node that holds every commit is there: bring one back, then mount again. "
             + problems
@@ -289,7 +297,7 @@ async def _begin_epoch(store: Store) -> None:
     state.state = replace(state.state, epoch=state.state.epoch + 1, nonce=os.urandom(16).hex())
     journals = [state.state.journal_segment]
     for member in state.members.all:
-        if member.node is not None and not member.unused:
+        if not member.out_of_use:
             try:
                 journals += _take_over(store, member, await member.call(_tidy, store, member))
             except FusestoreError as error:
@@ -318,13 +326,12 @@ class _Found:
 def _tidy(store: Store, member: Member) -> _Found:
     """In a thread: look at a node, and give back what it has allocated ahead."""
     node = member.node
-    assert node is not None
     journals, shards = node.segments(Run.JOURNAL), node.segments(Run.SHARDS)
     since = [segment for segment in journals if segment >= store.snapshotter.first_segment]
     size = sum(node.size(Run.JOURNAL, segment) for segment in since)
     last = 0 if member.in_sync else last_commit(store.log.store, member.name, node)
     for segment in shards[-2:]:
-        if segment in member.segments:
+        if segment in member.shards.states:
             node.truncate(Run.SHARDS, segment, node.size(Run.SHARDS, segment))
     for segment in journals[-2:]:
         node.truncate(Run.JOURNAL, segment, node.size(Run.JOURNAL, segment))
@@ -335,13 +342,13 @@ def _take_over(store: Store, member: Member, found: _Found) -> list[int]:
     """Go on with a node where it stands; its journal segments."""
     if member.in_sync:
         store.committer.journal_bytes = found.journal_bytes - store.snapshotter.last_bytes
-    member.segment = max([0, *member.segments, *found.shards]) + 1
-    member.note_segments(found.shards)
+    member.shards.begin_after(found.shards)
+    member.shards.note_present(found.shards)
     if member.state is State.BEHIND:
         # Unless it is doubted, it lacks no more than what is in `missing`.
-        member.doubted = found.last < member.holds
-        member.state = State.REBUILDING
-    store.reclaimer.strays[member.id] = {n for n in found.shards if n not in member.segments}
+        member.standing.found(found.last)
+        member.standing.entered()
+    store.reclaimer.strays[member.id] = {n for n in found.shards if n not in member.shards.states}
     return found.journals
 
 
@@ -362,11 +369,10 @@ async def _finish(store: Store) -> None:
 def _trim(committer: Committer, member: Member) -> None:
     """In a thread: give back what was allocated ahead."""
     node = member.node
-    assert node is not None
     try:
         if member.in_sync and committer.journal_offset:
             node.truncate(Run.JOURNAL, committer.journal_segment, committer.journal_offset)
-        if member.offset:
-            node.truncate(Run.SHARDS, member.segment, member.offset)
+        if member.shards.offset:
+            node.truncate(Run.SHARDS, member.shards.current, member.shards.offset)
     finally:
         node.close()

@@ -18,7 +18,8 @@ from ..errors import NodeError
 from ..format import keys, store_rows, stripe_rows
 from ..format.placement import check_region_rule
 from ..log.log import Log
-from ..members.members import Member, State
+from ..members.member import Member
+from ..members.standing import State
 from ..metadata.engine import View
 from ..read.reader import Reader
 from ..repair.repairer import Repairer
@@ -68,11 +69,10 @@ class Reporter:
         """Ask the nodes in use whether they are there, how much room they have and take."""
         async with trio.open_nursery() as nursery:
             for member in self._log.members.all:
-                if member.node is not None and not member.unused:
+                if not member.out_of_use:
                     nursery.start_soon(self._measure, member)
 
     async def _measure(self, member: Member) -> None:
-        assert member.node is not None
         try:
             await member.call(member.sample)
             member.used = await member.call(member.node.bytes_used)
@@ -87,7 +87,7 @@ class Reporter:
         codes = list(dict.fromkeys([state.code, *self._known_codes()]))
         whole = all(m.state is State.UP and not missing.get(m.id) for m in members.all)
         lacking = {m.id for m in members.all if m.state is not State.UP or missing.get(m.id)}
-        unused = {member.id for member in members.all if member.unused}
+        unused = {member.id for member in members.all if member.out_of_use}
         size, free = members.usable(state.code)
         try:
             metadata_bytes = state.engine.bytes_used
@@ -129,7 +129,7 @@ class Reporter:
         return store_rows.decode_codes(self._log.engine.get(store_rows.CODES_KEY))
 
     def _node(self, member: Member, missing: int) -> dict[str, Any]:
-        space = member.space if member.node is not None and not member.unused else None
+        space = member.space if not member.out_of_use else None
         return {
             "name": member.name,
             "region": member.config.region,
@@ -138,7 +138,7 @@ class Reporter:
             "draining": member.config.draining,
             "state": str(member.state),
             "in_sync": member.in_sync,
-            "error": member.error,
+            "error": member.standing.error,
             "bytes_used": member.used if space else 0,
             "bytes_free": space.free if space else 0,
             "bytes_total": space.total if space else 0,
@@ -148,7 +148,7 @@ class Reporter:
 
     def _repair(self, missing: Missing) -> dict[str, Any] | None:
         """The repair under way, with `eta_seconds`, when its phase should end, if known."""
-        running = self._repairer.running
+        running = self._repairer.healer.running
         if running is None:
             return None
         healing = running.phase == "healing"

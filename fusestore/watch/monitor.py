@@ -37,7 +37,7 @@ from prometheus_client.registry import Collector
 
 from .. import __version__
 from ..errors import FusestoreError
-from ..members.members import State
+from ..members.standing import State
 from ..store.opening import Store
 from ..store.report import count_missing
 from ..tally import Histogram, Tallies, summary

@@ -34,7 +34,7 @@ from ..format.records import (
 from ..format.stripe_rows import OWNER, SegmentState, ShardPlace, Stripe
 from ..limits import OWNERS_PER_ROW_MAX
 from ..log.log import Log, Transaction
-from ..members.members import Member
+from ..members.member import Member
 
 NOT_WRITTEN = 0
 """The segment of a shard that was never written."""
@@ -336,8 +336,8 @@ class Writer:
                 self._take_back(stripe, member, place, length)
                 place = ShardPlace(member.id, NOT_WRITTEN, 0)
             elif place.written and member.writable:
-                member.dirty.add(place.segment)
-                member.unflushed.append((stripe.number, index))
+                member.shards.dirty.add(place.segment)
+                member.shards.unflushed.append((stripe.number, index))
             elif place.written:
                 # It failed while this shard was on its way: do not count on the shard.
                 self._take_back(stripe, member, place, length)
@@ -388,7 +388,7 @@ class Writer:
         self, stripe: UnsealedStripe, member: Member, place: ShardPlace, length: int
     ) -> None:
         """A shard did not get where its place was reserved, also for the commit that counts it."""
-        member.release(place.segment, length)
+        member.shards.release(place.segment, length)
         key = stripe_rows.segment_key(member.id, place.segment)
         value = stripe.taken.changes.get(key) if stripe.taken is not None else None
         if value is not None:
@@ -445,7 +445,7 @@ class Writer:
         while work.attempt == attempt and work.next < len(work.targets):
             index = work.next
             member, place = work.targets[index]
-            if place.written and member.node is not None:
+            if place.written and member.is_open:
                 sums = work.checksums[index]
                 header = shard_header(code, stripe.position, stripe.number, index, sums)
                 try:
@@ -475,7 +475,6 @@ def write_shard(
     log: Log, member: Member, place: ShardPlace, header: Header, payload: Buffer
 ) -> None:
     """Write a shard's record where it belongs; may block; NodeError."""
-    assert member.node is not None
     start = place.offset - HEADER_BYTES
     seed = log.shards(member.name, place.segment).seed(start)
     member.node.write(Run.SHARDS, place.segment, start, [header.encode(seed), payload])

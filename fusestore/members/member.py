@@ -1,0 +1,244 @@
+"""One node of an open store: how it is asked, within which time, and what is known of it.
+
+No call of a node is waited for longer than `node_seconds_max`: its thread is then
+left to itself, and the node is given up.  All methods run on the event loop unless
+they say otherwise, and only `call` and `read` await.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache, partial
+from typing import Any, TypeVar, cast
+
+import trio
+from typing_extensions import Buffer
+
+from ..config.store_config import NodeConfig
+from ..errors import NodeFullError, NodeTimeoutError
+from ..format.records import Run
+from ..format.store_rows import NodeRow
+from ..format.stripe_rows import ShardPlace
+from ..limits import Limits
+from ..nodes.absent import AbsentNode
+from ..nodes.base import Node, Segment, Space
+from ..system.io_uring import Ring, read_operation
+from ..tally import Histogram
+from .journal_room import JournalRoom
+from .shard_segments import ShardSegments
+from .standing import Standing, State
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@cache
+def _zeros(length: int) -> bytes:
+    return bytes(length)
+
+
+class Member:
+    """A node of the store."""
+
+    def __init__(self, node_id: int, config: NodeConfig, limits: Limits, holds: int = 0) -> None:
+        self.id = node_id
+        self.config = config
+        self.limits = limits
+        self.node: Node = AbsentNode(config.name)
+        self.standing = Standing(config.name, limits, holds)
+        self.shards = ShardSegments(limits)
+        self.space: Space | None = None
+        """Room on its device, as of the last flush or probe."""
+        self.sampled_at = 0.0
+        """By trio's clock: when `space` was found."""
+        self.journal_room: JournalRoom | None = None
+        """Where small commits are written."""
+        self.late_segment = 0
+        """A journal segment that a write which was given up may still change."""
+        self.ring: Ring | None = None
+        """Reads and flushes without a thread, where the kernel has that."""
+        self.used = 0
+        """Bytes that it takes on its device, as of the last time that it was asked."""
+        self.corrupt = 0
+        """Reads whose bytes were not those that were written."""
+        self.flushes = Histogram()
+        """How long its part of a commit took."""
+        self._calls: set[trio.CancelScope] = set()
+        """Of what is waited for; given up at once when the node fails."""
+        self._threads = trio.CapacityLimiter(limits.node_threads_max)
+
+    # --- state ---------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The node's name in the configuration."""
+        return self.config.name
+
+    @property
+    def state(self) -> State:
+        """See `standing`."""
+        return self.standing.state
+
+    @property
+    def in_sync(self) -> bool:
+        """See `standing`."""
+        return self.standing.in_sync
+
+    @property
+    def writable(self) -> bool:
+        """See `standing`."""
+        return self.standing.writable
+
+    @property
+    def out_of_use(self) -> bool:
+        """See `standing`."""
+        return self.standing.out_of_use
+
+    @property
+    def takes(self) -> bool:
+        """Whether new stripes get shards there."""
+        return self.writable and not self.config.draining
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it was opened; it may be out of use all the same."""
+        return not isinstance(self.node, AbsentNode)
+
+    def open(self, node: Node, space: Space) -> None:
+        """The node is there; what it lacks is still to be seen."""
+        self.node, self.space = node, space
+        self.standing.opened()
+
+    def enter(self, node: Node, on_disk: Sequence[int]) -> None:
+        """Let new shards go to a node that is open anew; `on_disk` are its shard segments."""
+        self.node.close()
+        self.node = node
+        self.shards.begin_after(on_disk)
+        self.shards.nothing_unflushed()
+        self.standing.entered()
+
+    def fail(self, error: Exception) -> None:
+        """Take the node out of use; its unflushed shards are what it now lacks."""
+        if not self.standing.failed(error):
+            return
+        log.error("%s It is out of use now; see 'fusestore status'.", error)
+        for scope in list(self._calls):
+            scope.cancel()
+
+    def row(self) -> NodeRow:
+        """The node as the log is to know it."""
+        at = self.config
+        place = (self.id, at.name, at.region, str(at.path))
+        holds = 0 if self.in_sync else self.standing.holds
+        return NodeRow(*place, self.in_sync, holds, at.weight, at.draining)
+
+    # --- asking --------------------------------------------------------------
+
+    async def call(
+        self, function: Callable[..., T], *arguments: Any, seconds: float | None = None
+    ) -> T:
+        """Do something with the node in a thread; NodeTimeoutError when it takes too long."""
+        seconds = self.limits.node_seconds_max if seconds is None else seconds
+        with trio.move_on_after(seconds, shield=True) as scope:
+            self._calls.add(scope)
+            try:
+                return await trio.to_thread.run_sync(
+                    function, *arguments, abandon_on_cancel=True, limiter=self._threads
+                )
+            finally:
+                self._calls.discard(scope)
+        raise self.late(seconds)
+
+    @property
+    def watched(self) -> tuple[str, Node]:
+        """Its name, and itself for a thread of trio's: no call takes longer than its deadline."""
+        return self.name, cast("Node", _Watched(self))
+
+    async def read(
+        self, run: Run, segment: int, offset: int, length: int, seconds: float
+    ) -> bytes | bytearray:
+        """Exactly `length` bytes of a segment; NodeError, NodeTimeoutError."""
+        node = self.node
+        if self.ring is None or length <= self.limits.read_now_bytes_max:
+            data = node.read_now(run, segment, offset, length)
+            if data is not None:
+                return data
+        opened = node.opened(run, segment) if self.ring is not None else None
+        if opened is not None:
+            buffer = bytearray(length)
+            if await self._fill(opened, offset, buffer, seconds):
+                return buffer
+        return await self.call(node.read, run, segment, offset, length, seconds=seconds)
+
+    async def _fill(self, opened: Segment, offset: int, buffer: bytearray, seconds: float) -> bool:
+        assert self.ring is not None
+        operation, kept = read_operation(opened.fd, offset, buffer)
+        batch = self.ring.start([operation], (kept, opened))
+        if batch is None:
+            return False
+        if batch.left:
+            with trio.move_on_after(seconds, shield=True) as scope:
+                self._calls.add(scope)
+                try:
+                    await self.ring.wait(batch)
+                finally:
+                    self._calls.discard(scope)
+            if batch.left:
+                raise self.late(seconds)
+        return batch.results[0] == len(buffer)
+
+    def append(
+        self, segment: int, offset: int, buffers: Sequence[Buffer], length: int, *, ahead: bool
+    ) -> None:
+        """In a thread: write a record of `length` bytes to the journal, and zeros behind it."""
+        node = self.node
+        end, room = offset + length, self.journal_room
+        if room is None or not room.covers(segment, end):
+            self.journal_room = room = None
+        node.write(Run.JOURNAL, segment, offset, buffers)
+        if ahead and room is None and self.node is node and self.in_sync:  # not given up
+            with suppress(NodeFullError):
+                zeros = _zeros(self.limits.journal_ahead_bytes)
+                node.write(Run.JOURNAL, segment, end, [zeros])
+                opened = node.opened(Run.JOURNAL, segment)
+                if opened is not None:
+                    room = JournalRoom(opened, segment, end + len(zeros), self.limits)
+        if room is not None:
+            lead = room.lead(end)
+            room.begin(end, node.read(Run.JOURNAL, segment, end - lead, lead))
+            self.journal_room = room
+
+    def late(self, seconds: float) -> NodeTimeoutError:
+        """What is said of a node that did not answer in time."""
+        return NodeTimeoutError(f"Node {self.name} did not answer within {seconds:.0f} seconds.")
+
+    def sample(self) -> None:
+        """In a thread: see that the node is still there and itself, and how much room it has."""
+        self.node.check()
+        self.space = self.node.space()
+
+    def reserve(self, payload_length: int) -> ShardPlace:
+        """Take the next place for a shard; the caller then writes it."""
+        return self.shards.reserve(self.id, payload_length)
+
+
+class _Watched:
+    """A node for work in a thread of trio's: no call of it takes longer than its deadline."""
+
+    def __init__(self, member: Member) -> None:
+        self._member = member
+        self._node = member.node
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method: Callable[..., Any] = getattr(self._node, name)
+        return lambda *arguments: trio.from_thread.run(partial(self._ask, method, *arguments))
+
+    async def _ask(self, method: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return await self._member.call(method, *arguments)
+        except NodeTimeoutError as error:
+            self._member.fail(error)
+            raise

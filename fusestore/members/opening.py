@@ -1,0 +1,65 @@
+"""Opening the nodes of a store: each must be there, and be itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+
+from ..config.store_config import NodeConfig, StoreConfig, read_identity
+from ..errors import NodeError, NodeIdentityError, NodeLacksError
+from ..format.records import Run
+from ..format.store_rows import NodeRow
+from ..nodes.base import Node
+from ..nodes.directory import DirectoryNode
+from .member import Member
+from .members import Members
+
+
+def open_node(config: StoreConfig, node: NodeConfig, *, read_only: bool = False) -> Node:
+    """Open a node of the configuration; NodeError when it is not there or not itself."""
+    identity = read_identity(node.path)
+    if (identity.store, identity.node) != (config.uuid, node.name):
+        raise NodeIdentityError(
+            f"{node.path} belongs to node {identity.node} of store {identity.store}, "
+            f"not to node {node.name} of {config.store}."
+        )
+    return DirectoryNode(node.path, identity, read_only=read_only, limits=config.limits)
+
+
+def node_ids(nodes: Iterable[NodeConfig], rows: Iterable[NodeRow]) -> dict[str, int]:
+    """By name: the ids that the log knows; nodes that it does not know get the next, in order."""
+    ids = {row.name: row.id for row in rows}
+    for node in nodes:
+        ids.setdefault(node.name, max(ids.values(), default=0) + 1)
+    return ids
+
+
+def shard_sizes(node: Node) -> dict[int, int]:
+    """The bytes in each shard segment of a node; blocks; NodeError."""
+    found = {}
+    for segment in node.segments(Run.SHARDS):
+        with suppress(NodeLacksError):  # it was reclaimed meanwhile
+            found[segment] = node.size(Run.SHARDS, segment)
+    return found
+
+
+def open_members(
+    config: StoreConfig,
+    rows: Sequence[NodeRow],
+    *,
+    read_only: bool = False,
+    opened: bool = True,
+) -> Members:
+    """The nodes of a store; `rows` are those that the log knows."""
+    ids = node_ids(config.nodes, rows)
+    members = []
+    for node in config.nodes:
+        member = Member(ids[node.name], node, config.limits)
+        if opened:
+            try:
+                opened_node = open_node(config, node, read_only=read_only)
+                member.open(opened_node, opened_node.space())
+            except NodeError as error:
+                member.standing.refused(error)
+        members.append(member)
+    return Members(members, config)

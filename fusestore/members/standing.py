@@ -1,0 +1,206 @@
+"""The state of a node: what it can be used for, and how that changes.
+
+Only the methods of `Standing` change any of it; everything else asks.
+
+    state       reads  shards  commits  meaning
+    up          yes    yes     yes      in sync: it holds every commit
+    rebuilding  yes    yes     no       repair brings back what it lacks
+    behind      yes    no      no       open; not looked at yet, or the mount is read-only
+    suspect     no     no      no       it failed or was late; it is tried again by itself
+    down        no     no      no       it is gone, is another node, or failed repeatedly
+    removed     no     no      no       it is no node of the store any more
+
+    transition  from                                 to
+    opened      down                                 behind
+    refused     suspect, down                        unchanged; down if it is another node
+    confirmed   behind                               up
+    missed      behind                               behind
+    entered     behind, rebuilding, suspect, down    rebuilding
+    joined      rebuilding                           up
+    failed      up, rebuilding, behind               suspect; down if it is gone
+    removed     all but removed                      removed
+
+A node that is out of use may fail once more, when calls that were under way end;
+this changes nothing.  Any other transition is a bug, and raises InvariantError.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from ..errors import InvariantError, NodeIdentityError
+from ..format.store_rows import NEVER_WHOLE
+from ..limits import Limits
+
+
+class State(StrEnum):
+    """What a node can be used for."""
+
+    UP = "up"
+    REBUILDING = "rebuilding"
+    BEHIND = "behind"
+    SUSPECT = "suspect"
+    DOWN = "down"
+    REMOVED = "removed"
+
+
+_OUT_OF_USE = (State.SUSPECT, State.DOWN, State.REMOVED)
+
+
+class Standing:
+    """The state of one node; times are those of trio's clock."""
+
+    __slots__ = (
+        "_limits",
+        "_name",
+        "_retry_at",
+        "_retry_wait",
+        "_slow_until",
+        "_suspicions",
+        "doubted",
+        "error",
+        "holds",
+        "state",
+    )
+
+    def __init__(self, name: str, limits: Limits, holds: int = 0) -> None:
+        self._name = name
+        self._limits = limits
+        self.state = State.DOWN
+        self.holds = holds
+        """The last commit that the node is known to have flushed."""
+        self.doubted = False
+        """It lacks commits, so all its shards have to be looked at."""
+        self.error = ""
+        """Why the node is not up, for people."""
+        self._slow_until = 0.0
+        self._suspicions = 0
+        """How often in a row it could not be brought back."""
+        self._retry_at: float | None = None
+        self._retry_wait = 0.0
+
+    # --- questions -----------------------------------------------------------
+
+    @property
+    def in_sync(self) -> bool:
+        """Whether it holds every commit; a commit is acknowledged when all such have flushed it."""
+        return self.state is State.UP
+
+    @property
+    def writable(self) -> bool:
+        """Whether shards can be written there."""
+        return self.state in (State.UP, State.REBUILDING)
+
+    @property
+    def out_of_use(self) -> bool:
+        """Whether nothing is asked of it; any other node is open."""
+        return self.state in _OUT_OF_USE
+
+    def is_slow(self, now: float) -> bool:
+        """Whether it is read only if others will not do."""
+        return now < self._slow_until
+
+    def is_due(self, now: float) -> bool:
+        """Whether to try it again; a node that has just failed is left alone for a while."""
+        if self._retry_at is None:
+            self._retry_at = now + self._limits.retry_seconds_min
+        return now >= self._retry_at
+
+    # --- transitions ---------------------------------------------------------
+
+    def _go(self, transition: str, to: State, *allowed: State) -> None:
+        if self.state not in allowed:
+            raise InvariantError(
+                f"Node {self._name} is {self.state}: the transition '{transition}' cannot be."
+            )
+        self.state = to
+
+    def opened(self) -> None:
+        """Its directory is open; what it lacks is still to be seen."""
+        self._go("opened", State.BEHIND, State.DOWN)
+
+    def refused(self, error: Exception) -> None:
+        """It could not be opened, or not be taken in."""
+        gone = isinstance(error, NodeIdentityError)
+        to = State.DOWN if gone else self.state
+        self._go("refused", to, State.SUSPECT, State.DOWN)
+        self.error = str(error)
+
+    def confirmed(self) -> None:
+        """At a mount: it holds every commit."""
+        self._go("confirmed", State.UP, State.BEHIND)
+
+    def missed(self) -> None:
+        """At a mount: it does not hold every commit."""
+        self._go("missed", State.BEHIND, State.BEHIND)
+        self.error = self.error or "It missed some commits."
+
+    def entered(self) -> None:
+        """New shards go there from now on, while repair brings back what it lacks."""
+        self._go(
+            "entered",
+            State.REBUILDING,
+            State.BEHIND,
+            State.REBUILDING,
+            State.SUSPECT,
+            State.DOWN,
+        )
+        self.error = ""
+
+    def joined(self) -> None:
+        """It holds every commit again."""
+        self._go("joined", State.UP, State.REBUILDING)
+        self.holds = 0
+        self._suspicions, self._retry_at, self._retry_wait = 0, None, 0.0
+
+    def failed(self, error: Exception) -> bool:
+        """It is out of use; whether it was not before."""
+        if self.out_of_use:
+            return False
+        gone = isinstance(error, NodeIdentityError)
+        gone = gone or self._suspicions >= self._limits.suspicions_max
+        to = State.DOWN if gone else State.SUSPECT
+        self._go("failed", to, State.UP, State.REBUILDING, State.BEHIND)
+        self.error = str(error)
+        return True
+
+    def removed(self) -> None:
+        """It is no node of the store any more."""
+        allowed = tuple(state for state in State if state is not State.REMOVED)
+        self._go("removed", State.REMOVED, *allowed)
+
+    # --- what it holds -------------------------------------------------------
+
+    def recorded(self, holds: int) -> None:
+        """The log knows the last commit that it flushed."""
+        self.holds = holds
+
+    def flushed(self, commit: int) -> None:
+        """It flushed a commit."""
+        if self.in_sync:
+            self.holds = commit
+
+    def found(self, commit: int) -> None:
+        """Its journal reaches this commit: with fewer than it held, everything is in doubt."""
+        self.doubted = commit < self.holds
+
+    def never_whole(self) -> None:
+        """It may lack anything, whatever its journal says, until it has joined."""
+        self.holds, self.doubted = NEVER_WHOLE, True
+
+    def looked_through(self) -> None:
+        """All its shards have been looked at."""
+        self.doubted = False
+
+    # --- patience ------------------------------------------------------------
+
+    def answered_late(self, now: float) -> None:
+        """A read took too long: others are read for a while, if they will do."""
+        self._slow_until = now + self._limits.slow_seconds
+
+    def leave_alone(self, now: float) -> None:
+        """It could not be brought back: leave it alone, twice as long each time."""
+        self._suspicions += 1
+        wait = self._retry_wait or self._limits.retry_seconds_min
+        self._retry_wait = min(2 * wait, self._limits.retry_seconds_max)
+        self._retry_at = now + self._retry_wait

@@ -1,0 +1,113 @@
+"""Nodes that were away are brought back, and nodes that are up are looked after, by itself."""
+
+from __future__ import annotations
+
+import logging
+from itertools import islice
+
+import trio
+
+from ..errors import FusestoreError, NodeTimeoutError
+from ..format.records import Run
+from ..log.journal import last_commit
+from ..log.log import Log
+from ..log.pace import Pace
+from ..members.member import Member
+from ..members.opening import open_node
+from ..members.standing import State
+from .heal import Healer
+from .rejoin import Rejoin
+
+log = logging.getLogger(__name__)
+
+
+class Comeback:
+    """Looks after the nodes, now and then."""
+
+    def __init__(self, state: Log, healer: Healer, rejoin: Rejoin) -> None:
+        self._log = state
+        self._healer = healer
+        self._rejoin = rejoin
+        self._wake = trio.Event()
+
+    def wake(self) -> None:
+        """There may be something to heal."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Heal, and bring back nodes that were away, now and then, until cancelled."""
+        while True:
+            async with self._healer.busy:
+                for member in self._log.members.all:
+                    if member.state is State.UP:
+                        try:
+                            await self._look_after(member)
+                        except FusestoreError as error:
+                            self._healer.give_up(member, error)
+            await self.catch_up(None)
+            with trio.move_on_after(self._log.limits.probe_seconds):
+                await self._wake.wait()
+            self._wake = trio.Event()
+
+    async def catch_up(self, shards_max: int | None) -> None:
+        """Bring back each node that was away and is there again, if it lacks at most that much."""
+        for member in self._log.members.all:
+            now = trio.current_time()
+            if self._log.broken or (member.state is State.UP and shards_max is None):
+                continue
+            if shards_max is None and member.out_of_use and not member.standing.is_due(now):
+                continue
+            if shards_max is not None:
+                debt = islice(self._healer.lacks(member), shards_max + 1)
+                if sum(1 for _ in debt) > shards_max:
+                    continue
+            async with self._healer.busy:
+                if member not in self._log.members.all:
+                    continue  # it was removed meanwhile
+                if member.state is not State.UP:
+                    await self._bring_back(member, shards_max is not None)
+                    continue
+                try:  # shards that the last crash tore
+                    await self._healer.heal(member)
+                except FusestoreError as error:
+                    member.fail(error)
+
+    async def _bring_back(self, member: Member, quick: bool) -> None:
+        """Let a node that was away be in sync again; when it cannot be, try later."""
+        try:
+            node = None
+            if member.state is not State.REBUILDING:
+                node = await member.call(open_node, self._log.members.config, member.config)
+                last = await member.call(last_commit, self._log.store, member.name, node)
+                member.shards.note_present(await member.call(node.segments, Run.SHARDS))
+                member.standing.found(last)
+            if quick and (member.standing.doubted or member.shards.lost):
+                return
+            if node is not None:
+                await self._rejoin.enter(member, node)
+        except FusestoreError as error:
+            member.standing.refused(error)
+            if isinstance(error, NodeTimeoutError):
+                member.standing.leave_alone(trio.current_time())
+            return
+        log.info("Node %s is there again: it gets what it missed.", member.name)
+        try:
+            with self._healer.following(member) as progress:
+                await self._rejoin.copy_journal(member, progress)
+                if member.standing.doubted or member.shards.lost:
+                    await self._rejoin.rebuild_all(member, progress)
+                await self._healer.heal(member, Pace(self._log))
+                await self._rejoin.join(member, progress)
+        except FusestoreError as error:
+            member.standing.leave_alone(trio.current_time())
+            self._healer.give_up(member, error)
+        else:
+            log.info("Node %s is up and in sync.", member.name)
+
+    async def _look_after(self, member: Member) -> None:
+        """See that a node is still there, and give it what it lacks; FusestoreError."""
+        await member.call(member.sample)
+        if member.shards.lost:
+            with self._healer.following(member) as progress:
+                await self._rejoin.rebuild_all(member, progress)
+        await self._healer.heal(member, Pace(self._log))

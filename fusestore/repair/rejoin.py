@@ -1,0 +1,147 @@
+"""The way of a node back to being in sync: its shards, its journal, and the last step.
+
+1. `enter`: the loss is committed, so that what the node lacks is known; new shards
+   go there from then on.
+2. `copy_journal`: it gets the journal as it is, while commits go on.
+3. `rebuild_all`: every stripe with a shard on the node is looked at, those that lack
+   other shards first.  A node that still holds what it held is not read through.
+4. `join`: between two commits the rest of the journal is copied, and the node is in
+   sync.
+
+The caller holds `Healer.busy`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import trio
+
+from ..commit.committer import Committer
+from ..format.records import Run
+from ..format.store_rows import NEVER_WHOLE
+from ..format.stripe_rows import Stripe
+from ..log.journal import copy_journals, first_needed
+from ..log.log import Log
+from ..log.pace import Pace
+from ..members.member import Member
+from ..nodes.base import Node
+from .heal import Healer, Progress
+from .rebuild import Here, not_intact
+
+
+class Rejoin:
+    """The steps that make a node whole; comeback and repair take them."""
+
+    def __init__(self, state: Log, committer: Committer, healer: Healer) -> None:
+        self._log = state
+        self._committer = committer
+        self._healer = healer
+
+    async def enter(self, member: Member, node: Node) -> None:
+        """Let new shards go to a node that is not in sync yet."""
+        async with self._committer.lock:
+            # The loss itself is committed first, so that what it lacks is known.
+            await self._committer.commit_now()
+            await self.take_in(member, node)
+
+    async def take_in(self, member: Member, node: Node) -> None:
+        """The same with `Committer.lock` held, and the loss committed."""
+        member.enter(node, await member.call(node.segments, Run.SHARDS))
+
+    async def rebuild_all(
+        self, member: Member, progress: Progress, pace: Pace | None = None
+    ) -> tuple[int, int]:
+        """Go through all stripes, the weakest first; (shards, bytes) rebuilt."""
+        pace = pace or Pace(self._log)
+        shards = size = done = 0
+        total = self.total(member)
+        end = self._log.stripes_end()  # later ones are written to the node, or noted as missing
+        for weak in (True, False):
+            for batch in self._batches(member, weak, end):
+                length = sum(row.shard_length for _, row, _ in batch)
+                await pace.spend(length)
+                bad = await member.call(not_intact, member, batch)
+                await pace.spend(sum(self._healer.rebuilder.cost(number) for number in bad))
+                more = await self._healer.rebuilder.rebuild(member, bad)
+                shards, size = shards + more[0], size + more[1]
+                done += sum(len(here) * row.shard_length for _, row, here in batch)
+                progress({"phase": "shards", "done": min(done, total), "total": total})
+        await self._forget_lost(member)
+        return shards, size
+
+    async def _forget_lost(self, member: Member) -> None:
+        """All shards of a node have been looked at: what is not there now counts for nothing."""
+        on_disk = await member.call(member.node.segments, Run.SHARDS)
+        if next(self._healer.lacks(member), None) is None:
+            for segment in member.shards.lost.difference(on_disk):
+                member.shards.forget(segment)
+        member.standing.looked_through()
+        member.shards.lost.clear()
+
+    def _batches(self, member: Member, weak: bool, end: bytes) -> Iterator[list[Here]]:
+        """Stripes before `end` with shards on a node that lack, or do not lack, shards elsewhere.
+
+        A batch may be empty, so that others can run.
+        """
+        for rows in self._log.batches(end=end):
+            found = [
+                (number, row, here)
+                for number, row in rows
+                if (here := [i for i, place in enumerate(row.shards) if place.node == member.id])
+                and self._is_weak(number, row, member) is weak
+            ]
+            for first in range(0, max(len(found), 1), self._log.limits.repair_batch):
+                yield found[first : first + self._log.limits.repair_batch]
+
+    def _is_weak(self, number: int, row: Stripe, member: Member) -> bool:
+        """Whether a stripe lacks shards besides those on this node."""
+        return any(
+            place.node != member.id and not self._log.has_shard(number, index, place)
+            for index, place in enumerate(row.shards)
+        )
+
+    def total(self, member: Member) -> int:
+        """About how many bytes the node holds when it is whole."""
+        return sum(max(state.live, 0) for state in member.shards.states.values())
+
+    async def copy_journal(self, member: Member, progress: Progress) -> None:
+        """Copy the journal as it is, while commits go on; what comes later is copied at the end."""
+        if member.in_sync:
+            return
+        if member.standing.holds == NEVER_WHOLE:  # what it has may be of another history
+            await member.call(_drop_journals, member.node)
+        if member.late_segment:  # a new file, which no late write knows
+            await member.call(member.node.delete, Run.JOURNAL, member.late_segment)
+            member.late_segment = 0
+        async with self._committer.lock:
+            self._committer.roll_journal()
+        await self._copy_journals(member, self._committer.journal_segment, progress)
+
+    async def join(self, member: Member, progress: Progress) -> None:
+        """Copy the rest of the journal between two commits, and let the node be in sync."""
+        async with self._committer.lock:
+            await self._healer.heal(member)
+            if not member.in_sync:
+                self._committer.roll_journal()
+                await self._copy_journals(member, self._committer.journal_segment, progress)
+                member.standing.joined()
+            await self._committer.commit_now(checkpoint=True)
+
+    async def _copy_journals(self, target: Member, before: int, progress: Progress) -> None:
+        """Give a node all journal segments below `before`."""
+        progress({"phase": "journal", "done": 0, "total": 1})
+        await trio.to_thread.run_sync(
+            copy_journals,
+            self._log.store,
+            [m.watched for m in self._log.members.in_sync if m is not target],
+            target.watched,
+            first_needed(self._log.engine),
+            before,
+        )
+        progress({"phase": "journal", "done": 1, "total": 1})
+
+
+def _drop_journals(node: Node) -> None:
+    for segment in node.segments(Run.JOURNAL):
+        node.delete(Run.JOURNAL, segment)

@@ -1,0 +1,81 @@
+"""Stands in for a node that is not open: whatever needs the node fails with NodeError."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+from typing_extensions import Buffer
+
+from ..errors import NodeError
+from ..format.records import Run
+from .base import Segment, Space
+
+
+class AbsentNode:
+    """See `base.Node`; only `read_now`, `opened` and `close` have an answer."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def _refuse(self) -> NoReturn:
+        raise NodeError(f"Node {self._name} is not there.")
+
+    def check(self) -> None:
+        """See Node."""
+        self._refuse()
+
+    def segments(self, run: Run) -> list[int]:
+        """See Node."""
+        self._refuse()
+
+    def write(self, run: Run, segment: int, offset: int, buffers: Sequence[Buffer]) -> None:
+        """See Node."""
+        self._refuse()
+
+    def read(self, run: Run, segment: int, offset: int, length: int) -> bytes:
+        """See Node."""
+        self._refuse()
+
+    def read_back(self, run: Run, segment: int, offset: int, length: int) -> bytes:
+        """See Node."""
+        self._refuse()
+
+    def read_now(self, run: Run, segment: int, offset: int, length: int) -> bytes | None:
+        """See Node."""
+        return None
+
+    def opened(self, run: Run, segment: int) -> Segment | None:
+        """See Node."""
+        return None
+
+    def size(self, run: Run, segment: int) -> int:
+        """See Node."""
+        self._refuse()
+
+    def flush(self, run: Run, segments: Sequence[int]) -> None:
+        """See Node."""
+        self._refuse()
+
+    def truncate(self, run: Run, segment: int, size: int) -> None:
+        """See Node."""
+        self._refuse()
+
+    def punch(self, segment: int, offset: int, length: int) -> None:
+        """See Node."""
+        self._refuse()
+
+    def delete(self, run: Run, segment: int) -> None:
+        """See Node."""
+        self._refuse()
+
+    def space(self) -> Space:
+        """See Node."""
+        self._refuse()
+
+    def bytes_used(self) -> int:
+        """See Node."""
+        self._refuse()
+
+    def close(self) -> None:
+        """There is nothing to give up."""
