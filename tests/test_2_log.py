@@ -23,7 +23,8 @@ from faults import FaultyNode, SlowNode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusestore.commit.committer import Committer
+from fusestore.commit.checkpoint import Checkpointer
+from fusestore.commit.journal_writer import JournalWriter
 from fusestore.config.mkfs import make_store
 from fusestore.config.store_config import StoreConfig, load
 from fusestore.errors import (
@@ -777,17 +778,17 @@ async def test_a_crash_during_the_first_mount_is_a_crash(
     config: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copies: list[StoreConfig] = []
-    checkpoint = Committer._checkpoint
+    checkpoint = Checkpointer.write
 
-    async def copy_first(self: Committer) -> None:
+    async def copy_first(self: Checkpointer) -> None:
         copies.append(crashed(config, tmp_path / f"copy{len(copies)}"))
         await checkpoint(self)
         copies.append(crashed(config, tmp_path / f"copy{len(copies)}"))
 
-    monkeypatch.setattr(Committer, "_checkpoint", copy_first)
+    monkeypatch.setattr(Checkpointer, "write", copy_first)
     async with opened(config):
         pass
-    monkeypatch.setattr(Committer, "_checkpoint", checkpoint)
+    monkeypatch.setattr(Checkpointer, "write", checkpoint)
     assert any((copy.nodes[0].path / "journal").iterdir() for copy in copies)
     for copy in copies:
         async with opened(copy) as one:
@@ -961,7 +962,7 @@ async def test_those_who_ask_during_a_commit_share_the_next(config: StoreConfig)
 async def test_nothing_is_acknowledged_after_a_commit_that_met_a_bug(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def fail(self: Committer, *args: object) -> None:
+    async def fail(self: JournalWriter, *args: object) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ExceptionGroup) as ended:
@@ -970,7 +971,7 @@ async def test_nothing_is_acknowledged_after_a_commit_that_met_a_bug(
             await one.store.committer.commit()
             await one.put("lost", b"lost")
             with monkeypatch.context() as patch:
-                patch.setattr(Committer, "append", fail)
+                patch.setattr(JournalWriter, "append", fail)
                 with pytest.raises(ZeroDivisionError):
                     await one.store.committer.commit()
             with pytest.raises(NotDurableError, match="mount it again"):

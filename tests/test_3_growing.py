@@ -383,7 +383,8 @@ async def test_a_node_can_be_removed_while_its_room_is_reclaimed(
 
         monkeypatch.setattr(DirectoryNode, "delete", delete)
         files = await fill(one, "ab")
-        member.shards.roll()  # it has two segments, and the second is reclaimed after it was removed
+        # It has two segments, and the second is reclaimed after it was removed.
+        member.shards.roll()
         files |= await fill(one, "cd")
         await do(one, "node_drain", node="us-east-1")
         await one.checkpoint()

@@ -545,7 +545,7 @@ async def live(history: History, *, steps: int, crash: bool = False, steady: boo
                     for _ in range(chance.randrange(12)):
                         await world.step(one)
                         await trio.lowlevel.checkpoint()
-                async with one.store.committer._checkpointing:  # the database is at rest
+                async with one.store.committer.checkpointer._lock:  # the database is at rest
                     copy_tree(history.config.store, copy)
                 nursery.cancel_scope.cancel()
         else:

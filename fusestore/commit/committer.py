@@ -16,42 +16,32 @@ flushed had set aside.  Operations go on meanwhile.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import trio
 
-from ..errors import MetadataError, NodeError, NodeTimeoutError, NotDurableError
+from ..errors import NotDurableError
 from ..format import store_rows, stripe_rows
 from ..format.records import (
-    HEADER_BYTES,
     Commit,
     Header,
     Kind,
-    Run,
     checksum,
     encode_commit,
-    record_length,
 )
-from ..format.store_rows import LogState, NodeRow
+from ..format.store_rows import NodeRow
 from ..format.stripe_rows import Stripe
 from ..log.log import Log
-from ..members.journal_room import JournalRoom
 from ..members.member import Member
-from ..system import linux
-from ..system.io_uring import Operation
 from ..tally import Histogram
 from ..write.writer import Taken, Writer
+from .checkpoint import Checkpointer
+from .journal_writer import JournalWriter
 
 log = logging.getLogger(__name__)
-
-_NOT_TRIED = (-errno.EAGAIN, -errno.EINVAL)
-"""What the ring says of a write that the file system did not begin."""
 
 
 @dataclass(slots=True, eq=False)
@@ -74,12 +64,8 @@ class Committer:
         self._wanted = trio.Event()
         self.lock = trio.Lock()
         """Held during a commit; who holds it may change the set of nodes in sync."""
-        self._checkpointing = trio.Lock()
-        self._checkpointed_at = trio.current_time()
         self._checkpoint_owed = False
         """Nothing is acknowledged before the metadata knows which nodes are in sync."""
-        self._frozen_at: LogState | None = None
-        """The log at the commit up to which changes are set aside, once it is flushed."""
         self._counters = b""
         self.rows: list[NodeRow] = []
         """The nodes as the last commit has them."""
@@ -88,19 +74,12 @@ class Committer:
         """The last commit changed something, and none after it says that it is durable."""
         self.epoch_base: int | None = None
         """Until an epoch's first commit: the commit past which that one holds every change."""
-        self.checkpointed = 0
-        """The commit up to which the metadata database is whole."""
-        self.journal_segment = 1
-        self.journal_offset = 0
-        self._rolled: list[tuple[int, int]] = []
-        """Journal segments that are finished, and their sizes, until they are trimmed."""
-        self.journal_bytes = 0
-        """Of the commits in each journal since the last snapshot began."""
-        self.commits, self.checkpoints = Histogram(), Histogram()
+        self.journal = JournalWriter(state)
+        self.checkpointer = Checkpointer(state)
+        self.commits = Histogram()
         """How long each took, from what it took being sealed to it being durable."""
         self.committed_at: float | None = None
         """When the last commit was durable, in seconds since the epoch."""
-        self.on_checkpoint: list[Callable[[], None]] = []
         self.on_commit: list[Callable[[], None]] = []
 
     # --- asking --------------------------------------------------------------
@@ -173,21 +152,21 @@ class Committer:
                 self._checkpoint_owed = True
             checkpoint = checkpoint or self._checkpoint_owed
             if checkpoint:
-                await self._checkpoint()  # so that this commit can set its changes aside
+                await self.checkpointer.write()  # so that this commit can set its changes aside
             unflushed = self.writer.unflushed
             taken = self._take(force=checkpoint, cover=cover)
             try:
                 if taken is not None:
                     await self._flush(taken)
                     if taken.frozen:
-                        self._frozen_at = self._log.state
+                        self.checkpointer.flushed(self._log.state)
             finally:
                 self.writer.flushed(unflushed)
             if checkpoint:
-                await self._checkpoint()
+                await self.checkpointer.write()
                 self._checkpoint_owed = False
-            elif self._frozen_at is not None and not self._checkpointing.locked():
-                self._nursery.start_soon(self._checkpoint_later)
+            elif self.checkpointer.is_owed:
+                self._nursery.start_soon(self.checkpointer.write_later)
             for callback in self.on_commit:
                 callback()
             if not self._left():
@@ -246,21 +225,14 @@ class Committer:
                 key = stripe_rows.segment_key(member.id, segment)
                 state.apply({key: found.encode() if found else None})
             member.shards.changed.clear()
-        due = force or (
-            engine.changed_keys > 0
-            and (
-                engine.changed_keys >= self._limits.checkpoint_changes_max
-                or trio.current_time() - self._checkpointed_at
-                >= self._limits.checkpoint_seconds_max
-            )
-        )
+        due = force or self.checkpointer.is_due()
         nothing = not state.pending and not sealing and not (cover and self._uncovered)
         freeze = due and not engine.frozen and (not nothing or engine.changed_keys > 0 or force)
         if freeze:
             engine.freeze()
         if nothing:
             if freeze:
-                self._frozen_at = state.state
+                self.checkpointer.flushed(state.state)
             return None
         taken = Taken(state.state.commit + 1, state.pending, sealing, freeze)
         state.pending = {}
@@ -293,7 +265,7 @@ class Committer:
         header = Header(
             Kind.COMMIT, len(payload), checksum(payload, len(payload)), commit.epoch, commit.number
         )
-        await self.append(header, payload)
+        await self.journal.append(header, payload)
         if not self._is_held(taken):
             state.break_(
                 "Too few nodes could take a commit: the mount is read-only now; "
@@ -305,7 +277,7 @@ class Committer:
             state.state,
             commit=commit.number,
             checksum=header.payload_checksum,
-            journal_segment=self.journal_segment,
+            journal_segment=self.journal.segment,
         )
         self.commits.add(time.perf_counter_ns() - began)
         self.committed_at = time.time()
@@ -341,154 +313,3 @@ class Committer:
             if sum(good) < row.code.k:
                 return False
         return members.can_store(self._log.code)
-
-    async def append(self, header: Header, payload: bytes) -> None:
-        """Append a record to the journals of all nodes in sync, and flush all nodes.
-
-        A node that cannot is failed; whether enough are left is for the caller.
-        """
-        if self.journal_offset >= self._limits.journal_segment_bytes:
-            self.roll_journal()
-        offset = self.journal_offset
-        self.journal_offset += record_length(len(payload))
-        if header.kind is Kind.COMMIT:
-            self.journal_bytes += record_length(len(payload))
-        if await self._append_directly(offset, header, payload):
-            return
-        async with trio.open_nursery() as nursery:
-            nursery.cancel_scope.shield = True
-            for member in self._log.members.writable:
-                nursery.start_soon(self._flush_node, member, offset, header, payload)
-        self._rolled.clear()
-        self._log.refresh_room()
-
-    async def _append_directly(self, offset: int, header: Header, payload: bytes) -> bool:
-        """The short way of a record when no node has anything else to flush: without threads.
-
-        False when it was not taken, or not all was written: the long way then tells why.
-        """
-        members, now = self._log.members.writable, trio.current_time()
-        ring = members[0].ring if members else None
-        if ring is None or self._rolled:
-            return False
-        rest = payload + bytes(header.record_length - len(payload) - HEADER_BYTES)
-        writes: list[tuple[Member, JournalRoom, Operation, object]] = []
-        for member in members:
-            room = member.journal_room
-            fresh = now - member.sampled_at <= self._limits.sample_seconds
-            if room is None or member.shards.dirty or not member.in_sync or not fresh:
-                return False
-            seed = self._log.journal(member.name, self.journal_segment).seed(offset)
-            write = room.write(self.journal_segment, offset, header.encode(seed) + rest)
-            if write is None:
-                return False
-            writes.append((member, room, *write))
-        batch = ring.start([operation for _, _, operation, _ in writes], writes)
-        if batch is None:
-            return False
-        if batch.left:
-            with trio.move_on_after(self._limits.node_seconds_max, shield=True):
-                await ring.wait(batch)
-        whole = True
-        for (member, room, operation, _), result in zip(writes, batch.results, strict=True):
-            if result is None:
-                member.fail(member.late(self._limits.node_seconds_max))
-                member.journal_room, member.late_segment = None, self.journal_segment
-            elif result in _NOT_TRIED or 0 <= result < operation.length:
-                whole = False
-            elif result < 0:  # never asked again: a second flush may say that all is well
-                reason = os.strerror(-result)
-                member.fail(NodeError(f"Node {member.name} cannot write its journal: {reason}."))
-            elif linux.is_linked(room.fd):
-                room.written(header.record_length)
-                self._holds(member, header)
-            else:
-                whole = False
-        return whole
-
-    @staticmethod
-    def _holds(member: Member, header: Header) -> None:
-        if header.kind is Kind.COMMIT:
-            member.standing.flushed(header.number)
-
-    async def _flush_node(
-        self, member: Member, offset: int, header: Header, payload: bytes
-    ) -> None:
-        dirty, member.shards.dirty = member.shards.dirty, set()
-        shards = len(member.shards.unflushed)
-        began = time.perf_counter_ns()
-        try:
-            await member.call(self._write_node, member, offset, header, payload, sorted(dirty))
-        except NodeError as error:
-            if isinstance(error, NodeTimeoutError):
-                member.late_segment = self.journal_segment
-            member.fail(error)
-            return
-        finally:
-            member.flushes.add(time.perf_counter_ns() - began)
-        del member.shards.unflushed[:shards]
-        member.sampled_at = trio.current_time()
-        self._holds(member, header)
-
-    def _write_node(
-        self, member: Member, offset: int, header: Header, payload: bytes, dirty: list[int]
-    ) -> None:
-        """In a thread: append the record and flush what the node was given."""
-        node = member.node
-        if member.in_sync:
-            seed = self._log.journal(member.name, self.journal_segment).seed(offset)
-            padding = bytes(header.record_length - len(payload) - HEADER_BYTES)
-            buffers = [header.encode(seed), payload, padding]
-            length = header.record_length
-            member.append(self.journal_segment, offset, buffers, length, ahead=not dirty)
-            node.flush(Run.JOURNAL, [self.journal_segment])
-            for segment, size in self._rolled:
-                node.truncate(Run.JOURNAL, segment, size)
-        node.flush(Run.SHARDS, dirty)
-        for segment in dirty:
-            state = member.shards.states.get(segment)
-            if state is not None and member.shards.is_full(segment):
-                node.truncate(Run.SHARDS, segment, state.size)
-        member.sample()
-
-    def roll_journal(self) -> None:
-        """Go on in a new journal segment."""
-        if self.journal_offset:
-            self._rolled.append((self.journal_segment, self.journal_offset))
-        self.journal_segment += 1
-        self.journal_offset = 0
-
-    # --- checkpoint ----------------------------------------------------------
-
-    async def _checkpoint_later(self) -> None:
-        """A checkpoint that nobody waits for: when it fails, a later commit tries again."""
-        with contextlib.suppress(NotDurableError):
-            await self._checkpoint()
-
-    async def _checkpoint(self) -> None:
-        """Write what was set aside, if the commit that set it aside has been flushed.
-
-        NotDurableError when the metadata cannot be written.  What was set aside is
-        kept; until it could be written, only what takes room away is refused.
-        """
-        async with self._checkpointing:
-            engine, state = self._log.engine, self._frozen_at
-            if state is None:
-                return
-            engine.amend({store_rows.LOG_KEY: state.encode()})
-            began = time.perf_counter_ns()
-            try:
-                await trio.to_thread.run_sync(engine.write)
-            except MetadataError as error:
-                if not self._log.metadata_error:
-                    log.error("%s The checkpoint will be tried again.", error)
-                self._log.metadata_error = str(error)
-                raise NotDurableError(str(error)) from error
-            self._log.metadata_error = ""
-            self._frozen_at = None
-            engine.thaw()
-            self._checkpointed_at = trio.current_time()
-            self.checkpoints.add(time.perf_counter_ns() - began)
-            self.checkpointed = state.commit
-        for callback in self.on_checkpoint:
-            callback()

@@ -43,7 +43,7 @@ class Snapshotter:
 
     def look(self) -> None:
         """A commit has been made: see whether it is time."""
-        if self._committer.journal_bytes > max(
+        if self._committer.journal.commit_bytes > max(
             self._limits.snapshot_journal_bytes_min, self.last_bytes
         ):
             self._wake.set()
@@ -62,9 +62,9 @@ class Snapshotter:
         """Dump all tables, then delete the journal segments that are not needed any more."""
         committer = self._committer
         async with committer.lock:
-            committer.roll_journal()
-            committer.journal_bytes = 0
-            first_segment = committer.journal_segment
+            committer.journal.roll()
+            committer.journal.commit_bytes = 0
+            first_segment = committer.journal.segment
             begin = self._log.state
         total = pieces = 0
         start: bytes | None = _FIRST
@@ -81,7 +81,7 @@ class Snapshotter:
                 begin.commit,
             )
             async with committer.lock:
-                await committer.append(header, payload)
+                await committer.journal.append(header, payload)
         row = {
             "commit": begin.commit,
             "checksum": begin.checksum,

@@ -115,16 +115,16 @@ class Rejoin:
             await member.call(member.node.delete, Run.JOURNAL, member.late_segment)
             member.late_segment = 0
         async with self._committer.lock:
-            self._committer.roll_journal()
-        await self._copy_journals(member, self._committer.journal_segment, progress)
+            self._committer.journal.roll()
+        await self._copy_journals(member, self._committer.journal.segment, progress)
 
     async def join(self, member: Member, progress: Progress) -> None:
         """Copy the rest of the journal between two commits, and let the node be in sync."""
         async with self._committer.lock:
             await self._healer.heal(member)
             if not member.in_sync:
-                self._committer.roll_journal()
-                await self._copy_journals(member, self._committer.journal_segment, progress)
+                self._committer.journal.roll()
+                await self._copy_journals(member, self._committer.journal.segment, progress)
                 member.standing.joined()
             await self._committer.commit_now(checkpoint=True)
 

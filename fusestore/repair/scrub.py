@@ -205,8 +205,8 @@ class Scrubber:
     async def _journals(self) -> int:
         """Verify the journals of the nodes in sync against each other; records that were bad."""
         async with self._committer.lock:
-            self._committer.roll_journal()
-            before = self._committer.journal_segment
+            self._committer.journal.roll()
+            before = self._committer.journal.segment
         found, first = 0, first_needed(self._log.engine)
         nodes = [member.watched for member in self._log.members.in_sync]
         for target in nodes:

@@ -60,7 +60,7 @@ class Store:
         self.committer.writer = self.writer
         checkpoint = state.engine.get(store_rows.LOG_KEY)
         if checkpoint is not None:
-            self.committer.checkpointed = LogState.decode(checkpoint).commit
+            self.committer.checkpointer.reached = LogState.decode(checkpoint).commit
         nodes = state.engine.get(store_rows.NODES_KEY)
         self.committer.rows = store_rows.decode_nodes(nodes) if nodes else []
         self.reclaimer = Reclaimer(state)
@@ -76,7 +76,7 @@ class Store:
             config, state, self.reader, self.committer, self.repairer, self.scrubber
         )
         self.status = self.reporter.status
-        self.committer.on_checkpoint += [self.reclaimer.wake, self.comeback.wake]
+        self.committer.checkpointer.on_checkpoint += [self.reclaimer.wake, self.comeback.wake]
         self.committer.on_commit.append(self.snapshotter.look)
 
     def tasks(self) -> list[Callable[[], Awaitable[None]]]:
@@ -302,8 +302,8 @@ async def _begin_epoch(store: Store) -> None:
                 journals += _take_over(store, member, await member.call(_tidy, store, member))
             except FusestoreError as error:
                 member.fail(error)
-    committer.journal_segment = max(journals) + 1
-    committer.epoch_base = committer.checkpointed
+    committer.journal.segment = max(journals) + 1
+    committer.epoch_base = committer.checkpointer.reached
     if state.state.commit == 0 or state.engine.get(store_rows.FORMAT_KEY) != _format(store.config):
         state.apply({store_rows.FORMAT_KEY: _format(store.config)})
     store.writer.seal_all()
@@ -341,7 +341,7 @@ def _tidy(store: Store, member: Member) -> _Found:
 def _take_over(store: Store, member: Member, found: _Found) -> list[int]:
     """Go on with a node where it stands; its journal segments."""
     if member.in_sync:
-        store.committer.journal_bytes = found.journal_bytes - store.snapshotter.last_bytes
+        store.committer.journal.commit_bytes = found.journal_bytes - store.snapshotter.last_bytes
     member.shards.begin_after(found.shards)
     member.shards.note_present(found.shards)
     if member.state is State.BEHIND:
@@ -370,8 +370,8 @@ def _trim(committer: Committer, member: Member) -> None:
     """In a thread: give back what was allocated ahead."""
     node = member.node
     try:
-        if member.in_sync and committer.journal_offset:
-            node.truncate(Run.JOURNAL, committer.journal_segment, committer.journal_offset)
+        if member.in_sync and committer.journal.offset:
+            node.truncate(Run.JOURNAL, committer.journal.segment, committer.journal.offset)
         if member.shards.offset:
             node.truncate(Run.SHARDS, member.shards.current, member.shards.offset)
     finally:

@@ -114,7 +114,7 @@ class Reporter:
             "last_commit": state.state.commit,
             "last_commit_at": committer.committed_at,
             "uncommitted_bytes": state.unwritten(),
-            "checkpoint": committer.checkpointed,
+            "checkpoint": committer.checkpointer.reached,
             "epoch": state.state.epoch,
             "metadata_bytes": metadata_bytes,
             "degraded_reads": self._reader.degraded,

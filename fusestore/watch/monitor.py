@@ -155,7 +155,7 @@ class Monitor:
             status={"summary": verdict(status), **status},
             tallies={name: tally.copy() for name, tally in self._tallies.items()},
             commits=store.committer.commits.copy(),
-            checkpoints=store.committer.checkpoints.copy(),
+            checkpoints=store.committer.checkpointer.took.copy(),
             flushes=[(m.name, m.flushes.copy()) for m in store.log.members.all],
             caches={"stripes": store.reader.cached, "unsealed": len(store.log.unsealed)},
             pending=store.log.engine.changed_keys,

@@ -1,0 +1,90 @@
+"""Checkpoints: what flushed commits changed is written to the metadata database.
+
+A commit sets the changes so far aside (`freeze`); once it is flushed they may be written
+(`flushed`), in one transaction in a thread, while operations go on.  A checkpoint that
+fails loses nothing: what was set aside is still in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+
+import trio
+
+from ..errors import MetadataError, NotDurableError
+from ..format import store_rows
+from ..format.store_rows import LogState
+from ..log.log import Log
+from ..tally import Histogram
+
+log = logging.getLogger(__name__)
+
+
+class Checkpointer:
+    """Writes the metadata database, one checkpoint at a time."""
+
+    def __init__(self, state: Log) -> None:
+        self._log = state
+        self._limits = state.limits
+        self._lock = trio.Lock()
+        self._at = trio.current_time()
+        self._frozen_at: LogState | None = None
+        """The log at the commit up to which changes are set aside, once it is flushed."""
+        self.reached = 0
+        """The commit up to which the metadata database is whole."""
+        self.took = Histogram()
+        """How long each checkpoint took."""
+        self.on_checkpoint: list[Callable[[], None]] = []
+
+    def is_due(self) -> bool:
+        """Whether enough changes wait, or for long enough."""
+        changed = self._log.engine.changed_keys
+        return changed > 0 and (
+            changed >= self._limits.checkpoint_changes_max
+            or trio.current_time() - self._at >= self._limits.checkpoint_seconds_max
+        )
+
+    def flushed(self, state: LogState) -> None:
+        """What is set aside is part of a flushed commit, at which the log stood so."""
+        self._frozen_at = state
+
+    @property
+    def is_owed(self) -> bool:
+        """Whether something may be written, and nobody writes it."""
+        return self._frozen_at is not None and not self._lock.locked()
+
+    async def write_later(self) -> None:
+        """A checkpoint that nobody waits for: when it fails, a later commit tries again."""
+        with contextlib.suppress(NotDurableError):
+            await self.write()
+
+    async def write(self) -> None:
+        """Write what was set aside, if the commit that set it aside has been flushed.
+
+        NotDurableError when the metadata cannot be written.  What was set aside is
+        kept; until it could be written, only what takes room away is refused.
+        """
+        async with self._lock:
+            engine, state = self._log.engine, self._frozen_at
+            if state is None:
+                return
+            engine.amend({store_rows.LOG_KEY: state.encode()})
+            began = time.perf_counter_ns()
+            try:
+                await trio.to_thread.run_sync(engine.write)
+            except MetadataError as error:
+                if not self._log.metadata_error:
+                    log.error("%s The checkpoint will be tried again.", error)
+                self._log.metadata_error = str(error)
+                raise NotDurableError(str(error)) from error
+            self._log.metadata_error = ""
+            self._frozen_at = None
+            engine.thaw()
+            self._at = trio.current_time()
+            self.took.add(time.perf_counter_ns() - began)
+            self.reached = state.commit
+        for callback in self.on_checkpoint:
+            callback()

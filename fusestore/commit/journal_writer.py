@@ -1,0 +1,156 @@
+"""Records on their way to the journals of all nodes, durable on each when `append` returns.
+
+A record goes to the same segment and offset on every node in sync.  When no node has
+anything else to flush, the short way writes all journals by one call of the kernel's
+ring, over zeros that lie ready; else each node has a thread, which also flushes the
+shards that were written there.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+
+import trio
+
+from ..errors import NodeError, NodeTimeoutError
+from ..format.records import HEADER_BYTES, Header, Kind, Run, record_length
+from ..log.log import Log
+from ..members.journal_room import JournalRoom
+from ..members.member import Member
+from ..system import linux
+from ..system.io_uring import Operation
+
+_NOT_TRIED = (-errno.EAGAIN, -errno.EINVAL)
+"""What the ring says of a write that the file system did not begin."""
+
+
+class JournalWriter:
+    """Where the journals go on; appends with `Committer.lock` held."""
+
+    def __init__(self, state: Log) -> None:
+        self._log = state
+        self._limits = state.limits
+        self.segment = 1
+        self.offset = 0
+        self._rolled: list[tuple[int, int]] = []
+        """Segments that are finished, and their sizes, until they are trimmed."""
+        self.commit_bytes = 0
+        """Of the commits in each journal since the last dump of the metadata began."""
+
+    async def append(self, header: Header, payload: bytes) -> None:
+        """Append a record to the journals of all nodes in sync, and flush all nodes.
+
+        A node that cannot is failed; whether enough are left is for the caller.
+        """
+        if self.offset >= self._limits.journal_segment_bytes:
+            self.roll()
+        offset = self.offset
+        self.offset += record_length(len(payload))
+        if header.kind is Kind.COMMIT:
+            self.commit_bytes += record_length(len(payload))
+        if await self._append_directly(offset, header, payload):
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.cancel_scope.shield = True
+            for member in self._log.members.writable:
+                nursery.start_soon(self._flush_node, member, offset, header, payload)
+        self._rolled.clear()
+        self._log.refresh_room()
+
+    async def _append_directly(self, offset: int, header: Header, payload: bytes) -> bool:
+        """The short way of a record when no node has anything else to flush: without threads.
+
+        False when it was not taken, or not all was written: the long way then tells why.
+        """
+        members, now = self._log.members.writable, trio.current_time()
+        ring = members[0].ring if members else None
+        if ring is None or self._rolled:
+            return False
+        rest = payload + bytes(header.record_length - len(payload) - HEADER_BYTES)
+        writes: list[tuple[Member, JournalRoom, Operation, object]] = []
+        for member in members:
+            room = member.journal_room
+            fresh = now - member.sampled_at <= self._limits.sample_seconds
+            if room is None or member.shards.dirty or not member.in_sync or not fresh:
+                return False
+            seed = self._log.journal(member.name, self.segment).seed(offset)
+            write = room.write(self.segment, offset, header.encode(seed) + rest)
+            if write is None:
+                return False
+            writes.append((member, room, *write))
+        batch = ring.start([operation for _, _, operation, _ in writes], writes)
+        if batch is None:
+            return False
+        if batch.left:
+            with trio.move_on_after(self._limits.node_seconds_max, shield=True):
+                await ring.wait(batch)
+        whole = True
+        for (member, room, operation, _), result in zip(writes, batch.results, strict=True):
+            if result is None:
+                member.fail(member.late(self._limits.node_seconds_max))
+                member.journal_room, member.late_segment = None, self.segment
+            elif result in _NOT_TRIED or 0 <= result < operation.length:
+                whole = False
+            elif result < 0:  # never asked again: a second flush may say that all is well
+                reason = os.strerror(-result)
+                member.fail(NodeError(f"Node {member.name} cannot write its journal: {reason}."))
+            elif linux.is_linked(room.fd):
+                room.written(header.record_length)
+                self._holds(member, header)
+            else:
+                whole = False
+        return whole
+
+    @staticmethod
+    def _holds(member: Member, header: Header) -> None:
+        if header.kind is Kind.COMMIT:
+            member.standing.flushed(header.number)
+
+    async def _flush_node(
+        self, member: Member, offset: int, header: Header, payload: bytes
+    ) -> None:
+        dirty, member.shards.dirty = member.shards.dirty, set()
+        shards = len(member.shards.unflushed)
+        began = time.perf_counter_ns()
+        try:
+            await member.call(self._write_node, member, offset, header, payload, sorted(dirty))
+        except NodeError as error:
+            if isinstance(error, NodeTimeoutError):
+                member.late_segment = self.segment
+            member.fail(error)
+            return
+        finally:
+            member.flushes.add(time.perf_counter_ns() - began)
+        del member.shards.unflushed[:shards]
+        member.sampled_at = trio.current_time()
+        self._holds(member, header)
+
+    def _write_node(
+        self, member: Member, offset: int, header: Header, payload: bytes, dirty: list[int]
+    ) -> None:
+        """In a thread: append the record and flush what the node was given."""
+        node = member.node
+        if member.in_sync:
+            seed = self._log.journal(member.name, self.segment).seed(offset)
+            padding = bytes(header.record_length - len(payload) - HEADER_BYTES)
+            buffers = [header.encode(seed), payload, padding]
+            length = header.record_length
+            member.append(self.segment, offset, buffers, length, ahead=not dirty)
+            node.flush(Run.JOURNAL, [self.segment])
+            for segment, size in self._rolled:
+                node.truncate(Run.JOURNAL, segment, size)
+        node.flush(Run.SHARDS, dirty)
+        for segment in dirty:
+            state = member.shards.states.get(segment)
+            if state is not None and member.shards.is_full(segment):
+                node.truncate(Run.SHARDS, segment, state.size)
+        member.sample()
+
+    def roll(self) -> None:
+        """Go on in a new journal segment."""
+        if self.offset:
+            self._rolled.append((self.segment, self.offset))
+        self.segment += 1
+        self.offset = 0
