@@ -46,7 +46,8 @@ from fusestore.members.opening import open_node
 from fusestore.metadata.engine import Engine
 from fusestore.nodes.directory import segment_path
 from fusestore.serve.daemon import offline
-from fusestore.store.opening import Store, open_store
+from fusestore.store.opening import open_store
+from fusestore.store.store import Store
 from fusestore.system.io_uring import Batch, Operation, Ring
 
 REGIONS = ["us-east-1", "us-west-1", "eu-west-1"]
@@ -78,7 +79,7 @@ class Opened:
     def delete(self, name: str) -> None:
         """Unlink a file that nobody uses."""
         ino, _ = self.files.tree.unlink(ROOT, name.encode())
-        self.files.contents.remove(ino)
+        self.files.removal.remove(ino)
 
     async def checkpoint(self) -> None:
         """Commit and checkpoint, then let what waits for it run."""

@@ -365,12 +365,12 @@ class Player:
         if self.chance.random() < 0.3:
             self.unused.append(ino)
         else:
-            self.one.files.contents.remove(ino)
+            self.one.files.removal.remove(ino)
 
     async def close_unused(self) -> None:
         """Nobody has what lost its name open any more."""
         while self.unused:
-            self.one.files.contents.remove(self.unused.pop())
+            self.one.files.removal.remove(self.unused.pop())
 
     # --- contents
 

@@ -334,7 +334,7 @@ async def test_wrong_counts_of_segments_cost_no_shards(
             await one.put(name, name.encode() * 500_000)
         await store.committer.commit()
         one.delete("freed")
-        await one.files.contents.buried()
+        await one.files.removal.removed()
 
     def lose(rows: Rows) -> None:
         assert any(key[:1] == b"R" for key in rows)

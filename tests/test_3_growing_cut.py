@@ -34,7 +34,7 @@ from fusestore.config.store_config import (
     write_identity,
 )
 from fusestore.limits import Limits
-from fusestore.store.opening import Store
+from fusestore.store.store import Store
 
 CUTS = 12
 

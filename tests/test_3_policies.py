@@ -207,7 +207,7 @@ async def test_files_are_written_cut_and_removed_while_they_are_recoded(
             if steps == 20:
                 gone = tree.lookup(ROOT, b"f3") or 0
                 tree.unlink(ROOT, b"f3")
-                contents.remove(gone)
+                one.files.removal.remove(gone)
                 del model[gone]
             await trio.lowlevel.checkpoint()
         for ino, data in model.items():

@@ -149,8 +149,8 @@ async def test_inodes_of_any_kind_count_as_files(config: StoreConfig) -> None:
         ino, _ = tree.unlink(inner, b"pipe")
         with pytest.raises(QuotaError):
             folder(one, "more", inner)  # it is still there, as if it were open
-        one.files.contents.remove(ino)
-        await one.files.contents.buried()
+        one.files.removal.remove(ino)
+        await one.files.removal.removed()
         folder(one, "more", inner)
         assert used(one, top) == (0, 4) == usage(one, top)
     await clean(config)
@@ -185,8 +185,8 @@ async def test_removing_a_file_of_many_extents_gives_all_of_it_back(config: Stor
         assert used(one, top) == (7010, 2) == usage(one, top)
         for name in (b"a", b"b"):
             ino, _ = one.files.tree.unlink(top, name)
-            one.files.contents.remove(ino)
-            await one.files.contents.buried()
+            one.files.removal.remove(ino)
+            await one.files.removal.removed()
         assert used(one, top) == (0, 0)
         await trio.testing.wait_all_tasks_blocked(0.01)
     await clean(config)
@@ -247,8 +247,8 @@ async def test_directories_and_files_with_more_names_do_not_cross(config: StoreC
         tree.unlink(inside, b"f2")  # what had names on both sides stays where it was counted
         assert used(one, inside) == (100, 1)
         tree.unlink(top, b"f")
-        one.files.contents.remove(file)
-        await one.files.contents.buried()
+        one.files.removal.remove(file)
+        await one.files.removal.removed()
         assert used(one, inside) == (0, 0)
     await clean(config)
 
@@ -263,14 +263,14 @@ async def test_a_directory_that_goes_takes_its_quota_along(config: StoreConfig) 
         await put(one, top, "open", 500)
         file, _ = tree.unlink(top, b"open")
         gone, _ = tree.rmdir(outer, b"top")
-        one.files.contents.remove(gone)
-        await one.files.contents.buried()
+        one.files.removal.remove(gone)
+        await one.files.removal.removed()
         assert used(one, outer) == (500, 1)
         assert one.files.quotas.all() == [
             {**one.files.quotas.all()[0], "path": "/outer", "bytes_used": 500}
         ]
-        one.files.contents.remove(file)
-        await one.files.contents.buried()
+        one.files.removal.remove(file)
+        await one.files.removal.removed()
         assert used(one, outer) == (0, 0)
         assert row(one, top) is None
     await clean(config)
@@ -365,11 +365,11 @@ async def test_counting_is_exact_while_the_tree_changes(config: StoreConfig, see
                 case 4:
                     ino, inode = tree.unlink(*entry())
                     if inode.nlink == 0:
-                        one.files.contents.remove(ino)
+                        one.files.removal.remove(ino)
                 case 5:
                     removed.append(tree.rmdir(*entry())[0])
                     if chance.random() < 0.5:
-                        one.files.contents.remove(removed.pop())
+                        one.files.removal.remove(removed.pop())
                 case 6:
                     source, name = entry()
                     await one.files.contents.write(tree.lookup(source, name) or 0, 100, bytes(2000))
@@ -391,8 +391,8 @@ async def test_counting_is_exact_while_the_tree_changes(config: StoreConfig, see
         for ino in given:
             await quotas.wait(ino)
         for ino in removed:
-            one.files.contents.remove(ino)
-            await one.files.contents.buried()
+            one.files.removal.remove(ino)
+            await one.files.removal.removed()
         await one.store.committer.commit()
         copy = crashed(config, config.store.parent / "crash")
     await clean(config)

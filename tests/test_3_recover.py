@@ -273,7 +273,7 @@ class World:
         new = self.chance.choice(NAMES)
         lost = one.files.tree.rename(parent, name, self.folder(one), new)
         if lost is not None and lost[1].nlink == 0:
-            one.files.contents.remove(lost[0])
+            one.files.removal.remove(lost[0])
 
     def remove(self, one: Opened) -> None:
         if len(walk(one)) < 2:
@@ -283,7 +283,7 @@ class World:
         drop = one.files.tree.rmdir if directory else one.files.tree.unlink
         _, inode = drop(parent, name)
         if inode.nlink == 0 and self.chance.random() < 0.8:  # else somebody still has it open
-            one.files.contents.remove(ino)
+            one.files.removal.remove(ino)
 
     def change(self, one: Opened) -> None:
         number = self.chance.randrange

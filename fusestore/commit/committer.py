@@ -37,7 +37,8 @@ from ..format.stripe_rows import Stripe
 from ..log.log import Log
 from ..members.member import Member
 from ..tally import Histogram
-from ..write.writer import Taken, Writer
+from ..write.stripes import CommitBatch
+from ..write.writer import Writer
 from .checkpoint import Checkpointer
 from .journal_writer import JournalWriter
 
@@ -154,11 +155,11 @@ class Committer:
             if checkpoint:
                 await self.checkpointer.write()  # so that this commit can set its changes aside
             unflushed = self.writer.unflushed
-            taken = self._take(force=checkpoint, cover=cover)
+            batch = self._take(force=checkpoint, cover=cover)
             try:
-                if taken is not None:
-                    await self._flush(taken)
-                    if taken.frozen:
+                if batch is not None:
+                    await self._flush(batch)
+                    if batch.frozen:
                         self.checkpointer.flushed(self._log.state)
             finally:
                 self.writer.flushed(unflushed)
@@ -206,7 +207,7 @@ class Committer:
         self._log.apply({store_rows.NODES_KEY: store_rows.encode_nodes(rows)})
         return True
 
-    def _take(self, *, force: bool, cover: bool) -> Taken | None:
+    def _take(self, *, force: bool, cover: bool) -> CommitBatch | None:
         """What there is to commit, or None; no await in here."""
         state, engine = self._log, self._log.engine
         self.writer.settle()
@@ -234,31 +235,31 @@ class Committer:
             if freeze:
                 self.checkpointer.flushed(state.state)
             return None
-        taken = Taken(state.state.commit + 1, state.pending, sealing, freeze)
+        batch = CommitBatch(state.state.commit + 1, state.pending, sealing, freeze)
         state.pending = {}
         for stripe in sealing:
-            stripe.taken = taken
-        return taken
+            stripe.batch = batch
+        return batch
 
-    async def _flush(self, taken: Taken) -> None:
+    async def _flush(self, batch: CommitBatch) -> None:
         state = self._log
-        for stripe in taken.stripes:
+        for stripe in batch.stripes:
             await stripe.sealed.wait()
         if state.broken:
             # What was taken stays seen, but nothing more is acknowledged.
             raise NotDurableError(state.broken)
         began = time.perf_counter_ns()
         commit = Commit(
-            taken.number,
+            batch.number,
             state.state.epoch,
             state.state.checksum,
             self._durable_through,
-            taken.number - 1 if self.epoch_base is None else self.epoch_base,
+            batch.number - 1 if self.epoch_base is None else self.epoch_base,
             bytes.fromhex(state.state.nonce),
             tuple(member.id for member in state.members.in_sync),
-            taken.changes,
+            batch.changes,
         )
-        if len(taken.changes) < self._limits.hop_changes_min:
+        if len(batch.changes) < self._limits.hop_changes_min:
             payload = encode_commit(commit)
         else:
             payload = await trio.to_thread.run_sync(encode_commit, commit)
@@ -266,13 +267,15 @@ class Committer:
             Kind.COMMIT, len(payload), checksum(payload, len(payload)), commit.epoch, commit.number
         )
         await self.journal.append(header, payload)
-        if not self._is_held(taken):
+        if not self._is_held(batch):
             state.break_(
                 "Too few nodes could take a commit: the mount is read-only now; "
                 "mend the nodes and mount again."
             )
             raise NotDurableError(state.broken)
-        self.writer.fresh.difference_update(map(stripe_rows.decode_stripe_key, self._puts(taken)))
+        self.writer.sealer.fresh.difference_update(
+            map(stripe_rows.decode_stripe_key, self._puts(batch))
+        )
         state.state = replace(
             state.state,
             commit=commit.number,
@@ -282,15 +285,15 @@ class Committer:
         self.commits.add(time.perf_counter_ns() - began)
         self.committed_at = time.time()
         self._durable_through = commit.number
-        self._uncovered = bool(taken.changes)
+        self._uncovered = bool(batch.changes)
         self.epoch_base = None
 
-    def _puts(self, taken: Taken) -> list[bytes]:
+    def _puts(self, batch: CommitBatch) -> list[bytes]:
         """Keys of the new stripes that a commit puts."""
-        keys = map(stripe_rows.stripe_key, self.writer.fresh)
-        return [key for key in keys if taken.changes.get(key) is not None]
+        keys = map(stripe_rows.stripe_key, self.writer.sealer.fresh)
+        return [key for key in keys if batch.changes.get(key) is not None]
 
-    def _is_held(self, taken: Taken) -> bool:
+    def _is_held(self, batch: CommitBatch) -> bool:
         """Whether a commit counts with the nodes that have flushed it, and may be checkpointed."""
         members, engine = self._log.members, self._log.engine
         lost = {
@@ -299,11 +302,9 @@ class Committer:
             if member.out_of_use
             for shard in member.shards.unflushed
         }
-        for key in self._puts(taken):
-            number, row = (
-                stripe_rows.decode_stripe_key(key),
-                Stripe.decode(taken.changes[key] or b""),
-            )
+        for key in self._puts(batch):
+            number = stripe_rows.decode_stripe_key(key)
+            row = Stripe.decode(batch.changes[key] or b"")
             good = [
                 place.written
                 and (number, index) not in lost

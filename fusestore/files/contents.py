@@ -12,13 +12,12 @@ import logging
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
 from itertools import islice
 
 import trio
 
 from ..errors import FileTooLargeError, IsDirectoryError, QuotaError, StaleError
-from ..format import file_rows, keys, tables
+from ..format import file_rows
 from ..format.erasure import Code
 from ..format.file_rows import Extent, Inode
 from ..limits import FILE_BYTES_MAX
@@ -35,16 +34,14 @@ Data = bytes | bytearray | memoryview
 class Contents:
     """Reads, writes and cuts files."""
 
-    def __init__(self, log: Log, reader: Reader, writer: Writer, nursery: trio.Nursery) -> None:
+    def __init__(self, log: Log, reader: Reader, writer: Writer) -> None:
         self._log = log
         self._limits = log.limits
         self._reader = reader
         self._writer = writer
-        self._nursery = nursery
         self._tails: OrderedDict[int, Extent] = OrderedDict()
         """By inode the extent that was written last, for writes that go on behind it."""
         self._trimming: dict[int, trio.Event] = {}
-        self._dead: list[int] = []
         """Orphans that nobody uses any more."""
 
     # --- reading and writing -------------------------------------------------
@@ -233,7 +230,7 @@ class Contents:
             shrinks, before = size < inode.size, inode.allocated
             inode.mtime = inode.ctime = time.time_ns()
             inode.size = size
-            more = shrinks and self._trim_batch(txn, ino, inode, size)
+            more = shrinks and self.trim_batch(txn, ino, inode, size)
             if inode.quota_root:
                 quota.charge(txn, inode.quota_root, inode.allocated - before)
             txn.put(file_rows.inode_key(ino), inode.encode())
@@ -243,9 +240,9 @@ class Contents:
         if more:
             # Even if the caller goes away: until it is done nobody can use the file.
             with trio.CancelScope(shield=True):
-                await self._trim(ino, size)
+                await self.trim(ino, size)
 
-    def _trim_batch(self, txn: Transaction, ino: int, inode: Inode, size: int) -> bool:
+    def trim_batch(self, txn: Transaction, ino: int, inode: Inode, size: int) -> bool:
         """Let go of some of what lies past `size`; whether there is more."""
         self._tails.pop(ino, None)
         if size > 0:
@@ -261,7 +258,7 @@ class Contents:
             self._cut_extent(txn, ino, inode, extent, extent.offset, extent.end)
         return len(rows) > self._limits.trim_batch
 
-    async def _trim(self, ino: int, size: int) -> None:
+    async def trim(self, ino: int, size: int) -> None:
         """Go on until nothing lies past `size`; the inode may be gone already."""
         more = True
         while more:
@@ -270,7 +267,7 @@ class Contents:
                 value = txn.get(file_rows.inode_key(ino))
                 inode = Inode.decode(value) if value is not None else _GONE
                 before = inode.allocated
-                more = self._trim_batch(txn, ino, inode, size)
+                more = self.trim_batch(txn, ino, inode, size)
                 if value is not None:
                     if inode.quota_root:
                         quota.charge(txn, inode.quota_root, inode.allocated - before)
@@ -280,106 +277,6 @@ class Contents:
         event = self._trimming.pop(ino, None)
         if event is not None:
             event.set()
-
-    # --- removing ------------------------------------------------------------
-
-    def remove(self, ino: int) -> None:
-        """Remove an orphan that nobody uses any more, and all that it had, soon.
-
-        Its row in `orphans` stays until then: after a crash the next mount does it.
-        """
-        self._dead.append(ino)
-        if len(self._dead) == 1:
-            self._nursery.start_soon(self._bury)
-
-    @property
-    def removing(self) -> bool:
-        """Whether something is to be removed that is still there."""
-        return bool(self._dead)
-
-    async def _bury(self) -> None:
-        """Remove what is dead, many at a time, once no more comes."""
-        while self._dead:
-            count = len(self._dead)
-            await trio.sleep(self._limits.removal_pause_seconds)
-            if not count < len(self._dead) < self._limits.removals_max:
-                await self._bury_now()
-
-    async def _bury_now(self) -> None:
-        while self._dead and not self._log.broken:
-            batch, self._dead = (
-                self._dead[: self._limits.removal_batch],
-                self._dead[self._limits.removal_batch :],
-            )
-            try:
-                self._dead += self._remove(batch)
-            except Exception:
-                log.exception("inodes could not be removed; the next mount does it")
-            await trio.lowlevel.checkpoint()
-        if self._log.broken:
-            self._dead.clear()
-
-    async def buried(self, pauses: int = 1) -> None:
-        """Return when what nobody uses any more is removed, what is just being let go, too."""
-        await trio.sleep(pauses * self._limits.removal_pause_seconds)
-        await self._bury_now()
-
-    def _remove(self, inos: Sequence[int]) -> Sequence[int]:
-        """Remove orphans, and all that they had, in one transaction; those that did not fit.
-
-        Extents past the first TRIM_BATCH of a file are removed later.
-        """
-        trims: list[int] = []
-        left: Sequence[int] = []
-        with Transaction(self._log) as txn:
-            for i, ino in enumerate(inos):
-                if len(txn.changes) > self._limits.trim_batch:
-                    left = inos[i:]
-                    break
-                value = txn.get(file_rows.inode_key(ino))
-                if value is None:
-                    continue
-                inode = Inode.decode(value)
-                if inode.nlink:
-                    log.error("Inode %d is to be removed, and has a name: run fsck.", ino)
-                    continue
-                prefix = file_rows.xattr_key(ino, b"")
-                for key, _ in list(txn.scan(prefix, keys.after(prefix))):
-                    txn.delete(key)
-                if stat.S_ISLNK(inode.mode):
-                    txn.delete(file_rows.target_key(ino))
-                txn.delete(file_rows.inode_key(ino))
-                txn.delete(file_rows.orphan_key(ino))
-                txn.files -= 1
-                if inode.quota_root:
-                    quota.leave(txn, ino, inode)
-                if stat.S_ISREG(inode.mode) and self._trim_batch(txn, ino, inode, 0):
-                    txn.put(file_rows.trim_key(ino), bytes(8))
-                    trims.append(ino)
-        for ino in trims:
-            self._nursery.start_soon(self._trim, ino, 0)
-        return left
-
-    async def resume(self) -> None:
-        """After a mount: end the trims, and remove the orphans, that were left behind."""
-        engine = self._log.engine
-        for key, value in list(engine.scan(file_rows.TRIMS_START, file_rows.TRIMS_END)):
-            if tables.readable(key, value):
-                ino, size = file_rows.decode_ino_key(key), int.from_bytes(value, "little")
-                row = engine.get(file_rows.inode_key(ino))
-                if size == (Inode.decode(row).size if row is not None else 0):
-                    await self._trim(ino, size)
-                else:
-                    log.error("A trim of inode %d is not of its size: run fsck.", ino)
-        rows = engine.scan(file_rows.ORPHANS_START, file_rows.ORPHANS_END)
-        orphans: Sequence[int] = [
-            file_rows.decode_ino_key(key) for key, value in rows if tables.readable(key, value)
-        ]
-        while orphans:
-            orphans = [
-                *self._remove(orphans[: self._limits.removal_batch]),
-                *orphans[self._limits.removal_batch :],
-            ]
 
     @staticmethod
     def _inode(txn: Transaction, ino: int) -> Inode:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import trio
 
 from ..format.file_rows import NO_LIMIT
-from ..store.opening import Store
+from ..store.store import Store
 from .attributes import Attributes
 from .contents import Contents
 from .quota_roots import QuotaRoots
 from .recode import Recoder
+from .removal import Removal
 from .tree import Tree
 
 INODE_BYTES = 4096
@@ -17,13 +18,14 @@ INODE_BYTES = 4096
 
 
 class FileSystem:
-    """What a face needs: `tree`, `contents`, `attributes`, `quotas`, `recoder` and the whole."""
+    """What a face needs: the parts of the file system, and its size as a whole."""
 
     def __init__(self, store: Store, nursery: trio.Nursery) -> None:
         self.log = store.log
         self.tree = Tree(store.log)
         store.log.path_of = self.tree.path
-        self.contents = Contents(store.log, store.reader, store.writer, nursery)
+        self.contents = Contents(store.log, store.reader, store.writer)
+        self.removal = Removal(store.log, self.contents, nursery)
         self.attributes = Attributes(
             store.log, self.tree, store.reader, allow_unsafe=store.config.allow_unsafe
         )
@@ -35,7 +37,7 @@ class FileSystem:
         """Make the root of a new store; end what the last mount left half done."""
         if not self.log.read_only:
             self.tree.make_root()
-            await self.contents.resume()
+            await self.removal.resume()
 
     def go_on(self) -> None:
         """Go on in the background with what the last mount did not end: counting, recoding."""

@@ -32,7 +32,7 @@ from ..format.erasure import Code
 from ..format.file_rows import Extent
 from ..format.stripe_rows import LOST_STRIPE
 from ..log.pace import Pace
-from ..store.opening import Store
+from ..store.store import Store
 from .contents import Contents, Data
 from .tree import Tree
 from .walk import Walk

@@ -284,5 +284,5 @@ class Rebalancer:
         return (
             now is not None
             and now.shards[index] == row.shards[index]
-            and number not in self._committer.writer.fresh
+            and number not in self._committer.writer.sealer.fresh
         )

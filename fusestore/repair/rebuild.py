@@ -21,7 +21,7 @@ from ..log.log import Log
 from ..members.member import Member
 from ..nodes.base import Node
 from ..read.reader import Reader, verified
-from ..write.writer import shard_header, write_shard
+from ..write.shard_record import shard_header, write_shard
 
 log = logging.getLogger(__name__)
 

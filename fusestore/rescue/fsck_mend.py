@@ -26,7 +26,7 @@ from ..format.stripe_rows import LOST_STRIPE, OWNER, SegmentState, ShardPlace, S
 from ..limits import OWNERS_PER_ROW_MAX
 from ..log.log import Log, Transaction
 from ..members.opening import shard_sizes
-from ..store.opening import Store
+from ..store.store import Store
 from .fsck_check import Around, Check, Finding
 
 LOST_AND_FOUND = b"lost+found"

@@ -27,7 +27,8 @@ from ..files.filesystem import FileSystem
 from ..metadata.engine import DATABASE
 from ..repair.risk import Rates, Safety
 from ..rescue.fsck_mend import fsck
-from ..store.opening import Store, open_store
+from ..store.opening import open_store
+from ..store.store import Store
 from ..system import logs, mounts
 from ..system.sd_notify import ServiceManager
 from ..text import verdict
@@ -300,7 +301,7 @@ class _Daemon:
                             nursery.start_soon(self._tell_ready, store)
                             await pyfuse3.main(max_tasks=self._config.limits.fuse_tasks_max)
                             self._manager.stopping("Committing, and closing the store")
-                    await files.contents.buried()
+                    await files.removal.removed()
                     await counter.keep()
                     nursery.cancel_scope.cancel()
             except Exception as error:

@@ -113,6 +113,7 @@ class Operations(pyfuse3.Operations):
         self._files = files
         self._tree = files.tree
         self._contents = files.contents
+        self._removal = files.removal
         self._attributes = files.attributes
         self._known = Lookups()
         self._orphans: set[int] = set()
@@ -153,7 +154,7 @@ class Operations(pyfuse3.Operations):
             if ino in self._known:
                 self._orphans.add(ino)
             else:
-                self._contents.remove(ino)
+                self._removal.remove(ino)
 
     async def remove_deleted(self) -> None:
         """Have removed what has no name and is not in use any more.
@@ -161,8 +162,8 @@ class Operations(pyfuse3.Operations):
         That it is not in use the kernel says a little later than that it has no name.
         """
         for pauses in (1, 2, 4, 8, 16):
-            if self._orphans or self._contents.removing:
-                await self._contents.buried(pauses)
+            if self._orphans or self._removal.removing:
+                await self._removal.removed(pauses)
 
     # --- names ---------------------------------------------------------------
 
@@ -183,7 +184,7 @@ class Operations(pyfuse3.Operations):
             self._cut_short.discard(ino)
             if ino in self._orphans:
                 self._orphans.discard(ino)
-                self._contents.remove(ino)
+                self._removal.remove(ino)
 
     @_answered
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:

@@ -1,4 +1,4 @@
-"""An open store: engine, nodes and log put together, replayed and ready to serve.
+"""Opening a store: engine, nodes and log put together, replayed and ready to serve.
 
 Opening replays the journals, logs again what they held past the checkpoint,
 and opens a new epoch; closing commits and checkpoints everything.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,8 +17,6 @@ from functools import partial
 import trio
 
 from ..commit.committer import Committer
-from ..commit.metadata_dump import Snapshotter
-from ..commit.reclaim import Reclaimer
 from ..commit.replay import Replayed, replay, suspect_shards
 from ..config.store_config import CONFIG_NAME, StoreConfig, sync_directory
 from ..errors import ConfigError, FusestoreError, MetadataError, NodeError, ReplayError, UsageError
@@ -27,71 +25,16 @@ from ..format.erasure import Code
 from ..format.records import Run
 from ..format.store_rows import Counters, LogState, NodeRow
 from ..format.stripe_rows import SegmentState
-from ..grow.rebalance import Rebalancer
-from ..grow.topology import Topology
 from ..log.journal import last_commit
 from ..log.log import Log
 from ..members.member import Member
 from ..members.opening import open_members, open_node
 from ..members.standing import State
 from ..metadata.engine import DATABASE, DATABASE_LOCK, Engine
-from ..read.reader import Reader
-from ..repair.comeback import Comeback
-from ..repair.heal import Healer
-from ..repair.rejoin import Rejoin
-from ..repair.repairer import Repairer
-from ..repair.scrub import Scrubber
 from ..system.io_uring import Ring
-from ..write.writer import Writer
-from .report import Reporter
+from .store import Store
 
 log = logging.getLogger(__name__)
-
-
-class Store:
-    """What the file system and the control commands work on."""
-
-    def __init__(self, config: StoreConfig, state: Log, nursery: trio.Nursery) -> None:
-        self.config = config
-        self.log = state
-        self.reader = Reader(state)
-        self.committer = Committer(state, nursery)
-        self.writer = Writer(state, nursery, self.committer.ask)
-        self.committer.writer = self.writer
-        checkpoint = state.engine.get(store_rows.LOG_KEY)
-        if checkpoint is not None:
-            self.committer.checkpointer.reached = LogState.decode(checkpoint).commit
-        nodes = state.engine.get(store_rows.NODES_KEY)
-        self.committer.rows = store_rows.decode_nodes(nodes) if nodes else []
-        self.reclaimer = Reclaimer(state)
-        self.snapshotter = Snapshotter(state, self.committer)
-        self.healer = Healer(state, self.reader, self.committer)
-        self.rejoin = Rejoin(state, self.committer, self.healer)
-        self.comeback = Comeback(state, self.healer, self.rejoin)
-        self.repairer = Repairer(state, self.reader, self.committer, self.healer, self.rejoin)
-        self.rebalancer = Rebalancer(state, self.committer, self.repairer)
-        self.topology = Topology(state, self.committer, self.repairer, self.rebalancer)
-        self.scrubber = Scrubber(state, self.committer, self.repairer, config.scrub_days)
-        self.reporter = Reporter(
-            config, state, self.reader, self.committer, self.repairer, self.scrubber
-        )
-        self.status = self.reporter.status
-        self.committer.checkpointer.on_checkpoint += [self.reclaimer.wake, self.comeback.wake]
-        self.committer.on_commit.append(self.snapshotter.look)
-
-    def tasks(self) -> list[Callable[[], Awaitable[None]]]:
-        """What goes on in the background while it is open."""
-        parts = (self.reclaimer, self.snapshotter, self.comeback, self.scrubber, self.rebalancer)
-        return [part.run for part in parts]
-
-    def warnings(self) -> list[str]:
-        """A sentence for each node that is not as it should be."""
-        return [
-            f"Node {member.name} is {member.state}: {member.standing.error} "
-            f"Run 'fusestore repair {self.config.store} {member.name}'."
-            for member in self.log.members.all
-            if member.state is not State.UP
-        ]
 
 
 @asynccontextmanager

@@ -38,8 +38,8 @@ from prometheus_client.registry import Collector
 from .. import __version__
 from ..errors import FusestoreError
 from ..members.standing import State
-from ..store.opening import Store
 from ..store.report import count_missing
+from ..store.store import Store
 from ..tally import Histogram, Tallies, summary
 from ..text import repair_state, risk_line, scrub_state, verdict
 from .web import Answer, Route

@@ -1,0 +1,72 @@
+"""An open store: engine, nodes and log, and all that works on them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from ..commit.committer import Committer
+from ..commit.metadata_dump import Snapshotter
+from ..commit.reclaim import Reclaimer
+from ..config.store_config import StoreConfig
+from ..format import store_rows
+from ..format.store_rows import LogState
+from ..grow.rebalance import Rebalancer
+from ..grow.topology import Topology
+from ..log.log import Log
+from ..members.standing import State
+from ..read.reader import Reader
+from ..repair.comeback import Comeback
+from ..repair.heal import Healer
+from ..repair.rejoin import Rejoin
+from ..repair.repairer import Repairer
+from ..repair.scrub import Scrubber
+from ..write.writer import Writer
+from .report import Reporter
+
+
+class Store:
+    """What the file system and the control commands work on."""
+
+    def __init__(self, config: StoreConfig, state: Log, nursery: trio.Nursery) -> None:
+        self.config = config
+        self.log = state
+        self.reader = Reader(state)
+        self.committer = Committer(state, nursery)
+        self.writer = Writer(state, nursery, self.committer.ask)
+        self.committer.writer = self.writer
+        checkpoint = state.engine.get(store_rows.LOG_KEY)
+        if checkpoint is not None:
+            self.committer.checkpointer.reached = LogState.decode(checkpoint).commit
+        nodes = state.engine.get(store_rows.NODES_KEY)
+        self.committer.rows = store_rows.decode_nodes(nodes) if nodes else []
+        self.reclaimer = Reclaimer(state)
+        self.snapshotter = Snapshotter(state, self.committer)
+        self.healer = Healer(state, self.reader, self.committer)
+        self.rejoin = Rejoin(state, self.committer, self.healer)
+        self.comeback = Comeback(state, self.healer, self.rejoin)
+        self.repairer = Repairer(state, self.reader, self.committer, self.healer, self.rejoin)
+        self.rebalancer = Rebalancer(state, self.committer, self.repairer)
+        self.topology = Topology(state, self.committer, self.repairer, self.rebalancer)
+        self.scrubber = Scrubber(state, self.committer, self.repairer, config.scrub_days)
+        self.reporter = Reporter(
+            config, state, self.reader, self.committer, self.repairer, self.scrubber
+        )
+        self.status = self.reporter.status
+        self.committer.checkpointer.on_checkpoint += [self.reclaimer.wake, self.comeback.wake]
+        self.committer.on_commit.append(self.snapshotter.look)
+
+    def tasks(self) -> list[Callable[[], Awaitable[None]]]:
+        """What goes on in the background while it is open."""
+        parts = (self.reclaimer, self.snapshotter, self.comeback, self.scrubber, self.rebalancer)
+        return [part.run for part in parts]
+
+    def warnings(self) -> list[str]:
+        """A sentence for each node that is not as it should be."""
+        return [
+            f"Node {member.name} is {member.state}: {member.standing.error} "
+            f"Run 'fusestore repair {self.config.store} {member.name}'."
+            for member in self.log.members.all
+            if member.state is not State.UP
+        ]

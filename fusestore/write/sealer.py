@@ -1,0 +1,226 @@
+"""Sealing: a full stripe is coded, checksummed, and each shard appended to its node.
+
+Places are reserved on the loop, then one worker thread does the rest; a stripe is in
+memory or has a row, always one of them.  Not to be interleaved with an await: from the
+choice of a shard's place to the start of the task that writes it, and from the end of
+that thread to the stripe's row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import trio
+
+from ..errors import NodeError, NodeTimeoutError
+from ..format import erasure, stripe_rows
+from ..format.records import Changes, block_checksums, record_length
+from ..format.stripe_rows import SegmentState, ShardPlace, Stripe
+from ..log.log import Log, Transaction
+from ..members.member import Member
+from .shard_record import NOT_WRITTEN, shard_header, write_shard
+from .stripes import Buffers, UnsealedStripe
+
+
+@dataclass(slots=True, eq=False)
+class _Seal:
+    """A stripe on its way to the nodes."""
+
+    stripe: UnsealedStripe
+    targets: list[tuple[Member, ShardPlace]]
+    parity: bytearray
+    checksums: list[bytes] = field(default_factory=list)
+    errors: dict[int, NodeError] = field(default_factory=dict)
+    next: int = 0
+    """The shard that is being written."""
+    attempt: int = 0
+    """A thread of an earlier attempt is left to itself, and must not go on."""
+    hung: bool = False
+
+    def give_up(self) -> None:
+        """Leave the node that is being written to, and its thread, to themselves."""
+        member, _ = self.targets[self.next]
+        seconds = member.limits.node_seconds_max
+        self.errors[self.next] = NodeTimeoutError(
+            f"Node {member.name} did not take a shard within {seconds:.0f} seconds."
+        )
+        self.hung = True
+        self.attempt += 1
+        self.next += 1
+
+
+class Sealer:
+    """Takes stripes to their nodes, some at a time."""
+
+    def __init__(
+        self, log: Log, nursery: trio.Nursery, buffers: Buffers, on_end: Callable[[], object]
+    ) -> None:
+        self._log = log
+        self._nursery = nursery
+        self._buffers = buffers
+        self._on_end = on_end
+        self.under_way = 0
+        """Stripes being coded and written."""
+        self.fresh: set[int] = set()
+        """Sealed stripes that no durable commit has yet."""
+
+    def seal(self, stripe: UnsealedStripe, *, alive: bool | None = None) -> None:
+        """Start the way of a stripe to its nodes; `alive` when a transaction points at it."""
+        if alive is None:
+            alive = self._log.engine.get(stripe_rows.live_key(stripe.number)) is not None
+        if not alive:
+            self._forget(stripe)
+            return
+        length = stripe.code.shard_length(stripe.position)
+        targets: list[tuple[Member, ShardPlace]] = []
+        for member in self._log.members.place(stripe.code, stripe.number):
+            if member.writable:
+                targets.append((member, member.reserve(length)))
+            else:
+                targets.append((member, ShardPlace(member.id, NOT_WRITTEN, 0)))
+        self._log.counters.stripes += 1
+        self.under_way += 1
+        self._nursery.start_soon(self._store, stripe, targets)
+
+    def _forget(self, stripe: UnsealedStripe) -> None:
+        del self._log.unsealed[stripe.number]
+        self._buffers.release(stripe)
+        stripe.sealed.set()
+
+    async def _store(
+        self, stripe: UnsealedStripe, targets: list[tuple[Member, ShardPlace]]
+    ) -> None:
+        work = _Seal(stripe, targets, self._buffers.parity(stripe.code))
+        await self._run(work)
+        checksums, errors = work.checksums, work.errors
+        if work.hung:
+            stripe.pooled = False  # a thread that hangs still holds the buffers
+        else:
+            self._buffers.release_parity(stripe.code, work.parity)
+        places = []
+        length = stripe.code.shard_length(stripe.position)
+        for index, (member, place) in enumerate(targets):
+            if index in errors:
+                member.fail(errors[index])
+                self._take_back(stripe, member, place, length)
+                place = ShardPlace(member.id, NOT_WRITTEN, 0)
+            elif place.written and member.writable:
+                member.shards.dirty.add(place.segment)
+                member.shards.unflushed.append((stripe.number, index))
+            elif place.written:
+                # It failed while this shard was on its way: do not count on the shard.
+                self._take_back(stripe, member, place, length)
+                place = ShardPlace(member.id, NOT_WRITTEN, 0)
+            places.append(place)
+        if sum(place.written for place in places) < stripe.code.k:
+            # The bytes stay in memory, where they can be read; nothing is acknowledged.
+            self._log.break_(
+                f"Fewer than {stripe.code.k} nodes could take the shards of a stripe: "
+                "the mount is read-only now; mend the nodes and mount again."
+            )
+        else:
+            row = Stripe(stripe.code, stripe.position, tuple(places), tuple(checksums))
+            self._sealed(stripe, row)
+            self._forget(stripe)
+        self.under_way -= 1
+        stripe.sealed.set()
+        self._on_end()
+
+    def _sealed(self, stripe: UnsealedStripe, row: Stripe) -> None:
+        log, number = self._log, stripe.number
+        if stripe.dead:
+            with Transaction(log) as txn:
+                txn.reclaim(number, row)
+                changes, txn.changes = txn.changes, {}
+            self._amend(stripe, changes)
+            return
+        alive = log.engine.get(stripe_rows.live_key(number)) is not None
+        if alive or stripe.batch is not None:
+            self.fresh.add(number)
+            changes = {stripe_rows.stripe_key(number): row.encode()}
+            changes.update(stripe.take_owner_rows())
+            changes.update((stripe_rows.tail_key(number, offset), None) for offset in stripe.tails)
+            for index, place in enumerate(row.shards):
+                if not place.written:
+                    changes[stripe_rows.missing_key(place.node, number, index)] = b""
+            self._amend(stripe, changes)
+        if not alive:
+            # It died on its way: the commit that took it needs the row, the next one frees it.
+            with Transaction(log) as txn:
+                if stripe.batch is not None:
+                    txn.let_go(number, 0)
+                else:
+                    txn.stripes -= 1
+                    txn.reclaim(number, row)
+
+    def _take_back(
+        self, stripe: UnsealedStripe, member: Member, place: ShardPlace, length: int
+    ) -> None:
+        """A shard did not get where its place was reserved, also for the commit that counts it."""
+        member.shards.release(place.segment, length)
+        key = stripe_rows.segment_key(member.id, place.segment)
+        value = stripe.batch.changes.get(key) if stripe.batch is not None else None
+        if value is not None:
+            counted = SegmentState.decode(value)
+            counted.live -= record_length(length)
+            self._amend(stripe, {key: counted.encode()})
+
+    def _amend(self, stripe: UnsealedStripe, changes: Changes) -> None:
+        """Add to the commit that waits for a stripe, or to the next one."""
+        if stripe.batch is None:
+            self._log.apply(changes)
+            return
+        stripe.batch.changes.update(changes)
+        if stripe.batch.frozen:
+            self._log.engine.amend(changes)
+        else:
+            self._log.engine.apply(changes)
+
+    async def _run(self, work: _Seal) -> None:
+        """Code and write in one thread; go on in another when a node hangs in the first."""
+        while work.next < len(work.targets):
+            done = trio.Event()
+
+            async def attempt(done: trio.Event = done) -> None:
+                await trio.to_thread.run_sync(
+                    self._write_shards, work, work.attempt, abandon_on_cancel=True
+                )
+                done.set()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(attempt)
+                while not done.is_set():
+                    before = work.next
+                    with trio.move_on_after(self._log.limits.node_seconds_max):
+                        await done.wait()
+                    if not done.is_set() and work.checksums and work.next == before:
+                        work.give_up()
+                        nursery.cancel_scope.cancel()
+                        break
+
+    def _write_shards(self, work: _Seal, attempt: int) -> None:
+        """In a thread: code, checksum and write."""
+        stripe, code = work.stripe, work.stripe.code
+        length = code.shard_length(stripe.position)
+        shards = [stripe.data[i * length : (i + 1) * length] for i in range(code.k)]
+        view = memoryview(work.parity)
+        shards += [view[i * length : (i + 1) * length] for i in range(code.m)]
+        if not work.checksums:
+            padding = code.k * length - stripe.position
+            if padding:
+                stripe.data[stripe.position : stripe.position + padding] = bytes(padding)
+            erasure.encode(code, length, shards[: code.k], shards[code.k :])
+            work.checksums = [block_checksums(shard, length) for shard in shards]
+        while work.attempt == attempt and work.next < len(work.targets):
+            index = work.next
+            member, place = work.targets[index]
+            if place.written and member.is_open:
+                sums = work.checksums[index]
+                header = shard_header(code, stripe.position, stripe.number, index, sums)
+                try:
+                    write_shard(self._log, member, place, header, shards[index])
+                except NodeError as error:
+                    work.errors[index] = error
+            if work.attempt == attempt:
+                work.next += 1
