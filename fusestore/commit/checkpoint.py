@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import trio
 
-from ..errors import MetadataError, NotDurableError
+from ..errors import InvariantError, MetadataError, NotDurableError
 from ..format import store_rows
 from ..format.store_rows import LogState
 from ..log.log import Log
@@ -71,6 +71,8 @@ class Checkpointer:
             engine, state = self._log.engine, self._frozen_at
             if state is None:
                 return
+            if state.commit > self._log.state.commit:
+                raise InvariantError(f"A checkpoint would be ahead of commit {state.commit}.")
             engine.amend({store_rows.LOG_KEY: state.encode()})
             began = time.perf_counter_ns()
             try:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 
 import trio
 
-from ..errors import NotDurableError
+from ..errors import InvariantError, NotDurableError
 from ..format import store_rows, stripe_rows
 from ..format.records import (
     Commit,
@@ -273,6 +273,7 @@ class Committer:
                 "mend the nodes and mount again."
             )
             raise NotDurableError(state.broken)
+        self._check_flushed(commit)
         self.writer.sealer.fresh.difference_update(
             map(stripe_rows.decode_stripe_key, self._puts(batch))
         )
@@ -287,6 +288,15 @@ class Committer:
         self._durable_through = commit.number
         self._uncovered = bool(batch.changes)
         self.epoch_base = None
+
+    def _check_flushed(self, commit: Commit) -> None:
+        """Nothing is acknowledged unless every node in sync flushed it, and none was left out."""
+        state = self._log
+        if commit.number != state.state.commit + 1:
+            raise InvariantError(f"Commit {commit.number} follows commit {state.state.commit}.")
+        for member in state.members.in_sync:
+            if member.standing.holds != commit.number or member.id not in commit.in_sync:
+                raise InvariantError(f"Node {member.name} has not flushed commit {commit.number}.")
 
     def _puts(self, batch: CommitBatch) -> list[bytes]:
         """Keys of the new stripes that a commit puts."""

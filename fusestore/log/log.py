@@ -8,6 +8,7 @@ transaction, so each is atomic on the event loop.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from itertools import islice
 from types import TracebackType
@@ -19,9 +20,11 @@ from ..format import keys, stripe_rows
 from ..format.erasure import Code
 from ..format.records import Changes, Place, Run
 from ..format.store_rows import Counters, LogState
-from ..format.stripe_rows import ShardPlace, Stripe
+from ..format.stripe_rows import LOST_STRIPE, ShardPlace, Stripe
 from ..members.members import Members
 from ..metadata.engine import Engine
+
+log = logging.getLogger(__name__)
 
 
 class Unsealed(Protocol):
@@ -90,24 +93,31 @@ class Transaction:
 
     def point_at(self, stripe: int, length: int) -> None:
         """`length` bytes of a stripe came to be part of a file."""
-        key = stripe_rows.live_key(stripe)
-        live = self.get(key)
-        self.put(
-            key, stripe_rows.live_value(length + (stripe_rows.decode_live(live) if live else 0))
-        )
+        self.put(stripe_rows.live_key(stripe), stripe_rows.live_value(self._live(stripe) + length))
         self.file_bytes += length
 
     def let_go(self, stripe: int, length: int) -> None:
         """`length` bytes of a stripe are part of no file any more; the last free it."""
-        key = stripe_rows.live_key(stripe)
-        live = self.get(key)
-        left = (stripe_rows.decode_live(live) if live else 0) - length
         self.file_bytes -= length
-        if left > 0:
-            self.put(key, stripe_rows.live_value(left))
-        else:
-            self.delete(key)
+        if stripe == LOST_STRIPE:
+            return  # it has no bytes, and is not counted
+        left = self._live(stripe) - length
+        if left == 0:
+            self.delete(stripe_rows.live_key(stripe))
             self._free(stripe)
+            return
+        if left < 0:
+            # The count is wrong, so nobody knows whether files still need the stripe.
+            log.error(
+                "Stripe %#x counts %d live bytes too few: it is kept. Run 'fusestore fsck'.",
+                stripe,
+                -left,
+            )
+        self.put(stripe_rows.live_key(stripe), stripe_rows.live_value(max(left, 0)))
+
+    def _live(self, stripe: int) -> int:
+        live = self.get(stripe_rows.live_key(stripe))
+        return stripe_rows.decode_live(live) if live else 0
 
     def _free(self, stripe: int) -> None:
         value = self.get(stripe_rows.stripe_key(stripe))

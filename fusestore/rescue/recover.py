@@ -373,7 +373,7 @@ def _report(found: Found, journals: Journals, state: Log, replayed: Replayed) ->
                 "name": member.name,
                 "region": member.config.region,
                 "path": str(member.config.path),
-                "found": member.node is not None,
+                "found": member.is_open,
                 "last_commit": max(journals.holders.get(member.name, {0})),
                 "problem": found.problems.get(member.name, member.standing.error),
             }

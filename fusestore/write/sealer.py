@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from ..errors import NodeError, NodeTimeoutError
+from ..errors import InvariantError, NodeError, NodeTimeoutError
 from ..format import erasure, stripe_rows
 from ..format.records import Changes, block_checksums, record_length
 from ..format.stripe_rows import SegmentState, ShardPlace, Stripe
@@ -92,40 +92,52 @@ class Sealer:
         self, stripe: UnsealedStripe, targets: list[tuple[Member, ShardPlace]]
     ) -> None:
         work = _Seal(stripe, targets, self._buffers.parity(stripe.code))
-        await self._run(work)
-        checksums, errors = work.checksums, work.errors
-        if work.hung:
-            stripe.pooled = False  # a thread that hangs still holds the buffers
-        else:
-            self._buffers.release_parity(stripe.code, work.parity)
-        places = []
+        try:
+            await self._run(work)
+            if work.hung:
+                stripe.pooled = False  # a thread that hangs still holds the buffers
+            else:
+                self._buffers.release_parity(stripe.code, work.parity)
+            places = self._places(work)
+            if sum(place.written for place in places) < stripe.code.k:
+                # The bytes stay in memory, where they can be read; nothing is acknowledged.
+                self._log.break_(
+                    f"Fewer than {stripe.code.k} nodes could take the shards of a stripe: "
+                    "the mount is read-only now; mend the nodes and mount again."
+                )
+            else:
+                checksums = tuple(work.checksums)
+                self._sealed(stripe, Stripe(stripe.code, stripe.position, places, checksums))
+                self._forget(stripe)
+        except BaseException:
+            # Commits wait for the stripe, also when this is cancelled: none may go on without it.
+            self._log.break_(
+                "Sealing a stripe met an unexpected error: the mount is read-only now; "
+                "mount it again."
+            )
+            raise
+        finally:
+            self.under_way -= 1
+            stripe.sealed.set()
+            self._on_end()
+
+    def _places(self, work: _Seal) -> tuple[ShardPlace, ...]:
+        """Where each shard is; those that their nodes did not take were never written."""
+        stripe, places = work.stripe, []
         length = stripe.code.shard_length(stripe.position)
-        for index, (member, place) in enumerate(targets):
-            if index in errors:
-                member.fail(errors[index])
-                self._take_back(stripe, member, place, length)
-                place = ShardPlace(member.id, NOT_WRITTEN, 0)
+        for index, (member, place) in enumerate(work.targets):
+            if index in work.errors:
+                member.fail(work.errors[index])
             elif place.written and member.writable:
                 member.shards.dirty.add(place.segment)
                 member.shards.unflushed.append((stripe.number, index))
-            elif place.written:
-                # It failed while this shard was on its way: do not count on the shard.
+                places.append(place)
+                continue
+            # If it failed while this shard was on its way: do not count on the shard.
+            if place.written:
                 self._take_back(stripe, member, place, length)
-                place = ShardPlace(member.id, NOT_WRITTEN, 0)
-            places.append(place)
-        if sum(place.written for place in places) < stripe.code.k:
-            # The bytes stay in memory, where they can be read; nothing is acknowledged.
-            self._log.break_(
-                f"Fewer than {stripe.code.k} nodes could take the shards of a stripe: "
-                "the mount is read-only now; mend the nodes and mount again."
-            )
-        else:
-            row = Stripe(stripe.code, stripe.position, tuple(places), tuple(checksums))
-            self._sealed(stripe, row)
-            self._forget(stripe)
-        self.under_way -= 1
-        stripe.sealed.set()
-        self._on_end()
+            places.append(ShardPlace(member.id, NOT_WRITTEN, 0))
+        return tuple(places)
 
     def _sealed(self, stripe: UnsealedStripe, row: Stripe) -> None:
         log, number = self._log, stripe.number
@@ -136,6 +148,8 @@ class Sealer:
             self._amend(stripe, changes)
             return
         alive = log.engine.get(stripe_rows.live_key(number)) is not None
+        if log.engine.get(stripe_rows.stripe_key(number)) is not None:
+            raise InvariantError(f"Stripe {number:#x} was sealed before.")
         if alive or stripe.batch is not None:
             self.fresh.add(number)
             changes = {stripe_rows.stripe_key(number): row.encode()}
