@@ -133,3 +133,14 @@ def test_the_ground_waits_for_nothing() -> None:
     for name, others in IMPORTS.items():
         if folder(name) in PURE:
             assert not others & {"!trio", "!socket", "!subprocess", "!pathlib"}, name
+
+
+def test_the_contributors_map_has_each_folder_in_the_words_of_its_docstring() -> None:
+    text = (ROOT / "HACKING.md").read_text()
+    table = text[text.index("| folder | what it is |") :].partition("\n\n")[0]
+    rows = []
+    for name in FOLDERS[1:]:
+        docstring = ast.get_docstring(MODULES[name]) or ""
+        first = " ".join(docstring.partition("\n\n")[0].split())
+        rows.append(f"| `{name}/` | {first} |")
+    assert table.splitlines()[2:] == rows

@@ -165,8 +165,8 @@ def test_the_configuration_says_where_and_the_mount_may_say_no(
 
 
 def documented() -> set[str]:
-    """The fields that the README's table has; those of parts as `part.field`."""
-    text = (REPOSITORY / "README.md").read_text()
+    """The fields that the manual's table has; those of parts as `part.field`."""
+    text = (REPOSITORY / "docs/monitoring.md").read_text()
     table = text[text.index("| field | ") :].partition("\n\n")[0]
     found = set()
     for row in table.splitlines()[2:]:
@@ -261,7 +261,7 @@ def test_the_page_in_a_browser(watched: Store, tmp_path: Path) -> None:
     watched.cli("repair", watched.store, "us-east-1")
 
 
-def test_the_readmes_picture_is_small() -> None:
-    picture = REPOSITORY / ".github" / "status-page.png"
+def test_the_manuals_picture_is_small() -> None:
+    picture = REPOSITORY / "docs" / "status-page.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size < 200_000

@@ -162,7 +162,7 @@ def test_df_shows_the_quota_of_the_whole_mount(store: Store) -> None:
     inner = store.mountpoint / "inner"
     inner.mkdir()
     quota(store, inner, "--bytes", "1M")
-    # Of a directory below the mount statvfs(3) does not know: see the README.
+    # Of a directory below the mount statvfs(3) does not know: see docs/codes-and-quotas.md.
     assert os.statvfs(inner).f_bavail > free // 2
     (inner / "file").write_bytes(bytes(MIB))
     quota(store, store.mountpoint, "--bytes", "64M", "--files", "1000")

@@ -1,12 +1,10 @@
-"""The commands `version`, `man` and `completion`: fusestore about itself."""
+"""The commands `version` and `completion`: fusestore about itself."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
-from .asking import ANY_PATH, JSON, print_json
+from .asking import JSON, print_json
 
 
 @click.command(short_help="Say which versions of what are at work.")
@@ -27,27 +25,6 @@ def version(as_json: bool) -> None:
     width = max(map(len, found))
     for name, number in found.items():
         click.echo(f"{name:<{width}}  {number}")
-
-
-@click.command(short_help="Write the manual pages.")
-@click.argument("directory", type=ANY_PATH)
-@click.pass_context
-def man(context: click.Context, directory: Path) -> None:
-    """Write a manual page for each command into DIRECTORY, which is made.
-
-    They are made of what --help says.
-
-    \b
-      fusestore man /usr/local/share/man/man1 && man fusestore-mount
-    """
-    from .man_pages import pages
-
-    directory.mkdir(parents=True, exist_ok=True)
-    count = 0
-    for name, text in pages(context.find_root().command):
-        (directory / name).write_text(text, encoding="utf-8")
-        count += 1
-    click.echo(f"{count} pages written to {directory}.")
 
 
 @click.command(short_help="Print a script for the completion of a shell.")

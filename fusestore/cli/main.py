@@ -16,7 +16,7 @@ import click
 
 from .. import __version__
 from ..system import logs
-from .about import completion, man, version
+from .about import completion, version
 from .asking import ANY_PATH, STORE, inspect, print_lines, repair
 from .bench import bench
 from .errors import EndsInSentences
@@ -63,7 +63,7 @@ def cli() -> None:
 
 for _command in (
     *(mount, umount, status, metrics, repair, scrub, risk, drill, fsck, recover, inspect, bench),
-    *(policy, recode, quota, config, log_level, service, version, man, completion),
+    *(policy, recode, quota, config, log_level, service, version, completion),
     *(node, rebalance),
 ):
     cli.add_command(_command)

@@ -120,7 +120,7 @@ class Safety:
         return good
 
     def model(self, codes: Iterable[str], rates: Rates) -> dict[str, Any]:
-        """The expected losses of data a year, by code, for stated rates; see README.md.
+        """The expected losses of data a year, by code, for stated rates; see docs/recovering.md.
 
         A node that fails is down for the time to replace it and the time to repair it
         at the rate measured on this store (`measured`), or else at an assumed one.

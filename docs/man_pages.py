@@ -1,20 +1,36 @@
-"""Manual pages made of the help texts of the commands; click-man lays them out."""
+"""Manual pages made of the help texts of the commands; click-man lays them out.
+
+    python docs/man_pages.py DIR
+
+writes DIR/man1 and DIR/man8, as `man` expects them.  `tools/docs` runs it.
+"""
 
 from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 from click_man.man import ManPage
 
-from .. import __version__
-from .mount_helper import mount as mount_helper
-from .mount_helper import umount as umount_helper
+from fusestore import __version__
+from fusestore.cli.main import cli
+from fusestore.cli.mount_helper import mount as mount_helper
+from fusestore.cli.mount_helper import umount as umount_helper
 
 
-def pages(cli: click.Command) -> Iterator[tuple[str, str]]:
+def main(directory: Path) -> None:
+    """Write all pages below `directory`."""
+    for name, text in pages():
+        section = directory / f"man{name[-1]}"
+        section.mkdir(parents=True, exist_ok=True)
+        (section / name).write_text(text, encoding="ascii")
+
+
+def pages() -> Iterator[tuple[str, str]]:
     """File name and text (roff) of the page of each command, and of the helpers of mount(8)."""
     yield from _pages(click.Context(cli, info_name="fusestore"))
     for name, helper in (("mount.fusestore", mount_helper), ("umount.fusestore", umount_helper)):
@@ -70,3 +86,7 @@ def _escaped(text: str) -> str:
     """Text that roff takes literally; a line must not begin like a request."""
     text = text.replace("\\", "\\e").replace("-", "\\-")
     return "\n".join("\\&" + line if line[:1] in (".", "'") else line for line in text.split("\n"))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
