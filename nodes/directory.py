@@ -24,11 +24,12 @@ from pathlib import Path
 
 from typing_extensions import Buffer
 
-from ..config.store_config import NodeIdentity, sync_directory
+from ..config.node_identity import NodeIdentity
 from ..errors import NodeError, NodeFullError, NodeIdentityError, NodeLacksError
 from ..format.records import Run
 from ..limits import DEFAULTS, Limits
 from ..system import linux
+from ..system.files import sync_directory
 from .base import Space
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -59,14 +59,8 @@ import trio
 import trio.testing
 from typing_extensions import Buffer
 
-from fusestore.config.store_config import (
-    CONFIG_NAME,
-    IDENTITY_NAME,
-    NodeConfig,
-    StoreConfig,
-    load,
-    write_identity,
-)
+from fusestore.config.node_identity import IDENTITY_NAME, write_identity
+from fusestore.config.store_config import CONFIG_NAME, NodeConfig, StoreConfig, load
 from fusestore.errors import NodeError
 from fusestore.format.records import Run
 from fusestore.members import member

@@ -9,10 +9,13 @@ from uuid import uuid4
 
 import pytest
 
+from fusestore.config import mkfs
 from fusestore.config import store_config as configuration
 from fusestore.config.mkfs import make_store
 from fusestore.config.mount_options import MountOptions
-from fusestore.config.store_config import NodeConfig, NodeIdentity, StoreConfig
+from fusestore.config.node_identity import NodeIdentity, read_identity, write_identity
+from fusestore.config.store_config import NodeConfig, StoreConfig
+from fusestore.config.store_config_write import write_store_config
 from fusestore.errors import ConfigError, FusestoreError, NodeIdentityError, UsageError
 from fusestore.format.erasure import Code
 
@@ -47,9 +50,9 @@ def test_a_store_is_made_of_three_regions_by_default(tmp_path: Path) -> None:
         assert node.path == tmp_path / "store" / node.name
         assert (node.path / "journal").is_dir()
         assert (node.path / "shards").is_dir()
-        identity = configuration.read_identity(node.path)
+        identity = read_identity(node.path)
         assert (identity.store, identity.node, identity.region) == (made.uuid, node.name, node.name)
-    incarnations = {configuration.read_identity(node.path).incarnation for node in made.nodes}
+    incarnations = {read_identity(node.path).incarnation for node in made.nodes}
     assert len(incarnations) == 3
 
 
@@ -91,7 +94,7 @@ def test_empty_directories_are_taken_and_those_of_a_new_disk(tmp_path: Path) -> 
     (tmp_path / "s").mkdir()
     (tmp_path / "disk" / "lost+found").mkdir(parents=True)
     made = make_store(tmp_path / "s", [("a", tmp_path / "disk"), ("b", None), ("c", None)])
-    assert configuration.read_identity(tmp_path / "disk").store == made.uuid
+    assert read_identity(tmp_path / "disk").store == made.uuid
 
 
 # --- what mkfs refuses -------------------------------------------------------
@@ -204,7 +207,7 @@ def test_a_failure_leaves_what_was_there_and_nothing_else(
     def full(config: StoreConfig) -> None:
         raise OSError(28, "No space left on device", "fusestore.toml")
 
-    monkeypatch.setattr(configuration, "write", full)
+    monkeypatch.setattr(mkfs, "write_store_config", full)
     regions = [("x", tmp_path / "disk"), ("y", None), ("z", tmp_path / "deep" / "z")]
     with pytest.raises(FusestoreError, match="No space left on device"):
         make_store(tmp_path / "a" / "s", regions, metadata=tmp_path / "meta")
@@ -307,7 +310,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(
 
     monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(ConfigError, match="Input/output error"):
-        configuration.write(configuration.load(store))
+        write_store_config(configuration.load(store))
     assert tree(store) == before
     assert (store / "fusestore.toml").read_bytes() == text
 
@@ -317,14 +320,14 @@ def test_a_file_is_replaced_whole_or_not_at_all(
 
 def test_an_identity_survives_being_written(tmp_path: Path) -> None:
     identity = NodeIdentity(uuid4(), "n", "r", uuid4(), 1)
-    configuration.write_identity(tmp_path, identity)
-    assert configuration.read_identity(tmp_path) == identity
+    write_identity(tmp_path, identity)
+    assert read_identity(tmp_path) == identity
 
 
 def test_a_directory_without_the_right_identity_is_no_node(tmp_path: Path) -> None:
     def problem(path: Path) -> str:
         with pytest.raises(NodeIdentityError) as found:
-            configuration.read_identity(path)
+            read_identity(path)
         return str(found.value)
 
     assert problem(tmp_path / "gone") == f"There is no directory {tmp_path / 'gone'}."

@@ -12,7 +12,8 @@ from uuid import uuid4
 import pytest
 import trio
 
-from fusestore.config.store_config import IDENTITY_VERSION, NodeConfig, NodeIdentity, write_identity
+from fusestore.config.node_identity import IDENTITY_VERSION, NodeIdentity, write_identity
+from fusestore.config.store_config import NodeConfig
 from fusestore.errors import NodeFullError
 from fusestore.format.records import Run
 from fusestore.limits import DEFAULTS

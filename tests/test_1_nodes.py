@@ -11,7 +11,7 @@ from uuid import uuid4
 import pytest
 from faults import FaultyNode
 
-from fusestore.config.store_config import IDENTITY_VERSION, NodeIdentity, write_identity
+from fusestore.config.node_identity import IDENTITY_VERSION, NodeIdentity, write_identity
 from fusestore.errors import NodeError, NodeIdentityError
 from fusestore.format.records import Run
 from fusestore.nodes.base import Node

@@ -22,9 +22,10 @@ import trio
 from faults import HangingNode
 from test_2_log import Opened, crashed, limited, opened
 
-from fusestore.config import store_config as configuration
+from fusestore.config import node_identity, store_config_write
 from fusestore.config.mkfs import make_store
-from fusestore.config.store_config import CONFIG_NAME, NodeConfig, StoreConfig, load, write
+from fusestore.config.store_config import CONFIG_NAME, NodeConfig, StoreConfig, load
+from fusestore.config.store_config_write import write_store_config
 from fusestore.errors import ConfigError, FusestoreError, NodeError, UsageError
 from fusestore.format import store_rows
 from fusestore.format.erasure import Code
@@ -512,7 +513,7 @@ async def test_nodes_are_not_changed_over_edits_that_were_not_mounted(tmp_path: 
     config = make_store(tmp_path / "store")
     async with opened(config) as one:
         edited = (config.nodes[0], replace(config.nodes[1], weight=3.0), config.nodes[2])
-        write(replace(config, nodes=edited))
+        write_store_config(replace(config, nodes=edited))
         with pytest.raises(ConfigError, match="edited"):
             await add(one, tmp_path, "new", "us-east-1")
     assert load(config.store).nodes == edited
@@ -521,10 +522,10 @@ async def test_nodes_are_not_changed_over_edits_that_were_not_mounted(tmp_path: 
         await add(one, tmp_path, "new", "us-east-1")
         await do(one, "node_drain", node="new")
         drained = load(config.store)
-        write(replace(drained, nodes=(edited[0], *drained.nodes[1:])))
+        write_store_config(replace(drained, nodes=(edited[0], *drained.nodes[1:])))
         with pytest.raises(ConfigError, match="edited"):
             await do(one, "node_remove", node="new")
-        write(drained)
+        write_store_config(drained)
         await do(one, "node_remove", node="new")
 
 
@@ -534,11 +535,11 @@ async def test_a_store_is_not_mounted_without_a_node_that_it_has(tmp_path: Path)
         await grow(one, config.store)
         await fill(one)
     grown = load(config.store)
-    write(config)
+    write_store_config(config)
     with pytest.raises(ConfigError, match="lacks node us-east-2"):
         async with opened(config):
             pass
-    write(grown)
+    write_store_config(grown)
     async with opened(grown) as one:
         assert (await one.store.status())["healthy"] is True
 
@@ -644,7 +645,8 @@ def killed_now_and_then(
         for name in ("write", "flush", "truncate", "delete", "punch"):
             watch(DirectoryNode, name, often)
         watch(Engine, "write", 8)
-        watch(configuration, "write_whole", 2)
+        for module in (node_identity, store_config_write):
+            watch(module, "write_whole", 2)
         watch(topology, "_clear", 1)
         yield copies
     monkeypatch.undo()

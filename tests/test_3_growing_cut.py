@@ -25,14 +25,9 @@ from test_2_power_cut import (
     small_limits,
 )
 
-from fusestore.config.store_config import (
-    IDENTITY_VERSION,
-    NodeConfig,
-    NodeIdentity,
-    StoreConfig,
-    write,
-    write_identity,
-)
+from fusestore.config.node_identity import IDENTITY_VERSION, NodeIdentity, write_identity
+from fusestore.config.store_config import NodeConfig, StoreConfig
+from fusestore.config.store_config_write import write_store_config
 from fusestore.limits import Limits
 from fusestore.store.store import Store
 
@@ -52,7 +47,7 @@ def six_nodes(place: Path, code: str, chance: random.Random, limits: Limits) -> 
         write_identity(other.path, identity)
         more.append(other)
     config = replace(config, nodes=(*config.nodes, *more))
-    write(config)
+    write_store_config(config)
     return config
 
 

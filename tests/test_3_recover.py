@@ -31,7 +31,8 @@ from xxhash import xxh3_64_intdigest
 
 from fusestore.commit.metadata_dump import Snapshotter
 from fusestore.config.mkfs import make_store
-from fusestore.config.store_config import IDENTITY_NAME, StoreConfig, load
+from fusestore.config.node_identity import IDENTITY_NAME
+from fusestore.config.store_config import StoreConfig, load
 from fusestore.errors import (
     FileSystemError,
     FusestoreError,

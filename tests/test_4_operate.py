@@ -17,7 +17,6 @@ import trio
 from click.testing import CliRunner, Result
 
 from fusestore.cli.main import cli
-from fusestore.config import store_config as configuration
 from fusestore.config.mkfs import make_store
 from fusestore.config.mount_options import MountOptions, of_fstab
 from fusestore.config.store_config import StoreConfig
@@ -25,7 +24,7 @@ from fusestore.errors import FusestoreError, MetadataError, UnknownVersionError,
 from fusestore.format import records, store_rows
 from fusestore.serve import units
 from fusestore.serve.daemon import offline
-from fusestore.system import logs
+from fusestore.system import files, logs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "fusestore"
@@ -415,7 +414,7 @@ def test_units_that_may_not_be_written_say_what_to_do(
         raise PermissionError(errno.EACCES, "Permission denied", str(file.with_name("draft")))
 
     monkeypatch.setattr(units.Manager, "control", lambda *arguments: "systemd 257 (257)")
-    monkeypatch.setattr(configuration, "write_whole", refused)
+    monkeypatch.setattr(files, "write_whole", refused)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     (tmp_path / "mnt").mkdir()
     done = run("service", "install", "--user", config.store, tmp_path / "mnt")

@@ -114,10 +114,11 @@ def install(
       fusestore service install --user ~/store ~/files --print
     """
     from ..config.mount_options import MountOptions
-    from ..config.store_config import load, write_whole
+    from ..config.store_config import load
     from ..errors import UsageError
     from ..serve import launch, units
     from ..system import mounts
+    from ..system.files import write_whole
 
     found = load(store)
     chosen = MountOptions.parse(options)

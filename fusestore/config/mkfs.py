@@ -17,8 +17,17 @@ from uuid import uuid4
 from ..errors import FusestoreError, NodeIdentityError, UsageError
 from ..format.erasure import Code
 from ..format.placement import check_region_rule
+from ..system.files import sync_directory
 from . import store_config as names
-from .store_config import NodeConfig, NodeIdentity, StoreConfig, sync_directory
+from .node_identity import (
+    IDENTITY_NAME,
+    IDENTITY_VERSION,
+    NodeIdentity,
+    read_identity,
+    write_identity,
+)
+from .store_config import NodeConfig, StoreConfig
+from .store_config_write import write_store_config
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +110,7 @@ def _check_empty(config: StoreConfig) -> None:
     if os.path.exists(config.store / names.CONFIG_NAME):
         raise UsageError(f"{config.store} is a store already: mount it, or choose another place.")
     for node in config.nodes:
-        if os.path.lexists(node.path / names.IDENTITY_NAME):
+        if os.path.lexists(node.path / IDENTITY_NAME):
             raise UsageError(
                 f"{node.path} already belongs to a store{_whose(node.path)}: choose another "
                 f"place for region {node.name}, or empty it yourself if its data may go."
@@ -125,7 +134,7 @@ def _check_empty(config: StoreConfig) -> None:
 
 def _whose(path: Path) -> str:
     try:
-        identity = names.read_identity(path)
+        identity = read_identity(path)
     except NodeIdentityError:
         return ""
     return f" (it is node {identity.node} of store {identity.store})"
@@ -144,7 +153,7 @@ def check_owner(store: Path, path: Path) -> None:
             break
         if os.path.exists(above / names.CONFIG_NAME):
             raise UsageError(f"{path} lies inside the store {above}: choose another place.")
-        if os.path.exists(above / names.IDENTITY_NAME) and _whose(above):
+        if os.path.exists(above / IDENTITY_NAME) and _whose(above):
             raise UsageError(
                 f"{path} lies inside {above}, which already belongs to a store"
                 f"{_whose(above)}: choose another place."
@@ -161,13 +170,13 @@ def _make(config: StoreConfig, made: list[Path]) -> None:
         _make_directory(node.path, made)
         for name in (JOURNAL_DIRECTORY, SHARDS_DIRECTORY):
             _make_directory(node.path / name, made)
-        made.append(node.path / names.IDENTITY_NAME)
-        names.write_identity(
+        made.append(node.path / IDENTITY_NAME)
+        write_identity(
             node.path,
-            NodeIdentity(config.uuid, node.name, node.region, uuid4(), names.IDENTITY_VERSION),
+            NodeIdentity(config.uuid, node.name, node.region, uuid4(), IDENTITY_VERSION),
         )
     made.append(config.store / names.CONFIG_NAME)
-    names.write(config)
+    write_store_config(config)
 
 
 def _make_directory(path: Path, made: list[Path]) -> None:

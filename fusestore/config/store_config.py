@@ -1,14 +1,12 @@
-"""What a store is: `fusestore.toml`, and each node's `node.toml`.
+"""What a store is, as its `fusestore.toml` says: read here, written by store_config_write.py.
 
     STORE/fusestore.toml    regions, nodes, the default code; for people to read and edit
     STORE/fusestore.lock    locked while a process has the store open; holds its number
-    STORE/control.sock      where the daemon listens (control.py)
+    STORE/control.sock      where the daemon listens (control_server.py)
     STORE/fusestore.log     what a daemon in the background says
     STORE/metrics.json      what operations were counted (counts.py)
-    NODE/node.toml          which store and which node a directory is
 
-Only this module knows these names.  Both TOML files are replaced whole, never
-edited in place, so that a crash leaves the old one or the new one.
+Only this module knows these names.
 """
 
 from __future__ import annotations
@@ -18,29 +16,23 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from ..errors import ConfigError, NodeIdentityError, UsageError
+from ..errors import ConfigError, UsageError
 from ..format.erasure import Code
 from ..format.placement import check_region_rule
 from ..limits import DEFAULTS, Limits
-from ..system.strict_toml import Table, shown
+from ..system.strict_toml import Table
 from .mount_options import parse_address
-
-if TYPE_CHECKING:
-    from tomlkit import TOMLDocument
 
 CONFIG_NAME = "fusestore.toml"
 LOCK_NAME = "fusestore.lock"
 SOCKET_NAME = "control.sock"
 LOG_NAME = "fusestore.log"
 COUNTS_NAME = "metrics.json"
-IDENTITY_NAME = "node.toml"
 METADATA_NAME = "metadata"
 
 CONFIG_VERSION = 1
-IDENTITY_VERSION = 1
 
 WEIGHTS = (0.001, 1_000_000.0)
 """The least and the greatest weight of a node."""
@@ -169,7 +161,7 @@ def examine(file: Path) -> tuple[StoreConfig, list[str]]:
             f"{store} is not a store (it has no {CONFIG_NAME}): "
             f"make one with `fusestore mkfs {store}`."
         ) from None
-    _check_version(table, CONFIG_VERSION)
+    table.take_format(CONFIG_VERSION)
     rows = table.take_tables("node")
     nodes = [_node(store, row) for row in rows]
     config = StoreConfig(
@@ -196,190 +188,6 @@ def examine(file: Path) -> tuple[StoreConfig, list[str]]:
         if unsafe:
             table.bad("code", f"cannot be used: {unsafe.rstrip('.')}")
     return config, table.problems()
-
-
-def _check_version(table: Table, known: int) -> None:
-    """ConfigError unless the file is of the format that this version of fusestore knows."""
-    version = table.take("format", int)
-    if version > known:
-        table.bad(
-            "format",
-            f"is {shown(version)}, and this fusestore knows {known}: use a newer fusestore",
-        )
-    elif version != known:
-        table.bad("format", f"is {shown(version)}, and there is only {known}")
-    _raise_first(table)
-
-
-def _raise_first(table: Table) -> None:
-    for problem in table.problems():
-        raise ConfigError(problem)
-
-
-def write(config: StoreConfig) -> None:
-    """Write `fusestore.toml` as a whole, durably; ConfigError when it cannot be.
-
-    Of one that is there, comments and all that is not changed stay as they are.
-    """
-    import tomlkit
-
-    file = config.store / CONFIG_NAME
-    try:
-        text = file.read_text(encoding="utf-8") if os.path.lexists(file) else None
-        document = tomlkit.parse(text) if text is not None else _new(config)
-        place = _text(config.store, config.metadata)
-        if document.get("metadata", METADATA_NAME) != place:
-            document["metadata"] = place
-        _sync_nodes(document, config)
-        write_whole(file, tomlkit.dumps(document))
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be written: {error.strerror or error}.") from error
-
-
-def _new(config: StoreConfig) -> TOMLDocument:
-    """A file without nodes."""
-    import tomlkit
-
-    document = tomlkit.document()
-    for line in (
-        "A fusestore store: how new files are coded, and where its regions keep their shards.",
-        "Relative paths start at this file's directory.  Unmount the store before changing it.",
-    ):
-        document.add(tomlkit.comment(line))
-    document.add(tomlkit.nl())
-    document.add("format", tomlkit.item(CONFIG_VERSION))
-    document.add("uuid", tomlkit.item(str(config.uuid)))
-    code = tomlkit.item(str(config.code))
-    document.add("code", code.comment("of new files: data shards + parity shards"))
-    unsafe = tomlkit.item(config.allow_unsafe)
-    document.add(
-        "allow_unsafe", unsafe.comment("true: take codes that do not survive the loss of a region")
-    )
-    document.add("metadata", tomlkit.item(_text(config.store, config.metadata)))
-    spare = tomlkit.item(config.spare_shards)
-    document.add(
-        "spare_shards", spare.comment("new data is refused unless so many shards more than needed")
-    )
-    days = tomlkit.item(config.scrub_days)
-    document.add("scrub_days", days.comment("everything is read and verified so often; 0: never"))
-    if config.metrics:
-        document.add("metrics", tomlkit.item(config.metrics))
-    return document
-
-
-def _sync_nodes(document: TOMLDocument, config: StoreConfig) -> None:
-    """Make the `[[node]]` tables say what the configuration does, and touch nothing else."""
-    import tomlkit
-
-    rows: Any = document.setdefault("node", tomlkit.aot())
-    names = [node.name for node in config.nodes]
-    for index in reversed(range(len(rows))):
-        if rows[index]["name"] not in names:
-            del rows[index]
-    known = {row["name"]: row for row in rows}
-    for node in config.nodes:
-        row = known.get(node.name)
-        if row is None:
-            row = tomlkit.table()
-            row.add("name", node.name)
-            row.add("region", node.region)
-            rows.append(row)
-        weight = int(node.weight) if node.weight.is_integer() else node.weight
-        for key, value, usual in (
-            ("path", _text(config.store, node.path), node.name),
-            ("weight", weight, 1),
-            ("draining", node.draining, False),
-        ):
-            if row.get(key, usual) != value or (key == "path" and key not in row):
-                row[key] = value
-
-
-# --- who a node is -----------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class NodeIdentity:
-    """What `node.toml` says: which node of which store a directory is."""
-
-    store: UUID
-    node: str
-    region: str
-    incarnation: UUID
-    """Changes when a node starts again from nothing."""
-    version: int
-    """Of the format of the journals and shards in the directory."""
-
-
-def read_identity(path: Path) -> NodeIdentity:
-    """Read the identity of the node directory `path`.
-
-    NodeIdentityError when the directory or file is missing, foreign or unreadable.
-    """
-    file = path / IDENTITY_NAME
-    try:
-        table = Table.read(file)
-        _check_version(table, IDENTITY_VERSION)
-        identity = NodeIdentity(
-            store=table.take_uuid("store"),
-            node=table.take("node", str),
-            region=table.take("region", str),
-            incarnation=table.take_uuid("incarnation"),
-            version=IDENTITY_VERSION,
-        )
-        table.end()
-        _raise_first(table)
-        return identity
-    except (FileNotFoundError, NotADirectoryError):
-        if not os.path.isdir(path):
-            raise NodeIdentityError(f"There is no directory {path}.") from None
-        raise NodeIdentityError(
-            f"{path} is not a node: it has no {IDENTITY_NAME} (is its disk mounted?)."
-        ) from None
-    except ConfigError as error:
-        raise NodeIdentityError(str(error)) from None
-
-
-def write_identity(path: Path, identity: NodeIdentity) -> None:
-    """Write `node.toml` in the node directory `path`, durably; OSError when it cannot be."""
-    import tomlkit
-
-    document = tomlkit.document()
-    document.add(tomlkit.comment("Which node of which store this directory is: do not edit."))
-    document.add("format", tomlkit.item(identity.version))
-    document.add("store", tomlkit.item(str(identity.store)))
-    document.add("node", tomlkit.item(identity.node))
-    document.add("region", tomlkit.item(identity.region))
-    document.add("incarnation", tomlkit.item(str(identity.incarnation)))
-    write_whole(path / IDENTITY_NAME, tomlkit.dumps(document))
-
-
-# --- files -----------------------------------------------------------------
-
-
-def write_whole(file: Path, text: str, mode: int = 0o600) -> None:
-    """Replace `file`, durable with its name; OSError when it fails."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        with open(fd, "w", encoding="utf-8") as stream:
-            os.fchmod(fd, mode)
-            stream.write(text)
-            stream.flush()
-            os.fsync(fd)
-        os.replace(draft, file)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-    sync_directory(file.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable; OSError when it fails."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 # --- parts of the file -------------------------------------------------------
@@ -415,15 +223,3 @@ def _node(store: Path, table: Table) -> NodeConfig:
         if problem:
             table.bad(key, f"cannot be used: {problem.rstrip('.')}")
     return NodeConfig(name, region, path, weight, draining)
-
-
-def _text(store: Path, path: Path) -> str:
-    """A path as the file has it: relative where it lies below the store."""
-    text = os.fspath(path.relative_to(store) if path.is_relative_to(store) else path)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ConfigError(
-            f"{path!r} is not UTF-8, and cannot stand in {CONFIG_NAME}: use another path."
-        ) from None
-    return text

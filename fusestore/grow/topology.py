@@ -21,14 +21,8 @@ import trio
 
 from ..commit.committer import Committer
 from ..config.mkfs import JOURNAL_DIRECTORY, SHARDS_DIRECTORY, check_owner
-from ..config.store_config import (
-    IDENTITY_NAME,
-    WEIGHTS,
-    NodeConfig,
-    StoreConfig,
-    check_name,
-    check_places,
-)
+from ..config.node_identity import IDENTITY_NAME
+from ..config.store_config import WEIGHTS, NodeConfig, StoreConfig, check_name, check_places
 from ..errors import NodeError, UsageError
 from ..format import keys, store_rows, stripe_rows
 from ..format.erasure import Code

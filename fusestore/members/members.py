@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from ..config.store_config import CONFIG_NAME, NodeConfig, StoreConfig, load, write
+from ..config.store_config import CONFIG_NAME, NodeConfig, StoreConfig, load
+from ..config.store_config_write import write_store_config
 from ..errors import ConfigError
 from ..format.erasure import Code
 from ..format.placement import Placement, Site, losses_borne
@@ -59,7 +60,7 @@ class Members:
         """
         self.check_file()
         config = replace(self.config, nodes=nodes)
-        write(config)
+        write_store_config(config)
         self.config = config
 
     def add(self, member: Member) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
-from ..config.store_config import NodeConfig, StoreConfig, read_identity
+from ..config.node_identity import read_identity
+from ..config.store_config import NodeConfig, StoreConfig
 from ..errors import NodeError, NodeIdentityError, NodeLacksError
 from ..format.records import Run
 from ..format.store_rows import NodeRow

@@ -31,15 +31,8 @@ from uuid import uuid4
 import trio
 
 from ..commit.committer import Committer
-from ..config.store_config import (
-    IDENTITY_NAME,
-    IDENTITY_VERSION,
-    NodeConfig,
-    NodeIdentity,
-    check_places,
-    sync_directory,
-    write_identity,
-)
+from ..config.node_identity import IDENTITY_NAME, IDENTITY_VERSION, NodeIdentity, write_identity
+from ..config.store_config import NodeConfig, check_places
 from ..errors import FusestoreError, NodeError, NodeIdentityError, UsageError
 from ..format import store_rows
 from ..log.journal import last_commit
@@ -50,6 +43,7 @@ from ..members.opening import node_ids, open_node
 from ..members.standing import State
 from ..nodes.base import Node
 from ..read.reader import Reader
+from ..system.files import sync_directory
 from .heal import Healer, Progress
 from .rejoin import Rejoin
 

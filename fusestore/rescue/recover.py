@@ -30,13 +30,9 @@ from uuid import UUID
 
 from ..commit.replay import EPOCHS_SKIPPED, Replayed, replay, suspect_shards
 from ..config import store_config as names
-from ..config.store_config import (
-    NodeConfig,
-    NodeIdentity,
-    StoreConfig,
-    read_identity,
-    sync_directory,
-)
+from ..config.node_identity import IDENTITY_NAME, NodeIdentity, read_identity
+from ..config.store_config import NodeConfig, StoreConfig
+from ..config.store_config_write import write_store_config
 from ..errors import FusestoreError, NodeError, ReplayError, UsageError
 from ..files.tree import Tree
 from ..format import file_rows, store_rows, stripe_rows
@@ -53,6 +49,7 @@ from ..metadata.engine import DATABASE, DATABASE_LOCK, Engine
 from ..nodes.base import Node
 from ..nodes.directory import DirectoryNode
 from ..read.reader import Reader
+from ..system.files import sync_directory
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +157,7 @@ def find_nodes(store: Path, extra: Sequence[Path]) -> Found:
         if not store.is_dir():
             raise UsageError(f"There is no directory {store}.")
         for path in sorted(store.iterdir()):
-            if os.path.lexists(path / names.IDENTITY_NAME):
+            if os.path.lexists(path / IDENTITY_NAME):
                 try:
                     candidates.append((path, read_identity(path)))
                 except NodeError as error:
@@ -311,7 +308,7 @@ def _write_config(found: Found, config: StoreConfig) -> None:
     file = config.store / names.CONFIG_NAME
     if found.config is not None:
         shutil.copy2(file, file.with_name(file.name + ".old"))
-    names.write(config)
+    write_store_config(config)
 
 
 # --- what must not be lost ---------------------------------------------------

@@ -18,7 +18,7 @@ import trio
 
 from ..commit.committer import Committer
 from ..commit.replay import Replayed, replay, suspect_shards
-from ..config.store_config import CONFIG_NAME, StoreConfig, sync_directory
+from ..config.store_config import CONFIG_NAME, StoreConfig
 from ..errors import ConfigError, FusestoreError, MetadataError, NodeError, ReplayError, UsageError
 from ..format import erasure, store_rows, stripe_rows, tables
 from ..format.erasure import Code
@@ -31,6 +31,7 @@ from ..members.member import Member
 from ..members.opening import open_members, open_node
 from ..members.standing import State
 from ..metadata.engine import DATABASE, DATABASE_LOCK, Engine
+from ..system.files import sync_directory
 from ..system.io_uring import Ring
 from .store import Store
 

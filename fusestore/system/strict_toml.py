@@ -141,6 +141,23 @@ class Table:
         """What is wrong with the file as far as it was read: `FILE:LINE: sentence`."""
         return self._file.problems()
 
+    def raise_first(self) -> None:
+        """ConfigError with the first problem, if there is one."""
+        for problem in self.problems():
+            raise ConfigError(problem)
+
+    def take_format(self, known: int) -> None:
+        """ConfigError unless `format` is the one that this version of fusestore knows."""
+        version = self.take("format", int)
+        if version > known:
+            self.bad(
+                "format",
+                f"is {shown(version)}, and this fusestore knows {known}: use a newer fusestore",
+            )
+        elif version != known:
+            self.bad("format", f"is {shown(version)}, and there is only {known}")
+        self.raise_first()
+
     def take(self, key: str, kind: type[T], default: Any = _NEEDED) -> T:
         """The value of a key, of this very type; it must be there if there is no default."""
         value = self._values.pop(key, default)

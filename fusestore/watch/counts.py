@@ -17,7 +17,8 @@ from typing import Any
 
 import trio
 
-from ..config.store_config import COUNTS_NAME, write_whole
+from ..config.store_config import COUNTS_NAME
+from ..system.files import write_whole
 from ..tally import Tallies, Tally, combined, summary
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,71 @@
+"""Who a node is: `node.toml` says which store and which node a directory belongs to."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import UUID
+
+from ..errors import ConfigError, NodeIdentityError
+from ..system.files import write_whole
+from ..system.strict_toml import Table
+
+IDENTITY_NAME = "node.toml"
+IDENTITY_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class NodeIdentity:
+    """What `node.toml` says: which node of which store a directory is."""
+
+    store: UUID
+    node: str
+    region: str
+    incarnation: UUID
+    """Changes when a node restarts from nothing."""
+    version: int
+    """Of the format of the journals and shards in the directory."""
+
+
+def read_identity(path: Path) -> NodeIdentity:
+    """Read the identity of the node directory `path`.
+
+    NodeIdentityError when the directory or file is missing, foreign or unreadable.
+    """
+    file = path / IDENTITY_NAME
+    try:
+        table = Table.read(file)
+        table.take_format(IDENTITY_VERSION)
+        identity = NodeIdentity(
+            store=table.take_uuid("store"),
+            node=table.take("node", str),
+            region=table.take("region", str),
+            incarnation=table.take_uuid("incarnation"),
+            version=IDENTITY_VERSION,
+        )
+        table.end()
+        table.raise_first()
+        return identity
+    except (FileNotFoundError, NotADirectoryError):
+        if not os.path.isdir(path):
+            raise NodeIdentityError(f"There is no directory {path}.") from None
+        raise NodeIdentityError(
+            f"{path} is not a node: it has no {IDENTITY_NAME} (is its disk mounted?)."
+        ) from None
+    except ConfigError as error:
+        raise NodeIdentityError(str(error)) from None
+
+
+def write_identity(path: Path, identity: NodeIdentity) -> None:
+    """Write `node.toml` in the node directory `path`, durably; OSError when it cannot be."""
+    import tomlkit
+
+    document = tomlkit.document()
+    document.add(tomlkit.comment("Which node of which store this directory is: do not edit."))
+    document.add("format", tomlkit.item(identity.version))
+    document.add("store", tomlkit.item(str(identity.store)))
+    document.add("node", tomlkit.item(identity.node))
+    document.add("region", tomlkit.item(identity.region))
+    document.add("incarnation", tomlkit.item(str(identity.incarnation)))
+    write_whole(path / IDENTITY_NAME, tomlkit.dumps(document))

@@ -1,0 +1,108 @@
+"""Writing `fusestore.toml`: what a person wrote in it, and no change touches, stays.
+
+The file is replaced whole, never edited in place: a crash leaves the old one or
+the new one.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+from ..system.files import write_whole
+from .store_config import CONFIG_NAME, CONFIG_VERSION, METADATA_NAME, StoreConfig
+
+if TYPE_CHECKING:
+    from tomlkit import TOMLDocument
+
+
+def write_store_config(config: StoreConfig) -> None:
+    """Write `fusestore.toml` as a whole, durably; ConfigError when it cannot be.
+
+    Of one that is there, comments and all that is not changed stay as they are.
+    """
+    import tomlkit
+
+    file = config.store / CONFIG_NAME
+    try:
+        text = file.read_text(encoding="utf-8") if os.path.lexists(file) else None
+        document = tomlkit.parse(text) if text is not None else _new(config)
+        place = _text(config.store, config.metadata)
+        if document.get("metadata", METADATA_NAME) != place:
+            document["metadata"] = place
+        _sync_nodes(document, config)
+        write_whole(file, tomlkit.dumps(document))
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error.strerror or error}.") from error
+
+
+def _new(config: StoreConfig) -> TOMLDocument:
+    """A file without nodes."""
+    import tomlkit
+
+    document = tomlkit.document()
+    for line in (
+        "A fusestore store: how new files are coded, and where its regions keep their shards.",
+        "Relative paths start at this file's directory.  Unmount the store before changing it.",
+    ):
+        document.add(tomlkit.comment(line))
+    document.add(tomlkit.nl())
+    document.add("format", tomlkit.item(CONFIG_VERSION))
+    document.add("uuid", tomlkit.item(str(config.uuid)))
+    code = tomlkit.item(str(config.code))
+    document.add("code", code.comment("of new files: data shards + parity shards"))
+    unsafe = tomlkit.item(config.allow_unsafe)
+    document.add(
+        "allow_unsafe", unsafe.comment("true: take codes that do not survive the loss of a region")
+    )
+    document.add("metadata", tomlkit.item(_text(config.store, config.metadata)))
+    spare = tomlkit.item(config.spare_shards)
+    document.add(
+        "spare_shards", spare.comment("new data is refused unless so many shards more than needed")
+    )
+    days = tomlkit.item(config.scrub_days)
+    document.add("scrub_days", days.comment("everything is read and verified so often; 0: never"))
+    if config.metrics:
+        document.add("metrics", tomlkit.item(config.metrics))
+    return document
+
+
+def _sync_nodes(document: TOMLDocument, config: StoreConfig) -> None:
+    """Make the `[[node]]` tables say what the configuration does, and touch nothing else."""
+    import tomlkit
+
+    rows: Any = document.setdefault("node", tomlkit.aot())
+    names = [node.name for node in config.nodes]
+    for index in reversed(range(len(rows))):
+        if rows[index]["name"] not in names:
+            del rows[index]
+    known = {row["name"]: row for row in rows}
+    for node in config.nodes:
+        row = known.get(node.name)
+        if row is None:
+            row = tomlkit.table()
+            row.add("name", node.name)
+            row.add("region", node.region)
+            rows.append(row)
+        weight = int(node.weight) if node.weight.is_integer() else node.weight
+        for key, value, usual in (
+            ("path", _text(config.store, node.path), node.name),
+            ("weight", weight, 1),
+            ("draining", node.draining, False),
+        ):
+            if row.get(key, usual) != value or (key == "path" and key not in row):
+                row[key] = value
+
+
+def _text(store: Path, path: Path) -> str:
+    """A path as the file has it: relative where it lies below the store."""
+    text = os.fspath(path.relative_to(store) if path.is_relative_to(store) else path)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{path!r} is not UTF-8, and cannot stand in {CONFIG_NAME}: use another path."
+        ) from None
+    return text
