@@ -27,7 +27,7 @@ from ..limits import OWNERS_PER_ROW_MAX
 from ..log.log import Log, Transaction
 from ..members.opening import shard_sizes
 from ..store.store import Store
-from .fsck_check import Around, Check, Finding
+from .fsck import Around, Check, Finding
 
 LOST_AND_FOUND = b"lost+found"
 LOST_TARGET = b"(lost)"
