@@ -22,7 +22,7 @@ from fusestore.limits import STRIPE_BYTES
 from fusestore.log.journal import copy_journals
 from fusestore.members import opening
 from fusestore.repair import comeback, rejoin, scrub
-from fusestore.rescue.fsck_mend import fsck
+from fusestore.rescue.fsck import fsck
 
 DEADLINE = 0.3
 

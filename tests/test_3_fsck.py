@@ -7,6 +7,8 @@ that are wrong and fit all others.
 
 from __future__ import annotations
 
+import ast
+import inspect
 import os
 import random
 import shutil
@@ -14,7 +16,7 @@ import stat
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import trio
@@ -31,7 +33,10 @@ from fusestore.format.stripe_rows import Stripe
 from fusestore.limits import STRIPE_BYTES
 from fusestore.metadata.engine import Engine
 from fusestore.nodes.directory import segment_path
-from fusestore.rescue.fsck_mend import fsck
+from fusestore.rescue import fsck_mend
+from fusestore.rescue.fsck import fsck
+from fusestore.rescue.fsck_findings import Fix
+from fusestore.rescue.fsck_mend import Mender
 from fusestore.serve.daemon import offline
 from fusestore.store.opening import open_store
 
@@ -134,6 +139,20 @@ async def mended(config: StoreConfig) -> AsyncIterator[Opened]:
     async with opened(config) as one:
         yield one
     assert (await check(config))["findings"] == []
+
+
+def test_every_finding_names_a_fix_that_the_mender_has() -> None:
+    used = set()
+    for path in Path(fsck_mend.__file__).parent.glob("fsck*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "finding":
+                fix = ast.literal_eval(call.args[3])
+                fields = {str(keyword.arg): keyword for keyword in call.keywords}
+                inspect.signature(getattr(Mender, fix)).bind("self", *call.args[4:], **fields)
+                used.add(fix)
+    assert used == {*get_args(Fix)}
+    methods = {name for name, _ in inspect.getmembers(Mender, inspect.isfunction)}
+    assert used == {name for name in methods if not name.startswith("_")} - {"mend"}
 
 
 async def test_a_whole_store_is_clean(config: StoreConfig) -> None:

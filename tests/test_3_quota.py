@@ -22,7 +22,7 @@ from fusestore.errors import CrossesQuotaError, FileSystemError, QuotaError, Usa
 from fusestore.format import file_rows
 from fusestore.format.file_rows import NO_LIMIT, ROOT, Quota, QuotaState
 from fusestore.limits import STRIPE_BYTES
-from fusestore.rescue.fsck_mend import fsck
+from fusestore.rescue.fsck import fsck
 from fusestore.rescue.recover import recover
 
 KIB = 1 << 10

@@ -1,7 +1,7 @@
 """How fsck mends what it found: nothing is dropped, what has no place goes to lost+found.
 
 Each fix is one transaction on the rows as they are by then; one that an earlier
-fix made needless does nothing.  Counts are left to the findings of phase 3.
+fix made needless does nothing.  Counts are left to the findings of phase 4.
 """
 
 from __future__ import annotations
@@ -10,130 +10,31 @@ import stat
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from functools import partial
-from typing import Any
 
-import trio
-
-from ..errors import FormatError, NodeError
 from ..files import quota
 from ..format import file_rows, keys, stripe_rows
 from ..format.erasure import Code
 from ..format.file_rows import ROOT, Extent, Inode, Quota
-from ..format.records import HEADER_BYTES, Header, Run
 from ..format.stripe_rows import LOST_STRIPE, OWNER, SegmentState, ShardPlace, Stripe
 from ..limits import OWNERS_PER_ROW_MAX
 from ..log.log import Log, Transaction
-from ..members.opening import shard_sizes
-from ..store.store import Store
-from .fsck import Around, Check, Finding
+from .fsck_findings import Finding
 
 LOST_AND_FOUND = b"lost+found"
 LOST_TARGET = b"(lost)"
-ROUNDS_MAX = 20
-
-Progress = Callable[[dict[str, Any]], None]
-
-
-async def fsck(store: Store, *, repair: bool, at_rest: bool) -> dict[str, Any]:
-    """Check a store's tables, and mend them if asked; what was found, and what is left.
-
-    `at_rest`: nothing else uses the store; only then may it be mended.
-    """
-    found: dict[str, Finding] = {}
-    check, findings = await _check(store, at_rest)
-    for _ in range(ROUNDS_MAX):
-        found.update((str(finding), finding) for finding in findings)
-        if not findings or not repair:
-            break
-        phase = min(finding.phase for finding in findings)
-        mender = Mender(store.log)
-        for finding in findings:
-            if finding.phase == phase:
-                mender.mend(finding)
-        async with store.committer.lock:
-            await store.committer.commit_now(checkpoint=True)
-        check, findings = await _check(store, at_rest)
-    return {
-        "clean": not found,
-        "findings": [str(finding) for finding in found.values()],
-        "left": [str(finding) for finding in findings],
-        "files": check.files,
-        "stripes": check.stripes,
-        "lost_bytes": check.lost_bytes,
-    }
-
-
-async def _check(store: Store, at_rest: bool) -> tuple[Check, list[Finding]]:
-    """Check the store as it is at this instant, in a thread."""
-    state = store.log
-    before = await _sizes(state)
-    view = state.engine.view()
-    around = Around(
-        counters=state.counters.copy(),
-        segments={
-            (member.id, segment): SegmentState(found.size, found.live)
-            for member in state.members.all
-            for segment, found in member.shards.states.items()
-        },
-        unsealed=set(state.unsealed),
-        nodes={member.id: member.name for member in state.members.all},
-        sizes={},
-        shard_at=partial(_shard_at, state),
-        at_rest=at_rest,
-    )
-    check = Check(view, around)
-    with view:
-        # A segment that is reclaimed or begun meanwhile is in one of the two lists.
-        around.sizes = _larger(before, await _sizes(state))
-        return check, await trio.to_thread.run_sync(lambda: list(check.run()))
-
-
-_Sizes = dict[int, dict[int, int]]
-
-
-async def _sizes(state: Log) -> _Sizes:
-    """The bytes in each shard segment of the nodes that are there and answer."""
-    found: _Sizes = {}
-    for member in state.members.all:
-        if not member.out_of_use:
-            with suppress(NodeError):
-                found[member.id] = await member.call(shard_sizes, member.node)
-    return found
-
-
-def _shard_at(state: Log, node: int, segment: int, offset: int) -> tuple[int, int] | None:
-    """In a thread of trio's: see Around."""
-    member, start = state.members.by_id[node], offset - HEADER_BYTES
-    if member.out_of_use:
-        return None
-    try:
-        data = member.watched[1].read(Run.SHARDS, segment, start, HEADER_BYTES)
-        header = Header.decode(data, state.shards(member.name, segment).seed(start))
-    except (NodeError, FormatError):
-        return None
-    return header.number, header.index
-
-
-def _larger(one: _Sizes, two: _Sizes) -> _Sizes:
-    return {
-        node: {n: max(one[node].get(n, 0), two[node].get(n, 0)) for n in {**one[node], **two[node]}}
-        for node in one.keys() & two.keys()
-    }
 
 
 class Mender:
-    """Changes rows so that a finding is none any more."""
+    """Changes rows so that a finding is none any more; its public methods are the fixes."""
 
     def __init__(self, state: Log) -> None:
         self._log = state
         self._txn: Transaction
 
     def mend(self, finding: Finding) -> None:
-        """Mend one finding."""
+        """Call the fix that a finding names."""
         with Transaction(self._log) as self._txn:
-            finding.fix(self)
+            getattr(self, finding.fix)(*finding.arguments, **finding.fields)
 
     # --- rows ----------------------------------------------------------------
 

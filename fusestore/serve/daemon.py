@@ -26,7 +26,7 @@ from ..errors import FusestoreError, InvalidError, UsageError
 from ..files.filesystem import FileSystem
 from ..metadata.engine import DATABASE
 from ..repair.risk import Rates, Safety
-from ..rescue.fsck_mend import fsck
+from ..rescue.fsck import fsck
 from ..store.opening import open_store
 from ..store.store import Store
 from ..system import logs, mounts

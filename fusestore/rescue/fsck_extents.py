@@ -1,0 +1,188 @@
+"""fsck: each extent lies in a file and in a stripe, and stripes know who has their bytes.
+
+Extents whose rows are gone are found again where three things agree: the inode
+counts more bytes than it has, the stripe counts more live bytes than extents
+have, and the stripe's owners name the range.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from ..format import file_rows, stripe_rows
+from ..format.file_rows import Extent, Inode
+from ..format.stripe_rows import LOST_STRIPE, OWNER
+from .fsck_findings import Finding, Phase, finding
+from .fsck_inodes import InodeCheck
+from .fsck_view import StoreView
+
+
+@dataclass(slots=True)
+class ExtentCheck:
+    """Counts the bytes of each stripe that files have on the way."""
+
+    _store: StoreView
+    _inodes: InodeCheck
+    uses: Counter[int] = field(default_factory=Counter)
+    """By stripe: the bytes of it that extents have."""
+    lost_bytes: int = 0
+    """What extents point at LOST_STRIPE for."""
+    _restored: dict[int, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
+    """By inode: ranges for which an extent can be made again."""
+
+    def extents(self) -> Iterator[Finding]:
+        """Each extent lies inside its file, on no other, and in a stripe that names the file."""
+        owners = _Owners(self._store)
+        ino, inode, end, held, trimmed = -1, None, 0, 0, False
+        for key, value in self._store.table(b"E"):
+            owner, extent = file_rows.decode_ino_key(key), Extent.decode(key, value)
+            if owner != ino:
+                if inode is not None:
+                    yield from self._inodes.allocated(ino, inode, held)
+                ino, inode, end, held = owner, self._store.inode(owner), 0, 0
+                trimmed = self._store.has(file_rows.trim_key(ino))
+            self.uses[extent.stripe] += extent.length
+            problem = _misplaced(extent, inode, end, trimmed)
+            if problem:
+                text = f"bytes {extent.offset} to {extent.end} of inode {ino} {problem}"
+                yield finding(Phase.EXTENTS, "extents", text, "move_extent", ino, extent)
+                continue
+            end = extent.end
+            held += extent.length
+            yield from self._in_stripe(ino, extent, owners)
+        if inode is not None:
+            yield from self._inodes.allocated(ino, inode, held)
+
+    def _in_stripe(self, ino: int, extent: Extent, owners: _Owners) -> Iterator[Finding]:
+        if extent.stripe == LOST_STRIPE:
+            self.lost_bytes += extent.length
+        elif extent.stripe in self._store.unsealed:
+            return
+        elif not self._is_in_stripe(extent):
+            text = (
+                f"bytes {extent.offset} to {extent.end} of inode {ino} are lost: they are not "
+                f"in stripe {extent.stripe:#x}"
+            )
+            yield finding(Phase.EXTENTS, "extents", text, "lose_extent", ino, extent)
+        elif not owners.name(ino, extent):
+            text = f"stripe {extent.stripe:#x} does not name inode {ino} as an owner"
+            yield finding(Phase.DERIVED, "owners", text, "add_owner", ino, extent)
+
+    def _is_in_stripe(self, extent: Extent) -> bool:
+        stripe = self._store.stripe(extent.stripe)
+        return stripe is not None and extent.stripe_offset + extent.length <= stripe.length
+
+    def owners(self) -> Iterator[Finding]:
+        """A stripe that is gone has no owners."""
+        last = -1
+        for key, _ in self._store.table(b"O"):
+            number = int(file_rows.decode_ino_key(key))
+            if number == last or number in self._store.unsealed:
+                continue
+            last = number
+            if self._store.stripe(number) is None:
+                text = f"stripe {number:#x} is not there"
+                yield finding(Phase.DERIVED, "owners", text, "drop_owners", number)
+
+    def live(self) -> Iterator[Finding]:
+        """Each stripe counts the bytes of it that extents have."""
+        counted = {}
+        for key, value in self._store.table(b"V"):
+            counted[stripe_rows.decode_stripe_key(key)] = stripe_rows.decode_live(value)
+        for number in sorted(counted.keys() | self.uses.keys(), reverse=True):
+            counts, live = counted.get(number, 0), self.uses[number]
+            if counts > live:
+                yield from self._lost_extents(number, counts - live)
+            if counts != live:
+                text = f"stripe {number:#x} counts {counts} live bytes, and has {live}"
+                yield finding(Phase.DERIVED, "live", text, "set_live", number, live)
+
+    def _lost_extents(self, number: int, hidden: int) -> Iterator[Finding]:
+        """Rows of extents that are gone, where live bytes, allocated bytes and owners agree.
+
+        Called for the newest stripe first: what it has of a file was written last.
+        """
+        short = self._inodes.short
+        owners = [
+            owner
+            for _, packed in self._store.table(stripe_rows.owners_key(number, 0)[:9])
+            for owner in OWNER.iter_unpack(packed)
+            if owner[0] in short
+        ]
+        for ino, offset, length, at in reversed(owners):
+            inode = self._store.inode(ino)
+            assert inode is not None
+            for start, end in list(self._gaps(ino, offset, min(offset + length, inode.size))):
+                if end - start <= min(hidden, short[ino]):
+                    hidden -= end - start
+                    short[ino] -= end - start
+                    extent = Extent(start, end - start, number, at + start - offset)
+                    self._restored[ino].append((start, end))
+                    text = (
+                        f"bytes {start} to {end} of inode {ino} have no extent; stripe "
+                        f"{number:#x} has them"
+                    )
+                    yield finding(Phase.EXTENTS, "extents", text, "put_extent", ino, extent)
+
+    def _gaps(self, ino: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Parts of a file's bytes start <= i < end that no extent has."""
+        taken = list(self._restored.get(ino, ()))
+        for key, value in self._store.table(file_rows.extent_key(ino, 0)[:9]):
+            extent = Extent.decode(key, value)
+            taken.append((extent.offset, extent.end))
+        for first, last in sorted(taken):
+            if last > start:
+                if first > start:
+                    yield start, min(first, end)
+                start = max(start, last)
+        if start < end:
+            yield start, end
+
+
+def _misplaced(extent: Extent, inode: Inode | None, end: int, trimmed: bool) -> str:
+    """Why an extent cannot be where it is, or nothing."""
+    if inode is None:
+        return "" if trimmed else "belong to no inode"
+    if not stat.S_ISREG(inode.mode):
+        return "belong to an inode that is no file"
+    if extent.length == 0:
+        return "are none"
+    if extent.offset < end:
+        return "overlap what lies before"
+    if extent.end > inode.size and not trimmed:
+        return f"lie past its end at {inode.size}"
+    return ""
+
+
+class _Owners:
+    """Looks up whether a stripe's `owners` name an extent; stripes come in runs."""
+
+    def __init__(self, store: StoreView) -> None:
+        self._store = store
+        self._stripes: dict[int, dict[tuple[int, int], list[tuple[int, int]]]] = {}
+
+    def name(self, ino: int, extent: Extent) -> bool:
+        """Whether owners cover the extent, in one row or in several."""
+        ranges = self._of(extent.stripe).get((ino, extent.offset - extent.stripe_offset), [])
+        at = extent.offset
+        for start, end in ranges:
+            if start <= at < end:
+                at = end
+        return at >= extent.end
+
+    def _of(self, stripe: int) -> dict[tuple[int, int], list[tuple[int, int]]]:
+        """By inode, and distance of its offsets from the stripe's: ranges of the file, sorted."""
+        found = self._stripes.get(stripe)
+        if found is None:
+            if len(self._stripes) > 64:
+                self._stripes.pop(next(iter(self._stripes)))
+            found = self._stripes[stripe] = defaultdict(list)
+            for _, packed in self._store.table(stripe_rows.owners_key(stripe, 0)[:9]):
+                for ino, offset, length, at in OWNER.iter_unpack(packed):
+                    found[ino, offset - at].append((offset, offset + length))
+            for ranges in found.values():
+                ranges.sort()
+        return found

@@ -1,0 +1,125 @@
+"""The store that fsck checks, as of one instant: its rows, and what the log knows besides.
+
+A mounted store goes on meanwhile: what changes after the instant is not seen.
+Stripes that are still in memory have no rows to check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+
+from ..errors import FormatError, NodeError
+from ..format import file_rows, keys, stripe_rows, tables
+from ..format.file_rows import Inode
+from ..format.records import HEADER_BYTES, Header, Run
+from ..format.store_rows import Counters
+from ..format.stripe_rows import SegmentState, Stripe
+from ..log.log import Log
+from ..members.opening import shard_sizes
+from ..metadata.engine import View
+
+SegmentBytes = dict[int, dict[int, int]]
+"""By node, and shard segment: the length of its file in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreView:
+    """What the checks are given; nothing in it changes while they run."""
+
+    rows: View
+    counters: Counters
+    segments: dict[tuple[int, int], SegmentState]
+    """By node and segment."""
+    unsealed: frozenset[int]
+    """Stripes that are in memory."""
+    nodes: dict[int, str]
+    """Names of the nodes, by id."""
+    segment_bytes: SegmentBytes
+    """Of the nodes that are there and answer."""
+    shard_at: Callable[[int, int, int], tuple[int, int] | None]
+    """The stripe and the index in the header of the record whose payload lies at (node, segment,
+    offset); None where that cannot be read.  Blocks."""
+    at_rest: bool
+    """Nothing is on its way: what is counted must be exact."""
+
+    def table(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """The rows of a table, or of a part of it, that can be read."""
+        for key, value in self.rows.scan(prefix, keys.after(prefix)):
+            if tables.readable(key, value):
+                yield key, value
+
+    def row(self, key: bytes) -> bytes | None:
+        """The value of a row, if it is there and can be read."""
+        value = self.rows.get(key)
+        return value if value is not None and tables.readable(key, value) else None
+
+    def has(self, key: bytes) -> bool:
+        """Whether a row is there; its value is not looked at."""
+        return self.rows.get(key) is not None
+
+    def inode(self, ino: int) -> Inode | None:
+        """The row of an inode, if it is there and can be read."""
+        value = self.row(file_rows.inode_key(ino))
+        return Inode.decode(value) if value is not None else None
+
+    def stripe(self, number: int) -> Stripe | None:
+        """The row of a sealed stripe, if it is there and can be read."""
+        value = self.row(stripe_rows.stripe_key(number))
+        return Stripe.decode(value) if value is not None else None
+
+
+@asynccontextmanager
+async def view_store(log: Log, *, at_rest: bool) -> AsyncIterator[StoreView]:
+    """The store as it is now; what is yielded is for one thread, any one."""
+    before = await _segment_bytes(log)
+    rows = log.engine.view()
+    view = StoreView(  # no await since the rows: all is of the same instant
+        rows,
+        counters=log.counters.copy(),
+        segments={
+            (member.id, segment): SegmentState(found.size, found.live)
+            for member in log.members.all
+            for segment, found in member.shards.states.items()
+        },
+        unsealed=frozenset(log.unsealed),
+        nodes={member.id: member.name for member in log.members.all},
+        segment_bytes={},
+        shard_at=partial(_shard_at, log),
+        at_rest=at_rest,
+    )
+    with rows:
+        # A segment that is reclaimed or begun meanwhile is in one of the two lists.
+        yield replace(view, segment_bytes=_larger(before, await _segment_bytes(log)))
+
+
+async def _segment_bytes(log: Log) -> SegmentBytes:
+    """The bytes in each shard segment of the nodes that are there and answer."""
+    found: SegmentBytes = {}
+    for member in log.members.all:
+        if not member.out_of_use:
+            with suppress(NodeError):
+                found[member.id] = await member.call(shard_sizes, member.node)
+    return found
+
+
+def _larger(one: SegmentBytes, two: SegmentBytes) -> SegmentBytes:
+    return {
+        node: {n: max(one[node].get(n, 0), two[node].get(n, 0)) for n in {**one[node], **two[node]}}
+        for node in one.keys() & two.keys()
+    }
+
+
+def _shard_at(log: Log, node: int, segment: int, offset: int) -> tuple[int, int] | None:
+    """In a thread of trio's: see StoreView."""
+    member, start = log.members.by_id[node], offset - HEADER_BYTES
+    if member.out_of_use:
+        return None
+    try:
+        data = member.watched[1].read(Run.SHARDS, segment, start, HEADER_BYTES)
+        header = Header.decode(data, log.shards(member.name, segment).seed(start))
+    except (NodeError, FormatError):
+        return None
+    return header.number, header.index
