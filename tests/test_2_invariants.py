@@ -16,7 +16,7 @@ from fusestore.format import stripe_rows
 from fusestore.format.records import Header
 from fusestore.format.stripe_rows import LOST_STRIPE
 from fusestore.limits import STRIPE_BYTES
-from fusestore.rescue.fsck_mend import fsck
+from fusestore.rescue.fsck import fsck
 
 
 @pytest.fixture
