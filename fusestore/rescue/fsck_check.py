@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from operator import methodcaller
 from typing import Any, NamedTuple
 
+from ..bounded_cache import LeastRecentlyUsed
 from ..format import file_rows, keys, stripe_rows, tables
 from ..format.erasure import Code
 from ..format.file_rows import ROOT, Extent, Inode, Quota, QuotaState
@@ -36,6 +37,11 @@ from ..metadata.engine import View
 _FILE_TYPES = {stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK}
 _FILE_TYPES |= {stat.S_IFCHR, stat.S_IFBLK}
 _FORBIDDEN = {*b"/\0"}
+_STRIPES_CACHED_MAX = 64
+
+_Owners = dict[tuple[int, int], list[tuple[int, int]]]
+"""A stripe's owners: sorted ranges (start, end) of files by inode and by the difference between a
+byte's offset in the file and its offset in the stripe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -646,7 +652,7 @@ class _Owned:
 
     def __init__(self, table: Callable[[bytes], Iterator[tuple[bytes, bytes]]]) -> None:
         self._table = table
-        self._stripes: dict[int, dict[tuple[int, int], list[tuple[int, int]]]] = {}
+        self._stripes: LeastRecentlyUsed[int, _Owners] = LeastRecentlyUsed(_STRIPES_CACHED_MAX)
 
     def has(self, ino: int, extent: Extent) -> bool:
         """Whether owners cover the extent, in one row or in several."""
@@ -657,11 +663,9 @@ class _Owned:
                 at = end
         return at >= extent.end
 
-    def _owners(self, stripe: int) -> dict[tuple[int, int], list[tuple[int, int]]]:
+    def _owners(self, stripe: int) -> _Owners:
         found = self._stripes.get(stripe)
         if found is None:
-            if len(self._stripes) > 64:
-                self._stripes.pop(next(iter(self._stripes)))
             found = self._stripes[stripe] = defaultdict(list)
             prefix = stripe_rows.owners_key(stripe, 0)[:9]
             for _, packed in self._table(prefix):
