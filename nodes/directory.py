@@ -18,12 +18,12 @@ import errno
 import os
 import re
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from typing_extensions import Buffer
 
+from ..bounded_cache import LeastRecentlyUsed
 from ..config.node_identity import NodeIdentity
 from ..errors import NodeError, NodeFullError, NodeIdentityError, NodeLacksError
 from ..format.records import Run
@@ -94,7 +94,10 @@ class DirectoryNode:
         self._limits = limits
         self._ahead = {Run.JOURNAL: 0, Run.SHARDS: limits.shard_preallocate_bytes}
         self._lock = threading.Lock()
-        self._open: OrderedDict[tuple[Run, int], _Segment] = OrderedDict()
+        self._open = self._none_open()
+
+    def _none_open(self) -> LeastRecentlyUsed[tuple[Run, int], _Segment]:
+        return LeastRecentlyUsed(self._limits.open_segments_max)
 
     @contextlib.contextmanager
     def _errors(self, what: str) -> Iterator[None]:
@@ -141,7 +144,6 @@ class DirectoryNode:
         with self._lock:
             found = self._open.get((run, segment))
             if found is not None:
-                self._open.move_to_end((run, segment))
                 return found
             path = self.path / segment_path(run, segment)
             try:
@@ -156,9 +158,7 @@ class DirectoryNode:
                 except OSError:
                     os.close(fd)
                     raise
-            opened = self._open[(run, segment)] = _Segment(fd)
-            while len(self._open) > self._limits.open_segments_max:
-                self._open.popitem(last=False)
+            opened = self._open[run, segment] = _Segment(fd)
             return opened
 
     def write(self, run: Run, segment: int, offset: int, buffers: Sequence[Buffer]) -> None:
@@ -215,7 +215,7 @@ class DirectoryNode:
 
     def read_now(self, run: Run, segment: int, offset: int, length: int) -> bytes | None:
         """See Node."""
-        source = self._open.get((run, segment))
+        source = self.opened(run, segment)
         if source is None:
             return None
         buffer = bytearray(length)
@@ -228,7 +228,12 @@ class DirectoryNode:
 
     def opened(self, run: Run, segment: int) -> _Segment | None:
         """See Node."""
-        return self._open.get((run, segment))
+        if not self._lock.acquire(blocking=False):  # a thread that hangs may hold it
+            return self._open.peek((run, segment))
+        try:
+            return self._open.get((run, segment))
+        finally:
+            self._lock.release()
 
     def size(self, run: Run, segment: int) -> int:
         """See Node."""
@@ -271,7 +276,7 @@ class DirectoryNode:
         """See Node."""
         with self._errors(f"delete {segment_path(run, segment)}"), self._lock:
             (self.path / segment_path(run, segment)).unlink(missing_ok=True)
-            self._open.pop((run, segment), None)
+            self._open.discard((run, segment))
 
     def space(self) -> Space:
         """See Node."""
@@ -291,4 +296,4 @@ class DirectoryNode:
 
     def close(self) -> None:
         """See Node."""
-        self._open = OrderedDict()  # without the lock: a thread that hangs may hold it
+        self._open = self._none_open()  # without the lock: a thread that hangs may hold it

@@ -52,6 +52,63 @@ def test_any_k_shards_give_all_others(code: Code, length: int) -> None:
         assert {i: bytes(data) for i, data in rebuilt.items()} == {i: whole[i] for i in wanted}
 
 
+def product(left: list[list[int]], right: list[list[int]]) -> list[list[int]]:
+    """The product of two matrices, by reedsolo's multiplication without tables."""
+    result = [[0] * len(right[0]) for _ in left]
+    for i, j, inner in itertools.product(range(len(left)), range(len(right[0])), range(len(right))):
+        result[i][j] ^= reedsolo.gf_mult_noLUT(left[i][inner], right[inner][j], prim=0x11D)
+    return result
+
+
+def identity(size: int) -> list[list[int]]:
+    """The matrix that changes nothing."""
+    return [[int(i == j) for j in range(size)] for i in range(size)]
+
+
+def test_all_products_are_what_reedsolo_says() -> None:
+    column = [[a] for a in range(256)]
+    assert erasure._product(column, [list(range(256))]) == product(column, [list(range(256))])
+
+
+@pytest.mark.parametrize("size", range(1, 11))
+def test_matrix_products_are_what_reedsolo_says(size: int) -> None:
+    chance = random.Random(size)
+    for rows, columns in itertools.product((1, 2, size), (1, size, 70)):
+        left = [list(chance.randbytes(size)) for _ in range(rows)]
+        right = [list(chance.randbytes(columns)) for _ in range(size)]
+        assert erasure._product(left, right) == product(left, right)
+
+
+@pytest.mark.parametrize("size", range(1, 11))
+def test_a_matrix_times_its_inverse_is_one_to_reedsolo(size: int) -> None:
+    chance = random.Random(size)
+    for _ in range(30):
+        lower = [
+            [chance.randrange(256) if j < i else int(i == j) for j in range(size)]
+            for i in range(size)
+        ]
+        upper = [[chance.randrange(256) if j > i else 0 for j in range(size)] for i in range(size)]
+        for i in range(size):
+            upper[i][i] = chance.randrange(1, 256)
+        matrix = product(lower, upper)
+        chance.shuffle(matrix)
+        assert product(matrix, erasure._inverse(matrix)) == identity(size)
+
+
+@pytest.mark.parametrize("code", CODES, ids=str)
+def test_any_k_rows_of_a_code_have_an_inverse(code: Code) -> None:
+    patterns = list(itertools.combinations(erasure.generator(code), code.k))
+    for rows in random.Random(3).sample(patterns, min(len(patterns), 40)):
+        matrix = [*rows]
+        assert product(matrix, erasure._inverse(matrix)) == identity(code.k)
+
+
+def test_a_singular_matrix_has_no_inverse() -> None:
+    for matrix in ([[0]], [[1, 2], [1, 2]], [[0, 0], [0, 1]], product([[3], [5]], [[7, 9]])):
+        with pytest.raises(ValueError, match="singular"):
+            erasure._inverse(matrix)
+
+
 def test_too_few_shards_are_refused() -> None:
     whole = shards(Code(4, 2), 64)
     with pytest.raises(ValueError, match="too few"):

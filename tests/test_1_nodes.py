@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -14,15 +14,16 @@ from faults import FaultyNode
 from fusestore.config.node_identity import IDENTITY_VERSION, NodeIdentity, write_identity
 from fusestore.errors import NodeError, NodeIdentityError
 from fusestore.format.records import Run
+from fusestore.limits import DEFAULTS, Limits
 from fusestore.nodes.base import Node
 from fusestore.nodes.directory import DirectoryNode, segment_path
 
 
-def directory(path: Path) -> DirectoryNode:
+def directory(path: Path, limits: Limits = DEFAULTS) -> DirectoryNode:
     identity = NodeIdentity(uuid4(), "a", "a", uuid4(), IDENTITY_VERSION)
     path.mkdir()
     write_identity(path, identity)
-    return DirectoryNode(path, identity)
+    return DirectoryNode(path, identity, limits=limits)
 
 
 KINDS: dict[str, Callable[[Path], Node]] = {
@@ -120,16 +121,29 @@ def test_a_deleted_segment_is_noticed(node: Node, tmp_path: Path) -> None:
         node.check()
 
 
+def test_the_segment_that_was_not_used_for_longest_is_closed_first(tmp_path: Path) -> None:
+    node = directory(tmp_path / "node", Limits(open_segments_max=2))
+    node.write(Run.SHARDS, 1, 0, [b"one"])
+    node.write(Run.SHARDS, 2, 0, [b"two"])
+    for segment, use in enumerate((node.read_now, node.read), 3):
+        assert use(Run.SHARDS, 1, 0, 3) == b"one"
+        node.write(Run.SHARDS, segment, 0, [b"new"])
+        assert node.opened(Run.SHARDS, segment - 1) is None
+    assert node.opened(Run.SHARDS, 1) is not None
+    node.write(Run.SHARDS, 5, 0, [b"new"])
+    assert node.opened(Run.SHARDS, 1) is not None
+    assert node.read(Run.SHARDS, 2, 0, 3) == b"two"
+
+
 def test_foreign_files_are_no_segments(node: Node, tmp_path: Path) -> None:
     for name in ("1.seg", "00000001.log", "00000001.seg~", "x"):
         (tmp_path / "node/shards" / name).touch()
     assert node.segments(Run.SHARDS) == []
 
 
-def test_a_node_in_which_a_thread_hangs_can_be_closed(
-    node: Node, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The event loop closes it: it must not wait for a disk."""
+@pytest.fixture
+def hanging(node: Node, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
+    """A node with the segment 1, in which a thread hangs until the test is over."""
     node.write(Run.SHARDS, 1, 0, [b"x"])
     hangs, may_end = threading.Event(), threading.Event()
 
@@ -139,12 +153,27 @@ def test_a_node_in_which_a_thread_hangs_can_be_closed(
 
     monkeypatch.setattr(Path, "unlink", unlink)
     deleting = threading.Thread(target=node.delete, args=(Run.SHARDS, 1))
-    closing = threading.Thread(target=node.close, daemon=True)
     deleting.start()
     assert hangs.wait(20)
-    closing.start()
-    closing.join(2)
-    closed = not closing.is_alive()
+    yield node
     may_end.set()
     deleting.join()
-    assert closed
+
+
+def in_time(function: Callable[[], object]) -> bool:
+    """Whether a call ends within two seconds."""
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    thread.join(2)
+    return not thread.is_alive()
+
+
+def test_a_node_in_which_a_thread_hangs_can_be_closed(hanging: Node) -> None:
+    """The event loop closes it: it must not wait for a disk."""
+    assert in_time(hanging.close)
+
+
+def test_a_node_in_which_a_thread_hangs_still_reads_what_is_cached(hanging: Node) -> None:
+    """The event loop asks it: it must not wait for a disk."""
+    assert in_time(lambda: hanging.opened(Run.SHARDS, 1))
+    assert in_time(lambda: hanging.read_now(Run.SHARDS, 1, 0, 1))

@@ -11,11 +11,11 @@ from __future__ import annotations
 import logging
 import stat
 import time
-from collections import OrderedDict
 from itertools import islice
 
 import trio
 
+from ..bounded_cache import LeastRecentlyUsed
 from ..errors import FileTooLargeError, IsDirectoryError, QuotaError, StaleError
 from ..format import file_rows
 from ..format.erasure import Code
@@ -39,10 +39,10 @@ class Contents:
         self._limits = log.limits
         self._reader = reader
         self._writer = writer
-        self._tails: OrderedDict[int, Extent] = OrderedDict()
+        self._tails: LeastRecentlyUsed[int, Extent] = LeastRecentlyUsed(log.limits.tail_extents_max)
         """By inode the extent that was written last, for writes that go on behind it."""
         self._trimming: dict[int, trio.Event] = {}
-        """Orphans that nobody uses any more."""
+        """By inode what is set once a truncation of many extents is done."""
 
     # --- reading and writing -------------------------------------------------
 
@@ -136,13 +136,11 @@ class Contents:
             extent = Extent(offset, length, stripe, at)
         txn.put(file_rows.extent_key(ino, extent.offset), extent.encode())
         self._tails[ino] = extent
-        if len(self._tails) > self._limits.tail_extents_max:
-            self._tails.popitem(last=False)
         return extent.end
 
     def _cut(self, txn: Transaction, ino: int, inode: Inode, start: int, end: int) -> None:
         """Let go of the file's bytes start <= i < end; `inode` is changed, not put."""
-        self._tails.pop(ino, None)
+        self._tails.discard(ino)
         low, at = file_rows.extent_key(ino, 0), file_rows.extent_key(ino, start)
         rows = list(txn.scan(file_rows.extent_key(ino, start + 1), file_rows.extent_key(ino, end)))
         first = txn.last(low, at)
@@ -244,7 +242,7 @@ class Contents:
 
     def trim_batch(self, txn: Transaction, ino: int, inode: Inode, size: int) -> bool:
         """Let go of some of what lies past `size`; whether there is more."""
-        self._tails.pop(ino, None)
+        self._tails.discard(ino)
         if size > 0:
             key = file_rows.extent_key(ino, size - 1)
             first = txn.last(file_rows.extent_key(ino, 0), key)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from ..bounded_cache import LeastRecentlyUsed
 from ..errors import (
     CrossesQuotaError,
     ExistsError,
@@ -52,7 +53,7 @@ class Tree:
     def __init__(self, log: Log) -> None:
         self._log = log
         self.limits = log.limits
-        self._codes: dict[int, Code] = {}
+        self._codes: LeastRecentlyUsed[int, Code] = LeastRecentlyUsed(log.limits.codes_cached_max)
         """Codes that directories give to new files, as far as they were asked for."""
         self.fenced: set[int] = set()
         """Directories that others cannot be moved into or out of, at any depth, for now."""
@@ -146,9 +147,8 @@ class Tree:
                 code = self._log.code
                 break
             ino = inode.parent
-        if len(self._codes) + len(passed) > self.limits.codes_cached_max:
-            self._codes.clear()
-        self._codes.update(dict.fromkeys(passed, code))
+        for directory in passed:
+            self._codes[directory] = code
         return code
 
     def set_code(self, ino: int, code: Code | None) -> None:
@@ -283,7 +283,7 @@ class Tree:
             self._drop_link(txn, ino, inode, now)
             folder.nlink -= 1
             self._touch(txn, parent, folder, now)
-            self._codes.pop(ino, None)
+            self._codes.discard(ino)
         return ino, inode
 
     # --- renaming ------------------------------------------------------------

@@ -2,8 +2,9 @@
 
 reedsolo defines the code and ISA-L applies it.  The parity matrix is what
 `reedsolo.RSCodec(m)` answers to unit vectors (field GF(2^8), polynomial 0x11d,
-reedsolo's default); `ec_encode_data` of ISA-L then multiplies by any matrix.
-For k = 1 the parity rows are all ones, so that replicas are plain copies.
+reedsolo's default); `ec_encode_data` of ISA-L then multiplies by any matrix, and
+`gf_invert_matrix` inverts those that shards are rebuilt by.  For k = 1 the parity
+rows are all ones, so that replicas are plain copies.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ _ffi.cdef(
     void ec_init_tables(int k, int rows, unsigned char *a, unsigned char *gftbls);
     void ec_encode_data(int len, int k, int rows, unsigned char *gftbls,
                         unsigned char **data, unsigned char **coding);
+    int gf_invert_matrix(unsigned char *in, unsigned char *out, const int n);
     """
 )
 
@@ -87,25 +89,6 @@ def _isal() -> Any:
 
 
 @cache
-def _tables() -> tuple[list[int], list[int]]:
-    """exp (510 long) and log of GF(2^8) with polynomial 0x11d and generator 2."""
-    exp, log = [0] * 510, [0] * 256
-    x = 1
-    for i in range(255):
-        exp[i] = exp[i + 255] = x
-        log[x] = i
-        x <<= 1
-        if x & 0x100:
-            x ^= 0x11D
-    return exp, log
-
-
-def _multiply(a: int, b: int) -> int:
-    exp, log = _tables()
-    return exp[log[a] + log[b]] if a and b else 0
-
-
-@cache
 def generator(code: Code) -> Matrix:
     """The n × k matrix that makes a stripe's shards of its data shards."""
     rows = [[int(i == j) for j in range(code.k)] for i in range(code.k)]
@@ -118,31 +101,33 @@ def generator(code: Code) -> Matrix:
     return rows + [[column[i] for column in columns] for i in range(code.m)]
 
 
+def _flat(matrix: Matrix) -> bytes:
+    return bytes(value for row in matrix for value in row)
+
+
 def _inverse(matrix: Matrix) -> Matrix:
-    """The inverse of a square matrix over GF(2^8), by Gauss and Jordan."""
-    exp, log = _tables()
+    """The inverse of a square matrix over GF(2^8); ValueError when it has none."""
     size = len(matrix)
-    work = [row[:] + [int(i == j) for j in range(size)] for i, row in enumerate(matrix)]
-    for column in range(size):
-        pivot = next(row for row in range(column, size) if work[row][column])
-        work[column], work[pivot] = work[pivot], work[column]
-        scale = exp[255 - log[work[column][column]]]
-        work[column] = [_multiply(scale, value) for value in work[column]]
-        for row in range(size):
-            factor = work[row][column]
-            if row != column and factor:
-                work[row] = [
-                    a ^ _multiply(factor, b) for a, b in zip(work[row], work[column], strict=True)
-                ]
-    return [row[size:] for row in work]
+    inverse = bytearray(size * size)
+    work = bytearray(_flat(matrix))  # is destroyed
+    if _isal().gf_invert_matrix(_ffi.from_buffer(work), _ffi.from_buffer(inverse), size):
+        raise ValueError("a singular matrix has no inverse")
+    return [list(inverse[start : start + size]) for start in range(0, size * size, size)]
+
+
+def _product(left: Matrix, right: Matrix) -> Matrix:
+    """The product of two matrices over GF(2^8)."""
+    length = len(right[0])
+    rows = [bytearray(length) for _ in left]
+    _apply(_expand(left), length, [bytes(row) for row in right], rows)
+    return [list(row) for row in rows]
 
 
 def _expand(matrix: Matrix) -> Any:
     """ISA-L's multiplication tables for a matrix: 32 bytes an element."""
     rows, k = len(matrix), len(matrix[0])
     tables = _ffi.new("unsigned char[]", 32 * rows * k)
-    flat = bytes(value for row in matrix for value in row)
-    _isal().ec_init_tables(k, rows, _ffi.from_buffer(flat), tables)
+    _isal().ec_init_tables(k, rows, _ffi.from_buffer(_flat(matrix)), tables)
     return tables
 
 
@@ -162,15 +147,8 @@ def _encode_tables(code: Code) -> Any:
 @lru_cache(maxsize=1024)
 def _inverted_tables(code: Code, present: tuple[int, ...], wanted: tuple[int, ...]) -> Any:
     matrix = generator(code)
-    inverse = _inverse([matrix[i] for i in present])
-    product: Matrix = []
-    for index in wanted:
-        row = [0] * code.k
-        for j, factor in enumerate(matrix[index]):
-            for column in range(code.k):
-                row[column] ^= _multiply(factor, inverse[j][column])
-        product.append(row)
-    return _expand(product)
+    inverse = _inverse([matrix[index] for index in present])
+    return _expand(_product([matrix[index] for index in wanted], inverse))
 
 
 def _rebuild_tables(code: Code, present: tuple[int, ...], wanted: tuple[int, ...]) -> Any:

@@ -10,11 +10,11 @@ the damage is noted for healing.
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 
 import trio
 
+from ..bounded_cache import LeastRecentlyUsed
 from ..errors import LostError, NodeError, NodeTimeoutError
 from ..format import erasure, file_rows, keys, stripe_rows
 from ..format.file_rows import Extent
@@ -35,8 +35,10 @@ class Reader:
     def __init__(self, state: Log) -> None:
         self._log = state
         self._limits = state.limits
-        self._cache: OrderedDict[int, Stripe] = OrderedDict()
-        self._told: set[tuple[int, int]] = set()
+        rows_max = state.limits.stripes_cached_max
+        self._cache: LeastRecentlyUsed[int, Stripe] = LeastRecentlyUsed(rows_max)
+        self._told: LeastRecentlyUsed[tuple[int, int], bool] = LeastRecentlyUsed(rows_max)
+        """Files (inodes) and stripes of theirs of which the log says that they are lost."""
         self.errors = 0
         """Reads that were answered with EIO."""
         self.degraded = 0
@@ -99,10 +101,8 @@ class Reader:
     def _lost(self, ino: int, extent: Extent, error: LostError) -> None:
         """Bytes of a file cannot be had: say so, once for each stripe of a file."""
         self.errors += 1
-        if (ino, extent.stripe) not in self._told:
-            if len(self._told) >= self._limits.stripes_cached_max:
-                self._told.clear()
-            self._told.add((ino, extent.stripe))
+        if not self._told.get((ino, extent.stripe)):
+            self._told[ino, extent.stripe] = True
             where = f"{self._log.path_of(ino)}, bytes {extent.offset} to {extent.end}"
             log.error("%s cannot be read: %s", where, error)
 
@@ -116,13 +116,11 @@ class Reader:
             if value is None:
                 return None
             row = self._cache[number] = Stripe.decode(value)
-            if len(self._cache) > self._limits.stripes_cached_max:
-                self._cache.popitem(last=False)
         return row
 
     def forget(self, number: int) -> None:
         """A stripe's row has changed, or is gone."""
-        self._cache.pop(number, None)
+        self._cache.discard(number)
 
     async def read_stripe(self, number: int, start: int, end: int) -> bytes | memoryview:
         """A stripe's bytes start <= i < end; LostError."""
