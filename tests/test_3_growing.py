@@ -755,7 +755,7 @@ async def test_a_node_that_fails_while_it_is_given_shards_is_left_alone(
 async def test_a_node_that_hangs_while_shards_move_stops_nobody(tmp_path: Path, which: str) -> None:
     config = limited(
         make_store(tmp_path / "store"),
-        node_seconds_max=0.3,
+        node_seconds_max=1.0,
         read_seconds_max=0.3,
         retry_seconds_min=0.1,
     )
