@@ -1,0 +1,105 @@
+"""recover: where the nodes of a store are, whether or not its configuration is still there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import UUID
+
+from ..config import store_config as names
+from ..config.node_identity import IDENTITY_NAME, NodeIdentity, read_identity
+from ..config.store_config import StoreConfig
+from ..errors import NodeError, UsageError
+from ..nodes.base import Node
+from ..nodes.directory import DirectoryNode
+
+Candidate = tuple[Path, NodeIdentity]
+"""A directory that says which node it is."""
+
+
+@dataclass(slots=True)
+class FoundNodes:
+    """Where the nodes of a store are."""
+
+    store: Path
+    uuid: UUID
+    config: StoreConfig | None
+    places: dict[str, Candidate] = field(default_factory=dict)
+    """By node."""
+    problems: dict[str, str] = field(default_factory=dict)
+    """By node: why it is not there."""
+
+    @property
+    def metadata(self) -> Path:
+        """Where the store keeps its metadata."""
+        return self.config.metadata if self.config else self.store / names.METADATA_NAME
+
+    def open(self) -> dict[str, Node]:
+        """The nodes that are there, by name; UsageError when there is none."""
+        nodes: dict[str, Node] = {}
+        for name, (path, identity) in self.places.items():
+            try:
+                nodes[name] = DirectoryNode(path, identity, read_only=True)
+            except NodeError as error:
+                self.problems[name] = str(error)
+        if not nodes:
+            problems = " ".join(self.problems.values())
+            raise UsageError(
+                f"No node of {self.store} is there: name their places with --from. {problems}"
+            )
+        return nodes
+
+
+def find_nodes(store: Path, extra: Sequence[Path]) -> FoundNodes:
+    """Look for a store's nodes, also in `extra`; UsageError when they do not belong together."""
+    store = Path(os.path.realpath(store))
+    config = names.load(store) if os.path.lexists(store / names.CONFIG_NAME) else None
+    problems: dict[str, str] = {}
+    candidates = _configured(config, problems) if config else _below(store, problems)
+    candidates += [(path, read_identity(path)) for path in map(Path.resolve, extra)]
+    if not candidates:
+        raise UsageError(
+            f"{store} has no {names.CONFIG_NAME} and no node: name the places of the nodes "
+            "with --from."
+        )
+    uuid = config.uuid if config else candidates[0][1].store
+    found = FoundNodes(store, uuid, config, problems=problems)
+    for path, identity in candidates:
+        if identity.store != uuid:
+            raise UsageError(f"{path} belongs to another store ({identity.store}): leave it out.")
+        known = found.places.get(identity.node)
+        if known is not None and known[0] != path:
+            raise UsageError(
+                f"{known[0]} and {path} both say that they are node {identity.node}: "
+                "move the older one away."
+            )
+        found.places[identity.node] = (path, identity)
+        found.problems.pop(identity.node, None)
+    return found
+
+
+def _configured(config: StoreConfig, problems: dict[str, str]) -> list[Candidate]:
+    """The nodes that the configuration names and that are there; else why not."""
+    candidates = []
+    for node in config.nodes:
+        try:
+            candidates.append((node.path, read_identity(node.path)))
+        except NodeError as error:
+            problems[node.name] = str(error)
+    return candidates
+
+
+def _below(store: Path, problems: dict[str, str]) -> list[Candidate]:
+    """The nodes in the store's directory, where there is no configuration; UsageError."""
+    if not store.is_dir():
+        raise UsageError(f"There is no directory {store}.")
+    candidates = []
+    for path in sorted(store.iterdir()):
+        if os.path.lexists(path / IDENTITY_NAME):
+            try:
+                candidates.append((path, read_identity(path)))
+            except NodeError as error:
+                problems[path.name] = str(error)
+    return candidates

@@ -1,0 +1,91 @@
+"""recover: what was found, and which files cannot be read from the nodes that are there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from ..commit.replay import Replayed
+from ..errors import NodeError
+from ..files.tree import Tree
+from ..format import file_rows, store_rows, stripe_rows
+from ..format.store_rows import Counters
+from ..format.stripe_rows import Stripe
+from ..log.journal import Journals
+from ..log.log import Log
+from ..members.opening import shard_sizes
+from ..read.reader import Reader
+from .recover_nodes import FoundNodes
+
+log = logging.getLogger(__name__)
+
+
+def recovery_report(
+    found: FoundNodes, journals: Journals, state: Log, replayed: Replayed
+) -> dict[str, Any]:
+    """What was found, and what was lost, by file."""
+    tree, reader = Tree(state), Reader(state)
+    counters = state.engine.get(store_rows.COUNTERS_KEY)
+    known = Counters.decode(counters) if counters else Counters(files=0)
+    sizes = _segment_sizes(state)
+    lost = [number for number, row in _stripes(state) if not _readable(state, sizes, number, row)]
+    return {
+        "store": str(found.store),
+        "commit": replayed.state.commit,
+        "files": known.files,
+        "bytes": known.file_bytes,
+        "commits": sum(len(entries) for entries in journals.commits.values()),
+        "snapshot_pieces": len(journals.pieces),
+        "nodes": [
+            {
+                "name": member.name,
+                "region": member.config.region,
+                "path": str(member.config.path),
+                "found": member.is_open,
+                "last_commit": max(journals.holders.get(member.name, {0})),
+                "problem": found.problems.get(member.name, member.standing.error),
+            }
+            for member in state.members.all
+        ],
+        "dropped": [_dropped(journals, tree, number) for number in replayed.dropped],
+        "lost": sorted({tree.path(ino) for number in lost for ino in reader.owners(number)}),
+    }
+
+
+def _stripes(state: Log) -> Iterator[tuple[int, Stripe]]:
+    for key, value in state.engine.scan(stripe_rows.STRIPES_START, stripe_rows.STRIPES_END):
+        yield stripe_rows.decode_stripe_key(key), Stripe.decode(value)
+
+
+def _segment_sizes(state: Log) -> dict[int, dict[int, int]]:
+    """By node, and segment: the bytes that are there."""
+    sizes: dict[int, dict[int, int]] = {}
+    for member in state.members.all:
+        if member.is_open:
+            try:
+                sizes[member.id] = shard_sizes(member.node)
+            except NodeError as error:
+                log.warning("%s", error)
+    return sizes
+
+
+def _readable(state: Log, sizes: dict[int, dict[int, int]], number: int, row: Stripe) -> bool:
+    """Whether k shards of a stripe seem to be there; their bytes are not read."""
+    there = 0
+    for index, place in enumerate(row.shards):
+        size = sizes.get(place.node, {}).get(place.segment, 0)
+        missing = state.engine.get(stripe_rows.missing_key(place.node, number, index)) is not None
+        there += place.written and not missing and size >= place.offset + row.shard_length
+    return there >= row.code.k
+
+
+def _dropped(journals: Journals, tree: Tree, number: int) -> dict[str, Any]:
+    """A commit that does not count, and the names that it would have set or removed."""
+    paths = set()
+    for entry in journals.commits[number]:
+        for key in entry.commit().changes:
+            if key[:1] == b"N":
+                parent, name = file_rows.decode_name_key(key)
+                paths.add(tree.path(parent).rstrip("/") + "/" + name.decode(errors="replace"))
+    return {"commit": number, "names": sorted(paths)}

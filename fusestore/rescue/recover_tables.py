@@ -1,0 +1,90 @@
+"""recover: the journals become the tables that a checkpoint would hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import ReplayError
+from ..format import store_rows
+from ..format.records import Changes
+from ..format.store_rows import LogState
+from ..log.journal import Entry, Journals
+from ..metadata.engine import Engine
+
+Progress = Callable[[dict[str, Any]], None]
+"""Called with a phase, and how many bytes of how many are done."""
+
+
+def load_tables(engine: Engine, journals: Journals, progress: Progress) -> LogState:
+    """Fill the database up to the last commit that was certainly acknowledged."""
+    start, pieces = _snapshot(journals)
+    durable = journals.durable
+    chain = [entry for entry in journals.chain(start) if entry.number <= durable]
+    if not chain and start.commit == 0 and journals.commits:
+        first = min(journals.commits)
+        if first > 1:
+            raise ReplayError(
+                f"The journals that are there begin with commit {first}, and no snapshot in them "
+                "is whole: bring more nodes back, and name them with --from."
+            )
+    total = sum(entry.header.payload_length for entry in [*pieces, *chain])
+    done = 0
+
+    def load(entry: Entry, changes: Changes) -> None:
+        nonlocal done
+        engine.apply(changes)
+        if engine.changed_keys >= engine.limits.checkpoint_changes_max:
+            save(engine)
+        done += entry.header.payload_length
+        progress({"phase": "metadata", "done": done, "total": total})
+
+    for entry in pieces:
+        load(entry, entry.piece())
+    state = start
+    for entry in chain:
+        commit = entry.commit()
+        load(entry, commit.changes)
+        digest = entry.header.payload_checksum
+        state = LogState(commit.epoch, commit.nonce.hex(), commit.number, digest, entry.segment)
+    save(engine, {store_rows.LOG_KEY: state.encode()})
+    return state
+
+
+def _snapshot(journals: Journals) -> tuple[LogState, list[Entry]]:
+    """Where the newest whole snapshot begins, and its pieces; the very start without one."""
+    named = [e for entries in journals.commits.values() for e in entries if e.snapshot]
+    for entry in sorted(named, key=lambda e: (e.number, e.header.epoch), reverse=True):
+        row = entry.snapshot
+        assert row is not None
+        pieces = [
+            piece
+            for piece in journals.pieces.values()
+            if piece.number == row["commit"]
+            and piece.segment >= row["segment"]
+            and piece.header.epoch == entry.header.epoch
+        ]
+        start = LogState(0, "", row["commit"], row["checksum"], row["segment"])
+        if (
+            entry.number <= journals.durable
+            and len(pieces) == row["pieces"]
+            and any(found is entry for found in journals.chain(start))
+        ):
+            return start, pieces
+    return LogState(), []
+
+
+def save(engine: Engine, changes: Changes | None = None) -> None:
+    """Write what was applied to the database."""
+    engine.freeze()
+    engine.amend(changes or {})
+    engine.write()
+    engine.thaw()
+
+
+def latest_row(engine: Engine, journals: Journals, after: LogState, key: bytes) -> bytes | None:
+    """A row as the last commit of the chain has it, whether that counts or not."""
+    value = engine.get(key)
+    for entry in journals.chain(after):
+        value = entry.commit().changes.get(key, value)
+    return value
