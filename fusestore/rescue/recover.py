@@ -3,7 +3,7 @@
 1. Find the nodes: the configuration names them, or, if it is gone too, their
    own `node.toml` does.
 2. Index the journals.  What is rotten on one node is read from another.
-3. Load the newest whole snapshot, and every commit after it that was certainly
+3. Load the newest whole metadata dump, and every commit after it that was certainly
    acknowledged: that is what a checkpoint would hold.
 4. See what the mount will make of the commits after that, and refuse when nodes
    that are not there might have gone on alone, or might decide.
@@ -203,15 +203,15 @@ def _journal_bytes(nodes: dict[str, Node]) -> int:
 
 def _load(engine: Engine, journals: Journals, progress: Progress) -> LogState:
     """Fill the database up to the last commit that was certainly acknowledged."""
-    start, pieces = _snapshot(journals)
+    start, pieces = _newest_dump(journals)
     durable = journals.durable
     chain = [entry for entry in journals.chain(start) if entry.number <= durable]
     if not chain and start.commit == 0 and journals.commits:
         first = min(journals.commits)
         if first > 1:
             raise ReplayError(
-                f"The journals that are there begin with commit {first}, and no snapshot in them "
-                "is whole: bring more nodes back, and name them with --from."
+                f"The journals that are there begin with commit {first}, and no metadata dump in "
+                "them is whole: bring more nodes back, and name them with --from."
             )
     total = sum(entry.header.payload_length for entry in [*pieces, *chain])
     done = 0
@@ -236,11 +236,11 @@ def _load(engine: Engine, journals: Journals, progress: Progress) -> LogState:
     return state
 
 
-def _snapshot(journals: Journals) -> tuple[LogState, list[Entry]]:
-    """Where the newest whole snapshot begins, and its pieces; the very start without one."""
-    named = [e for entries in journals.commits.values() for e in entries if e.snapshot]
+def _newest_dump(journals: Journals) -> tuple[LogState, list[Entry]]:
+    """Where the newest whole metadata dump begins, and its pieces; the very start without one."""
+    named = [e for entries in journals.commits.values() for e in entries if e.dump]
     for entry in sorted(named, key=lambda e: (e.number, e.header.epoch), reverse=True):
-        row = entry.snapshot
+        row = entry.dump
         assert row is not None
         pieces = [
             piece
@@ -364,7 +364,7 @@ def _report(found: Found, journals: Journals, state: Log, replayed: Replayed) ->
         "files": known.files,
         "bytes": known.file_bytes,
         "commits": sum(len(entries) for entries in journals.commits.values()),
-        "snapshot_pieces": len(journals.pieces),
+        "dump_pieces": len(journals.pieces),
         "nodes": [
             {
                 "name": member.name,
