@@ -71,11 +71,11 @@ class Limits:
     checkpoint_seconds_max: float = 10.0
     checkpoint_changes_max: int = 10_000
     """Changed keys that wait in memory for the metadata database."""
-    snapshot_journal_bytes_min: int = 8 * MIB
-    """Journal since the last snapshot below which no new one is taken."""
-    snapshot_piece_bytes: int = 256 * KIB
-    snapshot_step_keys: int = 200
-    """Keys that a snapshot reads before it lets the next request run: about a millisecond."""
+    dump_journal_bytes_min: int = 8 * MIB
+    """Journal since the last metadata dump below which no new one is made."""
+    dump_piece_bytes: int = 256 * KIB
+    dump_step_keys: int = 200
+    """Keys that a metadata dump reads before it lets the next request run: about a millisecond."""
     reserve_bytes: int = 32 * MIB
     """Kept free on every device for commits, deletes and checkpoints."""
     map_bytes: int = 1 << 40

@@ -122,7 +122,7 @@ class DirectoryNode:
             ) from error
         if (now.st_dev, now.st_ino) != (self._marker.st_dev, self._marker.st_ino):
             raise NodeIdentityError(f"Node {self._name} at {self.path} was replaced by another.")
-        with self._lock:
+        with self._errors("look at its segments"), self._lock:
             for (run, segment), opened in self._open.items():
                 if os.fstat(opened.fd).st_nlink == 0:
                     raise NodeError(

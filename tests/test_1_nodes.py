@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -118,6 +120,18 @@ def test_a_deleted_segment_is_noticed(node: Node, tmp_path: Path) -> None:
     node.write(Run.SHARDS, 1, 0, [b"abc"])
     (tmp_path / "node" / segment_path(Run.SHARDS, 1)).unlink()
     with pytest.raises(NodeError):
+        node.check()
+
+
+def test_a_segment_that_cannot_be_looked_at_is_noticed(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fstat(descriptor: int) -> os.stat_result:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    node.write(Run.SHARDS, 1, 0, [b"abc"])
+    monkeypatch.setattr(os, "fstat", fstat)
+    with pytest.raises(NodeError, match="Stale"):
         node.check()
 
 

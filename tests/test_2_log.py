@@ -485,11 +485,11 @@ async def test_more_rot_than_the_code_allows_is_an_error_and_no_byte(config: Sto
             await one.get("f")
 
 
-# --- snapshots -----------------------------------------------------------------------
+# --- metadata dumps ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("node", range(3))
-async def test_a_snapshot_and_the_commits_after_it_are_the_state(
+async def test_a_metadata_dump_and_the_commits_after_it_are_the_state(
     config: StoreConfig, node: int
 ) -> None:
     async with opened(config) as one:
@@ -497,7 +497,7 @@ async def test_a_snapshot_and_the_commits_after_it_are_the_state(
             await one.put(f"f{i}", b"%d" % i)
         await one.store.committer.commit()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(one.store.snapshotter.take)
+            nursery.start_soon(one.store.dumper.take)
             for i in range(200):
                 if i % 3 == 0:
                     one.delete(f"f{i}")
@@ -519,7 +519,7 @@ async def test_a_snapshot_and_the_commits_after_it_are_the_state(
         for file in sorted((path / "journal").iterdir()):
             segment = int(file.name.split(".")[0])
             for _, header, payload in records(replace(place, segment=segment), file.read_bytes()):
-                if header.kind is Kind.SNAPSHOT:
+                if header.kind is Kind.METADATA_DUMP:
                     begin = header.number
                     loaded.update(decode_changes(payload))
                 else:
@@ -532,33 +532,33 @@ async def test_a_snapshot_and_the_commits_after_it_are_the_state(
         assert found == state
 
 
-async def test_a_snapshot_is_no_reason_for_the_next(config: StoreConfig) -> None:
-    config = limited(config, snapshot_journal_bytes_min=100_000)
+async def test_a_metadata_dump_is_no_reason_for_the_next(config: StoreConfig) -> None:
+    config = limited(config, dump_journal_bytes_min=100_000)
     async with opened(config) as one:
-        snapshotter = one.store.snapshotter
+        dumper = one.store.dumper
         for i in range(3000):
             await one.put(f"f{i}", b"%d" % i)
         await one.store.committer.commit()
         with trio.fail_after(20):
-            while snapshotter.last_bytes < 100_000:
+            while dumper.last_bytes < 100_000:
                 await trio.testing.wait_all_tasks_blocked(0.05)
         await trio.testing.wait_all_tasks_blocked(0.05)
-        taken = snapshotter.first_segment
+        taken = dumper.first_segment
         for i in range(20):
             await one.put("small", b"%d" % i)
             await one.store.committer.commit()
         await trio.testing.wait_all_tasks_blocked(0.05)
-        assert snapshotter.first_segment == taken
+        assert dumper.first_segment == taken
     async with opened(config) as one:  # nor is it after a mount
         await one.put("small", b"last")
         await one.store.committer.commit()
         await trio.testing.wait_all_tasks_blocked(0.05)
-        assert one.store.snapshotter.first_segment == taken
+        assert one.store.dumper.first_segment == taken
         for i in range(6000):
             await one.put(f"g{i}", b"%d" % i)
         await one.store.committer.commit()
         with trio.fail_after(20):
-            while one.store.snapshotter.first_segment == taken:
+            while one.store.dumper.first_segment == taken:
                 await trio.testing.wait_all_tasks_blocked(0.05)
 
 

@@ -4,7 +4,7 @@ A store that a power cut left is mounted, worked on and unmounted in this proces
 `power_cut`), again and again: each time another operation of a node, or another transaction of
 the metadata, is the one that fails, once or for good.  `test_2_log` has the first form of this,
 for the writes and flushes of plain commits; here it is every operation of a mount, of work, of
-reclaiming, snapshots, repair and unmount.
+reclaiming, metadata dumps, repair and unmount.
 
 The fault model: an operation raises an error (EIO, ENOSPC), a write may have left any first
 part of its bytes, a flush that failed has flushed nothing for certain, and a transaction of the
@@ -207,9 +207,9 @@ class Stubborn(Player):
         with self.bearing():
             await super().checkpoint()
 
-    async def _snapshot(self) -> None:
+    async def _dump(self) -> None:
         with self.bearing():
-            await super()._snapshot()
+            await super()._dump()
 
     async def repair(self, name: str) -> None:
         with self.bearing():
@@ -236,7 +236,7 @@ class Stubborn(Player):
             if number % 4 == 3:
                 await self.commit()
         await self.checkpoint()
-        await self._snapshot()
+        await self._dump()
         with self.bearing():
             for _ in range(3):
                 await self.unlink()

@@ -228,7 +228,7 @@ class Player:
         self.model = model
         self.unused: list[int] = []
         """Inodes without a name that somebody has open."""
-        self._snapshots = trio.Lock()
+        self._dumps = trio.Lock()
 
     # --- steps
 
@@ -251,7 +251,7 @@ class Player:
             self.commit_later: 9,
             self.checkpoint: 2,
             self.checkpoint_later: 3,
-            self.snapshot: 3,
+            self.dump: 3,
             self.recode: 4,
             self.read: 4,
             self.wait: 3,
@@ -476,15 +476,15 @@ class Player:
         """The same, while the work goes on."""
         self.background.start_soon(self.checkpoint)
 
-    async def snapshot(self) -> None:
-        """A snapshot, while the work goes on."""
-        if not self._snapshots.locked():
-            self.background.start_soon(self._snapshot)
+    async def dump(self) -> None:
+        """A metadata dump, while the work goes on."""
+        if not self._dumps.locked():
+            self.background.start_soon(self._dump)
             await trio.lowlevel.checkpoint()
 
-    async def _snapshot(self) -> None:
-        async with self._snapshots:
-            await self.one.store.snapshotter.take()
+    async def _dump(self) -> None:
+        async with self._dumps:
+            await self.one.store.dumper.take()
 
     async def recode(self) -> None:
         """Give files another code, while the work goes on: nothing else may change."""
@@ -762,14 +762,14 @@ class Cut:
 
 
 def small_limits(chance: random.Random) -> Limits:
-    """Let segments roll, snapshots be taken and batches end soon."""
+    """Let segments roll, metadata dumps be made and batches end soon."""
     return Limits(
         shard_segment_bytes=chance.choice((256 * KIB, MIB, 64 * MIB)),
         journal_segment_bytes=chance.choice((16 * KIB, 64 * KIB, 8 * MIB)),
         checkpoint_changes_max=chance.choice((40, 200, 10_000)),
-        snapshot_journal_bytes_min=chance.choice((64 * KIB, 1 << 40)),
-        snapshot_piece_bytes=chance.choice((2 * KIB, 256 * KIB)),
-        snapshot_step_keys=chance.choice((7, 200)),
+        dump_journal_bytes_min=chance.choice((64 * KIB, 1 << 40)),
+        dump_piece_bytes=chance.choice((2 * KIB, 256 * KIB)),
+        dump_step_keys=chance.choice((7, 200)),
         trim_batch=chance.choice((2, 256)),
         recode_extents=chance.choice((2, 128)),
         recode_bytes=chance.choice((64 * KIB, 4 * MIB)),

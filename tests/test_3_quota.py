@@ -429,7 +429,7 @@ async def test_quotas_come_back_from_the_journals_alone(config: StoreConfig) -> 
         await make_tree(one, top)
         await set_quota(one, outer)
         await set_quota(one, top, size=10**9)
-        await one.store.snapshotter.take()
+        await one.store.dumper.take()
         await put(one, top, "later", 12345)
         expected = one.files.quotas.all()
     shutil.rmtree(config.metadata)

@@ -1,6 +1,6 @@
 """Recovery: the metadata made anew from the nodes, to the last commit that counts.
 
-The campaign makes random trees in random histories (mounts, crashes, snapshots, nodes
+The campaign makes random trees in random histories (mounts, crashes, metadata dumps, nodes
 that were away), takes the metadata away, hurts at most one region more, and recovers.
 What is found must be what was committed last: every name, attribute, hole and byte.
 `--model-seed N` and the number of the history in its name repeat one.
@@ -29,7 +29,7 @@ import trio
 from test_2_log import Opened, limited, opened
 from xxhash import xxh3_64_intdigest
 
-from fusestore.commit.metadata_dump import Snapshotter
+from fusestore.commit.metadata_dump import MetadataDumper
 from fusestore.config.mkfs import make_store
 from fusestore.config.node_identity import IDENTITY_NAME
 from fusestore.config.store_config import StoreConfig, load
@@ -457,13 +457,13 @@ def refuses_what_is_there(config: StoreConfig) -> None:
 
 
 def small_limits(chance: random.Random, *, forced: bool) -> Limits:
-    """Let segments roll, and snapshots be taken in small pieces; `forced`: only when asked."""
+    """Let segments roll, and metadata dumps be made in small pieces; `forced`: only when asked."""
     return Limits(
         journal_segment_bytes=chance.choice((8 << 10, 64 << 10, 1 << 20)),
         checkpoint_changes_max=chance.choice((1, 50, 10_000)),
-        snapshot_journal_bytes_min=1 << 40 if forced else 10_000,
-        snapshot_piece_bytes=chance.choice((500, 4 << 10, 256 << 10)),
-        snapshot_step_keys=chance.choice((1, 7, 200)),
+        dump_journal_bytes_min=1 << 40 if forced else 10_000,
+        dump_piece_bytes=chance.choice((500, 4 << 10, 256 << 10)),
+        dump_step_keys=chance.choice((1, 7, 200)),
         shard_segment_bytes=chance.choice((100_000, 1 << 20, 64 << 20)),
         trim_batch=chance.choice((1, 256)),
     )
@@ -482,7 +482,7 @@ class History:
     """What becomes of the victim at the end."""
     victim: str
     forced: bool
-    """Snapshots are taken by order, not by themselves."""
+    """The metadata is dumped by order, not by itself."""
     away: str = ""
     """A node that is not there, or there and not healed."""
     kept: bool = False
@@ -542,7 +542,7 @@ async def live(history: History, *, steps: int, crash: bool = False, steady: boo
         if crash:
             async with trio.open_nursery() as nursery:
                 if history.forced and chance.random() < 0.4:
-                    nursery.start_soon(one.store.snapshotter.take)
+                    nursery.start_soon(one.store.dumper.take)
                     for _ in range(chance.randrange(12)):
                         await world.step(one)
                         await trio.lowlevel.checkpoint()
@@ -565,8 +565,8 @@ async def now_and_then(history: History, one: Opened) -> None:
     elif draw < 0.25:
         await checkpoint(one)
     elif draw < 0.3 and history.forced:
-        history.world.log.append("snapshot")
-        await one.store.snapshotter.take()
+        history.world.log.append("metadata dump")
+        await one.store.dumper.take()
     elif draw < 0.35:
         history.keep()
     elif draw < 0.4:
@@ -796,9 +796,9 @@ async def read_only(config: StoreConfig) -> Files:
         return await read_files(Opened(store, FileSystem(store, nursery)))
 
 
-async def snapshot(config: StoreConfig) -> None:
+async def dump_metadata(config: StoreConfig) -> None:
     async with opened(config) as one:
-        await one.store.snapshotter.take()
+        await one.store.dumper.take()
 
 
 def journal_records(config: StoreConfig, node: int) -> list[tuple[Path, int, Header]]:
@@ -990,7 +990,7 @@ async def fork(base: Path, code: str, mounts: int) -> Fork:
     config = make(base / "store", code)
     files = made("base", "a", "b", "kept")
     await write(config, files)
-    await snapshot(config)
+    await dump_metadata(config)
     if code == "2+1":  # the third node is stale
         config.nodes[2].path.rename(base / "stale")
         files |= made("second", "second")
@@ -1005,7 +1005,7 @@ async def fork(base: Path, code: str, mounts: int) -> Fork:
     for number in range(mounts):
         await write(other, made(f"other {number}", "a", "b", f"other{number}", "same"))
         if number == mounts - 2:
-            await snapshot(other)
+            await dump_metadata(other)
     async with opened(other) as one:
         one.delete("b")
     for index in gone:
@@ -1024,7 +1024,7 @@ async def go_on(found: Fork) -> None:
         found.files |= more
         await write(found.config, more)
         if number == 1:
-            await snapshot(found.config)
+            await dump_metadata(found.config)
     found.check(await read(found.config))
 
 
@@ -1140,22 +1140,22 @@ async def test_a_commit_that_depends_on_a_node_that_is_away_is_not_judged(
         }
 
 
-# --- snapshots
+# --- metadata dumps
 
 
 def pieces(config: StoreConfig, node: int) -> list[tuple[Path, int, Header]]:
-    """The SNAPSHOT records of a node."""
-    return [found for found in journal_records(config, node) if found[2].kind is Kind.SNAPSHOT]
+    """The METADATA_DUMP records of a node."""
+    return [found for found in journal_records(config, node) if found[2].kind is Kind.METADATA_DUMP]
 
 
-async def with_snapshots(config: StoreConfig, count: int = 1) -> Files:
+async def with_dumps(config: StoreConfig, count: int = 1) -> Files:
     """A store whose metadata was dumped in several pieces, and that went on."""
-    config = limited(config, snapshot_piece_bytes=1000, snapshot_step_keys=3)
+    config = limited(config, dump_piece_bytes=1000, dump_step_keys=3)
     for number in range(count):
         async with opened(config) as one:
             await put(one, made(f"{number}", *(f"f{i}" for i in range(10)), size=900))
             await put(one, made(f"{number}", "large"))
-            await one.store.snapshotter.take()
+            await one.store.dumper.take()
             await put(one, made("after", f"after{number}"))
     files = await read(config)
     forget(config)
@@ -1166,7 +1166,7 @@ async def with_snapshots(config: StoreConfig, count: int = 1) -> Files:
 async def test_a_rotten_piece_is_read_from_another_node(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch, torn: bool
 ) -> None:
-    files = await with_snapshots(config)
+    files = await with_dumps(config)
     assert len(pieces(config, 0)) > 3
     for node in range(3):
         path, offset, header = pieces(config, node)[node]
@@ -1181,25 +1181,25 @@ async def test_a_rotten_piece_is_read_from_another_node(
 async def test_a_piece_that_is_rotten_everywhere_is_told(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await with_snapshots(config)
+    await with_dumps(config)
     for node in range(3):
         path, offset, _ = pieces(config, node)[1]
         spoil(path, offset)
     for accept_loss in (False, True):
-        with pytest.raises(ReplayError, match="no snapshot in them is whole"):
+        with pytest.raises(ReplayError, match="no metadata dump in them is whole"):
             recovered(config, accept_loss=accept_loss)
         assert not has_metadata(config)
 
 
 @pytest.mark.parametrize("rotten", [1, 2])
-async def test_an_older_snapshot_or_the_whole_journal_will_do(
+async def test_an_older_metadata_dump_or_the_whole_journal_will_do(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch, rotten: int
 ) -> None:
-    async def nothing(self: Snapshotter, segment: int) -> None:
+    async def nothing(self: MetadataDumper, segment: int) -> None:
         """Nothing was deleted yet when the machine stopped."""
 
-    monkeypatch.setattr(Snapshotter, "_delete_before", nothing)
-    files = await with_snapshots(config, count=2)
+    monkeypatch.setattr(MetadataDumper, "_delete_before", nothing)
+    files = await with_dumps(config, count=2)
     begun = sorted({header.number for _, _, header in pieces(config, 0)}, reverse=True)
     assert len(begun) == 2
     for node in range(3):
@@ -1271,7 +1271,7 @@ async def test_a_node_whose_identity_is_spoilt_is_a_node_that_is_gone(
 ) -> None:
     files = made("spoilt", "a")
     await write(config, files)
-    await snapshot(config)
+    await dump_metadata(config)
     forget(config)
     (config.nodes[2].path / IDENTITY_NAME).write_text(text)
     if not named:

@@ -502,7 +502,7 @@ async def test_a_loop_that_hangs_is_said(
 
         def ask() -> None:
             try:
-                monitor.snapshot()
+                monitor.observe()
             except FusestoreError as error:
                 failed.append(error)
 
@@ -516,8 +516,8 @@ async def test_a_loop_that_hangs_is_said(
 async def test_looks_within_a_second_are_one(config: StoreConfig) -> None:
     async with opened(config) as one:
         monitor = Monitor(one.store, TALLIES, about)
-        first = await trio.to_thread.run_sync(monitor.snapshot)
-        assert await trio.to_thread.run_sync(monitor.snapshot) is first
+        first = await trio.to_thread.run_sync(monitor.observe)
+        assert await trio.to_thread.run_sync(monitor.observe) is first
 
 
 # --- the web server ------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The kill -9 campaign: whatever the daemon is at, its death leaves one instant.
 
 The fault model: the daemon is killed with SIGKILL, again and again, at random
-moments and right when it commits, checkpoints, dumps a snapshot, deletes old
+moments and right when it commits, checkpoints, dumps the metadata, deletes old
 journal, gives room back, unmounts, or mounts and replays.  The kernel, the disks
 and the programs that use the mount live on; every byte that the daemon gave to the
 kernel is there, in the order in which it gave it, and what it had in memory is
@@ -832,7 +832,7 @@ class Moment:
 MOMENTS = {
     "commit": Moment("*/journal", grew, 0.004),
     "checkpoint": Moment("metadata", was_written, 0.03),
-    "snapshot": Moment("*/journal", came, 0.1),
+    "metadata dump": Moment("*/journal", came, 0.1),
     "journal deleted": Moment("*/journal", went, 0.01),
     "reclaim": Moment("*/shards", lost_blocks, 0.02),
 }

@@ -1,6 +1,6 @@
-"""Snapshots: the metadata written to the journals, so that older journal can go.
+"""The metadata dump: all tables written to the journals, so that older journal can go.
 
-All tables are dumped as SNAPSHOT records, a few keys at a time, while changes
+All tables are dumped as METADATA_DUMP records, a few keys at a time, while changes
 go on.  Changes are absolute, so loading the dump and replaying every commit
 from the one at which it began gives the state.  It counts when the commit that
 names it is durable; until then the previous one and its commits stay.
@@ -27,35 +27,35 @@ _FIRST, _END = b"A", b"["
 """All tables lie in between; the super table lies above `Z` and below `[`."""
 
 
-class Snapshotter:
-    """Takes a snapshot when the journal since the last one has outgrown it."""
+class MetadataDumper:
+    """Dumps the metadata when the journal since the last dump has outgrown it."""
 
     def __init__(self, state: Log, committer: Committer) -> None:
         self._log = state
         self._limits = state.limits
         self._committer = committer
         self._wake = trio.Event()
-        value = state.engine.get(store_rows.SNAPSHOT_KEY)
+        value = state.engine.get(store_rows.METADATA_DUMP_KEY)
         row = json.loads(value) if value else {"bytes": 0, "segment": 0}
         self.last_bytes: int = row["bytes"]
-        """Of the last snapshot, and the journal segment that it begins in."""
+        """Of the last metadata dump, and the journal segment that it begins in."""
         self.first_segment: int = row["segment"]
 
     def look(self) -> None:
         """A commit has been made: see whether it is time."""
         if self._committer.journal.commit_bytes > max(
-            self._limits.snapshot_journal_bytes_min, self.last_bytes
+            self._limits.dump_journal_bytes_min, self.last_bytes
         ):
             self._wake.set()
 
     async def run(self) -> None:
-        """Take snapshots until cancelled."""
+        """Dump the metadata whenever it is time, until cancelled."""
         while True:
             await self._wake.wait()
             try:
                 await self.take()
             except NotDurableError as error:
-                log.error("No snapshot: %s", error)
+                log.error("No metadata dump: %s", error)
             self._wake = trio.Event()
 
     async def take(self) -> None:
@@ -74,7 +74,7 @@ class Snapshotter:
             total += len(payload)
             pieces += 1
             header = Header(
-                Kind.SNAPSHOT,
+                Kind.METADATA_DUMP,
                 len(payload),
                 checksum(payload, len(payload)),
                 self._log.state.epoch,
@@ -89,10 +89,10 @@ class Snapshotter:
             "pieces": pieces,
             "bytes": total,
         }
-        self._log.apply({store_rows.SNAPSHOT_KEY: json.dumps(row).encode()})
+        self._log.apply({store_rows.METADATA_DUMP_KEY: json.dumps(row).encode()})
         self.last_bytes, self.first_segment = total, first_segment
         await committer.commit()
-        # The snapshot counts for certain before what it replaces goes.
+        # The dump counts for certain before what it replaces goes.
         async with committer.lock:
             await committer.commit_now(cover=True)
         await self._delete_before(first_segment)
@@ -101,18 +101,18 @@ class Snapshotter:
         """The next rows from `start` on, and where to go on, None at the end."""
         piece: dict[bytes, bytes | None] = {}
         size = 0
-        while size < self._limits.snapshot_piece_bytes:
+        while size < self._limits.dump_piece_bytes:
             rows = 0
             for key, value in islice(
-                self._log.engine.scan(start, _END), self._limits.snapshot_step_keys
+                self._log.engine.scan(start, _END), self._limits.dump_step_keys
             ):
                 piece[key] = value
                 size += len(key) + len(value)
                 rows += 1
                 start = key + b"\0"
-                if size >= self._limits.snapshot_piece_bytes:
+                if size >= self._limits.dump_piece_bytes:
                     return piece, start
-            if rows < self._limits.snapshot_step_keys:
+            if rows < self._limits.dump_step_keys:
                 return piece, None
             await trio.lowlevel.checkpoint()
         return piece, start

@@ -34,7 +34,7 @@ class Kind(IntEnum):
     """What a record holds."""
 
     COMMIT = 1
-    SNAPSHOT = 2
+    METADATA_DUMP = 2
     SHARD = 3
 
 
@@ -74,7 +74,7 @@ class Header:
     payload_checksum: int
     epoch: int
     number: int
-    """The commit's, the snapshot's or the stripe's number."""
+    """The commit's, the metadata dump's or the stripe's number."""
     index: int = 0
     k: int = 0
     m: int = 0

@@ -12,6 +12,7 @@ from .file_rows import FIRST_COOKIE, ROOT
 
 CODES_KEY = b"Zcodes"
 COUNTERS_KEY = b"Zcounters"
+METADATA_DUMP_KEY = b"Zdump"
 FORMAT_KEY = b"Zformat"
 LOG_KEY = b"Zlog"
 NODES_KEY = b"Znodes"
@@ -19,7 +20,6 @@ REBALANCE_KEY = b"Zrebalance"
 RECODE_KEY = b"Zrecode"
 REPAIRS_KEY = b"Zrepairs"
 SCRUB_KEY = b"Zscrub"
-SNAPSHOT_KEY = b"Zsnapshot"
 FORMAT = 1
 
 

@@ -18,7 +18,7 @@ A key is the table's letter and big-endian numbers, so that keys sort by number.
     D ino                      trims     size               extents past it are to be removed
     G node segment             segments  SegmentState
     R node segment offset      reclaim   payload length     to free after the next checkpoint
-    Z name                     super     counters, log, nodes, snapshot
+    Z name                     super     counters, log, nodes, dump
 
 `file_rows`, `stripe_rows` and `store_rows` have one function a key and one
 dataclass a value; nobody else knows bytes.

@@ -48,12 +48,12 @@ class Entry:
     base: int = 0
     in_sync: tuple[int, ...] = ()
     nonce: bytes = b""
-    snapshot: dict[str, Any] | None = None
-    """The row of a finished snapshot, if the commit names one."""
+    dump: dict[str, Any] | None = None
+    """The row of a finished metadata dump, if the commit names one."""
 
     @property
     def number(self) -> int:
-        """The commit's number; for a piece of a snapshot that of the commit it began at."""
+        """The commit's number; for a piece of a metadata dump that of the commit it began at."""
         return self.header.number
 
     @property
@@ -78,7 +78,7 @@ class Entry:
         return decode_commit(self.header, self.payload())
 
     def piece(self) -> Changes:
-        """The rows of a piece of a snapshot; ReplayError."""
+        """The rows of a piece of a metadata dump; ReplayError."""
         return decode_changes(self.payload())
 
 
@@ -89,7 +89,7 @@ class Journals:
     commits: dict[int, list[Entry]] = field(default_factory=lambda: defaultdict(list))
     """By number; commits of one number differ in their epoch."""
     pieces: dict[tuple[int, int, int], Entry] = field(default_factory=dict)
-    """Of snapshots, by segment, offset and checksum."""
+    """Of metadata dumps, by segment, offset and checksum."""
     holders: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
     """By node's name: the numbers of the commits that it holds."""
     failed: dict[str, NodeError] = field(default_factory=dict)
@@ -192,7 +192,7 @@ def read_journals(
                     try:
                         _read_segment(found, Place(store, name, Run.JOURNAL, segment), node)
                     except NodeLacksError as error:
-                        # A snapshot has replaced it meanwhile, or the file shrank under us.
+                        # A metadata dump has replaced it meanwhile, or the file shrank under us.
                         log.info("%s", error)
                     progress(found.size)
         except NodeError as error:
@@ -215,7 +215,7 @@ def _read_segment(found: Journals, place: Place, node: Node) -> None:
                 if entry is None:
                     continue
                 same.append(entry)
-        elif header.kind is Kind.SNAPSHOT:
+        elif header.kind is Kind.METADATA_DUMP:
             key = (segment, offset, header.payload_checksum)
             entry = found.pieces.setdefault(key, Entry(header))
         else:
@@ -229,7 +229,7 @@ def _commit_entry(header: Header, payload: memoryview) -> Entry | None:
     except FormatError as error:
         log.error("Commit %d: %s", header.number, error)
         return None
-    row = commit.changes.get(store_rows.SNAPSHOT_KEY)
+    row = commit.changes.get(store_rows.METADATA_DUMP_KEY)
     return Entry(
         header,
         [],
@@ -243,11 +243,13 @@ def _commit_entry(header: Header, payload: memoryview) -> Entry | None:
 
 
 def first_needed(engine: Engine) -> int:
-    """The journal segment before which nothing is needed: where the last snapshot begins.
+    """The journal segment before which nothing is needed: where the last metadata dump begins.
 
-    As the last checkpoint has it: a snapshot that is under way does not count yet.
+    As the last checkpoint has it: a dump that is under way does not count yet.
     """
-    rows = engine.scan_stored(store_rows.SNAPSHOT_KEY, keys.after(store_rows.SNAPSHOT_KEY))
+    rows = engine.scan_stored(
+        store_rows.METADATA_DUMP_KEY, keys.after(store_rows.METADATA_DUMP_KEY)
+    )
     return int(json.loads(rows[0][1])["segment"]) if rows else 0
 
 
@@ -291,7 +293,7 @@ def _copy_segment(place: Place, node: Node, entries: list[Entry]) -> None:
         except ReplayError as error:
             if any(segment in source.segments(Run.JOURNAL) for source, _, _ in entry.places):
                 raise NodeError(str(error)) from error
-            continue  # a snapshot has replaced it meanwhile
+            continue  # a metadata dump has replaced it meanwhile
         padding = bytes(header.record_length - HEADER_BYTES - len(payload))
         encoded = header.encode(place.seed(offset))
         node.write(Run.JOURNAL, segment, offset, [encoded, payload, padding])

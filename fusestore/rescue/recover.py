@@ -3,7 +3,7 @@
 1. Find the nodes (recover_nodes): the configuration names them, or, if it is gone
    too, their own `node.toml` does.
 2. Index the journals.  What is rotten on one node is read from another.
-3. Load the newest whole snapshot, and every commit after it that was certainly
+3. Load the newest whole metadata dump, and every commit after it that was certainly
    acknowledged (recover_tables): that is what a checkpoint would hold.
 4. See what the mount will make of the commits after that, and refuse when nodes
    that are not there might have gone on alone, or might decide.

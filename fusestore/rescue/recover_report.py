@@ -36,7 +36,7 @@ def recovery_report(
         "files": known.files,
         "bytes": known.file_bytes,
         "commits": sum(len(entries) for entries in journals.commits.values()),
-        "snapshot_pieces": len(journals.pieces),
+        "dump_pieces": len(journals.pieces),
         "nodes": [
             {
                 "name": member.name,

@@ -18,15 +18,15 @@ Progress = Callable[[dict[str, Any]], None]
 
 def load_tables(engine: Engine, journals: Journals, progress: Progress) -> LogState:
     """Fill the database up to the last commit that was certainly acknowledged."""
-    start, pieces = _snapshot(journals)
+    start, pieces = _newest_dump(journals)
     durable = journals.durable
     chain = [entry for entry in journals.chain(start) if entry.number <= durable]
     if not chain and start.commit == 0 and journals.commits:
         first = min(journals.commits)
         if first > 1:
             raise ReplayError(
-                f"The journals that are there begin with commit {first}, and no snapshot in them "
-                "is whole: bring more nodes back, and name them with --from."
+                f"The journals that are there begin with commit {first}, and no metadata dump in "
+                "them is whole: bring more nodes back, and name them with --from."
             )
     total = sum(entry.header.payload_length for entry in [*pieces, *chain])
     done = 0
@@ -51,11 +51,11 @@ def load_tables(engine: Engine, journals: Journals, progress: Progress) -> LogSt
     return state
 
 
-def _snapshot(journals: Journals) -> tuple[LogState, list[Entry]]:
-    """Where the newest whole snapshot begins, and its pieces; the very start without one."""
-    named = [e for entries in journals.commits.values() for e in entries if e.snapshot]
+def _newest_dump(journals: Journals) -> tuple[LogState, list[Entry]]:
+    """Where the newest whole metadata dump begins, and its pieces; the very start without one."""
+    named = [e for entries in journals.commits.values() for e in entries if e.dump]
     for entry in sorted(named, key=lambda e: (e.number, e.header.epoch), reverse=True):
-        row = entry.snapshot
+        row = entry.dump
         assert row is not None
         pieces = [
             piece

@@ -262,7 +262,7 @@ class _Found:
     journals: list[int]
     shards: list[int]
     journal_bytes: int
-    """Since the last snapshot."""
+    """Since the last metadata dump."""
     last: int
     """The last commit in its journal."""
 
@@ -271,7 +271,7 @@ def _tidy(store: Store, member: Member) -> _Found:
     """In a thread: look at a node, and give back what it has allocated ahead."""
     node = member.node
     journals, shards = node.segments(Run.JOURNAL), node.segments(Run.SHARDS)
-    since = [segment for segment in journals if segment >= store.snapshotter.first_segment]
+    since = [segment for segment in journals if segment >= store.dumper.first_segment]
     size = sum(node.size(Run.JOURNAL, segment) for segment in since)
     last = 0 if member.in_sync else last_commit(store.log.store, member.name, node)
     for segment in shards[-2:]:
@@ -285,7 +285,7 @@ def _tidy(store: Store, member: Member) -> _Found:
 def _take_over(store: Store, member: Member, found: _Found) -> list[int]:
     """Go on with a node where it stands; its journal segments."""
     if member.in_sync:
-        store.committer.journal.commit_bytes = found.journal_bytes - store.snapshotter.last_bytes
+        store.committer.journal.commit_bytes = found.journal_bytes - store.dumper.last_bytes
     member.shards.begin_after(found.shards)
     member.shards.note_present(found.shards)
     if member.state is State.BEHIND:

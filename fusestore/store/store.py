@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from ..commit.committer import Committer
-from ..commit.metadata_dump import Snapshotter
+from ..commit.metadata_dump import MetadataDumper
 from ..commit.reclaim import Reclaimer
 from ..config.store_config import StoreConfig
 from ..format import store_rows
@@ -42,7 +42,7 @@ class Store:
         nodes = state.engine.get(store_rows.NODES_KEY)
         self.committer.rows = store_rows.decode_nodes(nodes) if nodes else []
         self.reclaimer = Reclaimer(state)
-        self.snapshotter = Snapshotter(state, self.committer)
+        self.dumper = MetadataDumper(state, self.committer)
         self.healer = Healer(state, self.reader, self.committer)
         self.rejoin = Rejoin(state, self.committer, self.healer)
         self.comeback = Comeback(state, self.healer, self.rejoin)
@@ -55,11 +55,11 @@ class Store:
         )
         self.status = self.reporter.status
         self.committer.checkpointer.on_checkpoint += [self.reclaimer.wake, self.comeback.wake]
-        self.committer.on_commit.append(self.snapshotter.look)
+        self.committer.on_commit.append(self.dumper.look)
 
     def tasks(self) -> list[Callable[[], Awaitable[None]]]:
         """What goes on in the background while it is open."""
-        parts = (self.reclaimer, self.snapshotter, self.comeback, self.scrubber, self.rebalancer)
+        parts = (self.reclaimer, self.dumper, self.comeback, self.scrubber, self.rebalancer)
         return [part.run for part in parts]
 
     def warnings(self) -> list[str]:

@@ -61,7 +61,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
+class Observation:
     """A store at one instant."""
 
     status: dict[str, Any]
@@ -86,10 +86,10 @@ class Monitor:
         self._about = about
         self._token = trio.lowlevel.current_trio_token()
         self._looking = threading.Lock()
-        self._last: tuple[float, Snapshot] | None = None
+        self._last: tuple[float, Observation] | None = None
         self._samples: deque[tuple[float, ...]] = deque(maxlen=SAMPLES_MAX)
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(_Families(self.snapshot))
+        self._registry.register(_Families(self.observe))
         ProcessCollector(registry=self._registry)
 
     async def run(self) -> None:
@@ -115,7 +115,7 @@ class Monitor:
 
     # --- a look at the store ---------------------------------------------------
 
-    def snapshot(self) -> Snapshot:
+    def observe(self) -> Observation:
         """The store as it was at most a second ago; not on the event loop.
 
         FusestoreError when the loop does not answer in time.
@@ -148,10 +148,10 @@ class Monitor:
                 f"The daemon has not answered within {ANSWER_SECONDS:.0f} seconds."
             ) from None
 
-    def _take(self, missing: dict[int, int]) -> Snapshot:
+    def _take(self, missing: dict[int, int]) -> Observation:
         store = self._store
         status = {**store.reporter.report(missing), **self._about()}
-        return Snapshot(
+        return Observation(
             status={"summary": verdict(status), **status},
             tallies={name: tally.copy() for name, tally in self._tallies.items()},
             commits=store.committer.commits.copy(),
@@ -180,12 +180,12 @@ class Monitor:
         return Answer(encode(self._registry), kind)
 
     def _healthz(self, accept: str) -> Answer:
-        good, sentence = health(self.snapshot().status)
+        good, sentence = health(self.observe().status)
         status = HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE
         return Answer(f"{sentence}\n".encode(), status=status)
 
     def _status(self, accept: str) -> Answer:
-        seen = self.snapshot()
+        seen = self.observe()
         began = seen.status["mounted_at"]
         value = {
             **seen.status,
@@ -243,13 +243,13 @@ def _page(accept: str = "") -> Answer:
 
 
 class _Families(Collector):
-    """The metrics of a snapshot."""
+    """The metrics of an observation."""
 
-    def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
-        self._snapshot = snapshot
+    def __init__(self, observe: Callable[[], Observation]) -> None:
+        self._observe = observe
 
     def collect(self) -> Iterator[Metric]:
-        seen = self._snapshot()
+        seen = self._observe()
         for families in (_of_operations, _of_store, _of_nodes, _of_background):
             for family in families(seen):
                 yield family
@@ -274,7 +274,7 @@ def _add(family: HistogramMetricFamily, labels: list[str], times: Histogram) -> 
     family.add_metric(labels, buckets, times.seconds)
 
 
-def _of_operations(seen: Snapshot) -> Iterator[Metric]:
+def _of_operations(seen: Observation) -> Iterator[Metric]:
     status, tallies = seen.status, seen.tallies
     times = _histogram(
         "operation_duration_seconds", "From a request of the kernel to its answer.", "operation"
@@ -301,7 +301,7 @@ def _of_operations(seen: Snapshot) -> Iterator[Metric]:
     yield _counter("failed_reads", "Reads that were answered with EIO.", status["failed_reads"])
 
 
-def _of_store(seen: Snapshot) -> Iterator[Metric]:
+def _of_store(seen: Observation) -> Iterator[Metric]:
     status = seen.status
     yield InfoMetricFamily(
         "fusestore",
@@ -361,7 +361,7 @@ _NODE_GAUGES = {
 }
 
 
-def _of_nodes(seen: Snapshot) -> Iterator[Metric]:
+def _of_nodes(seen: Observation) -> Iterator[Metric]:
     nodes = seen.status["nodes"]
     states = GaugeMetricFamily(
         "fusestore_node_state", "1: the node is in this state.", labels=["node", "region", "state"]
@@ -393,7 +393,7 @@ def _of_nodes(seen: Snapshot) -> Iterator[Metric]:
     yield flushes
 
 
-def _of_background(seen: Snapshot) -> Iterator[Metric]:
+def _of_background(seen: Observation) -> Iterator[Metric]:
     repair, repairs, scrub = (seen.status[key] for key in ("repair", "repairs", "scrub"))
     running = GaugeMetricFamily(
         "fusestore_repair_running", "1: the node is being repaired.", labels=["node"]
