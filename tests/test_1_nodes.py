@@ -130,8 +130,8 @@ def test_a_segment_that_cannot_be_looked_at_is_noticed(
         raise OSError(errno.ESTALE, "Stale file handle")
 
     node.write(Run.SHARDS, 1, 0, [b"abc"])
-    monkeypatch.setattr(os, "fstat", fstat)
-    with pytest.raises(NodeError, match="Stale"):
+    with monkeypatch.context() as patched, pytest.raises(NodeError, match="Stale"):
+        patched.setattr(os, "fstat", fstat)
         node.check()
 
 
