@@ -1,6 +1,6 @@
 """The command line: what it prints, its exit statuses, and daemons that fail in every way.
 
-The daemons here are fakes, put in place of `fusestore.daemon` in the processes
+The daemons here are fakes, put in place of `fusestore.serve.daemon` in the processes
 that `mount` starts: they show what the command makes of good ones and bad ones.
 """
 
@@ -26,8 +26,10 @@ from click.testing import CliRunner, Result
 
 from fusestore.cli.asking import ANY_PATH
 from fusestore.cli.errors import EXIT_STATUS, FAILED
+from fusestore.cli.inspect import layout_lines
 from fusestore.cli.main import cli
-from fusestore.cli.status import _circumstances
+from fusestore.cli.repair import repair_line
+from fusestore.cli.status import _circumstances, status_lines
 from fusestore.config.mkfs import make_store
 from fusestore.config.mount_options import MountOptions
 from fusestore.config.store_config import load
@@ -43,7 +45,7 @@ from fusestore.serve.control_client import ControlClient, Message, Progress
 from fusestore.serve.control_server import ControlServer, Handler, lock_store
 from fusestore.serve.launch import prepare_mountpoint
 from fusestore.system import mounts
-from fusestore.text import bytes_text, layout_lines, repair_line, status_lines
+from fusestore.text import bytes_text
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -152,8 +154,8 @@ def test_ctrl_c_while_a_store_is_worked_on_is_no_traceback(store: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.fspath(REPOSITORY)}
     program = """
 import os, signal, sys, trio
-from fusestore import scrub
-from fusestore.cli import main
+from fusestore.cli.main import main
+from fusestore.repair import scrub
 async def interrupted(self, *arguments, **named):
     async with trio.open_nursery():
         os.kill(os.getpid(), signal.SIGINT)
@@ -610,8 +612,9 @@ async def serve(config, mountpoint, options, on_ready):
 
 async def mounted(config, mountpoint, options, on_ready, mode):
     import pyfuse3
-    from fusestore import errors, mounts
-    from fusestore.control import ControlServer, lock_store
+    from fusestore import errors
+    from fusestore.serve.control_server import ControlServer, lock_store
+    from fusestore.system import mounts
 
     class Null(pyfuse3.Operations):
         async def getattr(self, ino, ctx=None):

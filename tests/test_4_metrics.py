@@ -36,6 +36,7 @@ from conftest import FUSESTORE
 from pyfuse3 import FUSEError
 from test_2_log import Opened, opened
 
+from fusestore.cli.status import status_lines
 from fusestore.config.mkfs import make_store
 from fusestore.config.mount_options import MountOptions, parse_address
 from fusestore.config.store_config import COUNTS_NAME, StoreConfig, load
@@ -48,9 +49,10 @@ from fusestore.serve import operations
 from fusestore.serve.operations import TALLIES, _answered
 from fusestore.store.report import count_missing
 from fusestore.tally import BOUNDS_NS, Histogram, Tally, combined, summary
-from fusestore.text import duration_text, risk_line, status_lines, verdict
+from fusestore.text import duration_text
 from fusestore.watch import web
 from fusestore.watch.counts import COLUMNS, Counter, Counts, csv_text
+from fusestore.watch.health import risk_line, verdict
 from fusestore.watch.monitor import BUCKETS_NS, Monitor, _page, health
 
 MONITORING = files("fusestore.watch")

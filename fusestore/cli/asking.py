@@ -1,14 +1,12 @@
-"""The commands `repair` and `inspect`, and how a command has its work done.
+"""How a command has its work done, and what all commands share.
 
-They ask the daemon of a mounted store, and open an unmounted one themselves;
+A command asks the daemon of a mounted store, and opens an unmounted one itself;
 the same code does the work in both cases.
 """
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -17,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..text import printable
 from .errors import sentence
 
 if TYPE_CHECKING:
     from ..config.store_config import StoreConfig
     from ..serve.control_client import Message, Progress
 
-LAYOUT = "user.fusestore.layout"
 PATHS_SHOWN_MAX = 20
 
 
@@ -85,8 +83,6 @@ def answering(as_json: bool, **failed: Any) -> Iterator[None]:
 
 def print_lines(lines: Iterable[str], *, err: bool = False) -> None:
     """Print lines for people; in one piece, so that `head -1` takes them whole."""
-    from ..text import printable
-
     click.echo("\n".join(map(printable, lines)), err=err)
 
 
@@ -167,111 +163,3 @@ def rate_option(function: Any) -> Any:
         callback=lambda context, option, value: value * 1e6 if value else None,
         help="Read and write at most so much a second.",
     )(function)
-
-
-# --- repair ------------------------------------------------------------------
-
-
-@click.command(short_help="Rebuild a node that lost its data.")
-@STORE
-@click.argument("node", shell_complete=complete_node)
-@click.option(
-    "--to",
-    type=ANY_PATH,
-    metavar="PATH",
-    help="Rebuild it in this directory, new or empty, and keep it there.",
-)
-@click.option("--dry-run", is_flag=True, help="Only say what there is to do.")
-@rate_option
-@QUIET
-@JSON
-@click.pass_context
-def repair(
-    context: click.Context,
-    store: Path,
-    node: str,
-    to: Path | None,
-    dry_run: bool,
-    rate: float | None,
-    quiet: bool,
-    as_json: bool,
-) -> None:
-    """Rebuild NODE of STORE from the other nodes, mounted or not.
-
-    For a node whose directory is gone, empty, or has lost or bad shards.  The
-    journal comes first, then the shards, those of the weakest stripes first.
-    Each shard is read back and checked before it counts; afterwards any other
-    region may go.  A repair that was killed goes on where it was.  What cannot
-    be rebuilt is named file by file, with exit status 1.
-
-    \b
-      fusestore repair ~/store us-east-1
-      fusestore repair ~/store us-east-1 --to /mnt/new-disk/us-east-1
-    """
-    from ..config.store_config import load
-    from ..text import plan_lines, repair_line
-
-    place = os.fspath(to.absolute()) if to else None
-    arguments = {"node": node, "to": place, "dry_run": dry_run, "rate": rate}
-    with closing(Bar(quiet)) as bar, answering(as_json):
-        config = load(store)
-        config.node(node)
-        _, result = ask(config, "repair", arguments, bar.show)
-    if as_json:
-        print_json(result)
-    else:
-        done = [] if dry_run else [repair_line(node, result)]
-        print_lines([*plan_lines(result["plan"]), *done])
-    if not dry_run and result["unrepairable"]:
-        if not as_json:
-            print_paths("lost", result["unrepairable"])
-        context.exit(1)
-
-
-# --- inspect -----------------------------------------------------------------
-
-
-@click.command(short_help="Show where a file's shards are.")
-@PATH
-@JSON
-def inspect(path: Path, as_json: bool) -> None:
-    """Show the code, the stripes and the place of each shard of PATH, a file on a mount.
-
-    The same as the attribute user.fusestore.layout.
-
-    \b
-      fusestore inspect ~/files/letter.txt
-      getfattr -n user.fusestore.layout --only-values ~/files/letter.txt
-    """
-    with answering(as_json):
-        layout = _layout(path)
-    if as_json:
-        print_json(layout)
-    else:
-        from ..text import layout_lines
-
-        print_lines(layout_lines(os.fspath(path), layout))
-
-
-def _layout(path: Path) -> Message:
-    """The layout of a file; the daemon is asked for one too long for an attribute."""
-    from ..errors import UsageError
-    from ..serve.control_client import ControlClient
-    from ..system import mounts
-
-    try:
-        mount = mounts.containing(path)
-        if mount is None:
-            raise UsageError(f"{path} is not on a mount of a store.")
-        try:
-            layout: Message = json.loads(mounts.attribute(path, LAYOUT))
-        except OSError as error:
-            if error.errno not in (errno.E2BIG, errno.ERANGE):
-                raise
-            inode = os.stat(path).st_ino
-            layout = ControlClient(mount.store).request("layout", {"inode": inode})
-    except OSError as error:
-        if error.errno == errno.ENODATA:
-            raise UsageError(f"{path} has no layout: only regular files have one.") from None
-        raise UsageError(f"{path} cannot be inspected: {error.strerror}.") from error
-    return layout

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..text import bytes_text, duration_text, table_lines
 from .asking import JSON, STORE, answering, print_json, print_lines
 
 if TYPE_CHECKING:
@@ -87,8 +88,6 @@ def metrics_reset(store: Path) -> None:
 
 
 def _lines(rows: Message) -> Iterator[str]:
-    from ..text import bytes_text, duration_text, table_lines
-
     since = time.strftime("%Y-%m-%d %H:%M", time.localtime(rows["since"]))
     total = sum(row["count"] for row in rows["operations"])
     yield (

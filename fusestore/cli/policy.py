@@ -6,12 +6,14 @@ import errno
 import json
 import os
 import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..text import Row, bytes_text, duration_text, table_lines
 from .asking import (
     ANY_PATH,
     JSON,
@@ -127,7 +129,6 @@ def policy_clear(directory: Path) -> None:
 
 def _print_policy(path: Path, mount: Mount, as_json: bool = False) -> None:
     from ..system.mounts import attribute
-    from ..text import policy_line
 
     found = json.loads(attribute(path, POLICY_ATTRIBUTE))
     if as_json:
@@ -171,8 +172,6 @@ def recode(
       fusestore recode ~/files/archive
       fusestore recode ~/files/archive --to 1+2 --rate 20
     """
-    from ..text import recode_line
-
     with answering(as_json):
         arguments = {"to": to, "rate": rate, "stop": stop, "wait": not background and not stop}
         result = _ask(path, "recode", arguments)
@@ -267,11 +266,64 @@ def quota_list(path: Path, as_json: bool) -> None:
 
 
 def _print_quotas(path: Path, result: dict[str, Any], as_json: bool = False) -> None:
-    from ..text import quota_lines
-
     if as_json:
         print_json(result)
     elif not result["quotas"]:
         click.echo(f"No quota holds for {path}.")
     else:
         print_lines(quota_lines(result["quotas"]))
+
+
+def policy_line(path: str, policy: dict[str, Any], mountpoint: str) -> str:
+    """A code, where it comes from, and what it survives."""
+    origin = "the default of the store"
+    if policy["set_on"] is not None:
+        origin = f"set on {mountpoint.rstrip('/')}{policy['set_on']}".rstrip("/")
+    shards, borne = policy["shards_borne"], policy["regions_borne"]
+    return (
+        f"{path}: {policy['code']}, {origin}; survives the loss of any {borne} of "
+        f"{policy['regions']} regions, and of any {shards} shard{'s'[: shards != 1]} of a stripe."
+    )
+
+
+def recode_line(job: dict[str, Any]) -> str:
+    """How far a recoding is, or how it ended."""
+    to = job["to"] or "the policy of each directory"
+    what = f"{job['path']} to {to}: {bytes_text(job['recoded'])} recoded"
+    if job["state"] != "running":
+        unreadable = f", {job['unreadable']:,} could not be read" if job["unreadable"] else ""
+        return f"{what}, {job['files']:,} files looked at{unreadable}; {job['state']}."
+    size = f"{bytes_text(job['size'])} of {bytes_text(job['total'])}"
+    far = f"{job['files']:,} of {job['total_files']:,} files, {size} looked at"
+    if job["waits_for"]:
+        return f"{what}, {far}; it waits: {job['waits_for']}"
+    left = job["seconds_left"]
+    return (
+        f"{what}, {far}, {'time left unknown' if left is None else duration_text(left) + ' left'}"
+    )
+
+
+def quota_lines(quotas: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A table of quotas; those that are not in force yet say so."""
+
+    def most(limit: int | None, text: Callable[[int], str]) -> str:
+        return "no limit" if limit is None else text(limit)
+
+    rows: list[Row] = [("DIRECTORY", "BYTES", "OF", "FILES", "OF", "STATE")]
+    states = {
+        "counting": "being counted: not enforced yet",
+        "active": "enforced",
+        "clearing": "being cleared: not enforced",
+    }
+    for quota in quotas:
+        rows.append(
+            (
+                quota["path"],
+                bytes_text(quota["bytes_used"]),
+                most(quota["bytes_max"], bytes_text),
+                f"{quota['files_used']:,}",
+                most(quota["files_max"], "{:,}".format),
+                states.get(quota["state"], quota["state"]),
+            )
+        )
+    yield from table_lines(rows, right=(1, 2, 3, 4))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ..text import bytes_text, speed_text
 from .asking import (
     ANY_PATH,
     JSON,
@@ -129,8 +131,6 @@ def _verdict(result: dict[str, Any], repair: bool) -> str:
 
 
 def _print_recovery(result: dict[str, Any]) -> None:
-    from ..text import recovery_lines
-
     lines = list(recovery_lines(result))
     for dropped in result["dropped"]:
         names = ", ".join(dropped["names"][:PATHS_SHOWN_MAX]) or "no names"
@@ -138,3 +138,17 @@ def _print_recovery(result: dict[str, Any]) -> None:
     print_lines(lines)
     print_paths("cannot be read now", result["lost"])
     print_lines([f"Mount it: fusestore mount {shlex.quote(result['store'])} MOUNTPOINT"])
+
+
+def recovery_lines(result: dict[str, Any]) -> Iterator[str]:
+    """What was recovered, and from where."""
+    speed = speed_text(result["journal_bytes"], result["seconds"])
+    there = sum(node["found"] for node in result["nodes"])
+    yield (
+        f"{result['store']}: recovered to commit {result['commit']}: {result['files']:,} files, "
+        f"{bytes_text(result['bytes'])}, from the journals of {there} of {len(result['nodes'])} "
+        f"nodes: {bytes_text(result['journal_bytes'])} in {speed}."
+    )
+    for node in result["nodes"]:
+        if node["problem"]:
+            yield f"  {node['name']}: {node['problem']} After mounting, repair it."

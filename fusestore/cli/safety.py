@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
+from ..text import bytes_text, speed_text
+from ..watch.health import finished_text, left_over_text
 from .asking import JSON, QUIET, STORE, do, print_lines, print_paths, rate_option
 
 
@@ -40,8 +44,6 @@ def scrub(
       fusestore scrub ~/store start --wait
       fusestore scrub ~/store status
     """
-    from ..text import scrub_line
-
     result = do(
         store, "scrub", {"action": action, "rate": rate, "wait": wait}, quiet=quiet, as_json=as_json
     )
@@ -95,8 +97,6 @@ def risk(
       fusestore risk ~/store
       fusestore risk ~/store --if-lost us-east-1
     """
-    from ..text import risk_lines
-
     rates = {
         "disk_failures": disk_failures,
         "region_losses": region_losses,
@@ -156,8 +156,6 @@ def drill(
       fusestore drill ~/store --lose us-east-1
       fusestore drill ~/store --lose us-east-1 --all
     """
-    from ..text import drill_line
-
     share = 1.0 if everything else sample
     arguments = {"region": region, "sample": share, "rate": rate}
     result = do(store, "drill", arguments, quiet=quiet, as_json=as_json)
@@ -166,3 +164,72 @@ def drill(
         print_paths("could not be read", result["lost"])
     if result["failed_stripes"]:
         context.exit(1)
+
+
+def scrub_line(scrub: dict[str, Any]) -> str:
+    """Where a scrub stands, or how it ended."""
+    if scrub["state"] == "never":
+        return "This store was never scrubbed."
+    read = f"{scrub['shards']:,} shards read and verified, {bytes_text(scrub['size'])}"
+    found = "nothing found" if not scrub["found"] else f"{scrub['found']:,} bad or gone"
+    if scrub["skipped"]:
+        found += f", {scrub['skipped']:,} of nodes that are not up skipped"
+    if scrub["state"] != "done":
+        stripes = f"{scrub['stripes']:,} of {scrub['total']:,} stripes"
+        return f"{scrub['state']}: {stripes}: {read}, {found}."
+    speed = speed_text(scrub["size"], scrub["finished"] - scrub["started"])
+    return f"done {finished_text(scrub)}: {read} in {speed}, {found}{left_over_text(scrub)}."
+
+
+def risk_lines(risk: dict[str, Any]) -> Iterator[str]:
+    """What could be lost."""
+    without = f" without {', '.join(risk['if_lost'])}" if risk["if_lost"] else ""
+    if risk["lost_stripes"]:
+        yield f"{len(risk['lost']):,} files would be lost{without}."
+    elif risk["next_region_loses"]:
+        count = len(risk["next_region_loses"])
+        yield f"Nothing is lost{without}, but one more region would take {count:,} files with it."
+    else:
+        least = min(map(int, risk["by_regions"]), default=0)
+        more = f"any {least} more regions may go" if least > 1 else "any one more region may go"
+        yield (
+            f"Nothing is lost{without}, and {more}." if risk["stripes"] else "There is no data yet."
+        )
+    for what, key in (("region", "by_regions"), ("shard", "by_shards")):
+        for count, stripes in risk[key].items():
+            share = f"{stripes:,} of {risk['stripes']:,} stripes"
+            if count == "0":
+                yield f"  {share} would not survive the loss of one more {what}"
+            else:
+                yield f"  {share} survive the loss of any {count} more {what}{'s'[: count != '1']}"
+    yield f"  the metadata is in {risk['metadata_regions']} regions besides its own place"
+    if risk.get("model"):
+        yield from model_lines(risk["model"])
+
+
+def model_lines(model: dict[str, Any]) -> Iterator[str]:
+    """The expected losses a year, never of disks alone."""
+    how = "measured here" if model["measured"] else "assumed: nothing was repaired yet"
+    yield (
+        f"Expected losses of data a year, with {model['disk_failures_a_year']:g} failures a disk, "
+        f"{model['region_losses_a_year']:g} losses a region, {model['replace_hours']:g} h to "
+        f"replace and {model['repair_seconds']:,.0f} s to repair a node "
+        f"({model['repair_bytes_a_second'] / 1e6:.0f} MB/s, {how}):"
+    )
+    for code, found in model["codes"].items():
+        yield (
+            f"  {code}: {found['with_regions']:.2g} (of disk failures alone "
+            f"{found['disks_only']:.2g}); regions that may go: {found['regions_borne']}"
+        )
+
+
+def drill_line(drill: dict[str, Any]) -> str:
+    """What a drill showed."""
+    read = (
+        f"{drill['stripes']:,} stripes, {bytes_text(drill['bytes'])}, read without "
+        f"{drill['region']} in {speed_text(drill['bytes'], drill['seconds'])}"
+    )
+    if drill["failed_stripes"]:
+        failed = f"{drill['failed_stripes']:,} failed"
+        return f"{drill['region']} could not be lost now: {read}, {failed}."
+    return f"{drill['region']} could be lost now: {read}, all right."

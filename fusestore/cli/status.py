@@ -8,11 +8,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..text import Row, bytes_text, duration_text, printable, table_lines
+from ..watch.health import repair_state, risk_line, scrub_state, verdict
 from .asking import JSON, STORE, answering, ask, print_json, print_lines
+from .nodes import state_text
+from .policy import recode_line
 
 if TYPE_CHECKING:
     from ..config.store_config import StoreConfig
@@ -60,7 +64,7 @@ def status(context: click.Context, store: Path, as_json: bool, seconds: float | 
     if as_json:
         print_json(found)
     else:
-        print_lines(_lines(found))
+        print_lines(status_lines(found))
     if not found.get("healthy"):
         context.exit(1)
 
@@ -70,12 +74,6 @@ def _look(config: StoreConfig) -> Message:
     pid, found = ask(config, "status", {}, lambda progress: None)
     seen = _circumstances(config, pid)
     return found | {key: value for key, value in seen.items() if found.get(key) is None}
-
-
-def _lines(found: Message) -> Iterator[str]:
-    from ..text import status_lines
-
-    return status_lines(found)
 
 
 def _circumstances(config: StoreConfig, pid: int | None) -> Message:
@@ -116,7 +114,7 @@ def _watch(config: StoreConfig, as_json: bool, seconds: float) -> None:
             elif "error" in found and "nodes" not in found:
                 lines = [found["error"]]
             else:
-                lines = list(_lines(found))
+                lines = list(status_lines(found))
             show(lines)
             time.sleep(seconds)
     except KeyboardInterrupt:
@@ -148,8 +146,6 @@ def _looks(config: StoreConfig) -> Iterator[Message]:
 
 def _draw(lines: list[str]) -> None:
     """Over what is on the screen, in one write, so that nothing flickers."""
-    from ..text import printable
-
     width, height = os.get_terminal_size(sys.stdout.fileno())
     head = f"{time.strftime('%H:%M:%S')}  (Ctrl-C ends)"
     shown = [printable(line)[:width] for line in [*lines[: height - 2], "", head][:height]]
@@ -158,3 +154,76 @@ def _draw(lines: list[str]) -> None:
 
 def _print(lines: list[str]) -> None:
     print_lines([*lines, ""] if len(lines) > 1 else lines)
+
+
+def status_lines(status: dict[str, Any], now: float | None = None) -> Iterator[str]:
+    """One screen; the first line is a sentence that says whether the data is safe.
+
+    `now` is in seconds since the epoch, and the present by default.
+    """
+    now = time.time() if now is None else now
+    yield verdict(status)
+    for node in status["nodes"]:
+        if node.get("error"):
+            yield f"  {node['name']}: {node['error']}"
+    yield ""
+    where = "no"
+    if status["mounted"]:
+        where = f"on {status['mountpoint']} by process {status['pid']}"
+    elif status.get("dead_mount"):
+        where += f"; a daemon died on {status['dead_mount']}: mount it there again, or umount that"
+    facts = [
+        ("store", f"{status['store']} ({status['uuid']})"),
+        ("mounted", where),
+        ("log", status.get("log_file") or "standard error, or the journal"),
+        ("metrics", status.get("metrics")),
+        ("code", status["code"]),
+        ("files", _files(status)),
+        ("last commit", _commit(status, now)),
+        ("repair", repair_state(status)),
+        ("scrub", scrub_state(status)),
+        ("risk", risk_line(status)),
+    ]
+    if (status.get("recode") or {}).get("state") == "running":
+        facts.append(("recoding", recode_line(status["recode"])))
+    yield from table_lines([(f"{name}:", text) for name, text in facts if text])
+    yield ""
+    heads = ("NODE", "REGION", "STATE", "USED", "FREE", "MISSING", "PATH")
+    rows = [_node_row(node) for node in status["nodes"]]
+    yield from table_lines([heads, *rows], right=(3, 4, 5))
+
+
+def _files(status: dict[str, Any]) -> str:
+    text = f"{status['files']:,}, {bytes_text(status['bytes'])} in {status['stripes']:,} stripes"
+    if status.get("bytes_free") is not None:
+        text += f"; {bytes_text(status['bytes_free'])} more will fit"
+    return text
+
+
+def _commit(status: dict[str, Any], now: float) -> str:
+    text = _plain(status.get("last_commit"))
+    if status.get("last_commit_at"):
+        text += f", {duration_text(max(0.0, now - status['last_commit_at']))} ago"
+    return f"{text}; checkpoint {_plain(status.get('checkpoint'))}"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(part)}" for key, part in value.items())
+    return "none" if value is None else str(value)
+
+
+def _node_row(node: dict[str, Any]) -> Row:
+    def size(key: str) -> str:
+        return "-" if node.get(key) is None else bytes_text(node[key])
+
+    missing = "-" if node.get("missing_shards") is None else f"{node['missing_shards']:,}"
+    return (
+        node["name"],
+        node["region"],
+        state_text(node),
+        size("bytes_used"),
+        size("bytes_free"),
+        missing,
+        node["path"],
+    )

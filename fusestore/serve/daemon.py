@@ -31,8 +31,8 @@ from ..store.opening import open_store
 from ..store.store import Store
 from ..system import logs, mounts
 from ..system.sd_notify import ServiceManager
-from ..text import verdict
 from ..watch.counts import Counter
+from ..watch.health import verdict
 from .control_server import ControlServer, lock_store
 from .operations import TALLIES, Operations
 

@@ -41,7 +41,7 @@ from ..members.standing import State
 from ..store.report import count_missing
 from ..store.store import Store
 from ..tally import Histogram, Tallies, summary
-from ..text import repair_state, risk_line, scrub_state, verdict
+from .health import repair_state, risk_line, scrub_state, verdict
 from .web import Answer, Route
 
 ANSWER_SECONDS = 5.0
