@@ -38,7 +38,7 @@ DOORS = {
     "matplotlib": {"bench.plot"},
     "cffi": {"format.erasure", "system.linux", "system.io_uring"},
     "reedsolo": {"format.erasure"},
-    "prometheus_client": {"watch.monitor"},
+    "prometheus_client": {"watch.families"},
 }
 PURE = {"", "format"}
 """What does no I/O."""

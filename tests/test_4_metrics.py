@@ -52,8 +52,10 @@ from fusestore.tally import BOUNDS_NS, Histogram, Tally, combined, summary
 from fusestore.text import duration_text
 from fusestore.watch import web
 from fusestore.watch.counts import COLUMNS, Counter, Counts, csv_text
-from fusestore.watch.health import risk_line, verdict
-from fusestore.watch.monitor import BUCKETS_NS, Monitor, _page, health
+from fusestore.watch.families import BUCKETS_NS
+from fusestore.watch.health import health, risk_line, verdict
+from fusestore.watch.monitor import Monitor
+from fusestore.watch.page import page
 
 MONITORING = files("fusestore.watch")
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -630,7 +632,7 @@ def test_slow_clients_are_let_go(
 
 
 def test_the_page_contains_all_that_it_needs() -> None:
-    answer = _page()
+    answer = page()
     text = answer.body.decode()
     assert "//" not in re.sub(r"^\s*//.*$", "", text, flags=re.MULTILINE)
     assert not re.search(r"\bstyle=|\bon[a-z]+=\"|innerHTML|@import|url\(", text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from ..text import bytes_text, duration_text
@@ -97,3 +98,19 @@ def left_over_text(scrub: dict[str, Any]) -> str:
 def _left(work: dict[str, Any]) -> str:
     eta = work.get("eta_seconds")
     return f", {duration_text(eta)} left" if eta is not None else ""
+
+
+def health(status: Mapping[str, Any]) -> tuple[bool, str]:
+    """Whether the mount serves as it was meant to, and a sentence about it.
+
+    A store that lost what its code bears serves; whether somebody has to act is
+    in the metrics.
+    """
+    for problem in (status["error"], status["metadata_error"]):
+        if problem:
+            return False, str(problem)
+    if not status["readable"]:
+        return False, "Too few nodes are there: files cannot be read."
+    if not status["read_only"] and status["bytes_free"] <= 0:
+        return False, "The store is full: nothing can be written."
+    return True, verdict(dict(status))
