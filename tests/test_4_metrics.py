@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from http.client import HTTPConnection
 from importlib.resources import files
 from pathlib import Path
@@ -36,7 +37,7 @@ from conftest import FUSESTORE
 from pyfuse3 import FUSEError
 from test_2_log import Opened, opened
 
-from fusestore.cli.status import status_lines
+from fusestore.cli.status import StoreView, status_lines
 from fusestore.config.mkfs import make_store
 from fusestore.config.mount_options import MountOptions, parse_address
 from fusestore.config.store_config import COUNTS_NAME, StoreConfig, load
@@ -53,7 +54,8 @@ from fusestore.text import duration_text
 from fusestore.watch import web
 from fusestore.watch.counts import COLUMNS, Counter, Counts, csv_text
 from fusestore.watch.families import BUCKETS_NS
-from fusestore.watch.health import health, risk_line, verdict
+from fusestore.watch.fields import MountStatus, NodeStatus, ScrubStatus, Status
+from fusestore.watch.health import health, risk_text, status_of, verdict
 from fusestore.watch.monitor import Monitor
 from fusestore.watch.page import page
 
@@ -290,11 +292,15 @@ def test_a_view_outlives_its_engine(tmp_path: Path) -> None:
     assert count_missing(view) == {1: 1000}
 
 
-STATUS: dict[str, Any] = {
-    "healthy": True, "error": "", "metadata_error": "", "readable": True, "read_only": False,
-    "bytes_free": 10**9, "regions_borne": 1, "unsafe_codes": [],
-    "nodes": [{"name": "a", "state": "up", "missing_shards": 0}],
-}  # fmt: skip
+NODE = NodeStatus("a", "a", "/a", 1.0, False, "up", True, "", 0, 0, 0, 0, 0)
+SCRUB = ScrubStatus("never", "", "", None, 0.0, 0.0, 0, 0, 0, 0, 0, 0, 0, None)
+STATUS = Status(
+    healthy=True, error="", metadata_error="", readable=True, read_only=False, store="/s",
+    uuid="u", code="2+1", regions_borne=1, unsafe_codes=(), files=1, bytes=0, bytes_total=10**9,
+    bytes_free=10**9, stripes=0, last_commit=1, last_commit_at=None, uncommitted_bytes=0,
+    checkpoint=1, epoch=1, metadata_bytes=0, degraded_reads=0, failed_reads=0, repair=None,
+    repairs=(), scrub=SCRUB, nodes=(NODE,),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -310,19 +316,19 @@ STATUS: dict[str, Any] = {
     ],
 )
 def test_health(change: dict[str, Any], good: bool) -> None:
-    found, sentence = health({**STATUS, **change})
+    found, sentence = health(replace(STATUS, **change))
     assert found is good
     assert sentence.endswith(".")
 
 
 def test_the_verdict_and_the_risk_say_how_many_regions() -> None:
     assert "any one region may be lost" in verdict(STATUS)
-    assert "any 2 regions may be lost" in verdict({**STATUS, "regions_borne": 2})
-    assert risk_line({**STATUS, "regions_borne": 0}) == (
+    assert "any 2 regions may be lost" in verdict(replace(STATUS, regions_borne=2))
+    assert risk_text(replace(STATUS, regions_borne=0)) == (
         "the loss of one more region would lose data"
     )
-    assert "risk" in str(risk_line({**STATUS, "regions_borne": -1}))
-    assert "cannot be read" in str(risk_line({**STATUS, "regions_borne": -1, "readable": False}))
+    assert "risk" in risk_text(replace(STATUS, regions_borne=-1))
+    assert "cannot be read" in risk_text(replace(STATUS, regions_borne=-1, readable=False))
 
 
 @pytest.mark.parametrize(
@@ -340,13 +346,13 @@ async def test_the_screen_fits_and_says_what_runs(config: StoreConfig) -> None:
     async with opened(config) as one:
         await one.put("a", random.Random(1).randbytes(3 * STRIPE_BYTES))
         await one.store.committer.commit()
-        status = {**await one.store.status(), "mounted": False}
-        status["repair"] = {
+        report = await one.store.status()
+        report["repair"] = {
             "node": "us-east-1", "by_itself": False, "phase": "shards", "unit": "bytes",
             "done": 1 << 30, "total": 4 << 30, "seconds": 60.0, "eta_seconds": 180.0,
         }  # fmt: skip
-        status["scrub"] |= {"state": "running", "stripes": 5, "total": 10, "eta_seconds": 9.0}
-        lines = list(status_lines(status))
+        report["scrub"] |= {"state": "running", "stripes": 5, "total": 10, "eta_seconds": 9.0}
+        lines = list(status_lines(StoreView(status_of(report), None, None)))
         assert len(lines) < 24
         text = "\n".join(lines)
         assert "us-east-1: shards, 1.0 GiB of 4.0 GiB (25 %), 3 min left" in text
@@ -377,8 +383,8 @@ async def test_a_repair_under_way_is_told(config: StoreConfig) -> None:
 # --- metrics -------------------------------------------------------------------
 
 
-def about() -> dict[str, Any]:
-    return {"mounted_at": time.time(), "mountpoint": "/mnt"}
+def about() -> MountStatus:
+    return MountStatus(True, time.time(), "/mnt", os.getpid(), None)
 
 
 async def fetch(monitor: Monitor, path: str, accept: str = "") -> web.Answer:

@@ -23,7 +23,8 @@ from fusestore.config.store_config import StoreConfig
 from fusestore.errors import FusestoreError, MetadataError, UnknownVersionError, UsageError
 from fusestore.format import records, store_rows
 from fusestore.serve import units
-from fusestore.serve.daemon import offline
+from fusestore.serve.messages.safety import ScrubRequest
+from fusestore.serve.offline import offline
 from fusestore.system import files, logs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -157,7 +158,7 @@ def test_there_are_the_examples_that_are_promised() -> None:
 
 def opened(config: StoreConfig) -> None:
     """Open the store read-write, and close it."""
-    trio.run(offline, config, "scrub", {"action": "start"}, lambda progress: None)
+    trio.run(offline, config, ScrubRequest("start"), lambda progress: None)
 
 
 def test_metadata_of_a_newer_format_is_refused_in_one_sentence(

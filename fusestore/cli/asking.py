@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ..text import printable
+from ..typed_json import to_json
 from .errors import sentence
 
 if TYPE_CHECKING:
     from ..config.store_config import StoreConfig
     from ..serve.control_client import Message, Progress
+    from ..serve.messages.request import Request
+
+R = TypeVar("R")
 
 PATHS_SHOWN_MAX = 20
 
@@ -46,25 +50,24 @@ QUIET = click.option("--quiet", "-q", is_flag=True, help="No progress bar.")
 
 
 def ask(
-    config: StoreConfig, command: str, arguments: Message, progress: Progress
-) -> tuple[int | None, Message]:
+    config: StoreConfig, request: Request[R], progress: Progress = lambda message: None
+) -> tuple[int | None, R]:
     """Have a command done; returns the daemon that did it, by number, if one did; its result."""
     from ..errors import NotMountedError
     from ..serve.control_client import ControlClient
 
     client = ControlClient(config.store)
     try:
-        return client.daemon(), client.request(command, arguments, progress)
+        return client.daemon(), client.ask(request, progress)
     except NotMountedError:
         import trio
 
-        from ..serve.daemon import offline
+        from ..serve.offline import offline
 
         return None, trio.run(
             offline,
             config,
-            command,
-            arguments,
+            request,
             progress,
             restrict_keyboard_interrupt_to_checkpoints=True,
         )
@@ -91,7 +94,7 @@ def print_json(value: Message) -> None:
     click.echo(json.dumps(value, indent=2))
 
 
-def print_paths(what: str, paths: list[str]) -> None:
+def print_paths(what: str, paths: Sequence[str]) -> None:
     """Name files on standard error, not too many."""
     lines = [f"{what}: {path}" for path in paths[:PATHS_SHOWN_MAX]]
     if len(paths) > PATHS_SHOWN_MAX:
@@ -129,16 +132,14 @@ class Bar:
             self._bar = None
 
 
-def do(
-    store: Path, command: str, arguments: Message, *, quiet: bool = True, as_json: bool
-) -> Message:
+def do(store: Path, request: Request[R], *, quiet: bool = True, as_json: bool) -> R:
     """Have a command done, with a progress bar; its result, printed if it is to be JSON."""
     from ..config.store_config import load
 
     with closing(Bar(quiet)) as bar, answering(as_json):
-        _, result = ask(load(store), command, arguments, bar.show)
+        _, result = ask(load(store), request, bar.show)
     if as_json:
-        print_json(result)
+        print_json(to_json(result))
     return result
 
 

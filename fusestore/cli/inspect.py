@@ -7,15 +7,13 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..serve.messages.files import LayoutRequest, LayoutResult, StripePlace
 from ..text import Row, bytes_text, table_lines
+from ..typed_json import from_json, to_json
 from .asking import JSON, PATH, answering, print_json, print_lines
-
-if TYPE_CHECKING:
-    from ..serve.control_client import Message
 
 LAYOUT = "user.fusestore.layout"
 GOOD_STATES = {"open", "sealed", "whole", "healthy"}
@@ -37,12 +35,12 @@ def inspect(path: Path, as_json: bool) -> None:
     with answering(as_json):
         layout = _layout(path)
     if as_json:
-        print_json(layout)
+        print_json(to_json(layout))
     else:
         print_lines(layout_lines(os.fspath(path), layout))
 
 
-def _layout(path: Path) -> Message:
+def _layout(path: Path) -> LayoutResult:
     """The layout of a file; the daemon is asked for one too long for an attribute."""
     from ..errors import UsageError
     from ..serve.control_client import ControlClient
@@ -53,34 +51,33 @@ def _layout(path: Path) -> Message:
         if mount is None:
             raise UsageError(f"{path} is not on a mount of a store.")
         try:
-            layout: Message = json.loads(mounts.attribute(path, LAYOUT))
+            return from_json(LayoutResult, json.loads(mounts.attribute(path, LAYOUT)), exact=False)
         except OSError as error:
             if error.errno not in (errno.E2BIG, errno.ERANGE):
                 raise
             inode = os.stat(path).st_ino
-            layout = ControlClient(mount.store).request("layout", {"inode": inode})
+            return ControlClient(mount.store).ask(LayoutRequest(inode))
     except OSError as error:
         if error.errno == errno.ENODATA:
             raise UsageError(f"{path} has no layout: only regular files have one.") from None
         raise UsageError(f"{path} cannot be inspected: {error.strerror}.") from error
-    return layout
 
 
-def layout_lines(path: str, layout: dict[str, Any]) -> Iterator[str]:
+def layout_lines(path: str, layout: LayoutResult) -> Iterator[str]:
     """A file's stripes, and under each the place of its shards."""
-    stripes: dict[str, dict[str, Any]] = layout["stripes"]
+    stripes = layout.stripes
     yield (
-        f"{path}: {bytes_text(layout['size'])}, code {layout['code']}, "
-        f"{len(layout['extents'])} extents in {len(stripes)} stripes"
+        f"{path}: {bytes_text(layout.size)}, code {layout.code}, "
+        f"{len(layout.extents)} extents in {len(stripes)} stripes"
     )
     yield _presence(stripes)
-    if not layout["extents"]:
+    if not layout.extents:
         return
     yield ""
     rows: list[Row] = [("FILE OFFSET", "LENGTH", "STRIPE", "AT")]
     rows += [
         tuple(str(extent[key]) for key in ("offset", "length", "stripe", "stripe_offset"))
-        for extent in layout["extents"]
+        for extent in layout.extents
     ]
     yield from table_lines(rows, right=(0, 1, 2, 3))
     yield ""
@@ -90,7 +87,7 @@ def layout_lines(path: str, layout: dict[str, Any]) -> Iterator[str]:
     yield from table_lines(rows, right=(0, 2, 5, 6))
 
 
-def _presence(stripes: dict[str, dict[str, Any]]) -> str:
+def _presence(stripes: dict[str, StripePlace]) -> str:
     states = [stripe["state"] for stripe in stripes.values()]
     waiting = states.count("open")
     bad = [state for state in states if state not in GOOD_STATES]
@@ -100,7 +97,7 @@ def _presence(stripes: dict[str, dict[str, Any]]) -> str:
     return text + "."
 
 
-def _shard_rows(number: str, stripe: dict[str, Any]) -> Iterator[Row]:
+def _shard_rows(number: str, stripe: StripePlace) -> Iterator[Row]:
     for shard in stripe.get("shards", []):
         yield (
             number,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from ..serve.messages.mount import LogLevelRequest
 from ..system.logs import LEVELS
 from .asking import ANY_PATH, STORE, print_lines
 
@@ -73,8 +74,7 @@ def log_level(store: Path, level: str | None) -> None:
     from ..config.store_config import load
     from ..serve.control_client import ControlClient
 
-    answer = ControlClient(load(store).store).request("log_level", {"level": level})
-    click.echo(answer["level"])
+    click.echo(ControlClient(load(store).store).ask(LogLevelRequest(level)).level)
 
 
 # --- service -----------------------------------------------------------------

@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import click
 
+from ..serve.messages.safety import RepairDone, RepairPlan, RepairRequest
 from ..text import bytes_text, speed_text
+from ..typed_json import to_json
 from .asking import (
     ANY_PATH,
     JSON,
@@ -66,44 +67,44 @@ def repair(
     from ..config.store_config import load
 
     place = os.fspath(to.absolute()) if to else None
-    arguments = {"node": node, "to": place, "dry_run": dry_run, "rate": rate}
+    request = RepairRequest(node, to=place, dry_run=dry_run, rate=rate)
     with closing(Bar(quiet)) as bar, answering(as_json):
         config = load(store)
         config.node(node)
-        _, result = ask(config, "repair", arguments, bar.show)
+        _, result = ask(config, request, bar.show)
     if as_json:
-        print_json(result)
+        print_json(to_json(result))
     else:
-        done = [] if dry_run else [repair_line(node, result)]
-        print_lines([*plan_lines(result["plan"]), *done])
-    if not dry_run and result["unrepairable"]:
+        lines = [] if result.done is None else [repair_line(node, result.done)]
+        print_lines([*plan_lines(result.plan), *lines])
+    if result.done is not None and result.done.unrepairable:
         if not as_json:
-            print_paths("lost", result["unrepairable"])
+            print_paths("lost", result.done.unrepairable)
         context.exit(1)
 
 
-def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
+def plan_lines(plan: RepairPlan) -> Iterator[str]:
     """What a repair has to do."""
     yield (
-        f"{plan['node']} at {plan['path']}: {plan['stripes']:,} stripes, "
-        f"{bytes_text(plan['bytes_to_check'])} to check, {plan['shards_to_rebuild']:,} shards "
-        f"({bytes_text(plan['bytes_to_rebuild'])}) to rebuild"
+        f"{plan.node} at {plan.path}: {plan.stripes:,} stripes, "
+        f"{bytes_text(plan.bytes_to_check)} to check, {plan.shards_to_rebuild:,} shards "
+        f"({bytes_text(plan.bytes_to_rebuild)}) to rebuild"
     )
-    if plan["reads"]:
-        reads = ", ".join(f"{bytes_text(size)} from {name}" for name, size in plan["reads"].items())
+    if plan.reads:
+        reads = ", ".join(f"{bytes_text(size)} from {name}" for name, size in plan.reads.items())
         yield f"  reads: {reads}"
-    if plan["weak_stripes"]:
-        yield f"  first {plan['weak_stripes']:,} stripes that lack shards elsewhere, too"
-    if plan["hopeless_shards"]:
-        yield f"  {plan['hopeless_shards']:,} shards cannot be rebuilt: too many others are gone"
+    if plan.weak_stripes:
+        yield f"  first {plan.weak_stripes:,} stripes that lack shards elsewhere, too"
+    if plan.hopeless_shards:
+        yield f"  {plan.hopeless_shards:,} shards cannot be rebuilt: too many others are gone"
 
 
-def repair_line(node: str, result: dict[str, Any]) -> str:
+def repair_line(node: str, done: RepairDone) -> str:
     """What a repair did, and how fast."""
     line = (
-        f"{node}: {result['shards_rebuilt']:,} shards rebuilt and checked, "
-        f"{bytes_text(result['bytes'])} in {speed_text(result['bytes'], result['seconds'])}"
+        f"{node}: {done.shards_rebuilt:,} shards rebuilt and checked, "
+        f"{bytes_text(done.bytes)} in {speed_text(done.bytes, done.seconds)}"
     )
-    if result["unrepairable"]:
-        line += f"; {len(result['unrepairable']):,} files cannot be repaired"
+    if done.unrepairable:
+        line += f"; {len(done.unrepairable):,} files cannot be repaired"
     return line + "."

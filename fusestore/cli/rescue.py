@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from ..serve.messages.safety import FsckRequest, FsckResult
 from ..text import bytes_text, speed_text
 from .asking import (
     ANY_PATH,
@@ -110,21 +111,21 @@ def fsck(context: click.Context, store: Path, repair: bool, as_json: bool) -> No
       fusestore fsck ~/store
       fusestore fsck ~/store --repair
     """
-    result = do(store, "fsck", {"repair": repair}, as_json=as_json)
+    result = do(store, FsckRequest(repair), as_json=as_json)
     if not as_json:
-        print_lines([*result["findings"], _verdict(result, repair)])
-    if result["findings"]:
+        print_lines([*result.findings, _verdict(result, repair)])
+    if result.findings:
         context.exit(1)
 
 
-def _verdict(result: dict[str, Any], repair: bool) -> str:
-    count = len(result["findings"])
-    about = f"{result['files']:,} files and {result['stripes']:,} stripes checked"
-    if result["lost_bytes"]:
-        about += f", {result['lost_bytes']:,} bytes known to be lost"
+def _verdict(result: FsckResult, repair: bool) -> str:
+    count = len(result.findings)
+    about = f"{result.files:,} files and {result.stripes:,} stripes checked"
+    if result.lost_bytes:
+        about += f", {result.lost_bytes:,} bytes known to be lost"
     if not count:
         return f"Clean: {about}."
-    if result["left"]:
+    if result.left:
         how = "not all could be mended" if repair else "mend them with --repair, unmounted"
         return f"{count:,} findings, {how}: {about}."
     return f"{count:,} findings, all mended: {about}."

@@ -99,9 +99,9 @@ def _of_operations(seen: Snapshot) -> Iterator[Metric]:
     yield _counter(
         "degraded_reads",
         "Ranges that were decoded, as a shard was missing, late or bad.",
-        status["degraded_reads"],
+        status.degraded_reads,
     )
-    yield _counter("failed_reads", "Reads that were answered with EIO.", status["failed_reads"])
+    yield _counter("failed_reads", "Reads that were answered with EIO.", status.failed_reads)
 
 
 def _of_store(seen: Snapshot) -> Iterator[Metric]:
@@ -109,28 +109,26 @@ def _of_store(seen: Snapshot) -> Iterator[Metric]:
     yield InfoMetricFamily(
         "fusestore",
         "The store and the program that serves it.",
-        value={"version": __version__, "uuid": status["uuid"], "code": status["code"]},
+        value={"version": __version__, "uuid": status.uuid, "code": status.code},
     )
-    yield _gauge("healthy", "1: every node is up and nothing is missing.", status["healthy"])
+    yield _gauge("healthy", "1: every node is up and nothing is missing.", status.healthy)
     yield _gauge(
         "serving", "1: the mount serves as it was meant to; as /healthz.", health(status)[0]
     )
-    yield _gauge("read_only", "1: nothing can be changed.", status["read_only"])
+    yield _gauge("read_only", "1: nothing can be changed.", status.read_only)
     yield _gauge(
         "regions_borne",
         "How many more regions may certainly be lost; -1: files may be unreadable.",
-        status["regions_borne"],
+        status.regions_borne,
     )
-    yield _gauge("files", "Inodes of any kind.", status["files"])
-    yield _gauge("file_bytes", "Bytes that files hold.", status["bytes"])
-    yield _gauge("stripes", "Stripes that hold them.", status["stripes"])
+    yield _gauge("files", "Inodes of any kind.", status.files)
+    yield _gauge("file_bytes", "Bytes that files hold.", status.bytes)
+    yield _gauge("stripes", "Stripes that hold them.", status.stripes)
+    yield _gauge("size_bytes", "Bytes of files that the devices have room for.", status.bytes_total)
+    yield _gauge("free_bytes", "Bytes of files that will still fit.", status.bytes_free)
+    yield _gauge("metadata_bytes", "What the database takes.", status.metadata_bytes)
     yield _gauge(
-        "size_bytes", "Bytes of files that the devices have room for.", status["bytes_total"]
-    )
-    yield _gauge("free_bytes", "Bytes of files that will still fit.", status["bytes_free"])
-    yield _gauge("metadata_bytes", "What the database takes.", status["metadata_bytes"])
-    yield _gauge(
-        "uncommitted_bytes", "Bytes of files that no commit covers.", status["uncommitted_bytes"]
+        "uncommitted_bytes", "Bytes of files that no commit covers.", status.uncommitted_bytes
     )
     yield _gauge("uncheckpointed_changes", "Changed rows that wait for the database.", seen.pending)
     entries = GaugeMetricFamily(
@@ -142,7 +140,7 @@ def _of_store(seen: Snapshot) -> Iterator[Metric]:
 
 
 def _of_commits(seen: Snapshot) -> Iterator[Metric]:
-    committed_at = seen.status["last_commit_at"]
+    committed_at = seen.status.last_commit_at
     commits = _histogram("commit_duration_seconds", "From all being coded to all being flushed.")
     _add(commits, [], seen.commits)
     yield commits
@@ -169,18 +167,18 @@ _NODE_GAUGES = {
 
 
 def _of_nodes(seen: Snapshot) -> Iterator[Metric]:
-    nodes = seen.status["nodes"]
+    nodes = seen.status.nodes
     states = GaugeMetricFamily(
         "fusestore_node_state", "1: the node is in this state.", labels=["node", "region", "state"]
     )
     for node in nodes:
         for state in State:
-            states.add_metric([node["name"], node["region"], str(state)], node["state"] == state)
+            states.add_metric([node.name, node.region, str(state)], node.state == state)
     yield states
     for key, (name, text) in _NODE_GAUGES.items():
         gauge = GaugeMetricFamily(f"fusestore_node_{name}", text, labels=["node", "region"])
         for node in nodes:
-            gauge.add_metric([node["name"], node["region"]], node[key])
+            gauge.add_metric([node.name, node.region], getattr(node, key))
         yield gauge
     failures = CounterMetricFamily(
         "fusestore_checksum_failures",
@@ -188,7 +186,7 @@ def _of_nodes(seen: Snapshot) -> Iterator[Metric]:
         labels=["node", "region"],
     )
     for node in nodes:
-        failures.add_metric([node["name"], node["region"]], node["checksum_failures"])
+        failures.add_metric([node.name, node.region], node.checksum_failures)
     yield failures
     flushes = _histogram(
         "node_flush_duration_seconds",
@@ -201,47 +199,45 @@ def _of_nodes(seen: Snapshot) -> Iterator[Metric]:
 
 
 def _of_repairs(seen: Snapshot) -> Iterator[Metric]:
-    repair, repairs = seen.status["repair"], seen.status["repairs"]
+    repair, repairs = seen.status.repair, seen.status.repairs
     running = GaugeMetricFamily(
         "fusestore_repair_running", "1: the node is being repaired.", labels=["node"]
     )
-    for node in seen.status["nodes"]:
-        running.add_metric([node["name"]], repair is not None and repair["node"] == node["name"])
+    for node in seen.status.nodes:
+        running.add_metric([node.name], repair is not None and repair.node == node.name)
     yield running
     if repair is not None:
-        share = repair["done"] / repair["total"] if repair["total"] else 0.0
+        share = repair.done / repair.total if repair.total else 0.0
         yield _gauge("repair_progress_ratio", "How much of its phase is done.", share)
-        if repair["eta_seconds"] is not None:
+        if repair.eta_seconds is not None:
             yield _gauge(
-                "repair_eta_seconds", "When its phase should have ended.", repair["eta_seconds"]
+                "repair_eta_seconds", "When its phase should have ended.", repair.eta_seconds
             )
     if repairs:
-        seconds = sum(past["seconds"] for past in repairs)
-        size = sum(past["bytes"] for past in repairs)
+        seconds = sum(past.seconds for past in repairs)
+        size = sum(past.bytes for past in repairs)
         yield _gauge(
             "repair_mean_seconds", "MTTR: how long the last repairs took.", seconds / len(repairs)
         )
         yield _gauge("repair_bytes_per_second", "How fast they were.", size / max(seconds, 1e-9))
-        yield _gauge("repair_last_timestamp_seconds", "When the last one ended.", repairs[-1]["at"])
+        yield _gauge("repair_last_timestamp_seconds", "When the last one ended.", repairs[-1].at)
 
 
 def _of_scrub(seen: Snapshot) -> Iterator[Metric]:
-    scrub = seen.status["scrub"]
-    yield _gauge("scrub_running", "1: a scrub runs.", scrub["state"] == "running")
-    share = scrub["stripes"] / scrub["total"] if scrub["total"] else 0.0
+    scrub = seen.status.scrub
+    yield _gauge("scrub_running", "1: a scrub runs.", scrub.state == "running")
+    share = scrub.stripes / scrub.total if scrub.total else 0.0
     yield _gauge("scrub_progress_ratio", "How much the scrub has read.", min(share, 1.0))
-    if scrub["eta_seconds"] is not None:
-        yield _gauge("scrub_eta_seconds", "When it should have ended.", scrub["eta_seconds"])
-    if scrub["state"] == "done":
-        yield _gauge(
-            "scrub_finished_timestamp_seconds", "When the last one ended.", scrub["finished"]
-        )
+    if scrub.eta_seconds is not None:
+        yield _gauge("scrub_eta_seconds", "When it should have ended.", scrub.eta_seconds)
+    if scrub.state == "done":
+        yield _gauge("scrub_finished_timestamp_seconds", "When the last one ended.", scrub.finished)
     yield _gauge(
         "scrub_found_shards",
         "Shards and records found bad or gone by this or the last scrub.",
-        scrub["found"],
+        scrub.found,
     )
-    yield _gauge("scrub_left_shards", "Shards that were still missing at its end.", scrub["left"])
+    yield _gauge("scrub_left_shards", "Shards that were still missing at its end.", scrub.left)
 
 
 _FAMILIES = (_of_operations, _of_store, _of_commits, _of_nodes, _of_repairs, _of_scrub)

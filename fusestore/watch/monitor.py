@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from http import HTTPStatus
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import trio
 
@@ -23,7 +23,8 @@ from ..store.report import count_missing
 from ..store.store import Store
 from ..tally import Tallies
 from .families import Metrics
-from .health import health, verdict
+from .fields import MountStatus
+from .health import health, status_of
 from .page import page, page_fields
 from .snapshot import Snapshot
 from .web import Answer, Route
@@ -45,8 +46,8 @@ T = TypeVar("T")
 class Monitor:
     """Looks at an open, mounted store; made on the event loop."""
 
-    def __init__(self, store: Store, tallies: Tallies, about: Callable[[], dict[str, Any]]) -> None:
-        """`about` has the fields of `status` that the mount adds."""
+    def __init__(self, store: Store, tallies: Tallies, about: Callable[[], MountStatus]) -> None:
+        """`about` says where the store is mounted."""
         self._store = store
         self._tallies = tallies
         self._about = about
@@ -114,9 +115,10 @@ class Monitor:
 
     def _take(self, missing: dict[int, int]) -> Snapshot:
         store = self._store
-        status = {**store.reporter.report(missing), **self._about()}
+        mount = self._about()
         return Snapshot(
-            status={"summary": verdict(status), **status},
+            status=status_of(store.reporter.report(missing), mount=mount),
+            mount=mount,
             tallies={name: tally.copy() for name, tally in self._tallies.items()},
             commits=store.committer.commits.copy(),
             checkpoints=store.committer.checkpointer.took.copy(),

@@ -12,7 +12,8 @@ from functools import cache
 from importlib.resources import files
 
 from ..tally import summary
-from .health import health, repair_state, risk_line, scrub_state
+from ..typed_json import to_json
+from .health import health, repair_text, risk_text, scrub_text
 from .snapshot import Snapshot
 from .web import Answer
 
@@ -46,13 +47,13 @@ def page(accept: str = "") -> Answer:
 def page_fields(seen: Snapshot, samples: Sequence[tuple[float, ...]]) -> Answer:
     """What the page shows: the fields of `status`, sentences, operations, and its charts."""
     value = {
-        **seen.status,
+        **to_json(seen.status),
         "now": time.time(),
         "serving": health(seen.status)[0],
-        "risk": risk_line(seen.status),
-        "repair_text": repair_state(seen.status),
-        "scrub_text": scrub_state(seen.status),
-        "operations": summary(seen.tallies, time.time() - seen.status["mounted_at"]),
+        "risk": risk_text(seen.status),
+        "repair_text": repair_text(seen.status),
+        "scrub_text": scrub_text(seen.status),
+        "operations": summary(seen.tallies, time.time() - seen.mount.mounted_at),
         "samples": list(samples),
     }
     return Answer(json.dumps(value).encode(), "application/json")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from ..tally import Histogram, Tallies
+from .fields import MountStatus, Status
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """A store at one instant."""
 
-    status: dict[str, Any]
+    status: Status
+    mount: MountStatus
     tallies: Tallies
     commits: Histogram
     checkpoints: Histogram
