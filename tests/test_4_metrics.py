@@ -52,7 +52,7 @@ from fusestore.store.report import count_missing
 from fusestore.tally import BOUNDS_NS, Histogram, Tally, combined, summary
 from fusestore.text import duration_text
 from fusestore.watch import web
-from fusestore.watch.counts import COLUMNS, Counter, Counts, csv_text
+from fusestore.watch.counts import COLUMNS, Counts, LiveCounts, csv_text
 from fusestore.watch.families import BUCKETS_NS
 from fusestore.watch.fields import MountStatus, NodeStatus, ScrubStatus, Status
 from fusestore.watch.health import health, risk_text, status_of, verdict
@@ -159,13 +159,13 @@ async def test_the_wrapper_counts_answers_and_errors(monkeypatch: pytest.MonkeyP
 
 async def test_counts_are_kept_across_mounts_and_reset(tmp_path: Path) -> None:
     live = {"read": tally(1000, 1000)}
-    counter = Counter(tmp_path, live, keeps=True)
+    counter = LiveCounts(tmp_path, live, keeps=True)
     live["read"].times.add(3000)  # what came before this mount is not its own
     await counter.keep()
     assert Counts.read(tmp_path).tallies["read"].times.count == 1
 
     second: dict[str, Tally] = {"write": tally()}
-    counter = Counter(tmp_path, second, keeps=True)
+    counter = LiveCounts(tmp_path, second, keeps=True)
     second["write"].times.add(5)
     assert {name: t.times.count for name, t in counter.now().tallies.items()} == {
         "read": 1,
@@ -187,7 +187,7 @@ KEPT = (
 
 
 async def test_a_read_only_mount_keeps_nothing(tmp_path: Path) -> None:
-    await Counter(tmp_path, {}, keeps=False).keep()
+    await LiveCounts(tmp_path, {}, keeps=False).keep()
     assert not (tmp_path / COUNTS_NAME).exists()
 
 
@@ -213,7 +213,7 @@ def test_a_file_of_counts_that_is_ours_is_taken(tmp_path: Path) -> None:
 
 
 async def test_counts_that_cannot_be_written_do_no_harm(tmp_path: Path) -> None:
-    await Counter(tmp_path / "gone", {}, keeps=True).keep()
+    await LiveCounts(tmp_path / "gone", {}, keeps=True).keep()
 
 
 def test_csv_has_a_line_an_operation() -> None:

@@ -103,7 +103,7 @@ def print_paths(what: str, paths: Sequence[str]) -> None:
         print_lines(lines, err=True)
 
 
-class Bar:
+class ProgressBar:
     """A progress bar on standard error, if that is a terminal."""
 
     def __init__(self, quiet: bool) -> None:
@@ -136,7 +136,7 @@ def do(store: Path, request: Request[R], *, quiet: bool = True, as_json: bool) -
     """Have a command done, with a progress bar; its result, printed if it is to be JSON."""
     from ..config.store_config import load
 
-    with closing(Bar(quiet)) as bar, answering(as_json):
+    with closing(ProgressBar(quiet)) as bar, answering(as_json):
         _, result = ask(load(store), request, bar.show)
     if as_json:
         print_json(to_json(result))

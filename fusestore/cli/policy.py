@@ -23,7 +23,7 @@ from .asking import (
     ANY_PATH,
     JSON,
     PATH,
-    Bar,
+    ProgressBar,
     answering,
     print_json,
     print_lines,
@@ -64,7 +64,7 @@ def _ask(path: Path, request_of: Callable[[int], Request[R]], *, directory: bool
     from ..serve.control_client import ControlClient
 
     mount = _on_mount(path, directory=directory)
-    with closing(Bar(quiet=False)) as bar:
+    with closing(ProgressBar(quiet=False)) as bar:
         return ControlClient(mount.store).ask(request_of(os.stat(path).st_ino), bar.show)
 
 

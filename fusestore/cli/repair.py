@@ -17,7 +17,7 @@ from .asking import (
     JSON,
     QUIET,
     STORE,
-    Bar,
+    ProgressBar,
     answering,
     ask,
     complete_node,
@@ -68,7 +68,7 @@ def repair(
 
     place = os.fspath(to.absolute()) if to else None
     request = RepairRequest(node, to=place, dry_run=dry_run, rate=rate)
-    with closing(Bar(quiet)) as bar, answering(as_json):
+    with closing(ProgressBar(quiet)) as bar, answering(as_json):
         config = load(store)
         config.node(node)
         _, result = ask(config, request, bar.show)

@@ -18,7 +18,7 @@ from .asking import (
     PATHS_SHOWN_MAX,
     QUIET,
     STORE,
-    Bar,
+    ProgressBar,
     answering,
     do,
     print_json,
@@ -77,7 +77,7 @@ def recover(
     from ..rescue.recover import recover as make_metadata
     from ..serve.control_server import lock_store
 
-    with closing(Bar(quiet)) as bar, answering(as_json):
+    with closing(ProgressBar(quiet)) as bar, answering(as_json):
         if not store.is_dir():
             raise UsageError(f"There is no directory {store}.")
         with lock_store(store):

@@ -20,7 +20,7 @@ from ..rescue.fsck import fsck as check_tables
 from ..store.store import Store
 from ..system import logs
 from ..typed_json import FieldError, from_json, to_json
-from ..watch.counts import Counter
+from ..watch.counts import LiveCounts
 from ..watch.fields import MountStatus, Recoding, Scrub, Status
 from ..watch.health import status_of
 from .control_client import Message, Progress
@@ -68,10 +68,10 @@ Q = TypeVar("Q", bound=Request[Any])
 R = TypeVar("R")
 
 
-class Mount(Protocol):
+class ServedMount(Protocol):
     """What a daemon adds to an open store."""
 
-    counter: Counter
+    counts: LiveCounts
 
     def about(self) -> MountStatus:
         """Where the store is mounted."""
@@ -88,7 +88,7 @@ class Context:
     files: FileSystem
     progress: Progress = lambda message: None
     """Told of where a command is, on the event loop."""
-    mount: Mount | None = None
+    mount: ServedMount | None = None
     """None: the store is not mounted."""
     alone: bool = False
     """The store was opened for this command, and is closed after it."""
@@ -99,7 +99,7 @@ class Context:
         return Safety(self.store.log, self.store.reader, self.files.tree.path)
 
     @property
-    def mounted(self) -> Mount:
+    def served(self) -> ServedMount:
         """The mount; NotMountedError when there is none."""
         if self.mount is None:
             raise NotMountedError(f"The store {self.store.config.store} is not mounted.")
@@ -262,7 +262,7 @@ async def recode(context: Context, request: RecodeRequest) -> Recoding:
 
 async def stop(context: Context, request: StopRequest) -> StopResult:
     """Unmount, and answer when everything is committed."""
-    await context.mounted.stop(request.mountpoint)
+    await context.served.stop(request.mountpoint)
     return StopResult()
 
 
@@ -277,11 +277,11 @@ async def log_level(context: Context, request: LogLevelRequest) -> LogLevelResul
 
 async def metrics(context: Context, request: MetricsRequest) -> MetricsResult:
     """What was counted since the last reset, which may be now."""
-    counter = context.mounted.counter
+    counts = context.served.counts
     if request.action == "reset":
-        counter.reset()
-        await counter.keep()
-    return from_json(MetricsResult, counter.now().rows())
+        counts.reset()
+        await counts.keep()
+    return from_json(MetricsResult, counts.now().rows())
 
 
 # --- all of them ---------------------------------------------------------------

@@ -27,7 +27,7 @@ from ..store.opening import open_store
 from ..store.store import Store
 from ..system import mounts
 from ..system.sd_notify import ServiceManager
-from ..watch.counts import Counter
+from ..watch.counts import LiveCounts
 from ..watch.fields import MountStatus
 from .commands import Context, handlers
 from .control_server import ControlServer, lock_store
@@ -89,8 +89,8 @@ class _Daemon:
                     await files.begin()
                     files.go_on()
                     keeps = not self._options.read_only
-                    self.counter = Counter(self._config.store, TALLIES, keeps=keeps)
-                    nursery.start_soon(self.counter.run)
+                    self.counts = LiveCounts(self._config.store, TALLIES, keeps=keeps)
+                    nursery.start_soon(self.counts.run)
                     commands = handlers(Context(store, files, mount=self))
                     with self._monitoring(store, nursery):
                         await outer.start(ControlServer(commands).serve, self._config.store)
@@ -103,7 +103,7 @@ class _Daemon:
                             await pyfuse3.main(max_tasks=self._config.limits.fuse_tasks_max)
                             self._manager.stopping("Committing, and closing the store")
                     await files.removal.removed()
-                    await self.counter.keep()
+                    await self.counts.keep()
                     nursery.cancel_scope.cancel()
             except Exception as error:
                 self._failed = error
