@@ -45,7 +45,8 @@ from fusestore.limits import DEFAULTS, STRIPE_BYTES, Limits
 from fusestore.members.opening import open_node
 from fusestore.metadata.engine import Engine
 from fusestore.nodes.directory import segment_path
-from fusestore.serve.daemon import offline
+from fusestore.serve.messages.safety import FsckRequest
+from fusestore.serve.offline import offline
 from fusestore.store.opening import open_store
 from fusestore.store.store import Store
 from fusestore.system.io_uring import Batch, Operation, Ring
@@ -867,8 +868,8 @@ async def test_a_place_that_a_failed_node_did_not_take_is_not_counted(
         await one.store.committer.commit()
         crash = crashed(config, tmp_path / "crash")
     for _ in range(2):
-        done = await offline(crash, "fsck", {}, lambda message: None)
-        assert done["findings"] == []
+        done = await offline(crash, FsckRequest(), lambda message: None)
+        assert done.findings == ()
         async with opened(crash) as one:
             assert one.store.log.members.all[0].shards.lost == set()
 

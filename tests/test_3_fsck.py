@@ -37,8 +37,11 @@ from fusestore.rescue import fsck_mend
 from fusestore.rescue.fsck import fsck
 from fusestore.rescue.fsck_findings import Fix
 from fusestore.rescue.fsck_mend import Mender
-from fusestore.serve.daemon import offline
+from fusestore.serve.commands import Context, do
+from fusestore.serve.messages.safety import FsckRequest
+from fusestore.serve.offline import offline
 from fusestore.store.opening import open_store
+from fusestore.typed_json import to_json
 
 Rows = dict[bytes, bytes]
 
@@ -98,7 +101,7 @@ def edit(config: StoreConfig, change: Callable[[Rows], Any]) -> Any:
 
 
 async def check(config: StoreConfig, *, repair: bool = False) -> dict[str, Any]:
-    return await offline(config, "fsck", {"repair": repair}, lambda message: None)
+    return to_json(await offline(config, FsckRequest(repair), lambda message: None))
 
 
 async def read_all(one: Opened) -> dict[str, bytes | str | None]:
@@ -335,11 +338,9 @@ async def test_shards_that_lie_on_each_other_are_rebuilt(config: StoreConfig) ->
 
 
 async def test_a_mounted_store_is_not_mended(config: StoreConfig) -> None:
-    from fusestore.serve.daemon import _commands
-
     async with opened(config) as one:
         with pytest.raises(UsageError):
-            await _commands(one.store, one.files)["fsck"]({"repair": True}, lambda m: None)
+            await do(Context(one.store, one.files), FsckRequest(repair=True))
 
 
 @pytest.mark.parametrize("counts", [None, bytes(16)])

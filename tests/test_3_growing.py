@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import trio
@@ -38,7 +38,18 @@ from fusestore.metadata.engine import Engine
 from fusestore.nodes.base import Space
 from fusestore.nodes.directory import DirectoryNode
 from fusestore.rescue.recover import recover
-from fusestore.serve.daemon import _commands, offline
+from fusestore.serve.commands import Context, handlers
+from fusestore.serve.messages.nodes import (
+    NodeAddRequest,
+    NodeDrainRequest,
+    NodeRemoveRequest,
+    NodesRequest,
+    RebalanceRequest,
+)
+from fusestore.serve.messages.request import Request
+from fusestore.serve.offline import offline
+
+R = TypeVar("R")
 
 REGIONS = ["us-east-1", "us-west-1", "eu-west-1"]
 
@@ -46,7 +57,8 @@ REGIONS = ["us-east-1", "us-west-1", "eu-west-1"]
 async def do(one: Opened, command: str, **arguments: Any) -> dict[str, Any]:
     """A command as the daemon of a mounted store does it."""
     with trio.fail_after(120):
-        return await _commands(one.store, one.files)[command](arguments, lambda message: None)
+        handler = handlers(Context(one.store, one.files))[command]
+        return await handler(arguments, lambda message: None)
 
 
 async def add(one: Opened, path: Path, name: str, region: str, weight: float = 1.0) -> None:
@@ -183,17 +195,17 @@ async def test_every_command_works_on_a_store_that_is_not_mounted(tmp_path: Path
     async with opened(config) as one:
         files = await fill(one)
 
-    async def do_offline(command: str, **arguments: Any) -> dict[str, Any]:
-        return await offline(load(config.store), command, arguments, lambda message: None)
+    async def do_offline(request: Request[R]) -> R:
+        return await offline(load(config.store), request, lambda message: None)
 
     path = str(tmp_path / "elsewhere")
-    await do_offline("node_add", node="us-east-2", region="us-east-1", path=path, weight=1.0)
-    assert (await do_offline("rebalance", action="status"))["state"] == "never"
-    assert (await do_offline("rebalance", action="start"))["state"] == "done"
-    nodes = {node["name"]: node for node in (await do_offline("nodes"))["nodes"]}
-    assert nodes["us-east-2"]["bytes"] == pytest.approx(nodes["us-east-1"]["bytes"], rel=0.2)
-    assert (await do_offline("node_drain", node="us-east-1"))["drained"] is True
-    await do_offline("node_remove", node="us-east-1")
+    await do_offline(NodeAddRequest("us-east-2", "us-east-1", path))
+    assert (await do_offline(RebalanceRequest("status"))).state == "never"
+    assert (await do_offline(RebalanceRequest("start"))).state == "done"
+    held = {node.name: node.bytes for node in (await do_offline(NodesRequest())).nodes}
+    assert held["us-east-2"] == pytest.approx(held["us-east-1"], rel=0.2)
+    assert (await do_offline(NodeDrainRequest("us-east-1"))).drained is True
+    await do_offline(NodeRemoveRequest("us-east-1"))
     async with opened(load(config.store)) as one:
         await is_right(one, files)
 

@@ -51,7 +51,8 @@ from fusestore.limits import STRIPE_BYTES, Limits
 from fusestore.metadata.engine import Engine
 from fusestore.rescue.recover import recover
 from fusestore.serve.control_server import lock_store
-from fusestore.serve.daemon import offline
+from fusestore.serve.messages.safety import FsckRequest
+from fusestore.serve.offline import offline
 from fusestore.store.opening import open_store
 
 REGIONS = ("us-east-1", "us-west-1", "eu-west-1")
@@ -680,9 +681,9 @@ async def leaks(config: StoreConfig) -> set[str]:
 
     A crash may leave a segment's row with more live bytes than it has.
     """
-    found = await offline(config, "fsck", {}, lambda message: None)
-    segments = [line for line in found["findings"] if line.startswith("segments: ")]
-    assert segments == found["findings"]
+    found = await offline(config, FsckRequest(), lambda message: None)
+    segments = [line for line in found.findings if line.startswith("segments: ")]
+    assert segments == list(found.findings)
     return {line.partition(" counts ")[0] for line in segments}
 
 
@@ -1047,7 +1048,8 @@ async def test_a_history_that_was_given_up_never_comes_back(
         assert await read_files(one) == found.files
         for name in REGIONS:
             assert (await repair(one, name))["shards_rebuilt"] == 0
-    assert (await offline(found.config, "fsck", {}, lambda message: None))["findings"] == []
+    fsck = await offline(found.config, FsckRequest(), lambda message: None)
+    assert fsck.findings == ()
     for index in (1, *([2] if code == "1+2" else [])):  # who carried it all until now
         shutil.rmtree(found.config.nodes[index].path)
     assert await read(found.config) == found.files

@@ -25,7 +25,9 @@ from fusestore.format.erasure import Code
 from fusestore.format.stripe_rows import Stripe
 from fusestore.limits import STRIPE_BYTES
 from fusestore.rescue.recover import recover
-from fusestore.serve.daemon import _commands, offline
+from fusestore.serve.commands import Context, handlers
+from fusestore.serve.messages.safety import ScrubRequest
+from fusestore.serve.offline import offline
 
 REGIONS = ["us-east-1", "us-west-1", "eu-west-1"]
 
@@ -41,7 +43,8 @@ def content(name: str, stripes: int = 6) -> bytes:
 
 async def do(one: Opened, command: str, **arguments: Any) -> dict[str, Any]:
     """A command as the daemon of a mounted store does it."""
-    return await _commands(one.store, one.files)[command](arguments, lambda message: None)
+    handler = handlers(Context(one.store, one.files))[command]
+    return await handler(arguments, lambda message: None)
 
 
 async def fill(one: Opened, names: str = "abc") -> dict[str, bytes]:
@@ -205,8 +208,8 @@ async def test_a_scrub_keeps_its_place(config: StoreConfig) -> None:
         done = await do(one, "scrub", action="start", wait=True)  # waits for the one that runs
         assert done["state"] == "done"
         assert done["stripes"] == len(one.rows(b"S"))
-    offline_done = await offline(load(config.store), "scrub", {"action": "start"}, lambda m: None)
-    assert (offline_done["state"], offline_done["found"]) == ("done", 0)
+    done = await offline(load(config.store), ScrubRequest("start"), lambda message: None)
+    assert (done.state, done.found) == ("done", 0)
 
 
 async def test_risk_says_what_would_be_lost(config: StoreConfig) -> None:

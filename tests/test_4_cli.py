@@ -1,6 +1,6 @@
 """The command line: what it prints, its exit statuses, and daemons that fail in every way.
 
-The daemons here are fakes, put in place of `fusestore.daemon` in the processes
+The daemons here are fakes, put in place of `fusestore.serve.daemon` in the processes
 that `mount` starts: they show what the command makes of good ones and bad ones.
 """
 
@@ -26,8 +26,10 @@ from click.testing import CliRunner, Result
 
 from fusestore.cli.asking import ANY_PATH
 from fusestore.cli.errors import EXIT_STATUS, FAILED
+from fusestore.cli.inspect import layout_lines
 from fusestore.cli.main import cli
-from fusestore.cli.status import _circumstances
+from fusestore.cli.repair import repair_line
+from fusestore.cli.status import StoreView, dead_mount, status_lines
 from fusestore.config.mkfs import make_store
 from fusestore.config.mount_options import MountOptions
 from fusestore.config.store_config import load
@@ -42,8 +44,12 @@ from fusestore.errors import (
 from fusestore.serve.control_client import ControlClient, Message, Progress
 from fusestore.serve.control_server import ControlServer, Handler, lock_store
 from fusestore.serve.launch import prepare_mountpoint
+from fusestore.serve.messages.files import LayoutResult
+from fusestore.serve.messages.safety import RepairDone
 from fusestore.system import mounts
-from fusestore.text import bytes_text, layout_lines, repair_line, status_lines
+from fusestore.text import bytes_text
+from fusestore.typed_json import from_json
+from fusestore.watch.fields import Status
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -152,8 +158,8 @@ def test_ctrl_c_while_a_store_is_worked_on_is_no_traceback(store: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.fspath(REPOSITORY)}
     program = """
 import os, signal, sys, trio
-from fusestore import scrub
-from fusestore.cli import main
+from fusestore.cli.main import main
+from fusestore.repair import scrub
 async def interrupted(self, *arguments, **named):
     async with trio.open_nursery():
         os.kill(os.getpid(), signal.SIGINT)
@@ -358,8 +364,27 @@ def test_unknown_options_are_wrong_use(tmp_path: Path, store: Path) -> None:
 
 # --- commands to a daemon ----------------------------------------------------
 
+NO_SCRUB = {
+    "state": "never",
+    "position": "",
+    "end": "",
+    "rate": None,
+    "started": 0,
+    "finished": 0,
+    "stripes": 0,
+    "total": 0,
+    "shards": 0,
+    "size": 0,
+    "skipped": 0,
+    "found": 0,
+    "left": 0,
+    "eta_seconds": None,
+}
 STATUS: dict[str, Any] = {
+    "summary": "All data is safe.",
     "healthy": True,
+    "store": "/s",
+    "uuid": "u",
     "code": "2+1",
     "files": 12345,
     "bytes": 6_000_000_000,
@@ -367,19 +392,42 @@ STATUS: dict[str, Any] = {
     "last_commit": 88,
     "checkpoint": 80,
     "unsafe_codes": [],
+    "regions_borne": 1,
+    "readable": True,
+    "read_only": False,
+    "error": "",
+    "metadata_error": "",
+    "bytes_total": 24_000_000_000,
+    "bytes_free": 18_000_000_000,
+    "last_commit_at": None,
+    "uncommitted_bytes": 0,
+    "epoch": 3,
+    "metadata_bytes": 1_000_000,
+    "degraded_reads": 0,
+    "failed_reads": 0,
+    "repair": None,
+    "repairs": [],
+    "scrub": NO_SCRUB,
     "nodes": [
         {
             "name": name,
             "region": name,
             "path": f"/srv/{name}",
+            "weight": 1.0,
+            "draining": False,
             "state": "up",
+            "in_sync": True,
+            "error": "",
             "bytes_used": 3_000_000_000,
             "bytes_free": 9_000_000_000,
+            "bytes_total": 12_000_000_000,
             "missing_shards": 0,
+            "checksum_failures": 0,
         }
         for name in ("us-east-1", "us-west-1", "eu-west-1")
     ],
 }
+MOUNT = {"mounted": True, "mounted_at": 1e9, "mountpoint": "/mnt", "pid": 7, "metrics": None}
 
 
 def a_command(answer: Message | FusestoreError) -> Handler:
@@ -422,16 +470,11 @@ def daemon() -> Iterator[Callable[..., None]]:
 
 
 def test_status_of_a_mounted_store(store: Path, daemon: Callable[..., None]) -> None:
-    daemon(store, status=STATUS)
+    daemon(store, status={**STATUS, **MOUNT, "told by a newer daemon": 1})
     result = run("status", store, "--json")
     assert result.exit_code == 0
     status = json.loads(result.stdout)
-    assert status["mounted"] is True
-    assert status["pid"] == os.getpid()
-    assert status["store"] == str(store)
-    assert status["uuid"] == str(load(store).uuid)
-    assert {key: status[key] for key in STATUS} == STATUS
-    assert {"mountpoint", "log_file"} < set(status)
+    assert status == {**STATUS, **MOUNT, "dead_mount": None, "log_file": status["log_file"]}
     text = run("status", store).stdout.splitlines()
     assert text[0] == "All data is safe: every node is up, and any one region may be lost."
     assert len(text) < 24
@@ -441,7 +484,7 @@ def test_status_of_a_mounted_store(store: Path, daemon: Callable[..., None]) -> 
 def test_status_that_is_not_healthy(store: Path, daemon: Callable[..., None]) -> None:
     bad = {"state": "down", "missing_shards": 7, "error": "There is no directory /srv/us-east-1."}
     nodes = [{**STATUS["nodes"][0], **bad}, *STATUS["nodes"][1:]]
-    daemon(store, status={**STATUS, "healthy": False, "nodes": nodes})
+    daemon(store, status={**STATUS, **MOUNT, "healthy": False, "nodes": nodes})
     result = run("status", store, "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["healthy"] is False
@@ -487,9 +530,11 @@ def test_repair_says_what_it_will_do_and_what_it_did(
 ) -> None:
     done = {
         "plan": PLAN,
+        "node": "us-east-1",
         "shards_rebuilt": 1234,
         "bytes": 600_000_000,
         "seconds": 2.0,
+        "stripes_lost": 0,
         "unrepairable": [],
     }
     daemon(store, repair=done)
@@ -505,8 +550,8 @@ def test_repair_says_what_it_will_do_and_what_it_did(
 
 def test_what_cannot_be_repaired_is_named(store: Path, daemon: Callable[..., None]) -> None:
     lost = [f"a/{i}" for i in range(30)]
-    done = {"shards_rebuilt": 0, "bytes": 0, "seconds": 0.0, "unrepairable": lost}
-    daemon(store, repair={"plan": PLAN, **done})
+    done = {"node": "us-east-1", "shards_rebuilt": 0, "bytes": 0, "seconds": 0.0}
+    daemon(store, repair={"plan": PLAN, **done, "stripes_lost": 30, "unrepairable": lost})
     result = run("repair", store, "us-east-1")
     assert result.exit_code == 1
     assert "30 files cannot be repaired" in result.stdout
@@ -547,8 +592,9 @@ def test_sizes_read_well() -> None:
 
 
 def test_unsafe_codes_stay_loud() -> None:
-    status = {**STATUS, "mounted": False, "store": "/s", "uuid": "u", "unsafe_codes": ["1+0"]}
-    assert "1+0 does not survive the loss of a region" in next(status_lines(status))
+    status = from_json(Status, {**STATUS, "unsafe_codes": ["1+0"]})
+    first = next(status_lines(StoreView(status, None, None)))
+    assert "1+0 does not survive the loss of a region" in first
 
 
 def test_a_layout_as_a_table() -> None:
@@ -577,14 +623,14 @@ def test_a_layout_as_a_table() -> None:
             "8": {"length": 164, "shard_length": 0, "state": "open", "shards": []},
         },
     }
-    text = list(layout_lines("letter", layout))
+    text = list(layout_lines("letter", from_json(LayoutResult, layout)))
     assert text[0] == "letter: 1.0 MiB, code 2+1, 2 extents in 2 stripes"
     assert text[1] == "All shards are there; 1 stripe is still open."
     assert any("us-east-1  shards/00000001.seg     192  524288" in line for line in text)
 
 
 def test_a_repair_in_no_time() -> None:
-    done = {"plan": PLAN, "shards_rebuilt": 0, "bytes": 0, "seconds": 0.0, "unrepairable": []}
+    done = RepairDone("n", 0, 0, 0.0, 0, ())
     assert repair_line("n", done) == "n: 0 shards rebuilt and checked, 0 B in 0.0 s (0.0 MB/s)."
 
 
@@ -610,8 +656,9 @@ async def serve(config, mountpoint, options, on_ready):
 
 async def mounted(config, mountpoint, options, on_ready, mode):
     import pyfuse3
-    from fusestore import errors, mounts
-    from fusestore.control import ControlServer, lock_store
+    from fusestore import errors
+    from fusestore.serve.control_server import ControlServer, lock_store
+    from fusestore.system import mounts
 
     class Null(pyfuse3.Operations):
         async def getattr(self, ino, ctx=None):
@@ -834,8 +881,7 @@ def test_a_dead_mount_is_cleared_by_the_next_mount(fakes: Fakes) -> None:
     assert fakes.mount().returncode == 0
     fakes.kill()
     assert mounts.is_dead(fakes.mountpoint)
-    seen = _circumstances(load(fakes.store), None)
-    assert (seen["mountpoint"], seen["dead_mount"]) == (None, str(fakes.mountpoint))
+    assert dead_mount(load(fakes.store)) == str(fakes.mountpoint)
     result = fakes.mount()
     assert result.returncode == 0, result.stderr
     assert "cleared the mount that a dead daemon left" in result.stderr

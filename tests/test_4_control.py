@@ -442,7 +442,7 @@ def a_store(path: Path) -> StoreConfig:
 HOLDER = """
 import sys
 from pathlib import Path
-from fusestore.control import lock_store
+from fusestore.serve.control_server import lock_store
 with lock_store(Path(sys.argv[1])):
     print("locked", flush=True)
     sys.stdin.read()
@@ -516,7 +516,8 @@ def test_a_store_that_cannot_be_locked_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_commands_start_without_the_weight_of_the_daemon() -> None:
-    code = "import sys, fusestore.cli, fusestore.control_client, fusestore.mounts; "
+    code = "import sys, fusestore.cli.main, fusestore.serve.control_client; "
+    code += "import fusestore.system.mounts; "
     code += "print([name for name in ('trio', 'pyfuse3', 'lmdb', 'tqdm') if name in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code],

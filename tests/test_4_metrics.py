@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from http.client import HTTPConnection
 from importlib.resources import files
 from pathlib import Path
@@ -36,6 +37,7 @@ from conftest import FUSESTORE
 from pyfuse3 import FUSEError
 from test_2_log import Opened, opened
 
+from fusestore.cli.status import StoreView, status_lines
 from fusestore.config.mkfs import make_store
 from fusestore.config.mount_options import MountOptions, parse_address
 from fusestore.config.store_config import COUNTS_NAME, StoreConfig, load
@@ -48,10 +50,14 @@ from fusestore.serve import operations
 from fusestore.serve.operations import TALLIES, _answered
 from fusestore.store.report import count_missing
 from fusestore.tally import BOUNDS_NS, Histogram, Tally, combined, summary
-from fusestore.text import duration_text, risk_line, status_lines, verdict
+from fusestore.text import duration_text
 from fusestore.watch import web
-from fusestore.watch.counts import COLUMNS, Counter, Counts, csv_text
-from fusestore.watch.monitor import BUCKETS_NS, Monitor, _page, health
+from fusestore.watch.counts import COLUMNS, Counts, LiveCounts, csv_text
+from fusestore.watch.families import BUCKETS_NS
+from fusestore.watch.fields import MountStatus, NodeStatus, ScrubStatus, Status
+from fusestore.watch.health import health, risk_text, status_of, verdict
+from fusestore.watch.monitor import Monitor
+from fusestore.watch.page import page
 
 MONITORING = files("fusestore.watch")
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -153,13 +159,13 @@ async def test_the_wrapper_counts_answers_and_errors(monkeypatch: pytest.MonkeyP
 
 async def test_counts_are_kept_across_mounts_and_reset(tmp_path: Path) -> None:
     live = {"read": tally(1000, 1000)}
-    counter = Counter(tmp_path, live, keeps=True)
+    counter = LiveCounts(tmp_path, live, keeps=True)
     live["read"].times.add(3000)  # what came before this mount is not its own
     await counter.keep()
     assert Counts.read(tmp_path).tallies["read"].times.count == 1
 
     second: dict[str, Tally] = {"write": tally()}
-    counter = Counter(tmp_path, second, keeps=True)
+    counter = LiveCounts(tmp_path, second, keeps=True)
     second["write"].times.add(5)
     assert {name: t.times.count for name, t in counter.now().tallies.items()} == {
         "read": 1,
@@ -181,7 +187,7 @@ KEPT = (
 
 
 async def test_a_read_only_mount_keeps_nothing(tmp_path: Path) -> None:
-    await Counter(tmp_path, {}, keeps=False).keep()
+    await LiveCounts(tmp_path, {}, keeps=False).keep()
     assert not (tmp_path / COUNTS_NAME).exists()
 
 
@@ -207,7 +213,7 @@ def test_a_file_of_counts_that_is_ours_is_taken(tmp_path: Path) -> None:
 
 
 async def test_counts_that_cannot_be_written_do_no_harm(tmp_path: Path) -> None:
-    await Counter(tmp_path / "gone", {}, keeps=True).keep()
+    await LiveCounts(tmp_path / "gone", {}, keeps=True).keep()
 
 
 def test_csv_has_a_line_an_operation() -> None:
@@ -286,11 +292,15 @@ def test_a_view_outlives_its_engine(tmp_path: Path) -> None:
     assert count_missing(view) == {1: 1000}
 
 
-STATUS: dict[str, Any] = {
-    "healthy": True, "error": "", "metadata_error": "", "readable": True, "read_only": False,
-    "bytes_free": 10**9, "regions_borne": 1, "unsafe_codes": [],
-    "nodes": [{"name": "a", "state": "up", "missing_shards": 0}],
-}  # fmt: skip
+NODE = NodeStatus("a", "a", "/a", 1.0, False, "up", True, "", 0, 0, 0, 0, 0)
+SCRUB = ScrubStatus("never", "", "", None, 0.0, 0.0, 0, 0, 0, 0, 0, 0, 0, None)
+STATUS = Status(
+    healthy=True, error="", metadata_error="", readable=True, read_only=False, store="/s",
+    uuid="u", code="2+1", regions_borne=1, unsafe_codes=(), files=1, bytes=0, bytes_total=10**9,
+    bytes_free=10**9, stripes=0, last_commit=1, last_commit_at=None, uncommitted_bytes=0,
+    checkpoint=1, epoch=1, metadata_bytes=0, degraded_reads=0, failed_reads=0, repair=None,
+    repairs=(), scrub=SCRUB, nodes=(NODE,),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -306,19 +316,19 @@ STATUS: dict[str, Any] = {
     ],
 )
 def test_health(change: dict[str, Any], good: bool) -> None:
-    found, sentence = health({**STATUS, **change})
+    found, sentence = health(replace(STATUS, **change))
     assert found is good
     assert sentence.endswith(".")
 
 
 def test_the_verdict_and_the_risk_say_how_many_regions() -> None:
     assert "any one region may be lost" in verdict(STATUS)
-    assert "any 2 regions may be lost" in verdict({**STATUS, "regions_borne": 2})
-    assert risk_line({**STATUS, "regions_borne": 0}) == (
+    assert "any 2 regions may be lost" in verdict(replace(STATUS, regions_borne=2))
+    assert risk_text(replace(STATUS, regions_borne=0)) == (
         "the loss of one more region would lose data"
     )
-    assert "risk" in str(risk_line({**STATUS, "regions_borne": -1}))
-    assert "cannot be read" in str(risk_line({**STATUS, "regions_borne": -1, "readable": False}))
+    assert "risk" in risk_text(replace(STATUS, regions_borne=-1))
+    assert "cannot be read" in risk_text(replace(STATUS, regions_borne=-1, readable=False))
 
 
 @pytest.mark.parametrize(
@@ -336,13 +346,13 @@ async def test_the_screen_fits_and_says_what_runs(config: StoreConfig) -> None:
     async with opened(config) as one:
         await one.put("a", random.Random(1).randbytes(3 * STRIPE_BYTES))
         await one.store.committer.commit()
-        status = {**await one.store.status(), "mounted": False}
-        status["repair"] = {
+        report = await one.store.status()
+        report["repair"] = {
             "node": "us-east-1", "by_itself": False, "phase": "shards", "unit": "bytes",
             "done": 1 << 30, "total": 4 << 30, "seconds": 60.0, "eta_seconds": 180.0,
         }  # fmt: skip
-        status["scrub"] |= {"state": "running", "stripes": 5, "total": 10, "eta_seconds": 9.0}
-        lines = list(status_lines(status))
+        report["scrub"] |= {"state": "running", "stripes": 5, "total": 10, "eta_seconds": 9.0}
+        lines = list(status_lines(StoreView(status_of(report), None, None)))
         assert len(lines) < 24
         text = "\n".join(lines)
         assert "us-east-1: shards, 1.0 GiB of 4.0 GiB (25 %), 3 min left" in text
@@ -373,8 +383,8 @@ async def test_a_repair_under_way_is_told(config: StoreConfig) -> None:
 # --- metrics -------------------------------------------------------------------
 
 
-def about() -> dict[str, Any]:
-    return {"mounted_at": time.time(), "mountpoint": "/mnt"}
+def about() -> MountStatus:
+    return MountStatus(True, time.time(), "/mnt", os.getpid(), None)
 
 
 async def fetch(monitor: Monitor, path: str, accept: str = "") -> web.Answer:
@@ -628,7 +638,7 @@ def test_slow_clients_are_let_go(
 
 
 def test_the_page_contains_all_that_it_needs() -> None:
-    answer = _page()
+    answer = page()
     text = answer.body.decode()
     assert "//" not in re.sub(r"^\s*//.*$", "", text, flags=re.MULTILINE)
     assert not re.search(r"\bstyle=|\bon[a-z]+=\"|innerHTML|@import|url\(", text)

@@ -23,7 +23,8 @@ from fusestore.config.store_config import StoreConfig
 from fusestore.errors import FusestoreError, MetadataError, UnknownVersionError, UsageError
 from fusestore.format import records, store_rows
 from fusestore.serve import units
-from fusestore.serve.daemon import offline
+from fusestore.serve.messages.safety import ScrubRequest
+from fusestore.serve.offline import offline
 from fusestore.system import files, logs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -157,7 +158,7 @@ def test_there_are_the_examples_that_are_promised() -> None:
 
 def opened(config: StoreConfig) -> None:
     """Open the store read-write, and close it."""
-    trio.run(offline, config, "scrub", {"action": "start"}, lambda progress: None)
+    trio.run(offline, config, ScrubRequest("start"), lambda progress: None)
 
 
 def test_metadata_of_a_newer_format_is_refused_in_one_sentence(
@@ -278,7 +279,7 @@ def test_no_unit_gives_the_mount_a_namespace_of_its_own() -> None:
             assert not set(settings) & HIDES_THE_MOUNT, file
 
 
-def settings_of(manager: units.Manager, config: StoreConfig, place: Path) -> dict[Path, str]:
+def settings_of(manager: units.Systemd, config: StoreConfig, place: Path) -> dict[Path, str]:
     """The files of a service, with a program that is there."""
     return units.files(manager, Path("/bin/true"), config, place, MountOptions.parse(["nodev"]))
 
@@ -288,7 +289,7 @@ def test_units_hold_any_name_and_systemd_finds_nothing_wrong(tmp_path: Path, nam
     config = make_store(tmp_path / name)
     place = tmp_path / "mnt" / name
     place.mkdir(parents=True)
-    manager = units.Manager(tmp_path / "units", user=False)
+    manager = units.Systemd(tmp_path / "units", user=False)
     for path, text in settings_of(manager, config, place).items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -307,7 +308,7 @@ def test_a_user_gets_no_limits_that_only_the_system_can_set(
     config: StoreConfig, tmp_path: Path
 ) -> None:
     for user in (False, True):
-        texts = settings_of(units.Manager(tmp_path, user), config, tmp_path)
+        texts = settings_of(units.Systemd(tmp_path, user), config, tmp_path)
         assert (tmp_path / units.HARDENING in texts) is not user
         assert any("CapabilityBoundingSet" in text for text in texts.values()) is not user
 
@@ -316,15 +317,15 @@ def test_a_longer_wait_from_failure_to_failure_where_systemd_can(
     config: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for version, can in [(252, False), (257, True)]:
-        monkeypatch.setattr(units.Manager, "version", lambda manager, version=version: version)
-        texts = settings_of(units.Manager(tmp_path, False), config, tmp_path)
+        monkeypatch.setattr(units.Systemd, "version", lambda manager, version=version: version)
+        texts = settings_of(units.Systemd(tmp_path, False), config, tmp_path)
         assert (tmp_path / units.BACKOFF in texts) is can
 
 
 @pytest.mark.parametrize("said", ["systemd 252 (252.39-1~deb12u2)\n+PAM", "systemd 252~rc3 (x)"])
 def test_versions_of_systemd(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(units.Manager, "control", lambda *arguments: said)
-    assert units.Manager(Path("/"), False).version() == 252
+    monkeypatch.setattr(units.Systemd, "control", lambda *arguments: said)
+    assert units.Systemd(Path("/"), False).version() == 252
 
 
 def test_the_disks_of_regions_are_awaited_and_not_required(
@@ -332,7 +333,7 @@ def test_the_disks_of_regions_are_awaited_and_not_required(
 ) -> None:
     disks = {"us-east-1": "/disks/a b", "us-west-1": "/disks/a b", "eu-west-1": "/"}
     monkeypatch.setattr(units, "_mount_of", lambda path: Path(disks[path.name]))
-    texts = settings_of(units.Manager(tmp_path, False), config, tmp_path / "mnt")
+    texts = settings_of(units.Systemd(tmp_path, False), config, tmp_path / "mnt")
     (text,) = {text for path, text in texts.items() if path.name == "store.conf"}
     assert "\nWants=disks-a\\x20b.mount\nAfter=disks-a\\x20b.mount\n" in text
     assert "/disks" not in text
@@ -342,7 +343,7 @@ def test_paths_that_no_unit_can_hold_are_refused(tmp_path: Path) -> None:
     config = make_store(tmp_path / "s")
     for name in ["a\nb", os.fsdecode(b"\xff")]:
         with pytest.raises(UsageError, match="cannot stand in a unit"):
-            settings_of(units.Manager(tmp_path, False), config, tmp_path / name)
+            settings_of(units.Systemd(tmp_path, False), config, tmp_path / name)
 
 
 def test_service_install_prints_without_writing(config: StoreConfig, tmp_path: Path) -> None:
@@ -362,11 +363,11 @@ def test_a_service_is_installed_again_and_uninstalled(
 ) -> None:
     asked: list[tuple[str, ...]] = []
 
-    def control(manager: units.Manager, *arguments: str) -> str:
+    def control(manager: units.Systemd, *arguments: str) -> str:
         asked.append(arguments)
         return "systemd 257 (257)"
 
-    monkeypatch.setattr(units.Manager, "control", control)
+    monkeypatch.setattr(units.Systemd, "control", control)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     place = tmp_path / "mnt"
     place.mkdir()
@@ -413,7 +414,7 @@ def test_units_that_may_not_be_written_say_what_to_do(
     def refused(file: Path, text: str, mode: int) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(file.with_name("draft")))
 
-    monkeypatch.setattr(units.Manager, "control", lambda *arguments: "systemd 257 (257)")
+    monkeypatch.setattr(units.Systemd, "control", lambda *arguments: "systemd 257 (257)")
     monkeypatch.setattr(files, "write_whole", refused)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     (tmp_path / "mnt").mkdir()

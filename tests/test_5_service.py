@@ -248,7 +248,7 @@ def test_the_log_level_changes_while_mounted(make_store: MakeStore) -> None:
 
 def helper(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a helper as mount(8) and umount(8) do."""
-    code = f"from fusestore.cli_mount_helper import main_{name}; main_{name}()"
+    code = f"from fusestore.cli.mount_helper import main_{name}; main_{name}()"
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         cwd=REPOSITORY,
@@ -297,7 +297,7 @@ mkdir "$HELPERS/upper" "$HELPERS/work"
 mount -t overlay -o "lowerdir=$(realpath /sbin),upperdir=$HELPERS/upper,workdir=$HELPERS/work" \
     overlay "$(realpath /sbin)"
 for name in mount umount; do
-    printf '#!%s\\nfrom fusestore.cli_mount_helper import main_%s\\nmain_%s()\\n' \
+    printf '#!%s\\nfrom fusestore.cli.mount_helper import main_%s\\nmain_%s()\\n' \
         "$PYTHON" $name $name >"$HELPERS/main"
     install -m 755 "$HELPERS/main" "/sbin/$name.$([ $name = mount ] || echo fuse.)fusestore"
 done

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..limits import MIB
 from ..serve.control_client import ControlClient
+from ..serve.messages.mount import StatusRequest
 from . import workloads
 from .children import isolated, together
 from .measured import Measured
@@ -157,8 +158,7 @@ def checkpoints(place: Place) -> Iterator[Measured]:
             with workloads.opened(churned, os.O_RDONLY) as fd:
                 os.fsync(fd)
             if place.store is not None:
-                status = ControlClient(place.store).request("status")
-                seen.add(status["checkpoint"])
+                seen.add(ControlClient(place.store).ask(StatusRequest()).checkpoint)
         return list(seen)
 
     _, (latencies, seen) = together([write, churn])

@@ -1,29 +1,31 @@
-"""The commands `repair` and `inspect`, and how a command has its work done.
+"""How a command has its work done, and what all commands share.
 
-They ask the daemon of a mounted store, and open an unmounted one themselves;
+A command asks the daemon of a mounted store, and opens an unmounted one itself;
 the same code does the work in both cases.
 """
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ..text import printable
+from ..typed_json import to_json
 from .errors import sentence
 
 if TYPE_CHECKING:
     from ..config.store_config import StoreConfig
     from ..serve.control_client import Message, Progress
+    from ..serve.messages.request import Request
 
-LAYOUT = "user.fusestore.layout"
+R = TypeVar("R")
+
 PATHS_SHOWN_MAX = 20
 
 
@@ -48,25 +50,24 @@ QUIET = click.option("--quiet", "-q", is_flag=True, help="No progress bar.")
 
 
 def ask(
-    config: StoreConfig, command: str, arguments: Message, progress: Progress
-) -> tuple[int | None, Message]:
+    config: StoreConfig, request: Request[R], progress: Progress = lambda message: None
+) -> tuple[int | None, R]:
     """Have a command done; returns the daemon that did it, by number, if one did; its result."""
     from ..errors import NotMountedError
     from ..serve.control_client import ControlClient
 
     client = ControlClient(config.store)
     try:
-        return client.daemon(), client.request(command, arguments, progress)
+        return client.daemon(), client.ask(request, progress)
     except NotMountedError:
         import trio
 
-        from ..serve.daemon import offline
+        from ..serve.offline import offline
 
         return None, trio.run(
             offline,
             config,
-            command,
-            arguments,
+            request,
             progress,
             restrict_keyboard_interrupt_to_checkpoints=True,
         )
@@ -85,8 +86,6 @@ def answering(as_json: bool, **failed: Any) -> Iterator[None]:
 
 def print_lines(lines: Iterable[str], *, err: bool = False) -> None:
     """Print lines for people; in one piece, so that `head -1` takes them whole."""
-    from ..text import printable
-
     click.echo("\n".join(map(printable, lines)), err=err)
 
 
@@ -95,7 +94,7 @@ def print_json(value: Message) -> None:
     click.echo(json.dumps(value, indent=2))
 
 
-def print_paths(what: str, paths: list[str]) -> None:
+def print_paths(what: str, paths: Sequence[str]) -> None:
     """Name files on standard error, not too many."""
     lines = [f"{what}: {path}" for path in paths[:PATHS_SHOWN_MAX]]
     if len(paths) > PATHS_SHOWN_MAX:
@@ -104,7 +103,7 @@ def print_paths(what: str, paths: list[str]) -> None:
         print_lines(lines, err=True)
 
 
-class Bar:
+class ProgressBar:
     """A progress bar on standard error, if that is a terminal."""
 
     def __init__(self, quiet: bool) -> None:
@@ -133,16 +132,14 @@ class Bar:
             self._bar = None
 
 
-def do(
-    store: Path, command: str, arguments: Message, *, quiet: bool = True, as_json: bool
-) -> Message:
+def do(store: Path, request: Request[R], *, quiet: bool = True, as_json: bool) -> R:
     """Have a command done, with a progress bar; its result, printed if it is to be JSON."""
     from ..config.store_config import load
 
-    with closing(Bar(quiet)) as bar, answering(as_json):
-        _, result = ask(load(store), command, arguments, bar.show)
+    with closing(ProgressBar(quiet)) as bar, answering(as_json):
+        _, result = ask(load(store), request, bar.show)
     if as_json:
-        print_json(result)
+        print_json(to_json(result))
     return result
 
 
@@ -167,111 +164,3 @@ def rate_option(function: Any) -> Any:
         callback=lambda context, option, value: value * 1e6 if value else None,
         help="Read and write at most so much a second.",
     )(function)
-
-
-# --- repair ------------------------------------------------------------------
-
-
-@click.command(short_help="Rebuild a node that lost its data.")
-@STORE
-@click.argument("node", shell_complete=complete_node)
-@click.option(
-    "--to",
-    type=ANY_PATH,
-    metavar="PATH",
-    help="Rebuild it in this directory, new or empty, and keep it there.",
-)
-@click.option("--dry-run", is_flag=True, help="Only say what there is to do.")
-@rate_option
-@QUIET
-@JSON
-@click.pass_context
-def repair(
-    context: click.Context,
-    store: Path,
-    node: str,
-    to: Path | None,
-    dry_run: bool,
-    rate: float | None,
-    quiet: bool,
-    as_json: bool,
-) -> None:
-    """Rebuild NODE of STORE from the other nodes, mounted or not.
-
-    For a node whose directory is gone, empty, or has lost or bad shards.  The
-    journal comes first, then the shards, those of the weakest stripes first.
-    Each shard is read back and checked before it counts; afterwards any other
-    region may go.  A repair that was killed goes on where it was.  What cannot
-    be rebuilt is named file by file, with exit status 1.
-
-    \b
-      fusestore repair ~/store us-east-1
-      fusestore repair ~/store us-east-1 --to /mnt/new-disk/us-east-1
-    """
-    from ..config.store_config import load
-    from ..text import plan_lines, repair_line
-
-    place = os.fspath(to.absolute()) if to else None
-    arguments = {"node": node, "to": place, "dry_run": dry_run, "rate": rate}
-    with closing(Bar(quiet)) as bar, answering(as_json):
-        config = load(store)
-        config.node(node)
-        _, result = ask(config, "repair", arguments, bar.show)
-    if as_json:
-        print_json(result)
-    else:
-        done = [] if dry_run else [repair_line(node, result)]
-        print_lines([*plan_lines(result["plan"]), *done])
-    if not dry_run and result["unrepairable"]:
-        if not as_json:
-            print_paths("lost", result["unrepairable"])
-        context.exit(1)
-
-
-# --- inspect -----------------------------------------------------------------
-
-
-@click.command(short_help="Show where a file's shards are.")
-@PATH
-@JSON
-def inspect(path: Path, as_json: bool) -> None:
-    """Show the code, the stripes and the place of each shard of PATH, a file on a mount.
-
-    The same as the attribute user.fusestore.layout.
-
-    \b
-      fusestore inspect ~/files/letter.txt
-      getfattr -n user.fusestore.layout --only-values ~/files/letter.txt
-    """
-    with answering(as_json):
-        layout = _layout(path)
-    if as_json:
-        print_json(layout)
-    else:
-        from ..text import layout_lines
-
-        print_lines(layout_lines(os.fspath(path), layout))
-
-
-def _layout(path: Path) -> Message:
-    """The layout of a file; the daemon is asked for one too long for an attribute."""
-    from ..errors import UsageError
-    from ..serve.control_client import ControlClient
-    from ..system import mounts
-
-    try:
-        mount = mounts.containing(path)
-        if mount is None:
-            raise UsageError(f"{path} is not on a mount of a store.")
-        try:
-            layout: Message = json.loads(mounts.attribute(path, LAYOUT))
-        except OSError as error:
-            if error.errno not in (errno.E2BIG, errno.ERANGE):
-                raise
-            inode = os.stat(path).st_ino
-            layout = ControlClient(mount.store).request("layout", {"inode": inode})
-    except OSError as error:
-        if error.errno == errno.ENODATA:
-            raise UsageError(f"{path} has no layout: only regular files have one.") from None
-        raise UsageError(f"{path} cannot be inspected: {error.strerror}.") from error
-    return layout

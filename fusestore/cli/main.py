@@ -17,14 +17,16 @@ import click
 from .. import __version__
 from ..system import logs
 from .about import completion, version
-from .asking import ANY_PATH, STORE, inspect, print_lines, repair
+from .asking import ANY_PATH, STORE, print_lines
 from .bench import bench
 from .errors import EndsInSentences
+from .inspect import inspect
 from .metrics import metrics
 from .mount import mount, umount
 from .nodes import node, rebalance
 from .operate import config, log_level, service
 from .policy import policy, quota, recode
+from .repair import repair
 from .rescue import fsck, recover
 from .safety import drill, risk, scrub
 from .status import status

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from ..serve.messages.mount import MetricsAction, MetricsRequest, MetricsResult
+from ..text import Row, bytes_text, duration_text, table_lines
+from ..typed_json import from_json, to_json
 from .asking import JSON, STORE, answering, print_json, print_lines
-
-if TYPE_CHECKING:
-    from ..serve.control_client import Message
 
 
 @click.group(short_help="Count operations, and how long they took.")
@@ -30,7 +30,7 @@ def metrics() -> None:
     """
 
 
-def _counts(store: Path, action: str) -> Message:
+def _counts(store: Path, action: MetricsAction) -> MetricsResult:
     """Ask the daemon, or the file of a store that is not mounted."""
     from ..config.store_config import load
     from ..errors import NotMountedError
@@ -38,7 +38,7 @@ def _counts(store: Path, action: str) -> Message:
 
     config = load(store)
     try:
-        return ControlClient(config.store).request("metrics", {"action": action})
+        return ControlClient(config.store).ask(MetricsRequest(action))
     except NotMountedError:
         from ..serve.control_server import lock_store
         from ..watch.counts import Counts
@@ -46,7 +46,7 @@ def _counts(store: Path, action: str) -> Message:
         if action == "reset":
             with lock_store(config.store):
                 Counts(time.time(), 0.0, {}).write(config.store)
-        return Counts.read(config.store).rows()
+        return from_json(MetricsResult, Counts.read(config.store).rows())
 
 
 @metrics.command("summary")
@@ -55,11 +55,11 @@ def _counts(store: Path, action: str) -> Message:
 def metrics_summary(store: Path, as_json: bool) -> None:
     """Print a table: how many, how fast, and how they ended."""
     with answering(as_json):
-        rows = _counts(store, "summary")
+        counts = _counts(store, "summary")
     if as_json:
-        print_json(rows)
+        print_json(to_json(counts))
     else:
-        print_lines(_lines(rows))
+        print_lines(_lines(counts))
 
 
 @metrics.command("export")
@@ -76,7 +76,7 @@ def metrics_export(store: Path, file: Any) -> None:
     """Write the rows as CSV; times in seconds, sizes in bytes."""
     from ..watch.counts import csv_text
 
-    file.write(csv_text(_counts(store, "summary")))
+    file.write(csv_text(to_json(_counts(store, "summary"))))
 
 
 @metrics.command("reset")
@@ -86,30 +86,29 @@ def metrics_reset(store: Path) -> None:
     _counts(store, "reset")
 
 
-def _lines(rows: Message) -> Iterator[str]:
-    from ..text import bytes_text, duration_text, table_lines
-
-    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(rows["since"]))
-    total = sum(row["count"] for row in rows["operations"])
+def _lines(counts: MetricsResult) -> Iterator[str]:
+    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(counts.since))
+    total = sum(row.count for row in counts.operations)
     yield (
         f"{total:,} operations since {since}, "
-        f"while mounted for {duration_text(rows['mounted_seconds'])}."
+        f"while mounted for {duration_text(counts.mounted_seconds)}."
     )
     if not total:
         return
     yield ""
-    table = [("OPERATION", "COUNT", "PER S", "BYTES", "MB/S", "OK", "MEAN", "MEDIAN", "P95", "P99")]
-    for row in rows["operations"]:
-        moved = bool(row["bytes"])
+    heads = ("OPERATION", "COUNT", "PER S", "BYTES", "MB/S", "OK", "MEAN", "MEDIAN", "P95", "P99")
+    table: list[Row] = [heads]
+    for row in counts.operations:
+        moved = bool(row.bytes)
         table.append(
             (
-                row["operation"],
-                f"{row['count']:,}",
-                f"{row['per_second']:.1f}",
-                bytes_text(row["bytes"]) if moved else "-",
-                f"{row['bytes_per_busy_second'] / 1e6:.0f}" if moved else "-",
-                _percent(row["success_rate"]),
-                *(_brief(row[key]) for key in ("mean", "median", "p95", "p99")),
+                row.operation,
+                f"{row.count:,}",
+                f"{row.per_second:.1f}",
+                bytes_text(row.bytes) if moved else "-",
+                f"{row.bytes_per_busy_second / 1e6:.0f}" if moved else "-",
+                _percent(row.success_rate),
+                *map(_brief, (row.mean, row.median, row.p95, row.p99)),
             )
         )
     yield from table_lines(table, right=range(1, 10))

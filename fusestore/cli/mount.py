@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from ..serve.messages.mount import StopRequest
 from ..system.logs import LEVELS
 from .asking import ANY_PATH, STORE
 
@@ -131,7 +132,7 @@ def unmount(mountpoint: Path) -> None:
     daemon = _watch(pid or lock_holder(there.store) or 0)
     try:
         if pid:
-            client.request("stop", {"mountpoint": os.fspath(place)})
+            client.ask(StopRequest(os.fspath(place)))
         else:
             mounts.unmount(place)  # Its daemon will commit and exit, even if it does not listen.
     except UnansweredError:

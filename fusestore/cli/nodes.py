@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
+from ..serve.messages.nodes import (
+    NodeAddRequest,
+    NodeDrained,
+    NodeDrainRequest,
+    NodeRemoveRequest,
+    NodeShare,
+    NodesRequest,
+    NodesResult,
+    Rebalance,
+    RebalanceAction,
+    RebalanceRequest,
+)
+from ..text import bytes_text, speed_text, table_lines
+from ..watch.fields import NodeStatus
 from .asking import (
     ANY_PATH,
     JSON,
@@ -16,8 +31,8 @@ from .asking import (
     do,
     print_lines,
     rate_option,
-    repair,
 )
+from .repair import repair
 
 _NODE = click.argument("node", shell_complete=complete_node)
 
@@ -43,9 +58,7 @@ def node() -> None:
 @JSON
 def list_nodes(store: Path, as_json: bool) -> None:
     """Show the nodes of STORE, what each holds, and what its share is."""
-    from ..text import nodes_lines
-
-    result = do(store, "nodes", {}, as_json=as_json)
+    result = do(store, NodesRequest(), as_json=as_json)
     if not as_json:
         print_lines(nodes_lines(result))
 
@@ -85,10 +98,10 @@ def add(
     What there is stays where it is until `fusestore rebalance`.
     """
     place = Path(os.path.realpath(path if path is not None else store / node))
-    arguments = {"node": node, "region": region, "path": os.fspath(place), "weight": weight}
-    result = do(store, "node_add", arguments, quiet=quiet, as_json=as_json)
+    request = NodeAddRequest(node, region, os.fspath(place), weight)
+    result = do(store, request, quiet=quiet, as_json=as_json)
     if not as_json:
-        click.echo(f"{node} at {result['path']} is a node of region {region} now.")
+        click.echo(f"{node} at {result.path} is a node of region {region} now.")
         click.echo(f"Give it its share of what there is: fusestore rebalance {store} start")
 
 
@@ -106,10 +119,8 @@ def drain(store: Path, node: str, cancel: bool, no_wait: bool, quiet: bool, as_j
     node that is gone they are rebuilt.  Draining goes on when this command is
     interrupted, and after a restart.
     """
-    from ..text import drain_line
-
-    arguments = {"node": node, "cancel": cancel, "wait": not no_wait}
-    result = do(store, "node_drain", arguments, quiet=quiet, as_json=as_json)
+    request = NodeDrainRequest(node, cancel=cancel, wait=not no_wait)
+    result = do(store, request, quiet=quiet, as_json=as_json)
     if not as_json:
         click.echo(drain_line(os.fspath(store), result))
 
@@ -123,10 +134,10 @@ def remove(store: Path, node: str, as_json: bool) -> None:
 
     Refused while anything needs it.
     """
-    result = do(store, "node_remove", {"node": node}, as_json=as_json)
+    result = do(store, NodeRemoveRequest(node), as_json=as_json)
     if not as_json:
-        rest = "is empty" if result["emptied"] else "was not there, or could not be emptied"
-        click.echo(f"{node} is no node of {store} any more; {result['path']} {rest}.")
+        rest = "is empty" if result.emptied else "was not there, or could not be emptied"
+        click.echo(f"{node} is no node of {store} any more; {result.path} {rest}.")
 
 
 @click.command(short_help="Give each node its share.")
@@ -137,7 +148,7 @@ def remove(store: Path, node: str, as_json: bool) -> None:
 @QUIET
 @JSON
 def rebalance(
-    store: Path, action: str, rate: float | None, wait: bool, quiet: bool, as_json: bool
+    store: Path, action: RebalanceAction, rate: float | None, wait: bool, quiet: bool, as_json: bool
 ) -> None:
     """Move shards of STORE between the nodes of a region until each has its weight's share.
 
@@ -148,10 +159,8 @@ def rebalance(
       fusestore rebalance ~/store start --wait
       fusestore rebalance ~/store status
     """
-    from ..text import rebalance_line
-
-    arguments = {"action": action, "rate": rate, "wait": wait}
-    result = do(store, "rebalance", arguments, quiet=quiet, as_json=as_json)
+    request = RebalanceRequest(action, rate, wait)
+    result = do(store, request, quiet=quiet, as_json=as_json)
     if not as_json:
         click.echo(rebalance_line(result))
 
@@ -173,3 +182,56 @@ node.add_command(
         "`fusestore repair STORE NODE --to PATH`.",
     )
 )
+
+
+def nodes_lines(result: NodesResult) -> Iterator[str]:
+    """The nodes, what they hold and what they should."""
+    heads = ("NODE", "REGION", "WEIGHT", "STATE", "SHARDS", "HOLDS", "SHARE", "FREE", "PATH")
+    rows = [
+        (
+            node.name,
+            node.region,
+            f"{node.weight:g}",
+            "drained" if node.drained else state_text(node),
+            f"{node.shards:,}",
+            bytes_text(node.bytes),
+            bytes_text(node.share_bytes),
+            bytes_text(node.bytes_free),
+            node.path,
+        )
+        for node in result.nodes
+    ]
+    yield from table_lines([heads, *rows], right=(2, 4, 5, 6, 7))
+    for node in result.nodes:
+        if node.problem:
+            yield f"  {node.name}: {node.problem}"
+    yield f"No node is more than {result.off_balance:.1%} from its share."
+    yield rebalance_line(result.rebalance)
+
+
+def state_text(node: NodeStatus | NodeShare) -> str:
+    """The state of a node, and whether it is being drained."""
+    return f"{node.state}, draining" if node.draining else node.state
+
+
+def drain_line(store: str, result: NodeDrained) -> str:
+    """How far draining a node is."""
+    name = result.node
+    if not result.draining:
+        return f"{name} gets shards again."
+    if result.drained:
+        return f"{name} is drained: take it out with 'fusestore node remove {store} {name}'."
+    return f"{name} is being drained: see 'fusestore node list {store}'."
+
+
+def rebalance_line(row: Rebalance) -> str:
+    """Where a rebalance stands, or how it ended."""
+    if row.state == "never":
+        return "This store was never rebalanced."
+    moved = f"{row.shards:,} shards moved and checked, {bytes_text(row.size)}"
+    if row.state == "done":
+        speed = speed_text(row.size, row.finished - row.started)
+        return f"Rebalance done: {moved} in {speed}."
+    left = f", about {bytes_text(max(row.total - row.size, 0))} to go"
+    problem = f" {row.error}" if row.error else ""
+    return f"Rebalance {row.state}: {moved}{left}.{problem}"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from ..serve.messages.mount import LogLevelRequest
 from ..system.logs import LEVELS
 from .asking import ANY_PATH, STORE, print_lines
 
@@ -73,8 +74,7 @@ def log_level(store: Path, level: str | None) -> None:
     from ..config.store_config import load
     from ..serve.control_client import ControlClient
 
-    answer = ControlClient(load(store).store).request("log_level", {"level": level})
-    click.echo(answer["level"])
+    click.echo(ControlClient(load(store).store).ask(LogLevelRequest(level)).level)
 
 
 # --- service -----------------------------------------------------------------
@@ -127,8 +127,8 @@ def install(
     place = mounts.locate(mountpoint)
     if mounts.find(place) is None:
         place = launch.prepare_mountpoint(found, mountpoint, chosen)
-    manager = units.Manager.choose(user)
-    texts = units.files(manager, _program(), found, place, chosen)
+    systemd = units.Systemd.choose(user)
+    texts = units.files(systemd, _program(), found, place, chosen)
     if only_print:
         click.echo("\n".join(f"# {path}\n{text}" for path, text in texts.items()), nl=False)
         return
@@ -142,7 +142,7 @@ def install(
             who = "write to your home directory" if user else "be root, or use --user"
             raise UsageError(f"{path} cannot be written: {who}.") from error
     if Path("/run/systemd/system").is_dir():
-        manager.control("daemon-reload")
+        systemd.control("daemon-reload")
     systemctl = "systemctl --user" if user else "systemctl"
     instance = units.instance_of(place)
     click.echo(f"Mount it now and at each boot:  {systemctl} enable --now {_word(instance)}")
@@ -167,20 +167,20 @@ def uninstall(mountpoint: Path, user: bool) -> None:
     from ..serve import units
     from ..system import mounts
 
-    manager = units.Manager.choose(user)
+    systemd = units.Systemd.choose(user)
     place = mounts.locate(mountpoint)
     instance = units.instance_of(place)
-    own = manager.own_files(instance)
+    own = systemd.own_files(instance)
     if not own[0].exists():
         raise UsageError(f"{place} has no service: there is no {own[0]}.")
-    manager.control(
+    systemd.control(
         *("disable", "--now", f"fusestore@{instance}.service", f"fusestore-scrub@{instance}.timer")
     )
     for file in own:
         file.unlink(missing_ok=True)
         if not any(file.parent.iterdir()):  # what `systemctl edit` put there stays
             file.parent.rmdir()
-    manager.control("daemon-reload")
+    systemd.control("daemon-reload")
 
 
 def _word(instance: str, before: str = "fusestore@", after: str = "") -> str:

@@ -6,17 +6,24 @@ import errno
 import json
 import os
 import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ..serve.messages.files import QuotaRequest, QuotaResult, QuotaStatus, RecodeRequest
+from ..serve.messages.request import Request
+from ..text import Row, bytes_text, duration_text, table_lines
+from ..typed_json import to_json
+from ..watch.fields import Recoding
 from .asking import (
     ANY_PATH,
     JSON,
     PATH,
-    Bar,
+    ProgressBar,
     answering,
     print_json,
     print_lines,
@@ -26,6 +33,8 @@ from .asking import (
 
 if TYPE_CHECKING:
     from ..system.mounts import Mount
+
+R = TypeVar("R")
 
 CODE_ATTRIBUTE = "user.fusestore.code"
 POLICY_ATTRIBUTE = "user.fusestore.policy"
@@ -50,16 +59,13 @@ def _on_mount(path: Path, *, directory: bool = False) -> Mount:
     return mount
 
 
-def _ask(
-    path: Path, command: str, arguments: dict[str, Any], *, directory: bool = False
-) -> dict[str, Any]:
-    """Have the daemon of the mount that `path` is on do a command."""
+def _ask(path: Path, request_of: Callable[[int], Request[R]], *, directory: bool = False) -> R:
+    """Have the daemon of the mount that `path` is on do what is asked of its inode."""
     from ..serve.control_client import ControlClient
 
     mount = _on_mount(path, directory=directory)
-    with closing(Bar(quiet=False)) as bar:
-        request = {"inode": os.stat(path).st_ino, **arguments}
-        return ControlClient(mount.store).request(command, request, bar.show)
+    with closing(ProgressBar(quiet=False)) as bar:
+        return ControlClient(mount.store).ask(request_of(os.stat(path).st_ino), bar.show)
 
 
 # --- policy ------------------------------------------------------------------
@@ -127,7 +133,6 @@ def policy_clear(directory: Path) -> None:
 
 def _print_policy(path: Path, mount: Mount, as_json: bool = False) -> None:
     from ..system.mounts import attribute
-    from ..text import policy_line
 
     found = json.loads(attribute(path, POLICY_ATTRIBUTE))
     if as_json:
@@ -171,17 +176,15 @@ def recode(
       fusestore recode ~/files/archive
       fusestore recode ~/files/archive --to 1+2 --rate 20
     """
-    from ..text import recode_line
-
     with answering(as_json):
-        arguments = {"to": to, "rate": rate, "stop": stop, "wait": not background and not stop}
-        result = _ask(path, "recode", arguments)
+        wait = not background and not stop
+        result = _ask(path, partial(RecodeRequest, to=to, rate=rate, stop=stop, wait=wait))
     if as_json:
-        print_json(result)
+        print_json(to_json(result))
     else:
         print_lines([recode_line(result)])
-        print_paths("could not be read", result["unreadable_files"])
-    if result["unreadable"]:
+        print_paths("could not be read", result.unreadable_files)
+    if result.unreadable:
         context.exit(1)
 
 
@@ -235,8 +238,8 @@ def quota_set(directory: Path, bytes_max: int | None, files_max: int | None) -> 
 
     if bytes_max is None and files_max is None:
         raise UsageError("Say a limit: --bytes, --files, or both.")
-    arguments = {"action": "set", "bytes": bytes_max, "files": files_max}
-    _print_quotas(directory, _ask(directory, "quota", arguments, directory=True))
+    request_of = partial(QuotaRequest, "set", bytes=bytes_max, files=files_max)
+    _print_quotas(directory, _ask(directory, request_of, directory=True))
 
 
 @quota.command("get")
@@ -245,7 +248,7 @@ def quota_set(directory: Path, bytes_max: int | None, files_max: int | None) -> 
 def quota_get(path: Path, as_json: bool) -> None:
     """Print the quotas that PATH counts for, the nearest first."""
     with answering(as_json):
-        result = _ask(path, "quota", {"action": "get"})
+        result = _ask(path, partial(QuotaRequest, "get"))
     _print_quotas(path, result, as_json)
 
 
@@ -253,7 +256,8 @@ def quota_get(path: Path, as_json: bool) -> None:
 @_DIRECTORY
 def quota_clear(directory: Path) -> None:
     """Take the quota of DIRECTORY away."""
-    _print_quotas(directory, _ask(directory, "quota", {"action": "clear"}, directory=True))
+    result = _ask(directory, partial(QuotaRequest, "clear"), directory=True)
+    _print_quotas(directory, result)
 
 
 @quota.command("list")
@@ -262,16 +266,69 @@ def quota_clear(directory: Path) -> None:
 def quota_list(path: Path, as_json: bool) -> None:
     """Print all quotas of the store that is mounted at or above PATH."""
     with answering(as_json):
-        result = _ask(path, "quota", {"action": "list"})
+        result = _ask(path, partial(QuotaRequest, "list"))
     _print_quotas(path, result, as_json)
 
 
-def _print_quotas(path: Path, result: dict[str, Any], as_json: bool = False) -> None:
-    from ..text import quota_lines
-
+def _print_quotas(path: Path, result: QuotaResult, as_json: bool = False) -> None:
     if as_json:
-        print_json(result)
-    elif not result["quotas"]:
+        print_json(to_json(result))
+    elif not result.quotas:
         click.echo(f"No quota holds for {path}.")
     else:
-        print_lines(quota_lines(result["quotas"]))
+        print_lines(quota_lines(result.quotas))
+
+
+def policy_line(path: str, policy: dict[str, Any], mountpoint: str) -> str:
+    """A code, where it comes from, and what it survives."""
+    origin = "the default of the store"
+    if policy["set_on"] is not None:
+        origin = f"set on {mountpoint.rstrip('/')}{policy['set_on']}".rstrip("/")
+    shards, borne = policy["shards_borne"], policy["regions_borne"]
+    return (
+        f"{path}: {policy['code']}, {origin}; survives the loss of any {borne} of "
+        f"{policy['regions']} regions, and of any {shards} shard{'s'[: shards != 1]} of a stripe."
+    )
+
+
+def recode_line(job: Recoding) -> str:
+    """How far a recoding is, or how it ended."""
+    to = job.to or "the policy of each directory"
+    what = f"{job.path} to {to}: {bytes_text(job.recoded)} recoded"
+    if job.state != "running":
+        unreadable = f", {job.unreadable:,} could not be read" if job.unreadable else ""
+        return f"{what}, {job.files:,} files looked at{unreadable}; {job.state}."
+    size = f"{bytes_text(job.size)} of {bytes_text(job.total)}"
+    far = f"{job.files:,} of {job.total_files:,} files, {size} looked at"
+    if job.waits_for:
+        return f"{what}, {far}; it waits: {job.waits_for}"
+    left = job.seconds_left
+    return (
+        f"{what}, {far}, {'time left unknown' if left is None else duration_text(left) + ' left'}"
+    )
+
+
+def quota_lines(quotas: Sequence[QuotaStatus]) -> Iterator[str]:
+    """A table of quotas; those that are not in force yet say so."""
+
+    def most(limit: int | None, text: Callable[[int], str]) -> str:
+        return "no limit" if limit is None else text(limit)
+
+    rows: list[Row] = [("DIRECTORY", "BYTES", "OF", "FILES", "OF", "STATE")]
+    states = {
+        "counting": "being counted: not enforced yet",
+        "active": "enforced",
+        "clearing": "being cleared: not enforced",
+    }
+    for quota in quotas:
+        rows.append(
+            (
+                quota.path,
+                bytes_text(quota.bytes_used),
+                most(quota.bytes_max, bytes_text),
+                f"{quota.files_used:,}",
+                most(quota.files_max, "{:,}".format),
+                states.get(quota.state, quota.state),
+            )
+        )
+    yield from table_lines(rows, right=(1, 2, 3, 4))

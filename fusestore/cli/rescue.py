@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ..serve.messages.safety import FsckRequest, FsckResult
+from ..text import bytes_text, speed_text
 from .asking import (
     ANY_PATH,
     JSON,
     PATHS_SHOWN_MAX,
     QUIET,
     STORE,
-    Bar,
+    ProgressBar,
     answering,
     do,
     print_json,
@@ -74,7 +77,7 @@ def recover(
     from ..rescue.recover import recover as make_metadata
     from ..serve.control_server import lock_store
 
-    with closing(Bar(quiet)) as bar, answering(as_json):
+    with closing(ProgressBar(quiet)) as bar, answering(as_json):
         if not store.is_dir():
             raise UsageError(f"There is no directory {store}.")
         with lock_store(store):
@@ -108,29 +111,27 @@ def fsck(context: click.Context, store: Path, repair: bool, as_json: bool) -> No
       fusestore fsck ~/store
       fusestore fsck ~/store --repair
     """
-    result = do(store, "fsck", {"repair": repair}, as_json=as_json)
+    result = do(store, FsckRequest(repair), as_json=as_json)
     if not as_json:
-        print_lines([*result["findings"], _verdict(result, repair)])
-    if result["findings"]:
+        print_lines([*result.findings, _verdict(result, repair)])
+    if result.findings:
         context.exit(1)
 
 
-def _verdict(result: dict[str, Any], repair: bool) -> str:
-    count = len(result["findings"])
-    about = f"{result['files']:,} files and {result['stripes']:,} stripes checked"
-    if result["lost_bytes"]:
-        about += f", {result['lost_bytes']:,} bytes known to be lost"
+def _verdict(result: FsckResult, repair: bool) -> str:
+    count = len(result.findings)
+    about = f"{result.files:,} files and {result.stripes:,} stripes checked"
+    if result.lost_bytes:
+        about += f", {result.lost_bytes:,} bytes known to be lost"
     if not count:
         return f"Clean: {about}."
-    if result["left"]:
+    if result.left:
         how = "not all could be mended" if repair else "mend them with --repair, unmounted"
         return f"{count:,} findings, {how}: {about}."
     return f"{count:,} findings, all mended: {about}."
 
 
 def _print_recovery(result: dict[str, Any]) -> None:
-    from ..text import recovery_lines
-
     lines = list(recovery_lines(result))
     for dropped in result["dropped"]:
         names = ", ".join(dropped["names"][:PATHS_SHOWN_MAX]) or "no names"
@@ -138,3 +139,17 @@ def _print_recovery(result: dict[str, Any]) -> None:
     print_lines(lines)
     print_paths("cannot be read now", result["lost"])
     print_lines([f"Mount it: fusestore mount {shlex.quote(result['store'])} MOUNTPOINT"])
+
+
+def recovery_lines(result: dict[str, Any]) -> Iterator[str]:
+    """What was recovered, and from where."""
+    speed = speed_text(result["journal_bytes"], result["seconds"])
+    there = sum(node["found"] for node in result["nodes"])
+    yield (
+        f"{result['store']}: recovered to commit {result['commit']}: {result['files']:,} files, "
+        f"{bytes_text(result['bytes'])}, from the journals of {there} of {len(result['nodes'])} "
+        f"nodes: {bytes_text(result['journal_bytes'])} in {speed}."
+    )
+    for node in result["nodes"]:
+        if node["problem"]:
+            yield f"  {node['name']}: {node['problem']} After mounting, repair it."

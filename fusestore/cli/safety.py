@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
+from ..serve.messages.safety import (
+    DrillRequest,
+    DrillResult,
+    LossModel,
+    ModelRates,
+    RiskRequest,
+    RiskResult,
+    ScrubAction,
+    ScrubRequest,
+)
+from ..text import bytes_text, speed_text
+from ..watch.fields import Scrub
+from ..watch.health import finished_text, found_text, left_over_text
 from .asking import JSON, QUIET, STORE, do, print_lines, print_paths, rate_option
 
 
@@ -20,7 +34,7 @@ from .asking import JSON, QUIET, STORE, do, print_lines, print_paths, rate_optio
 def scrub(
     context: click.Context,
     store: Path,
-    action: str,
+    action: ScrubAction,
     rate: float | None,
     wait: bool,
     quiet: bool,
@@ -40,14 +54,10 @@ def scrub(
       fusestore scrub ~/store start --wait
       fusestore scrub ~/store status
     """
-    from ..text import scrub_line
-
-    result = do(
-        store, "scrub", {"action": action, "rate": rate, "wait": wait}, quiet=quiet, as_json=as_json
-    )
+    result = do(store, ScrubRequest(action, rate, wait), quiet=quiet, as_json=as_json)
     if not as_json:
         click.echo(scrub_line(result))
-    if result["found"]:
+    if result.found:
         context.exit(1)
 
 
@@ -95,19 +105,12 @@ def risk(
       fusestore risk ~/store
       fusestore risk ~/store --if-lost us-east-1
     """
-    from ..text import risk_lines
-
-    rates = {
-        "disk_failures": disk_failures,
-        "region_losses": region_losses,
-        "replace_hours": replace_hours,
-    }
-    arguments = {"if_lost": if_lost, "model": rates if model else None}
-    result = do(store, "risk", arguments, as_json=as_json)
+    rates = ModelRates(disk_failures, region_losses, replace_hours) if model else None
+    result = do(store, RiskRequest(if_lost, rates), as_json=as_json)
     if not as_json:
         print_lines(risk_lines(result))
-        print_paths("lost", result["lost"])
-    if result["lost_stripes"]:
+        print_paths("lost", result.lost)
+    if result.lost_stripes:
         context.exit(1)
 
 
@@ -156,13 +159,80 @@ def drill(
       fusestore drill ~/store --lose us-east-1
       fusestore drill ~/store --lose us-east-1 --all
     """
-    from ..text import drill_line
-
     share = 1.0 if everything else sample
-    arguments = {"region": region, "sample": share, "rate": rate}
-    result = do(store, "drill", arguments, quiet=quiet, as_json=as_json)
+    result = do(store, DrillRequest(region, share, rate), quiet=quiet, as_json=as_json)
     if not as_json:
         click.echo(drill_line(result))
-        print_paths("could not be read", result["lost"])
-    if result["failed_stripes"]:
+        print_paths("could not be read", result.lost)
+    if result.failed_stripes:
         context.exit(1)
+
+
+def scrub_line(scrub: Scrub) -> str:
+    """Where a scrub stands, or how it ended."""
+    if scrub.state == "never":
+        return "This store was never scrubbed."
+    read = f"{scrub.shards:,} shards read and verified, {bytes_text(scrub.size)}"
+    found = found_text(scrub)
+    if scrub.skipped:
+        found += f", {scrub.skipped:,} of nodes that are not up skipped"
+    if scrub.state != "done":
+        stripes = f"{scrub.stripes:,} of {scrub.total:,} stripes"
+        return f"{scrub.state}: {stripes}: {read}, {found}."
+    speed = speed_text(scrub.size, scrub.finished - scrub.started)
+    return f"done {finished_text(scrub)}: {read} in {speed}, {found}{left_over_text(scrub)}."
+
+
+def risk_lines(risk: RiskResult) -> Iterator[str]:
+    """What could be lost."""
+    without = f" without {', '.join(risk.if_lost)}" if risk.if_lost else ""
+    if risk.lost_stripes:
+        yield f"{len(risk.lost):,} files would be lost{without}."
+    elif risk.next_region_loses:
+        count = len(risk.next_region_loses)
+        yield f"Nothing is lost{without}, but one more region would take {count:,} files with it."
+    else:
+        least = min(map(int, risk.by_regions), default=0)
+        more = f"any {least} more regions may go" if least > 1 else "any one more region may go"
+        yield (
+            f"Nothing is lost{without}, and {more}." if risk.stripes else "There is no data yet."
+        )
+    for what, counts in (("region", risk.by_regions), ("shard", risk.by_shards)):
+        for losses, stripes in counts.items():
+            share = f"{stripes:,} of {risk.stripes:,} stripes"
+            if losses == "0":
+                yield f"  {share} would not survive the loss of one more {what}"
+            else:
+                more = f"{losses} more {what}{'s'[: losses != '1']}"
+                yield f"  {share} survive the loss of any {more}"
+    yield f"  the metadata is in {risk.metadata_regions} regions besides its own place"
+    if risk.model is not None:
+        yield from model_lines(risk.model)
+
+
+def model_lines(model: LossModel) -> Iterator[str]:
+    """The expected losses a year, never of disks alone."""
+    how = "measured here" if model.measured else "assumed: nothing was repaired yet"
+    yield (
+        f"Expected losses of data a year, with {model.disk_failures_a_year:g} failures a disk, "
+        f"{model.region_losses_a_year:g} losses a region, {model.replace_hours:g} h to "
+        f"replace and {model.repair_seconds:,.0f} s to repair a node "
+        f"({model.repair_bytes_a_second / 1e6:.0f} MB/s, {how}):"
+    )
+    for code, found in model.codes.items():
+        yield (
+            f"  {code}: {found.with_regions:.2g} (of disk failures alone "
+            f"{found.disks_only:.2g}); regions that may go: {found.regions_borne}"
+        )
+
+
+def drill_line(drill: DrillResult) -> str:
+    """What a drill showed."""
+    read = (
+        f"{drill.stripes:,} stripes, {bytes_text(drill.bytes)}, read without "
+        f"{drill.region} in {speed_text(drill.bytes, drill.seconds)}"
+    )
+    if drill.failed_stripes:
+        failed = f"{drill.failed_stripes:,} failed"
+        return f"{drill.region} could not be lost now: {read}, {failed}."
+    return f"{drill.region} could be lost now: {read}, all right."

@@ -7,12 +7,21 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from ..errors import FusestoreError
+from ..serve.messages.mount import StatusRequest
+from ..text import Row, bytes_text, duration_text, printable, table_lines
+from ..typed_json import to_json
+from ..watch.fields import NodeStatus, Status
+from ..watch.health import repair_text, risk_text, scrub_text, verdict
 from .asking import JSON, STORE, answering, ask, print_json, print_lines
+from .nodes import state_text
+from .policy import recode_line
 
 if TYPE_CHECKING:
     from ..config.store_config import StoreConfig
@@ -53,50 +62,64 @@ def status(context: click.Context, store: Path, as_json: bool, seconds: float | 
 
     with answering(as_json, healthy=False):
         config = load(store)
-        found = _look(config) if seconds is None else {}
-    if seconds is not None:
-        _watch(config, as_json, seconds)
+        view = _look(config) if seconds is None else None
+    if view is None:
+        _watch(config, as_json, seconds or WATCH_SECONDS)
         return
     if as_json:
-        print_json(found)
+        print_json(view.json())
     else:
-        print_lines(_lines(found))
-    if not found.get("healthy"):
+        print_lines(status_lines(view))
+    if not view.status.healthy:
         context.exit(1)
 
 
-def _look(config: StoreConfig) -> Message:
-    """All fields of `status`."""
-    pid, found = ask(config, "status", {}, lambda progress: None)
-    seen = _circumstances(config, pid)
-    return found | {key: value for key, value in seen.items() if found.get(key) is None}
+_NOT_MOUNTED = {
+    "mounted": False,
+    "mounted_at": None,
+    "mountpoint": None,
+    "dead_mount": None,
+    "pid": None,
+    "metrics": None,
+}
 
 
-def _lines(found: Message) -> Iterator[str]:
-    from ..text import status_lines
+@dataclass(frozen=True, slots=True)
+class StoreView:
+    """What is said of a store from inside, and what only its surroundings say."""
 
-    return status_lines(found)
+    status: Status
+    dead_mount: str | None
+    """Where a daemon of it died."""
+    log_file: str | None
+
+    def json(self) -> Message:
+        """The fields that --json prints."""
+        mount = _NOT_MOUNTED if self.status.mount is None else {}
+        outside = {"dead_mount": self.dead_mount, "log_file": self.log_file}
+        return to_json(self.status) | mount | outside
 
 
-def _circumstances(config: StoreConfig, pid: int | None) -> Message:
-    """What can be said of a store from outside, in the fields of `status`."""
-    from ..system import logs, mounts
+def _look(config: StoreConfig) -> StoreView:
+    pid, status = ask(config, StatusRequest())
+    dead = dead_mount(config) if pid is None else None
+    return StoreView(status, dead, _log_file(config, pid))
 
-    places = [os.fspath(mount.mountpoint) for mount in mounts.mounts_of(config.store)[-1:]]
-    log_file = logs.destination(pid) if pid is not None else config.log_file
-    return {
-        "healthy": False,
-        "mounted": pid is not None,
-        "mounted_at": None,
-        "mountpoint": places[0] if places and pid is not None else None,
-        "dead_mount": places[0] if places and pid is None else None,
-        "pid": pid,
-        "metrics": None,
-        "store": os.fspath(config.store),
-        "uuid": str(config.uuid),
-        "code": str(config.code),
-        "log_file": os.fspath(log_file) if log_file else None,
-    }
+
+def dead_mount(config: StoreConfig) -> str | None:
+    """Where a store that has no daemon is mounted all the same."""
+    from ..system import mounts
+
+    left = mounts.mounts_of(config.store)
+    return os.fspath(left[-1].mountpoint) if left else None
+
+
+def _log_file(config: StoreConfig, pid: int | None) -> str | None:
+    """Where the daemon with this number logs, or the next one will; None: to no file."""
+    from ..system import logs
+
+    file = logs.destination(pid) if pid is not None else config.log_file
+    return os.fspath(file) if file else None
 
 
 # --- again and again ---------------------------------------------------------
@@ -110,13 +133,12 @@ def _watch(config: StoreConfig, as_json: bool, seconds: float) -> None:
     if screen:
         click.echo(_SCREEN, nl=False)
     try:
-        for found in _looks(config):
-            if as_json:
-                lines = [json.dumps(found)]
-            elif "error" in found and "nodes" not in found:
-                lines = [found["error"]]
+        for view in _looks(config):
+            if isinstance(view, FusestoreError):
+                failed = {"healthy": False, "error": str(view)}
+                lines = [json.dumps(failed) if as_json else str(view)]
             else:
-                lines = list(_lines(found))
+                lines = [json.dumps(view.json())] if as_json else list(status_lines(view))
             show(lines)
             time.sleep(seconds)
     except KeyboardInterrupt:
@@ -127,12 +149,11 @@ def _watch(config: StoreConfig, as_json: bool, seconds: float) -> None:
             print_lines(lines)  # what was seen last stays
 
 
-def _looks(config: StoreConfig) -> Iterator[Message]:
+def _looks(config: StoreConfig) -> Iterator[StoreView | FusestoreError]:
     """The status, for ever; a store that is not mounted is opened for that only once.
 
-    A look that fails gives `healthy` (false) and `error`, and others follow.
+    A look that fails gives its error, and others follow.
     """
-    from ..errors import FusestoreError
     from ..serve.control_client import ControlClient
 
     seen = False
@@ -143,13 +164,11 @@ def _looks(config: StoreConfig) -> Iterator[Message]:
             yield _look(config)
             seen = True
         except FusestoreError as error:
-            yield {"healthy": False, "error": str(error)}
+            yield error
 
 
 def _draw(lines: list[str]) -> None:
     """Over what is on the screen, in one write, so that nothing flickers."""
-    from ..text import printable
-
     width, height = os.get_terminal_size(sys.stdout.fileno())
     head = f"{time.strftime('%H:%M:%S')}  (Ctrl-C ends)"
     shown = [printable(line)[:width] for line in [*lines[: height - 2], "", head][:height]]
@@ -158,3 +177,73 @@ def _draw(lines: list[str]) -> None:
 
 def _print(lines: list[str]) -> None:
     print_lines([*lines, ""] if len(lines) > 1 else lines)
+
+
+# --- what is printed ---------------------------------------------------------
+
+
+def status_lines(view: StoreView, now: float | None = None) -> Iterator[str]:
+    """One screen; the first line is a sentence that says whether the data is safe.
+
+    `now` is in seconds since the epoch, and the present by default.
+    """
+    status, mount = view.status, view.status.mount
+    yield verdict(status)
+    for node in status.nodes:
+        if node.error:
+            yield f"  {node.name}: {node.error}"
+    yield ""
+    facts = [
+        ("store", f"{status.store} ({status.uuid})"),
+        ("mounted", _mounted_text(view)),
+        ("log", view.log_file or "standard error, or the journal"),
+        ("metrics", mount.metrics if mount is not None else None),
+        ("code", status.code),
+        ("files", _files_text(status)),
+        ("last commit", _commit_text(status, time.time() if now is None else now)),
+        ("repair", repair_text(status)),
+        ("scrub", scrub_text(status)),
+        ("risk", risk_text(status)),
+    ]
+    if status.recode is not None and status.recode.state == "running":
+        facts.append(("recoding", recode_line(status.recode)))
+    yield from table_lines([(f"{name}:", text) for name, text in facts if text])
+    yield ""
+    heads = ("NODE", "REGION", "STATE", "USED", "FREE", "MISSING", "PATH")
+    rows = [_node_row(node) for node in status.nodes]
+    yield from table_lines([heads, *rows], right=(3, 4, 5))
+
+
+def _mounted_text(view: StoreView) -> str:
+    mount, dead = view.status.mount, view.dead_mount
+    if mount is not None:
+        return f"on {mount.mountpoint} by process {mount.pid}"
+    if dead is not None:
+        return f"no; a daemon died on {dead}: mount it there again, or umount that"
+    return "no"
+
+
+def _files_text(status: Status) -> str:
+    return (
+        f"{status.files:,}, {bytes_text(status.bytes)} in {status.stripes:,} stripes; "
+        f"{bytes_text(status.bytes_free)} more will fit"
+    )
+
+
+def _commit_text(status: Status, now: float) -> str:
+    text = str(status.last_commit)
+    if status.last_commit_at:
+        text += f", {duration_text(max(0.0, now - status.last_commit_at))} ago"
+    return f"{text}; checkpoint {status.checkpoint}"
+
+
+def _node_row(node: NodeStatus) -> Row:
+    return (
+        node.name,
+        node.region,
+        state_text(node),
+        bytes_text(node.bytes_used),
+        bytes_text(node.bytes_free),
+        f"{node.missing_shards:,}",
+        node.path,
+    )

@@ -22,12 +22,15 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .. import errors
 from ..config.store_config import LOCK_NAME, SOCKET_NAME
 from ..errors import FusestoreError, NotMountedError, UsageError
+from ..typed_json import FieldError, from_json, to_json
+from .messages.request import Request, result_of
 
+R = TypeVar("R")
 Message = dict[str, Any]
 Progress = Callable[[Message], None]
 
@@ -103,6 +106,16 @@ class ControlClient:
         """The process number of the daemon; NotMountedError when there is none."""
         with self._connect() as connection:
             return _peer_pid(connection)
+
+    def ask(self, request: Request[R], on_progress: Progress | None = None) -> R:
+        """Have the daemon do a command, and return its result; raises what `request` does."""
+        answer = self.request(request.command, to_json(request), on_progress)
+        try:
+            return from_json(result_of(type(request)), answer, exact=False)
+        except FieldError as error:
+            raise UnansweredError(
+                f"The daemon of {self._store} gave no proper answer: {error}."
+            ) from error
 
     def request(
         self,

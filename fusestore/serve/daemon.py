@@ -11,37 +11,33 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyfuse3
 import trio
 
 from ..config.mount_options import NO_METRICS, MountOptions, parse_address
 from ..config.store_config import StoreConfig
-from ..errors import FusestoreError, InvalidError, UsageError
+from ..errors import FusestoreError, UsageError
 from ..files.filesystem import FileSystem
-from ..metadata.engine import DATABASE
-from ..repair.risk import Rates, Safety
-from ..rescue.fsck import fsck
 from ..store.opening import open_store
 from ..store.store import Store
-from ..system import logs, mounts
+from ..system import mounts
 from ..system.sd_notify import ServiceManager
-from ..text import verdict
-from ..watch.counts import Counter
+from ..watch.counts import LiveCounts
+from ..watch.fields import MountStatus
+from .commands import Context, handlers
 from .control_server import ControlServer, lock_store
+from .offline import unwrapped
 from .operations import TALLIES, Operations
 
 log = logging.getLogger(__name__)
 
 READY_SECONDS = 60.0
 """A mount that was made answers within this time, or has failed."""
-
-Progress = Callable[[dict[str, Any]], None]
 
 
 async def serve(
@@ -58,182 +54,7 @@ async def serve(
         try:
             await _Daemon(config, mountpoint, options).run(on_ready)
         except BaseExceptionGroup as group:
-            raise _first(group) from None
-
-
-async def offline(
-    config: StoreConfig, command: str, arguments: dict[str, Any], progress: Progress
-) -> dict[str, Any]:
-    """Do a control command on a store that is not mounted; FusestoreError."""
-    with lock_store(config.store):
-        try:
-            looks = command in _LOOKING or arguments.get("dry_run")
-            lasting = command in ("scrub", "rebalance")
-            looks = looks or (lasting and arguments.get("action") == "status")
-            read_only = bool(looks) and not arguments.get("repair")
-            if read_only and not (config.metadata / DATABASE).exists():
-                read_only = False  # never mounted: there is no journal to leave alone
-            checking = command == "fsck"
-            async with (
-                open_store(config, read_only=read_only, background=not checking) as store,
-                trio.open_nursery() as nursery,
-            ):
-                files = FileSystem(store, nursery)
-                if checking:  # of what is there, before anything goes on from it
-                    repair = bool(arguments.get("repair"))
-                    return await fsck(store, repair=repair, at_rest=True)
-                await files.begin()
-                if lasting or command == "node_drain":
-                    arguments = {**arguments, "wait": not read_only, "alone": True}
-                return await _commands(store, files)[command](arguments, progress)
-        except BaseExceptionGroup as group:
-            raise _first(group) from None
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The error to tell of, when nurseries have wrapped it."""
-    if group.subgroup(KeyboardInterrupt) is not None:
-        return KeyboardInterrupt()
-    ours, others = group.split(FusestoreError)
-    if ours is None or others is not None:
-        return group
-    error: BaseException = ours
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
-
-
-_LOOKING = {"status", "fsck", "risk", "drill", "nodes"}
-"""Commands that need not change a store."""
-
-Command = Callable[[dict[str, Any], Progress], Awaitable[dict[str, Any]]]
-
-
-def _commands(store: Store, files: FileSystem) -> dict[str, Command]:
-    """What works on a store whether it is mounted or not."""
-
-    async def status(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        found = await store.status()
-        return {"summary": verdict(found), **found, "recode": files.recoder.status()}
-
-    safety = Safety(store.log, store.reader, files.tree.path)
-
-    async def repair(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        member = store.repairer.member(str(arguments["node"]))
-        await store.healer.look_at(member)
-        to = Path(arguments["to"]) if arguments.get("to") else None
-        plan = await safety.plan(member, anew=to is not None)
-        if arguments.get("dry_run"):
-            return {"plan": plan}
-        rate = arguments.get("rate")
-        done = await store.repairer.repair(member.name, progress, files.tree.path, to=to, rate=rate)
-        return {"plan": plan, **done}
-
-    async def risk(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        found = await safety.risk(arguments.get("if_lost", ()))
-        if arguments.get("model"):
-            found["model"] = safety.model(found["codes"], Rates(**arguments["model"]))
-        return found
-
-    async def drill(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        sample = float(arguments.get("sample", 1.0))
-        return await safety.drill(str(arguments["region"]), sample, arguments.get("rate"), progress)
-
-    async def scrub(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        return await store.scrubber.command(
-            str(arguments["action"]),
-            arguments.get("rate"),
-            wait=bool(arguments.get("wait")),
-            alone=bool(arguments.get("alone")),
-            progress=progress,
-        )
-
-    async def rebalance(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        return await store.rebalancer.command(
-            str(arguments["action"]),
-            arguments.get("rate"),
-            wait=bool(arguments.get("wait")),
-            progress=progress,
-        )
-
-    async def nodes(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        return await store.topology.list()
-
-    async def node_add(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        name, region = str(arguments["node"]), str(arguments["region"])
-        path, weight = Path(arguments["path"]), float(arguments.get("weight", 1.0))
-        return await store.topology.add(name, region, path, weight, progress)
-
-    async def node_drain(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        return await store.topology.drain(
-            str(arguments["node"]),
-            cancel=bool(arguments.get("cancel")),
-            wait=bool(arguments.get("wait", True)),
-            progress=progress,
-        )
-
-    async def node_remove(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        return await store.topology.remove(str(arguments["node"]))
-
-    async def layout(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        return files.attributes.layout(int(arguments["inode"]), 0, None)
-
-    async def quota(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        action, ino = str(arguments["action"]), int(arguments["inode"])
-        if action == "set":
-            files.quotas.set(ino, arguments.get("bytes"), arguments.get("files"))
-        elif action == "clear":
-            files.quotas.clear(ino)
-        if action in ("set", "clear"):
-            await files.quotas.wait(ino)
-            await files.commit()
-        return {"quotas": files.quotas.all() if action == "list" else files.quotas.above(ino)}
-
-    async def recode(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        if arguments.get("stop"):
-            files.recoder.stop()
-        else:
-            to = arguments.get("to")
-            try:
-                code = files.attributes.parse_code(str(to)) if to else None
-            except InvalidError as error:
-                raise UsageError(str(error)) from None
-            files.recoder.start(int(arguments["inode"]), code, arguments.get("rate"))
-        await files.commit()  # what is answered goes on after a crash
-        if arguments.get("wait"):
-            return await files.recoder.wait(progress)
-        return files.recoder.status()
-
-    async def check(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        if arguments.get("repair"):
-            raise UsageError("The store is mounted: unmount it to have it mended.")
-        return await fsck(store, repair=False, at_rest=False)
-
-    return {
-        "status": status,
-        "repair": repair,
-        "layout": layout,
-        "fsck": check,
-        "risk": risk,
-        "drill": drill,
-        "scrub": scrub,
-        "quota": quota,
-        "recode": recode,
-        "rebalance": rebalance,
-        "nodes": nodes,
-        "node_add": node_add,
-        "node_drain": node_drain,
-        "node_remove": node_remove,
-    }
-
-
-async def _log_level(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Change the level of this daemon's log, if one is given, and say what it is."""
-    if arguments.get("level"):
-        before = logs.get_level()
-        logs.set_level(str(arguments["level"]))
-        log.warning("the log level is %s now, and was %s", logs.get_level(), before)
-    return {"level": logs.get_level()}
+            raise unwrapped(group) from None
 
 
 class _Daemon:
@@ -268,31 +89,11 @@ class _Daemon:
                     await files.begin()
                     files.go_on()
                     keeps = not self._options.read_only
-                    counter = Counter(self._config.store, TALLIES, keeps=keeps)
-                    nursery.start_soon(counter.run)
-                    handlers = {
-                        **_commands(store, files),
-                        "stop": self._stop,
-                        "log_level": _log_level,
-                    }
-                    status = handlers["status"]
-
-                    async def mounted_status(
-                        arguments: dict[str, Any], progress: Progress
-                    ) -> dict[str, Any]:
-                        return {**await status(arguments, progress), **self._about()}
-
-                    async def metrics(
-                        arguments: dict[str, Any], progress: Progress
-                    ) -> dict[str, Any]:
-                        if arguments.get("action") == "reset":
-                            counter.reset()
-                            await counter.keep()
-                        return counter.now().rows()
-
-                    handlers |= {"status": mounted_status, "metrics": metrics}
+                    self.counts = LiveCounts(self._config.store, TALLIES, keeps=keeps)
+                    nursery.start_soon(self.counts.run)
+                    commands = handlers(Context(store, files, mount=self))
                     with self._monitoring(store, nursery):
-                        await outer.start(ControlServer(handlers).serve, self._config.store)
+                        await outer.start(ControlServer(commands).serve, self._config.store)
                         async with self._mount(files):
                             on_ready(store.warnings())
                             log.info("%s is mounted on %s", self._config.store, self._mountpoint)
@@ -302,7 +103,7 @@ class _Daemon:
                             await pyfuse3.main(max_tasks=self._config.limits.fuse_tasks_max)
                             self._manager.stopping("Committing, and closing the store")
                     await files.removal.removed()
-                    await counter.keep()
+                    await self.counts.keep()
                     nursery.cancel_scope.cancel()
             except Exception as error:
                 self._failed = error
@@ -311,15 +112,15 @@ class _Daemon:
                 self._closed.set()
                 outer.cancel_scope.cancel()
 
-    def _about(self) -> dict[str, Any]:
-        """What the mount adds to the fields of `status`."""
-        return {
-            "mounted": True,
-            "mounted_at": self._mounted_at,
-            "mountpoint": str(self._mountpoint),
-            "pid": os.getpid(),
-            "metrics": self._url,
-        }
+    def about(self) -> MountStatus:
+        """Where the store is mounted."""
+        return MountStatus(
+            mounted=True,
+            mounted_at=self._mounted_at,
+            mountpoint=str(self._mountpoint),
+            pid=os.getpid(),
+            metrics=self._url,
+        )
 
     @contextmanager
     def _monitoring(self, store: Store, nursery: trio.Nursery) -> Iterator[None]:
@@ -331,7 +132,7 @@ class _Daemon:
         from ..watch.monitor import Monitor
         from ..watch.web import WebServer
 
-        monitor = Monitor(store, TALLIES, self._about)
+        monitor = Monitor(store, TALLIES, self.about)
         server = WebServer(*parse_address(address), monitor.routes())
         self._url = server.url
         log.info("metrics and the status page are at %s", server.url)
@@ -367,18 +168,16 @@ class _Daemon:
             self._unmounted.set()
             pyfuse3.close()
 
-    async def _stop(self, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        """Unmount, commit everything, and answer when that is done."""
-        wanted = arguments.get("mountpoint", str(self._mountpoint))
-        if wanted != str(self._mountpoint):
-            raise UsageError(f"The store is mounted on {self._mountpoint}, not on {wanted}.")
+    async def stop(self, mountpoint: str | None) -> None:
+        """Unmount, and return when everything is committed; UsageError when it is elsewhere."""
+        if mountpoint not in (None, str(self._mountpoint)):
+            raise UsageError(f"The store is mounted on {self._mountpoint}, not on {mountpoint}.")
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(mounts.unmount, self._mountpoint)
             await self._closed.wait()
         if self._failed is not None:
             error = self._failed
-            raise _first(error) if isinstance(error, ExceptionGroup) else error
-        return {}
+            raise unwrapped(error) if isinstance(error, ExceptionGroup) else error
 
     async def _read_further_ahead(self) -> None:
         """Raise the kernel's read-ahead, once the first answer shows that it has set its own."""

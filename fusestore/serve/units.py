@@ -2,11 +2,11 @@
 
     UNITS/fusestore@.service, fusestore-scrub@.service, fusestore-scrub@.timer
                                         the same for all mounts; from fusestore/serve/service/
-    UNITS/fusestore@.service.d/*.conf   what not every manager can do
+    UNITS/fusestore@.service.d/*.conf   what not every systemd can do
     UNITS/fusestore@INSTANCE.service.d/store.conf, and the same for fusestore-scrub
                                         what is mounted where, and the mounts that it needs
 
-UNITS is /etc/systemd/system, or below ~/.config for a user's own manager.
+UNITS is /etc/systemd/system, or below ~/.config for a user's own systemd.
 INSTANCE is the mount point as systemd-escape(1) writes it.  No environment file
 has the paths, as its name could not: systemd takes it for a pattern, in which
 the backslashes of INSTANCE mean something else.
@@ -35,14 +35,14 @@ BACKOFF_SINCE = 254
 
 
 @dataclass(frozen=True, slots=True)
-class Manager:
+class Systemd:
     """An instance of systemd: the system's, or a user's own."""
 
     units: Path
     user: bool
 
     @classmethod
-    def choose(cls, user: bool) -> Manager:
+    def choose(cls, user: bool) -> Systemd:
         """The user's own, or the system's."""
         if not user:
             return cls(Path("/etc/systemd/system"), user)
@@ -70,7 +70,7 @@ def instance_of(mountpoint: Path) -> str:
 
 
 def files(
-    manager: Manager, program: Path, config: StoreConfig, mountpoint: Path, options: MountOptions
+    systemd: Systemd, program: Path, config: StoreConfig, mountpoint: Path, options: MountOptions
 ) -> dict[Path, str]:
     """The text of every file that the service needs; UsageError for a path that cannot be."""
     for path in (program, config.store, mountpoint, config.metadata):
@@ -80,15 +80,15 @@ def files(
                 "or is not UTF-8."
             )
     shared = [SERVICE, SCRUB_SERVICE, SCRUB_TIMER]
-    shared += [] if manager.user else [HARDENING]
-    shared += [BACKOFF] if manager.version() >= BACKOFF_SINCE else []
+    shared += [] if systemd.user else [HARDENING]
+    shared += [BACKOFF] if systemd.version() >= BACKOFF_SINCE else []
     start = f"ExecStart={_quoted(os.fspath(program))} "
     texts = {
-        manager.units / name: (SOURCE / name).read_text().replace("ExecStart=fusestore ", start)
+        systemd.units / name: (SOURCE / name).read_text().replace("ExecStart=fusestore ", start)
         for name in shared
     }
     drop_in = _drop_in(config, mountpoint, options)
-    return texts | dict.fromkeys(manager.own_files(instance_of(mountpoint)), drop_in)
+    return texts | dict.fromkeys(systemd.own_files(instance_of(mountpoint)), drop_in)
 
 
 def _drop_in(config: StoreConfig, mountpoint: Path, options: MountOptions) -> str:

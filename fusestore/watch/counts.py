@@ -88,7 +88,7 @@ class Counts:
         }
 
 
-class Counter:
+class LiveCounts:
     """Adds what this mount counts to what the ones before it did."""
 
     def __init__(self, store: Path, tallies: Tallies, *, keeps: bool) -> None:

@@ -1,0 +1,110 @@
+"""The command `repair`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import click
+
+from ..serve.messages.safety import RepairDone, RepairPlan, RepairRequest
+from ..text import bytes_text, speed_text
+from ..typed_json import to_json
+from .asking import (
+    ANY_PATH,
+    JSON,
+    QUIET,
+    STORE,
+    ProgressBar,
+    answering,
+    ask,
+    complete_node,
+    print_json,
+    print_lines,
+    print_paths,
+    rate_option,
+)
+
+
+@click.command(short_help="Rebuild a node that lost its data.")
+@STORE
+@click.argument("node", shell_complete=complete_node)
+@click.option(
+    "--to",
+    type=ANY_PATH,
+    metavar="PATH",
+    help="Rebuild it in this directory, new or empty, and keep it there.",
+)
+@click.option("--dry-run", is_flag=True, help="Only say what there is to do.")
+@rate_option
+@QUIET
+@JSON
+@click.pass_context
+def repair(
+    context: click.Context,
+    store: Path,
+    node: str,
+    to: Path | None,
+    dry_run: bool,
+    rate: float | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Rebuild NODE of STORE from the other nodes, mounted or not.
+
+    For a node whose directory is gone, empty, or has lost or bad shards.  The
+    journal comes first, then the shards, those of the weakest stripes first.
+    Each shard is read back and checked before it counts; afterwards any other
+    region may go.  A repair that was killed goes on where it was.  What cannot
+    be rebuilt is named file by file, with exit status 1.
+
+    \b
+      fusestore repair ~/store us-east-1
+      fusestore repair ~/store us-east-1 --to /mnt/new-disk/us-east-1
+    """
+    from ..config.store_config import load
+
+    place = os.fspath(to.absolute()) if to else None
+    request = RepairRequest(node, to=place, dry_run=dry_run, rate=rate)
+    with closing(ProgressBar(quiet)) as bar, answering(as_json):
+        config = load(store)
+        config.node(node)
+        _, result = ask(config, request, bar.show)
+    if as_json:
+        print_json(to_json(result))
+    else:
+        lines = [] if result.done is None else [repair_line(node, result.done)]
+        print_lines([*plan_lines(result.plan), *lines])
+    if result.done is not None and result.done.unrepairable:
+        if not as_json:
+            print_paths("lost", result.done.unrepairable)
+        context.exit(1)
+
+
+def plan_lines(plan: RepairPlan) -> Iterator[str]:
+    """What a repair has to do."""
+    yield (
+        f"{plan.node} at {plan.path}: {plan.stripes:,} stripes, "
+        f"{bytes_text(plan.bytes_to_check)} to check, {plan.shards_to_rebuild:,} shards "
+        f"({bytes_text(plan.bytes_to_rebuild)}) to rebuild"
+    )
+    if plan.reads:
+        reads = ", ".join(f"{bytes_text(size)} from {name}" for name, size in plan.reads.items())
+        yield f"  reads: {reads}"
+    if plan.weak_stripes:
+        yield f"  first {plan.weak_stripes:,} stripes that lack shards elsewhere, too"
+    if plan.hopeless_shards:
+        yield f"  {plan.hopeless_shards:,} shards cannot be rebuilt: too many others are gone"
+
+
+def repair_line(node: str, done: RepairDone) -> str:
+    """What a repair did, and how fast."""
+    line = (
+        f"{node}: {done.shards_rebuilt:,} shards rebuilt and checked, "
+        f"{bytes_text(done.bytes)} in {speed_text(done.bytes, done.seconds)}"
+    )
+    if done.unrepairable:
+        line += f"; {len(done.unrepairable):,} files cannot be repaired"
+    return line + "."

@@ -1,0 +1,343 @@
+"""The commands of the control socket: each is a function of a context and a request.
+
+The same functions work for a daemon and for a command that opens a store itself.
+`handlers` is the one place where requests and results become JSON.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from ..errors import InvalidError, NotMountedError, UsageError
+from ..files.filesystem import FileSystem
+from ..repair.risk import Rates, Safety
+from ..rescue.fsck import fsck as check_tables
+from ..store.store import Store
+from ..system import logs
+from ..typed_json import FieldError, from_json, to_json
+from ..watch.counts import LiveCounts
+from ..watch.fields import MountStatus, Recoding, Scrub, Status
+from ..watch.health import status_of
+from .control_client import Message, Progress
+from .control_server import Handler
+from .messages.files import LayoutRequest, LayoutResult, QuotaRequest, QuotaResult, RecodeRequest
+from .messages.mount import (
+    LogLevelRequest,
+    LogLevelResult,
+    MetricsRequest,
+    MetricsResult,
+    StatusRequest,
+    StopRequest,
+    StopResult,
+)
+from .messages.nodes import (
+    NodeAdded,
+    NodeAddRequest,
+    NodeDrained,
+    NodeDrainRequest,
+    NodeRemoved,
+    NodeRemoveRequest,
+    NodesRequest,
+    NodesResult,
+    Rebalance,
+    RebalanceRequest,
+)
+from .messages.request import Request
+from .messages.safety import (
+    DrillRequest,
+    DrillResult,
+    FsckRequest,
+    FsckResult,
+    RepairDone,
+    RepairPlan,
+    RepairRequest,
+    RepairResult,
+    RiskRequest,
+    RiskResult,
+    ScrubRequest,
+)
+
+log = logging.getLogger(__name__)
+
+Q = TypeVar("Q", bound=Request[Any])
+R = TypeVar("R")
+
+
+class ServedMount(Protocol):
+    """What a daemon adds to an open store."""
+
+    counts: LiveCounts
+
+    def about(self) -> MountStatus:
+        """Where the store is mounted."""
+
+    async def stop(self, mountpoint: str | None) -> None:
+        """Unmount, and return when everything is committed; UsageError when it is elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a command works on."""
+
+    store: Store
+    files: FileSystem
+    progress: Progress = lambda message: None
+    """Told of where a command is, on the event loop."""
+    mount: ServedMount | None = None
+    """None: the store is not mounted."""
+    alone: bool = False
+    """The store was opened for this command, and is closed after it."""
+
+    @property
+    def safety(self) -> Safety:
+        """What looks at all stripes of the store."""
+        return Safety(self.store.log, self.store.reader, self.files.tree.path)
+
+    @property
+    def served(self) -> ServedMount:
+        """The mount; NotMountedError when there is none."""
+        if self.mount is None:
+            raise NotMountedError(f"The store {self.store.config.store} is not mounted.")
+        return self.mount
+
+    def waits(self, request: ScrubRequest | RebalanceRequest | NodeDrainRequest) -> bool:
+        """Whether a command that goes on in the background is waited for.
+
+        It has to be when the store is closed after it.
+        """
+        return request.wait if not self.alone else not request.only_looks
+
+
+# --- the store -----------------------------------------------------------------
+
+
+async def status(context: Context, request: StatusRequest) -> Status:
+    """How the store fares, and its mount if there is one."""
+    return status_of(
+        await context.store.status(),
+        recode=from_json(Recoding, context.files.recoder.status()),
+        mount=context.mount.about() if context.mount is not None else None,
+    )
+
+
+async def fsck(context: Context, request: FsckRequest) -> FsckResult:
+    """Check the tables; UsageError when a store in use is to be mended."""
+    if request.repair and not context.alone:
+        raise UsageError("The store is mounted: unmount it to have it mended.")
+    found = await check_tables(context.store, repair=request.repair, at_rest=context.alone)
+    return from_json(FsckResult, found)
+
+
+# --- checking and repairing ----------------------------------------------------
+
+
+async def repair(context: Context, request: RepairRequest) -> RepairResult:
+    """Say what rebuilding a node takes, and do it unless it is a dry run."""
+    repairer = context.store.repairer
+    member = repairer.member(request.node)
+    await context.store.healer.look_at(member)
+    to = Path(request.to) if request.to else None
+    plan = from_json(RepairPlan, await context.safety.plan(member, anew=to is not None))
+    if request.dry_run:
+        return RepairResult(plan)
+    path_of = context.files.tree.path
+    done = await repairer.repair(member.name, context.progress, path_of, to=to, rate=request.rate)
+    return RepairResult(plan, from_json(RepairDone, done))
+
+
+async def risk(context: Context, request: RiskRequest) -> RiskResult:
+    """Count what the stripes would survive, and add the expected losses if they are asked for."""
+    safety = context.safety
+    found = await safety.risk(request.if_lost)
+    if request.model is not None:
+        found["model"] = safety.model(found["codes"], Rates(**to_json(request.model)))
+    return from_json(RiskResult, found)
+
+
+async def drill(context: Context, request: DrillRequest) -> DrillResult:
+    """Read a sample of the stripes without a region."""
+    found = await context.safety.drill(
+        request.region, request.sample, request.rate, context.progress
+    )
+    return from_json(DrillResult, found)
+
+
+async def scrub(context: Context, request: ScrubRequest) -> Scrub:
+    """Start, pause or resume a scrub, or say where it stands."""
+    found = await context.store.scrubber.command(
+        request.action,
+        request.rate,
+        wait=context.waits(request),
+        alone=context.alone,
+        progress=context.progress,
+    )
+    return from_json(Scrub, found)
+
+
+# --- nodes ---------------------------------------------------------------------
+
+
+async def rebalance(context: Context, request: RebalanceRequest) -> Rebalance:
+    """Start or stop a rebalance, or say where it stands."""
+    found = await context.store.rebalancer.command(
+        request.action, request.rate, wait=context.waits(request), progress=context.progress
+    )
+    return from_json(Rebalance, found)
+
+
+async def nodes(context: Context, request: NodesRequest) -> NodesResult:
+    """The nodes, what they hold, and what their shares are."""
+    return from_json(NodesResult, await context.store.topology.list())
+
+
+async def node_add(context: Context, request: NodeAddRequest) -> NodeAdded:
+    """Let one more node take part."""
+    found = await context.store.topology.add(
+        request.node, request.region, Path(request.path), request.weight, context.progress
+    )
+    return from_json(NodeAdded, found)
+
+
+async def node_drain(context: Context, request: NodeDrainRequest) -> NodeDrained:
+    """Give a node's shards to others, or stop doing that."""
+    found = await context.store.topology.drain(
+        request.node,
+        cancel=request.cancel,
+        wait=context.waits(request),
+        progress=context.progress,
+    )
+    return from_json(NodeDrained, found)
+
+
+async def node_remove(context: Context, request: NodeRemoveRequest) -> NodeRemoved:
+    """Take a node that was drained out of the store."""
+    return from_json(NodeRemoved, await context.store.topology.remove(request.node))
+
+
+# --- files ---------------------------------------------------------------------
+
+
+async def layout(context: Context, request: LayoutRequest) -> LayoutResult:
+    """Where all of a file lies."""
+    return from_json(LayoutResult, context.files.attributes.layout(request.inode, 0, None))
+
+
+async def quota(context: Context, request: QuotaRequest) -> QuotaResult:
+    """Set or clear a quota, once that is in force; the quotas that hold, or all there are."""
+    quotas, ino = context.files.quotas, request.inode
+    if request.action == "set":
+        quotas.set(ino, request.bytes, request.files)
+    elif request.action == "clear":
+        quotas.clear(ino)
+    if request.action in ("set", "clear"):
+        await quotas.wait(ino)
+        await context.files.commit()
+    found = quotas.all() if request.action == "list" else quotas.above(ino)
+    return from_json(QuotaResult, {"quotas": found})
+
+
+async def recode(context: Context, request: RecodeRequest) -> Recoding:
+    """Start or stop giving files another code; UsageError for one that is none."""
+    recoder = context.files.recoder
+    if request.stop:
+        recoder.stop()
+    else:
+        try:
+            code = context.files.attributes.parse_code(request.to) if request.to else None
+        except InvalidError as error:
+            raise UsageError(str(error)) from None
+        recoder.start(request.inode, code, request.rate)
+    await context.files.commit()  # what is answered goes on after a crash
+    found = await recoder.wait(context.progress) if request.wait else recoder.status()
+    return from_json(Recoding, found)
+
+
+# --- the daemon ----------------------------------------------------------------
+
+
+async def stop(context: Context, request: StopRequest) -> StopResult:
+    """Unmount, and answer when everything is committed."""
+    await context.served.stop(request.mountpoint)
+    return StopResult()
+
+
+async def log_level(context: Context, request: LogLevelRequest) -> LogLevelResult:
+    """Change the level of this process's log, if one is given, and say what it is."""
+    if request.level:
+        before = logs.get_level()
+        logs.set_level(request.level)
+        log.warning("the log level is %s now, and was %s", logs.get_level(), before)
+    return LogLevelResult(logs.get_level())
+
+
+async def metrics(context: Context, request: MetricsRequest) -> MetricsResult:
+    """What was counted since the last reset, which may be now."""
+    counts = context.served.counts
+    if request.action == "reset":
+        counts.reset()
+        await counts.keep()
+    return from_json(MetricsResult, counts.now().rows())
+
+
+# --- all of them ---------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Command(Generic[Q, R]):
+    """A kind of request, and what does it."""
+
+    request: type[Q]
+    run: Callable[[Context, Q], Awaitable[R]]
+
+
+COMMANDS: dict[str, _Command[Any, Any]] = {
+    one.request.command: one
+    for one in (
+        _Command(StatusRequest, status),
+        _Command(FsckRequest, fsck),
+        _Command(RepairRequest, repair),
+        _Command(RiskRequest, risk),
+        _Command(DrillRequest, drill),
+        _Command(ScrubRequest, scrub),
+        _Command(RebalanceRequest, rebalance),
+        _Command(NodesRequest, nodes),
+        _Command(NodeAddRequest, node_add),
+        _Command(NodeDrainRequest, node_drain),
+        _Command(NodeRemoveRequest, node_remove),
+        _Command(LayoutRequest, layout),
+        _Command(QuotaRequest, quota),
+        _Command(RecodeRequest, recode),
+        _Command(StopRequest, stop),
+        _Command(LogLevelRequest, log_level),
+        _Command(MetricsRequest, metrics),
+    )
+}
+"""By the name that a request has on the socket."""
+
+
+async def do(context: Context, request: Request[R]) -> R:
+    """Do a command in this process; FusestoreError."""
+    result: R = await COMMANDS[request.command].run(context, request)
+    return result
+
+
+def handlers(context: Context) -> dict[str, Handler]:
+    """All commands, as the control server has them: JSON in, JSON out."""
+    return {name: partial(_handle, context, command) for name, command in COMMANDS.items()}
+
+
+async def _handle(
+    context: Context, command: _Command[Any, Any], arguments: Message, progress: Progress
+) -> Message:
+    """Do what a client asks; UsageError for fields that are not those of the request."""
+    name = command.request.command
+    try:
+        request = from_json(command.request, arguments)
+    except FieldError as error:
+        raise UsageError(f"The command {name!r} was asked wrongly: {error}.") from None
+    return to_json(await do(replace(context, progress=progress), request))

@@ -1,0 +1,199 @@
+"""Checking and repairing: what these commands are asked, and what they answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ...typed_json import INLINE, OPTIONAL
+from ...watch.fields import Scrub
+from .request import LookRequest, Request
+
+
+@dataclass(frozen=True, slots=True)
+class FsckResult:
+    """What is wrong with the tables, in sentences."""
+
+    clean: bool
+    findings: tuple[str, ...]
+    left: tuple[str, ...]
+    """What was not mended."""
+    files: int
+    stripes: int
+    """How many were checked."""
+    lost_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FsckRequest(Request[FsckResult]):
+    """Check the tables, and mend them if asked; not of a mounted store."""
+
+    command = "fsck"
+    as_left = True
+    repair: bool = False
+
+    @property
+    def only_looks(self) -> bool:
+        """Whether nothing is to be mended."""
+        return not self.repair
+
+
+@dataclass(frozen=True, slots=True)
+class RepairPlan:
+    """What repairing a node takes."""
+
+    node: str
+    path: str
+    stripes: int
+    weak_stripes: int
+    """Those that lack shards elsewhere, too."""
+    shards_to_rebuild: int
+    bytes_to_rebuild: int
+    bytes_to_check: int
+    hopeless_shards: int
+    reads: dict[str, int]
+    """Bytes, by region."""
+
+
+@dataclass(frozen=True, slots=True)
+class RepairDone:
+    """What a repair did."""
+
+    node: str
+    shards_rebuilt: int
+    bytes: int
+    seconds: float
+    stripes_lost: int
+    unrepairable: tuple[str, ...]
+    """The paths of files."""
+
+
+@dataclass(frozen=True, slots=True)
+class RepairResult:
+    """What there was to do, and what was done: None after a dry run."""
+
+    plan: RepairPlan
+    done: RepairDone | None = field(default=None, metadata=INLINE)
+
+
+@dataclass(frozen=True, slots=True)
+class RepairRequest(Request[RepairResult]):
+    """Rebuild a node, in another directory if one is given."""
+
+    command = "repair"
+    node: str
+    to: str | None = None
+    dry_run: bool = False
+    rate: float | None = None
+
+    @property
+    def only_looks(self) -> bool:
+        """Whether only the plan is wanted."""
+        return self.dry_run
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRates:
+    """What the model of losses assumes."""
+
+    disk_failures: float
+    """A disk and year."""
+    region_losses: float
+    """A region and year."""
+    replace_hours: float
+    """From a failure to the beginning of its repair."""
+
+
+@dataclass(frozen=True, slots=True)
+class CodeLosses:
+    """The expected losses of data a year with a code."""
+
+    regions_borne: int
+    disks_only: float
+    with_regions: float
+
+
+@dataclass(frozen=True, slots=True)
+class LossModel:
+    """The expected losses of data a year, and what they were computed from."""
+
+    disk_failures_a_year: float
+    region_losses_a_year: float
+    replace_hours: float
+    repair_bytes_a_second: float
+    measured: bool
+    """Whether that is how fast repairs of this store were; else it is assumed."""
+    repair_seconds: float
+    codes: dict[str, CodeLosses]
+
+
+@dataclass(frozen=True, slots=True)
+class RiskResult:
+    """How many more losses the stripes would survive."""
+
+    if_lost: tuple[str, ...]
+    stripes: int
+    codes: dict[str, int]
+    """Stripes, by code."""
+    by_shards: dict[str, int]
+    by_regions: dict[str, int]
+    """Stripes, by how many more shards, or regions, may be lost."""
+    metadata_regions: int
+    lost_stripes: int
+    lost: tuple[str, ...]
+    next_region_loses: tuple[str, ...]
+    """The paths of files."""
+    model: LossModel | None = field(default=None, metadata=OPTIONAL)
+
+
+@dataclass(frozen=True, slots=True)
+class RiskRequest(LookRequest[RiskResult]):
+    """Count what the stripes would survive, without some regions."""
+
+    command = "risk"
+    if_lost: tuple[str, ...] = ()
+    model: ModelRates | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DrillResult:
+    """What reading without a region showed."""
+
+    region: str
+    stripes: int
+    bytes: int
+    seconds: float
+    seed: int
+    """Of the sample."""
+    failed_stripes: int
+    lost: tuple[str, ...]
+    """The paths of files."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrillRequest(LookRequest[DrillResult]):
+    """Read a share of the stripes without a region."""
+
+    command = "drill"
+    region: str
+    sample: float = 1.0
+    rate: float | None = None
+
+
+ScrubAction = Literal["start", "pause", "resume", "status"]
+
+
+@dataclass(frozen=True, slots=True)
+class ScrubRequest(Request[Scrub]):
+    """Start, pause or resume a scrub, or say where it stands."""
+
+    command = "scrub"
+    action: ScrubAction
+    rate: float | None = None
+    wait: bool = False
+    """Answer when it has ended or is paused."""
+
+    @property
+    def only_looks(self) -> bool:
+        """Whether it only asks where the scrub stands."""
+        return self.action == "status"

@@ -1,0 +1,50 @@
+"""Commands on a store that is not mounted: it is opened, worked on, and closed."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import trio
+
+from ..config.store_config import StoreConfig
+from ..errors import FusestoreError
+from ..files.filesystem import FileSystem
+from ..metadata.engine import DATABASE
+from ..store.opening import open_store
+from .commands import Context, do
+from .control_client import Progress
+from .control_server import lock_store
+from .messages.request import Request
+
+R = TypeVar("R")
+
+
+async def offline(config: StoreConfig, request: Request[R], progress: Progress) -> R:
+    """Do a command on a store that is not mounted; FusestoreError."""
+    with lock_store(config.store):
+        try:
+            # One that was never mounted has no journal to leave alone.
+            read_only = request.only_looks and (config.metadata / DATABASE).exists()
+            async with (
+                open_store(config, read_only=read_only, background=not request.as_left) as store,
+                trio.open_nursery() as nursery,
+            ):
+                files = FileSystem(store, nursery)
+                if not request.as_left:
+                    await files.begin()
+                return await do(Context(store, files, progress, alone=True), request)
+        except BaseExceptionGroup as group:
+            raise unwrapped(group) from None
+
+
+def unwrapped(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error to tell of, when nurseries have wrapped it."""
+    if group.subgroup(KeyboardInterrupt) is not None:
+        return KeyboardInterrupt()
+    ours, others = group.split(FusestoreError)
+    if ours is None or others is not None:
+        return group
+    error: BaseException = ours
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,126 @@
+"""Whether a store is healthy, in sentences, from the fields of `status`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..text import bytes_text, duration_text
+from ..typed_json import from_json
+from .fields import MountStatus, Recoding, Scrub, Status
+
+
+def status_of(
+    report: Mapping[str, Any],
+    *,
+    recode: Recoding | None = None,
+    mount: MountStatus | None = None,
+) -> Status:
+    """The fields of `status`, summary included, from what a store reports."""
+    status = replace(from_json(Status, dict(report)), recode=recode, mount=mount)
+    return replace(status, summary=verdict(status))
+
+
+def verdict(status: Status) -> str:
+    """Whether the data is safe, in a sentence."""
+    away = [node.name for node in status.nodes if node.state != "up"]
+    missing = sum(node.missing_shards for node in status.nodes)
+    problems = [text.rstrip(".") for text in (status.error, status.metadata_error) if text]
+    if away:
+        problems.append(f"{', '.join(away)} {'is' if len(away) == 1 else 'are'} not up")
+    if missing:
+        problems.append(f"{missing:,} {'shard is' if missing == 1 else 'shards are'} missing")
+    if status.unsafe_codes:
+        codes = ", ".join(status.unsafe_codes)
+        problems.append(f"code {codes} does not survive the loss of a region")
+    if status.healthy and not problems:
+        regions = _regions(status.regions_borne)
+        return f"All data is safe: every node is up, and any {regions} may be lost."
+    if status.healthy:
+        return f"All data is there, but {'; '.join(problems)}."
+    return f"Not healthy: {'; '.join(problems) or 'see the log'}."
+
+
+def health(status: Status) -> tuple[bool, str]:
+    """Whether the mount serves as it was meant to, and a sentence about it.
+
+    A store that lost what its code bears serves; whether somebody has to act is
+    in the metrics.
+    """
+    for problem in (status.error, status.metadata_error):
+        if problem:
+            return False, problem
+    if not status.readable:
+        return False, "Too few nodes are there: files cannot be read."
+    if not status.read_only and status.bytes_free <= 0:
+        return False, "The store is full: nothing can be written."
+    return True, verdict(status)
+
+
+def risk_text(status: Status) -> str:
+    """What one more loss would mean."""
+    borne = status.regions_borne
+    if borne > 0:
+        return f"any {_regions(borne)} may be lost"
+    if borne == 0:
+        return "the loss of one more region would lose data"
+    if status.readable:
+        return "some stripes may lack too many shards: 'fusestore risk' names their files"
+    return "too few nodes are there: files cannot be read"
+
+
+def _regions(count: int) -> str:
+    return "one region" if count == 1 else f"{count} regions"
+
+
+def repair_text(status: Status) -> str:
+    """What is being repaired, and how long that takes, or how the last repairs went."""
+    running, repairs = status.repair, status.repairs
+    if running is None:
+        if not repairs:
+            return "none running"
+        mean = sum(repair.seconds for repair in repairs) / len(repairs)
+        last = "the last took" if len(repairs) == 1 else f"the last {len(repairs)} took"
+        average = "" if len(repairs) == 1 else " on average"
+        return f"none running; {last} {duration_text(mean)}{average}"
+    size = bytes_text if running.unit == "bytes" else "{:,}".format
+    text = f"{running.node}: {running.phase}"
+    if running.total > 1:
+        share = 100 * running.done // running.total
+        unit = "" if running.unit == "bytes" else " shards"
+        text += f", {size(running.done)} of {size(running.total)}{unit} ({share} %)"
+    return text + _time_left(running.eta_seconds)
+
+
+def scrub_text(status: Status) -> str:
+    """Where the scrub stands, or how the last one ended, in a few words."""
+    scrub = status.scrub
+    if scrub.state == "never":
+        return "never yet"
+    if scrub.state == "done":
+        return f"done {finished_text(scrub)}, {found_text(scrub)}{left_over_text(scrub)}"
+    share = 100 * scrub.stripes // max(scrub.total, scrub.stripes, 1)
+    return f"{scrub.state}, {share} %, {found_text(scrub)}{_time_left(scrub.eta_seconds)}"
+
+
+def finished_text(scrub: Scrub) -> str:
+    """When a scrub ended."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(scrub.finished))
+
+
+def found_text(scrub: Scrub) -> str:
+    """What a scrub has found."""
+    return "nothing found" if not scrub.found else f"{scrub.found:,} bad or gone"
+
+
+def left_over_text(scrub: Scrub) -> str:
+    """What became of what a scrub has found, to be put behind that."""
+    if scrub.left:
+        return f", {scrub.left:,} still missing"
+    return ", all repaired" if scrub.found else ""
+
+
+def _time_left(seconds: float | None) -> str:
+    return f", {duration_text(seconds)} left" if seconds is not None else ""
