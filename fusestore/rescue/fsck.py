@@ -1,14 +1,15 @@
 """fsck: check all tables against each other, mend the first phase that has findings, check again.
 
-The checks, in their order:
+The checks, each given the earlier ones whose counts it needs; `check_tables` has
+their exact order:
 
-    rows       each row has the form of its table                                this module
-    names      each has an inode, and is in the listing of its directory      fsck_names
-    inodes     each has a type, a name, the right count of links              fsck_inodes
-    extents    each lies in a file and in a stripe; owners, live bytes        fsck_extents
-    quotas     each counts what lies in it                                    fsck_quotas
-    stripes    each shard has a place; segments count what lies in them       fsck_stripes
-    counters   of the whole store                                             this module
+    rows       each row has the form of its table                         this module
+    names      each has an inode, and is in the listing of its directory  fsck_names
+    inodes     each has a type, a name, the right count of links          fsck_inodes
+    extents    each lies in a file and in a stripe; owners, live bytes    fsck_extents
+    quotas     each counts what lies in it                                fsck_quotas
+    stripes    each shard has a place; segments count what lies in them   fsck_stripes
+    counters   of the whole store                                         this module
 
 The phases of mending (fsck_findings.Phase; the fixes are fsck_mend.Mender):
 
