@@ -28,6 +28,10 @@ class StoreBusyError(FusestoreError):
     """Another process has the store open."""
 
 
+class FencedError(FusestoreError):
+    """Another daemon has taken the store over: nothing more is written or acknowledged."""
+
+
 class NotMountedError(FusestoreError):
     """No daemon serves this store or mount point."""
 
@@ -61,6 +65,10 @@ class ChecksumError(FormatError):
 
 class NodeError(FusestoreError):
     """A node could not do what it was asked to."""
+
+
+class NodeBusyError(NodeError):
+    """Another process, or another store, uses the node's directory."""
 
 
 class NodeIdentityError(NodeError):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import threading
@@ -25,12 +26,14 @@ from typing_extensions import Buffer
 
 from ..bounded_cache import LeastRecentlyUsed
 from ..config.node_identity import NodeIdentity
-from ..errors import NodeError, NodeFullError, NodeIdentityError, NodeLacksError
+from ..errors import NodeBusyError, NodeError, NodeFullError, NodeIdentityError, NodeLacksError
 from ..format.records import Run
 from ..limits import DEFAULTS, Limits
-from ..system import linux
+from ..system import linux, locks
 from ..system.files import sync_directory
 from .base import Space
+
+log = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _BLOCK_BYTES = 4096
@@ -79,10 +82,15 @@ class DirectoryNode:
         *,
         read_only: bool = False,
         limits: Limits = DEFAULTS,
+        owner: str = "",
     ) -> None:
-        """Use the directory of the node with this identity, which has been verified."""
+        """Use the directory of the node with this identity, which has been verified.
+
+        NodeBusyError when somebody else than `owner`, the path of a store, uses it.
+        """
         self.path = path
         self._name = identity.node
+        self._owned = self._own(owner, shared=read_only)
         self._flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
         for folder, _ in _FOLDERS.values():
             with self._errors("open"):
@@ -98,6 +106,27 @@ class DirectoryNode:
 
     def _none_open(self) -> LeastRecentlyUsed[tuple[Run, int], _Segment]:
         return LeastRecentlyUsed(self._limits.open_segments_max)
+
+    def _own(self, owner: str, *, shared: bool) -> locks.Lock:
+        """Lock the directory, or, where that cannot be, the file that says whose it is."""
+        with self._errors("lock"):
+            try:
+                lock = locks.take(self.path, owner, shared=shared)
+                if not lock.is_held:
+                    lock = locks.take(self.path / "node.toml", owner, shared=shared)
+            except locks.LockedError as error:
+                by = f"process {error.holder}" if error.holder else "another process"
+                raise NodeBusyError(
+                    f"Node {self._name} ({self.path}) is in use by {by}, which serves another "
+                    "mount: unmount that first."
+                ) from error
+        if not lock.is_held:
+            log.warning(
+                "Node %s (%s) cannot be locked: see to it that no other machine uses it.",
+                self._name,
+                self.path,
+            )
+        return lock
 
     @contextlib.contextmanager
     def _errors(self, what: str) -> Iterator[None]:
@@ -297,3 +326,4 @@ class DirectoryNode:
     def close(self) -> None:
         """See Node."""
         self._open = self._none_open()  # without the lock: a thread that hangs may hold it
+        self._owned.release()

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import trio
 
-from ..errors import InvariantError, MetadataError, NotDurableError
+from ..errors import FencedError, InvariantError, MetadataError, NotDurableError
 from ..format import store_rows
 from ..format.store_rows import LogState
 from ..log.log import Log
@@ -77,6 +77,9 @@ class Checkpointer:
             began = time.perf_counter_ns()
             try:
                 await trio.to_thread.run_sync(engine.write)
+            except FencedError as error:
+                self._log.break_(str(error))
+                raise NotDurableError(str(error)) from error
             except MetadataError as error:
                 if not self._log.metadata_error:
                     log.error("%s The checkpoint will be tried again.", error)

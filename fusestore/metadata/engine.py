@@ -24,10 +24,10 @@ from weakref import WeakSet
 import lmdb
 from sortedcontainers import SortedList
 
-from ..errors import MetadataError
+from ..errors import FencedError, MetadataError, StoreBusyError
 from ..format.records import Changes
 from ..limits import DEFAULTS, KEY_BYTES_MAX, VALUE_BYTES_MAX, Limits
-from ..system import linux
+from ..system import linux, locks
 
 DATABASE, DATABASE_LOCK = "data.mdb", "lock.mdb"
 """What LMDB makes in the directory."""
@@ -65,10 +65,22 @@ class Engine:
     """Ordered keys of at most 511 bytes with values of at most 64 KiB."""
 
     def __init__(
-        self, directory: Path, *, read_only: bool = False, limits: Limits = DEFAULTS
+        self,
+        directory: Path,
+        *,
+        read_only: bool = False,
+        limits: Limits = DEFAULTS,
+        owner: str = "",
+        guard: bytes = b"",
     ) -> None:
-        """Open or make the environment in `directory`; MetadataError when it cannot be used."""
+        """Open or make the environment in `directory`; MetadataError when it cannot be used.
+
+        StoreBusyError when somebody else than `owner`, the path of a store, uses it.  A
+        value of the key `guard` that nobody wrote through this engine ends all writing.
+        """
         self._directory = directory
+        self._guard = guard
+        self._lock = self._own(owner, shared=read_only)
         self.limits = limits
         self._active = _Table()
         self._frozen: _Table | None = None
@@ -85,12 +97,34 @@ class Engine:
                 lib_version=0,
                 mode=0o600,
             )
+            if self._lock is None:
+                self._lock = self._own(owner, shared=read_only)
             self._txn = self._env.begin()
         except (lmdb.Error, OSError) as error:
             raise MetadataError(
                 f"The metadata in {directory} cannot be opened: {error}."
             ) from error
         self._cursor = self._txn.cursor()
+        self._guarded = {self._stored_guard(self._txn)}
+        """Values of the guard that this engine read or wrote, or may have written."""
+
+    def _own(self, owner: str, *, shared: bool) -> locks.Lock | None:
+        """Lock the database's file, if there is one yet: copies of it are others' own."""
+        try:
+            return locks.take(self._directory / DATABASE, owner, shared=shared)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise MetadataError(
+                f"The metadata in {self._directory} cannot be locked: {error.strerror}."
+            ) from error
+        except locks.LockedError as error:
+            by = f"process {error.holder}" if error.holder else "another process"
+            raise StoreBusyError(f"The metadata in {self._directory} is in use by {by}.") from error
+
+    def _stored_guard(self, txn: lmdb.Transaction) -> bytes | None:
+        value: bytes | None = txn.get(self._guard) if self._guard else None  # type: ignore[assignment]
+        return value
 
     def close(self) -> None:
         """Close the environment; changes that no checkpoint wrote are dropped.
@@ -101,6 +135,8 @@ class Engine:
         self._txn.abort()
         if not self._views:
             self._env.close()
+        if self._lock is not None:
+            self._lock.release()
 
     # --- reading -------------------------------------------------------------
 
@@ -200,13 +236,22 @@ class Engine:
         changes = sorted(self._frozen.items())
         puts = [(key, value) for key, value in changes if value is not None]
         deletes = [key for key, value in changes if value is None]
+        attempt = self._frozen.get(self._guard)
         try:
             self._preallocate(sum(len(key) + len(value) for key, value in puts))
             with self._env.begin(write=True) as txn, txn.cursor() as cursor:
+                if self._stored_guard(txn) not in self._guarded:
+                    raise FencedError(
+                        f"Another process has written the metadata in {self._directory}: this "
+                        "mount is over, and what it has not committed stays in its memory only."
+                    )
                 for start in range(0, len(puts), 500):
                     cursor.putmulti(puts[start : start + 500])
                 for key in deletes:
                     txn.delete(key)
+                if attempt is not None:
+                    self._guarded.add(attempt)
+            self._guarded = {attempt} if attempt is not None else self._guarded
         except (lmdb.Error, OSError) as error:
             raise MetadataError(f"The metadata in {self._directory}: {error}.") from error
 

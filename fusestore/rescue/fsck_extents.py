@@ -134,6 +134,8 @@ class ExtentCheck:
             extent = Extent.decode(key, value)
             taken.append((extent.offset, extent.end))
         for first, last in sorted(taken):
+            if start >= end:
+                return
             if last > start:
                 if first > start:
                     yield start, min(first, end)

@@ -11,7 +11,7 @@ from uuid import UUID
 from ..config import store_config as names
 from ..config.node_identity import IDENTITY_NAME, NodeIdentity, read_identity
 from ..config.store_config import StoreConfig
-from ..errors import NodeError, UsageError
+from ..errors import NodeBusyError, NodeError, StoreBusyError, UsageError
 from ..nodes.base import Node
 from ..nodes.directory import DirectoryNode
 
@@ -41,7 +41,10 @@ class FoundNodes:
         nodes: dict[str, Node] = {}
         for name, (path, identity) in self.places.items():
             try:
-                nodes[name] = DirectoryNode(path, identity, read_only=True)
+                owner = os.path.realpath(self.store)
+                nodes[name] = DirectoryNode(path, identity, read_only=True, owner=owner)
+            except NodeBusyError as error:
+                raise StoreBusyError(str(error)) from error
             except NodeError as error:
                 self.problems[name] = str(error)
         if not nodes:

@@ -19,7 +19,16 @@ import trio
 from ..commit.committer import Committer
 from ..commit.replay import Replayed, replay, suspect_shards
 from ..config.store_config import CONFIG_NAME, StoreConfig
-from ..errors import ConfigError, FusestoreError, MetadataError, NodeError, ReplayError, UsageError
+from ..errors import (
+    ConfigError,
+    FusestoreError,
+    MetadataError,
+    NodeBusyError,
+    NodeError,
+    ReplayError,
+    StoreBusyError,
+    UsageError,
+)
 from ..format import erasure, store_rows, stripe_rows, tables
 from ..format.erasure import Code
 from ..format.records import Run
@@ -28,6 +37,7 @@ from ..format.stripe_rows import SegmentState
 from ..log.journal import last_commit
 from ..log.log import Log
 from ..members.member import Member
+from ..members.members import Members
 from ..members.opening import open_members, open_node
 from ..members.standing import State
 from ..metadata.engine import DATABASE, DATABASE_LOCK, Engine
@@ -61,13 +71,23 @@ async def open_store(
         raise MetadataError(
             f"The metadata in {config.metadata} cannot be opened: {error.strerror}."
         ) from error
-    engine = Engine(config.metadata, read_only=read_only, limits=config.limits)
+    engine = Engine(
+        config.metadata,
+        read_only=read_only,
+        limits=config.limits,
+        owner=os.path.realpath(config.store),
+        guard=store_rows.LOG_KEY,
+    )
+    members: Members | None = None
     try:
         rows = _check_format(config, engine)
         members = open_members(config, rows, opened=False)
+        busy: list[NodeBusyError] = []
         async with trio.open_nursery() as nursery:
             for member in members.all:
-                nursery.start_soon(_open, member, config, read_only)
+                nursery.start_soon(_open, member, config, read_only, busy)
+        if busy:  # going on without the node would begin a second history
+            raise StoreBusyError(str(busy[0]))
         state = Log(engine, members, config.uuid, config.code, read_only=read_only)
         start = _load(state, config)
         in_sync = [row.id for row in rows if row.in_sync]
@@ -107,17 +127,32 @@ async def open_store(
     finally:
         refused = fresh and engine.get(store_rows.LOG_KEY) is None
         engine.close()
+        with trio.CancelScope(shield=True):
+            await _close_nodes(members)
         if refused:  # what was made for nothing must not stand in the way of `recover`
             for name in (DATABASE, DATABASE_LOCK):
                 (config.metadata / name).unlink(missing_ok=True)
 
 
-async def _open(member: Member, config: StoreConfig, read_only: bool) -> None:
+async def _close_nodes(members: Members | None) -> None:
+    """Give up the locks of all nodes, those that are out of use included."""
+    for member in members.all if members is not None else ():
+        try:
+            await member.call(member.node.close)
+        except NodeError as error:
+            log.warning("%s", error)
+
+
+async def _open(
+    member: Member, config: StoreConfig, read_only: bool, busy: list[NodeBusyError]
+) -> None:
     try:
         opened = await member.call(partial(open_node, config, member.config, read_only=read_only))
         member.open(opened, await member.call(opened.space))
     except NodeError as error:
         member.standing.refused(error)
+        if isinstance(error, NodeBusyError):
+            busy.append(error)
 
 
 def _check_format(config: StoreConfig, engine: Engine) -> list[NodeRow]:

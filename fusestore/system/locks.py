@@ -1,0 +1,134 @@
+"""Locks on things that cannot be removed without removing the lock: directories and files.
+
+`flock(2)` on the thing itself.  A lock belongs to an owner (the path of a store) in this
+process: the same owner may take it several times, as when a node is opened anew while
+calls of the old one still hang; nobody else may, in this process or in another.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+_UNSUPPORTED = (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+"""What file systems answer that cannot lock such a thing; NFS needs a file open for writing."""
+
+
+class LockedError(Exception):
+    """Another process, or another store in this one, holds the lock; `holder` is its number."""
+
+    def __init__(self, holder: int | None) -> None:
+        super().__init__(holder)
+        self.holder = holder
+
+
+@dataclass(slots=True)
+class _Held:
+    owner: str
+    fd: int
+    count: int = 1
+
+
+_held: dict[tuple[int, int], _Held] = {}
+"""By device and inode."""
+_guard = threading.Lock()
+
+
+class Lock:
+    """A lock that is held until `release`, or until the process ends."""
+
+    __slots__ = ("_key",)
+
+    def __init__(self, key: tuple[int, int] | None) -> None:
+        self._key = key
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the file system knows such locks."""
+        return self._key is not None
+
+    def release(self) -> None:
+        """Give the lock up; a second time does nothing."""
+        key, self._key = self._key, None
+        if key is None:
+            return
+        with _guard:
+            held = _held[key]
+            held.count -= 1
+            if held.count == 0:
+                del _held[key]
+                os.close(held.fd)
+
+    def __del__(self) -> None:
+        self.release()
+
+
+def take(path: Path, owner: str, *, shared: bool) -> Lock:
+    """Lock a file or directory; LockedError when it is in use, OSError when it is not there.
+
+    Where the file system cannot lock it, the lock that is returned is not held.
+    """
+    fd = _open(path, shared)
+    try:
+        found = os.fstat(fd)
+        key = found.st_dev, found.st_ino
+        with _guard:
+            held = _held.get(key)
+            if held is not None:
+                if held.owner != owner:
+                    raise LockedError(os.getpid())
+                held.count += 1
+                return Lock(key)
+            if not _lock(fd, shared):
+                return Lock(None)
+            _held[key] = _Held(owner, fd)
+            fd = -1
+            return Lock(key)
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def _open(path: Path, shared: bool) -> int:
+    flags = os.O_CLOEXEC | os.O_NONBLOCK
+    if not shared:  # NFS locks a file only for those who may write it
+        try:
+            return os.open(path, os.O_RDWR | flags)
+        except (IsADirectoryError, PermissionError):
+            pass
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+    return os.open(path, os.O_RDONLY | flags)
+
+
+def _lock(fd: int, shared: bool) -> bool:
+    """Whether the descriptor is locked now; False where that cannot be."""
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise LockedError(_holder(fd)) from None
+    except OSError as error:
+        if error.errno in _UNSUPPORTED:
+            return False
+        raise
+    return True
+
+
+def _holder(fd: int) -> int | None:
+    """The number of a process that holds a lock on the open file, if the kernel tells."""
+    found = os.fstat(fd)
+    device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    try:
+        with open("/proc/locks") as locks:
+            for line in locks:
+                words = line.split()
+                if "FLOCK" in words and device in words and "->" not in words:
+                    return int(words[words.index(device) - 1])
+    except (OSError, ValueError):
+        pass
+    return None
