@@ -153,7 +153,7 @@ def _reader(hint: Any) -> _Read:
     if origin is tuple:
         return _tuple_of(arguments[0])
     if origin is dict:
-        return _dict_of(_reader(arguments[1]))
+        return _dict_of(arguments[1])
     if is_typeddict(hint):
         return _of_class(dict, "an object")
     if is_dataclass(hint):
@@ -198,10 +198,14 @@ def _tuple_of(hint: Any) -> _Read:
     return read
 
 
-def _dict_of(inner: _Read) -> _Read:
+def _dict_of(hint: Any) -> _Read:
+    inner = None if is_typeddict(hint) else _reader(hint)
+
     def read(value: Any, name: str, exact: bool) -> Any:
         if not isinstance(value, dict):
             raise FieldError(f"{name} has to be an object")
+        if inner is None:
+            return dict(value)
         return {key: inner(part, _inside(name, key), exact) for key, part in value.items()}
 
     return read

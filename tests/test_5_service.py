@@ -177,7 +177,7 @@ def test_ready_is_said_of_a_mount_that_answers_and_the_last_commit_is_waited_for
     assert "EXTEND_TIMEOUT_USEC=60000000" in stopping
     status, lines = service.end()
     assert status == 0
-    assert f"<6>fusestore.daemon: {store.store} is mounted on {store.mountpoint}" in lines
+    assert f"<6>fusestore.serve.daemon: {store.store} is mounted on {store.mountpoint}" in lines
     assert all(line[:3] in ("<4>", "<6>") for line in lines), lines
     assert not is_mounted(store.mountpoint)
     store.mount()

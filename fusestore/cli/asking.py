@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..text import printable
-from ..typed_json import to_json
 from .errors import sentence
 
 if TYPE_CHECKING:
@@ -135,6 +134,7 @@ class ProgressBar:
 def do(store: Path, request: Request[R], *, quiet: bool = True, as_json: bool) -> R:
     """Have a command done, with a progress bar; its result, printed if it is to be JSON."""
     from ..config.store_config import load
+    from ..typed_json import to_json
 
     with closing(ProgressBar(quiet)) as bar, answering(as_json):
         _, result = ask(load(store), request, bar.show)

@@ -7,13 +7,15 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from ..serve.messages.files import LayoutRequest, LayoutResult, StripePlace
 from ..text import Row, bytes_text, table_lines
-from ..typed_json import from_json, to_json
 from .asking import JSON, PATH, answering, print_json, print_lines
+
+if TYPE_CHECKING:
+    from ..serve.messages.files import LayoutResult, StripePlace
 
 LAYOUT = "user.fusestore.layout"
 GOOD_STATES = {"open", "sealed", "whole", "healthy"}
@@ -32,6 +34,8 @@ def inspect(path: Path, as_json: bool) -> None:
       fusestore inspect ~/files/letter.txt
       getfattr -n user.fusestore.layout --only-values ~/files/letter.txt
     """
+    from ..typed_json import to_json
+
     with answering(as_json):
         layout = _layout(path)
     if as_json:
@@ -44,7 +48,9 @@ def _layout(path: Path) -> LayoutResult:
     """The layout of a file; the daemon is asked for one too long for an attribute."""
     from ..errors import UsageError
     from ..serve.control_client import ControlClient
+    from ..serve.messages.files import LayoutRequest, LayoutResult
     from ..system import mounts
+    from ..typed_json import from_json
 
     try:
         mount = mounts.containing(path)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..serve.messages.mount import MetricsAction, MetricsRequest, MetricsResult
 from ..text import Row, bytes_text, duration_text, table_lines
-from ..typed_json import from_json, to_json
 from .asking import JSON, STORE, answering, print_json, print_lines
+
+if TYPE_CHECKING:
+    from ..serve.messages.mount import MetricsAction, MetricsResult
 
 
 @click.group(short_help="Count operations, and how long they took.")
@@ -35,6 +36,8 @@ def _counts(store: Path, action: MetricsAction) -> MetricsResult:
     from ..config.store_config import load
     from ..errors import NotMountedError
     from ..serve.control_client import ControlClient
+    from ..serve.messages.mount import MetricsRequest, MetricsResult
+    from ..typed_json import from_json
 
     config = load(store)
     try:
@@ -54,6 +57,8 @@ def _counts(store: Path, action: MetricsAction) -> MetricsResult:
 @JSON
 def metrics_summary(store: Path, as_json: bool) -> None:
     """Print a table: how many, how fast, and how they ended."""
+    from ..typed_json import to_json
+
     with answering(as_json):
         counts = _counts(store, "summary")
     if as_json:
@@ -74,6 +79,7 @@ def metrics_summary(store: Path, as_json: bool) -> None:
 )
 def metrics_export(store: Path, file: Any) -> None:
     """Write the rows as CSV; times in seconds, sizes in bytes."""
+    from ..typed_json import to_json
     from ..watch.counts import csv_text
 
     file.write(csv_text(to_json(_counts(store, "summary"))))

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import click
 
-from ..serve.messages.mount import StopRequest
 from ..system.logs import LEVELS
 from .asking import ANY_PATH, STORE
 
@@ -113,6 +112,7 @@ def unmount(mountpoint: Path) -> None:
     """Unmount a store; returns when its daemon has exited.  NotHealthyError: it had died."""
     from ..errors import FusestoreError, NotHealthyError, NotMountedError, UsageError
     from ..serve.control_client import ControlClient, UnansweredError, lock_holder
+    from ..serve.messages.mount import StopRequest
     from ..system import mounts
 
     place = mounts.locate(mountpoint)

@@ -5,23 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from ..serve.messages.nodes import (
-    NodeAddRequest,
-    NodeDrained,
-    NodeDrainRequest,
-    NodeRemoveRequest,
-    NodeShare,
-    NodesRequest,
-    NodesResult,
-    Rebalance,
-    RebalanceAction,
-    RebalanceRequest,
-)
 from ..text import bytes_text, speed_text, table_lines
-from ..watch.fields import NodeStatus
 from .asking import (
     ANY_PATH,
     JSON,
@@ -33,6 +21,16 @@ from .asking import (
     rate_option,
 )
 from .repair import repair
+
+if TYPE_CHECKING:
+    from ..serve.messages.nodes import (
+        NodeDrained,
+        NodeShare,
+        NodesResult,
+        Rebalance,
+        RebalanceAction,
+    )
+    from ..watch.fields import NodeStatus
 
 _NODE = click.argument("node", shell_complete=complete_node)
 
@@ -58,6 +56,8 @@ def node() -> None:
 @JSON
 def list_nodes(store: Path, as_json: bool) -> None:
     """Show the nodes of STORE, what each holds, and what its share is."""
+    from ..serve.messages.nodes import NodesRequest
+
     result = do(store, NodesRequest(), as_json=as_json)
     if not as_json:
         print_lines(nodes_lines(result))
@@ -97,6 +97,8 @@ def add(
 
     What there is stays where it is until `fusestore rebalance`.
     """
+    from ..serve.messages.nodes import NodeAddRequest
+
     place = Path(os.path.realpath(path if path is not None else store / node))
     request = NodeAddRequest(node, region, os.fspath(place), weight)
     result = do(store, request, quiet=quiet, as_json=as_json)
@@ -119,6 +121,8 @@ def drain(store: Path, node: str, cancel: bool, no_wait: bool, quiet: bool, as_j
     node that is gone they are rebuilt.  Draining goes on when this command is
     interrupted, and after a restart.
     """
+    from ..serve.messages.nodes import NodeDrainRequest
+
     request = NodeDrainRequest(node, cancel=cancel, wait=not no_wait)
     result = do(store, request, quiet=quiet, as_json=as_json)
     if not as_json:
@@ -134,6 +138,8 @@ def remove(store: Path, node: str, as_json: bool) -> None:
 
     Refused while anything needs it.
     """
+    from ..serve.messages.nodes import NodeRemoveRequest
+
     result = do(store, NodeRemoveRequest(node), as_json=as_json)
     if not as_json:
         rest = "is empty" if result.emptied else "was not there, or could not be emptied"
@@ -159,6 +165,8 @@ def rebalance(
       fusestore rebalance ~/store start --wait
       fusestore rebalance ~/store status
     """
+    from ..serve.messages.nodes import RebalanceRequest
+
     request = RebalanceRequest(action, rate, wait)
     result = do(store, request, quiet=quiet, as_json=as_json)
     if not as_json:

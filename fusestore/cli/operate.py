@@ -10,7 +10,6 @@ from pathlib import Path
 
 import click
 
-from ..serve.messages.mount import LogLevelRequest
 from ..system.logs import LEVELS
 from .asking import ANY_PATH, STORE, print_lines
 
@@ -73,6 +72,7 @@ def log_level(store: Path, level: str | None) -> None:
     """
     from ..config.store_config import load
     from ..serve.control_client import ControlClient
+    from ..serve.messages.mount import LogLevelRequest
 
     click.echo(ControlClient(load(store).store).ask(LogLevelRequest(level)).level)
 

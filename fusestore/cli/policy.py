@@ -14,11 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..serve.messages.files import QuotaRequest, QuotaResult, QuotaStatus, RecodeRequest
-from ..serve.messages.request import Request
 from ..text import Row, bytes_text, duration_text, table_lines
-from ..typed_json import to_json
-from ..watch.fields import Recoding
 from .asking import (
     ANY_PATH,
     JSON,
@@ -32,7 +28,10 @@ from .asking import (
 )
 
 if TYPE_CHECKING:
+    from ..serve.messages.files import QuotaResult, QuotaStatus
+    from ..serve.messages.request import Request
     from ..system.mounts import Mount
+    from ..watch.fields import Recoding
 
 R = TypeVar("R")
 
@@ -176,6 +175,9 @@ def recode(
       fusestore recode ~/files/archive
       fusestore recode ~/files/archive --to 1+2 --rate 20
     """
+    from ..serve.messages.files import RecodeRequest
+    from ..typed_json import to_json
+
     with answering(as_json):
         wait = not background and not stop
         result = _ask(path, partial(RecodeRequest, to=to, rate=rate, stop=stop, wait=wait))
@@ -235,6 +237,7 @@ def quota_set(directory: Path, bytes_max: int | None, files_max: int | None) -> 
     below what there is refuses only what adds to it.
     """
     from ..errors import UsageError
+    from ..serve.messages.files import QuotaRequest
 
     if bytes_max is None and files_max is None:
         raise UsageError("Say a limit: --bytes, --files, or both.")
@@ -247,6 +250,8 @@ def quota_set(directory: Path, bytes_max: int | None, files_max: int | None) -> 
 @JSON
 def quota_get(path: Path, as_json: bool) -> None:
     """Print the quotas that PATH counts for, the nearest first."""
+    from ..serve.messages.files import QuotaRequest
+
     with answering(as_json):
         result = _ask(path, partial(QuotaRequest, "get"))
     _print_quotas(path, result, as_json)
@@ -256,6 +261,8 @@ def quota_get(path: Path, as_json: bool) -> None:
 @_DIRECTORY
 def quota_clear(directory: Path) -> None:
     """Take the quota of DIRECTORY away."""
+    from ..serve.messages.files import QuotaRequest
+
     result = _ask(directory, partial(QuotaRequest, "clear"), directory=True)
     _print_quotas(directory, result)
 
@@ -265,12 +272,16 @@ def quota_clear(directory: Path) -> None:
 @JSON
 def quota_list(path: Path, as_json: bool) -> None:
     """Print all quotas of the store that is mounted at or above PATH."""
+    from ..serve.messages.files import QuotaRequest
+
     with answering(as_json):
         result = _ask(path, partial(QuotaRequest, "list"))
     _print_quotas(path, result, as_json)
 
 
 def _print_quotas(path: Path, result: QuotaResult, as_json: bool = False) -> None:
+    from ..typed_json import to_json
+
     if as_json:
         print_json(to_json(result))
     elif not result.quotas:

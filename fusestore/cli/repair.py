@@ -6,12 +6,11 @@ import os
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from ..serve.messages.safety import RepairDone, RepairPlan, RepairRequest
 from ..text import bytes_text, speed_text
-from ..typed_json import to_json
 from .asking import (
     ANY_PATH,
     JSON,
@@ -26,6 +25,9 @@ from .asking import (
     print_paths,
     rate_option,
 )
+
+if TYPE_CHECKING:
+    from ..serve.messages.safety import RepairDone, RepairPlan
 
 
 @click.command(short_help="Rebuild a node that lost its data.")
@@ -65,6 +67,8 @@ def repair(
       fusestore repair ~/store us-east-1 --to /mnt/new-disk/us-east-1
     """
     from ..config.store_config import load
+    from ..serve.messages.safety import RepairRequest
+    from ..typed_json import to_json
 
     place = os.fspath(to.absolute()) if to else None
     request = RepairRequest(node, to=place, dry_run=dry_run, rate=rate)

@@ -6,11 +6,10 @@ import shlex
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..serve.messages.safety import FsckRequest, FsckResult
 from ..text import bytes_text, speed_text
 from .asking import (
     ANY_PATH,
@@ -25,6 +24,9 @@ from .asking import (
     print_lines,
     print_paths,
 )
+
+if TYPE_CHECKING:
+    from ..serve.messages.safety import FsckResult
 
 
 @click.command(short_help="Make lost metadata anew from the nodes.")
@@ -111,6 +113,8 @@ def fsck(context: click.Context, store: Path, repair: bool, as_json: bool) -> No
       fusestore fsck ~/store
       fusestore fsck ~/store --repair
     """
+    from ..serve.messages.safety import FsckRequest
+
     result = do(store, FsckRequest(repair), as_json=as_json)
     if not as_json:
         print_lines([*result.findings, _verdict(result, repair)])

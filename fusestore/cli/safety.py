@@ -4,23 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from ..serve.messages.safety import (
-    DrillRequest,
-    DrillResult,
-    LossModel,
-    ModelRates,
-    RiskRequest,
-    RiskResult,
-    ScrubAction,
-    ScrubRequest,
-)
 from ..text import bytes_text, speed_text
-from ..watch.fields import Scrub
-from ..watch.health import finished_text, found_text, left_over_text
 from .asking import JSON, QUIET, STORE, do, print_lines, print_paths, rate_option
+
+if TYPE_CHECKING:
+    from ..serve.messages.safety import DrillResult, LossModel, RiskResult, ScrubAction
+    from ..watch.fields import Scrub
 
 
 @click.command(short_help="Read and verify everything.")
@@ -54,6 +47,8 @@ def scrub(
       fusestore scrub ~/store start --wait
       fusestore scrub ~/store status
     """
+    from ..serve.messages.safety import ScrubRequest
+
     result = do(store, ScrubRequest(action, rate, wait), quiet=quiet, as_json=as_json)
     if not as_json:
         click.echo(scrub_line(result))
@@ -105,6 +100,8 @@ def risk(
       fusestore risk ~/store
       fusestore risk ~/store --if-lost us-east-1
     """
+    from ..serve.messages.safety import ModelRates, RiskRequest
+
     rates = ModelRates(disk_failures, region_losses, replace_hours) if model else None
     result = do(store, RiskRequest(if_lost, rates), as_json=as_json)
     if not as_json:
@@ -159,6 +156,8 @@ def drill(
       fusestore drill ~/store --lose us-east-1
       fusestore drill ~/store --lose us-east-1 --all
     """
+    from ..serve.messages.safety import DrillRequest
+
     share = 1.0 if everything else sample
     result = do(store, DrillRequest(region, share, rate), quiet=quiet, as_json=as_json)
     if not as_json:
@@ -170,6 +169,8 @@ def drill(
 
 def scrub_line(scrub: Scrub) -> str:
     """Where a scrub stands, or how it ended."""
+    from ..watch.health import finished_text, found_text, left_over_text
+
     if scrub.state == "never":
         return "This store was never scrubbed."
     read = f"{scrub.shards:,} shards read and verified, {bytes_text(scrub.size)}"

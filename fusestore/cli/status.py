@@ -14,11 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import FusestoreError
-from ..serve.messages.mount import StatusRequest
 from ..text import Row, bytes_text, duration_text, printable, table_lines
-from ..typed_json import to_json
-from ..watch.fields import NodeStatus, Status
-from ..watch.health import repair_text, risk_text, scrub_text, verdict
 from .asking import JSON, STORE, answering, ask, print_json, print_lines
 from .nodes import state_text
 from .policy import recode_line
@@ -26,6 +22,7 @@ from .policy import recode_line
 if TYPE_CHECKING:
     from ..config.store_config import StoreConfig
     from ..serve.control_client import Message
+    from ..watch.fields import NodeStatus, Status
 
 WATCH_SECONDS = 2.0
 
@@ -95,12 +92,16 @@ class StoreView:
 
     def json(self) -> Message:
         """The fields that --json prints."""
+        from ..typed_json import to_json
+
         mount = _NOT_MOUNTED if self.status.mount is None else {}
         outside = {"dead_mount": self.dead_mount, "log_file": self.log_file}
         return to_json(self.status) | mount | outside
 
 
 def _look(config: StoreConfig) -> StoreView:
+    from ..serve.messages.mount import StatusRequest
+
     pid, status = ask(config, StatusRequest())
     dead = dead_mount(config) if pid is None else None
     return StoreView(status, dead, _log_file(config, pid))
@@ -187,6 +188,8 @@ def status_lines(view: StoreView, now: float | None = None) -> Iterator[str]:
 
     `now` is in seconds since the epoch, and the present by default.
     """
+    from ..watch.health import repair_text, risk_text, scrub_text, verdict
+
     status, mount = view.status, view.status.mount
     yield verdict(status)
     for node in status.nodes:
