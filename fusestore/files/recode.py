@@ -15,11 +15,8 @@ short begins its walk again, and only looks at them.
 
 from __future__ import annotations
 
-import json
 import logging
 import stat
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -31,6 +28,7 @@ from ..format import store_rows
 from ..format.erasure import Code
 from ..format.file_rows import Extent
 from ..format.stripe_rows import LOST_STRIPE
+from ..log.background_job import BackgroundJob, JobRow, Progress
 from ..log.pace import Pace
 from ..store.store import Store
 from .contents import Contents, Data
@@ -39,28 +37,25 @@ from .walk import Walk
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 0.2
 UNREADABLE_KEPT_MAX = 1000
-Progress = Callable[[dict[str, Any]], None]
+
+
+REFUSALS = {
+    "begin": "{path} is being recoded: wait for it, or stop it with --stop.",
+    "stop": "Nothing is being recoded.",
+}
 
 
 @dataclass(slots=True)
-class Recoding:
-    """What is recoded, and how far; JSON in its row."""
+class Recoding(JobRow):
+    """What is recoded, and how far."""
 
-    state: str = "never"
-    """never, running, stopped or done."""
     ino: int = 0
     """A file, or a directory with all below it."""
     path: str = ""
     """Where that was when it was started."""
     to: str = ""
     """The code; empty: that of new files in the directory of each file."""
-    rate: float | None = None
-    """Bytes of I/O a second, None for as fast as users' own I/O allows."""
-    started: float = 0.0
-    finished: float = 0.0
-    """Seconds since the epoch."""
     files: int = 0
     total_files: int = 0
     size: int = 0
@@ -82,22 +77,23 @@ class Recoder:
         self._tree = tree
         self._contents = contents
         self._nursery = nursery
-        value = self._log.engine.get(store_rows.RECODE_KEY)
-        self.job = Recoding(**json.loads(value)) if value else Recoding()
+        self._job = BackgroundJob(store.log, store_rows.RECODE_KEY, Recoding, REFUSALS)
         self._running = False
         self._began = (0.0, 0)
         """When this run began to recode, by trio's clock, and the bytes done by then."""
         self._waits_for = ""
         self._unreadable: dict[str, None] = {}
 
+    @property
+    def job(self) -> Recoding:
+        """What is recoded, and how far."""
+        return self._job.row
+
     # --- commands ------------------------------------------------------------
 
     def start(self, ino: int, to: Code | None, rate: float | None) -> None:
         """Begin; UsageError when one is running, or there is nothing to recode."""
-        if self.job.state == "running":
-            raise UsageError(
-                f"{self.job.path} is being recoded: wait for it, or stop it with --stop."
-            )
+        self._job.check("begin")
         mode = self._tree.inode(ino).mode
         if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
             raise UsageError("Only files and directories can be recoded.")
@@ -105,24 +101,24 @@ class Recoder:
             if to is not None:
                 self._tree.note_code(txn, to)
         path = self._tree.path(ino)
-        self.job = Recoding("running", ino, path, str(to or ""), rate, time.time())
         self._unreadable.clear()
-        self._note()
+        self._job.begin(Recoding(rate=rate, ino=ino, path=path, to=str(to or "")))
         self.resume()
 
     def stop(self) -> None:
         """End it where it is; UsageError when none is running."""
-        if self.job.state != "running":
-            raise UsageError("Nothing is being recoded.")
-        self._end("stopped")
+        self._job.stop()
 
     async def wait(self, progress: Progress) -> dict[str, Any]:
         """Return when it has ended, or cannot go on before the next mount."""
-        while self._running and self.job.state == "running":
-            what = "recoding" if self.job.total_files else "counting"
-            progress({"phase": what, "done": self.job.size, "total": self.job.total})
-            await trio.sleep(LOOK_SECONDS)
+        await self._job.wait(self._progress, progress)
         return self.status()
+
+    def _progress(self) -> dict[str, Any] | None:
+        if not self._running:
+            return None
+        what = "recoding" if self.job.total_files else "counting"
+        return {"phase": what, "done": self.job.size, "total": self.job.total}
 
     def status(self) -> dict[str, Any]:
         """How far it is, with `waits_for` and `seconds_left`, None if unknown."""
@@ -141,28 +137,21 @@ class Recoder:
 
     def resume(self) -> None:
         """Go on with what is not done."""
-        if self.job.state == "running" and not self._running:
+        if self._job.is_running and not self._running:
             self._running = True
             self._nursery.start_soon(self._run)
-
-    def _note(self) -> None:
-        self._log.apply({store_rows.RECODE_KEY: json.dumps(asdict(self.job)).encode()})
-
-    def _end(self, state: str) -> None:
-        self.job.state, self.job.finished = state, time.time()
-        self._note()
 
     # --- the work ------------------------------------------------------------
 
     async def _run(self) -> None:
         try:
-            while self.job.state == "running":
+            while self._job.is_running:
                 job = self.job
                 await self._count(job)
                 await self._all_files(job)
                 await self._store.committer.commit()
-                if self.job is job and job.state == "running":
-                    self._end("done")
+                if self._job.is_current(job):
+                    self._job.end()
         except FusestoreError as error:
             log.error("Recoding stopped: %s The next mount goes on.", error)
         finally:
@@ -183,7 +172,6 @@ class Recoder:
 
     async def _all_files(self, job: Recoding) -> None:
         pace = Pace(self._log, job.rate)
-        noted = trio.current_time()
         with Walk(self._tree, job.ino) as walk:
             for step in walk.files():
                 for folder, ino in step:
@@ -195,11 +183,9 @@ class Recoder:
                         job.size = before + self._tree.inode(ino).allocated
                     except StaleError:
                         pass  # it was removed
-                    if self.job is not job or job.state != "running":
+                    if not self._job.is_current(job):
                         return
-                    if trio.current_time() - noted > self._limits.recode_note_seconds:
-                        noted = trio.current_time()
-                        self._note()
+                    self._job.note_after(self._limits.recode_note_seconds)
                 await trio.lowlevel.checkpoint()
 
     async def _file(self, job: Recoding, ino: int, code: Code, pace: Pace) -> None:
@@ -210,7 +196,7 @@ class Recoder:
         if (inode.k, inode.m) != (code.k, code.m):
             self._contents.set_code(ino, code)
         at, begun = 0, job.size
-        while job.state == "running" and self.job is job:
+        while self._job.is_current(job):
             await self._contents.settled(ino)
             found = self._store.reader.extents(ino, at, self._tree.inode(ino).size)
             rows = list(islice(found, self._limits.recode_extents))

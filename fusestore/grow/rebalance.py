@@ -15,9 +15,7 @@ shard at one place or the other, and what was begun goes on with what the rows s
 
 from __future__ import annotations
 
-import json
 import logging
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -26,9 +24,10 @@ from typing import Any
 import trio
 
 from ..commit.committer import Committer
-from ..errors import FusestoreError, LostError, NodeError, UsageError
+from ..errors import FusestoreError, LostError, NodeError
 from ..format import store_rows
 from ..format.stripe_rows import Stripe
+from ..log.background_job import BackgroundJob, JobRow, Progress
 from ..log.log import Log
 from ..log.pace import Pace
 from ..members.member import Member
@@ -38,23 +37,20 @@ from .balance import BALANCED, Balance, Census, Draining, Moves, take_census
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 0.2
-Progress = Callable[[dict[str, Any]], None]
 _Shard = tuple[int, Stripe, int]
 """A stripe's number, its row, and the index of a shard."""
 
 
-@dataclass(slots=True)
-class Rebalance:
-    """Where a rebalance stands, or how the last one ended; JSON in its row."""
+REFUSALS = {
+    "begin": "A rebalance is running already: wait for it, or stop it.",
+    "stop": "No rebalance is running.",
+}
 
-    state: str = "never"
-    """never, running, stopped or done."""
-    rate: float | None = None
-    """Bytes of I/O a second, None for as fast as users' own allows."""
-    started: float = 0.0
-    finished: float = 0.0
-    """Seconds since 1970."""
+
+@dataclass(slots=True)
+class Rebalance(JobRow):
+    """Where a rebalance stands, or how the last one ended."""
+
     shards: int = 0
     size: int = 0
     """Shards moved, and their bytes."""
@@ -72,8 +68,7 @@ class Rebalancer:
         self._limits = state.limits
         self._committer = committer
         self._repairer = repairer
-        value = state.engine.get(store_rows.REBALANCE_KEY)
-        self.row = Rebalance(**json.loads(value)) if value else Rebalance()
+        self.job = BackgroundJob(state, store_rows.REBALANCE_KEY, Rebalance, REFUSALS)
         self.drained: set[int] = set()
         """Nodes to be drained that were found empty."""
         self.stuck: dict[int, str] = {}
@@ -82,7 +77,11 @@ class Rebalancer:
         """By node: why shards of it were not moved, in this pass."""
         self.moved: Counter[int] = Counter()
         """By node: bytes that were moved off it since the store was opened."""
-        self._wake = trio.Event()
+
+    @property
+    def row(self) -> Rebalance:
+        """Where it stands."""
+        return self.job.row
 
     # --- commands ------------------------------------------------------------
 
@@ -96,54 +95,47 @@ class Rebalancer:
         if action != "status":
             self._log.transaction()  # raises when nothing can be changed
         if action == "start":
-            if self.row.state == "running" and not wait:
-                raise UsageError("A rebalance is running already: wait for it, or stop it.")
-            if self.row.state != "running":
-                self.row = Rebalance("running", rate, started=time.time())
+            if not (wait and self.job.is_running):
+                self.job.begin(Rebalance(rate=rate))
             self.row.error = ""
-            self._note()
+            self.job.note()
         elif action == "stop":
-            if self.row.state != "running":
-                raise UsageError("No rebalance is running.")
-            self.row.state = "stopped"
-            self._note()
+            self.job.stop()
         if action != "status":
-            self.wake()
+            self.job.wake()
             await self._committer.commit()
-        while wait and self.row.state == "running":
-            if self.row.error:
-                raise NodeError(
-                    f"Shards wait to be moved, as soon as they can be: {self.row.error}"
-                )
-            done = {"done": self.row.size, "total": max(self.row.total, self.row.size)}
-            progress({"phase": "rebalance", **done})
-            await trio.sleep(LOOK_SECONDS)
+        if wait:
+            await self.job.wait(self._progress, progress)
         return asdict(self.row)
 
-    def _note(self) -> None:
-        self._log.apply({store_rows.REBALANCE_KEY: json.dumps(asdict(self.row)).encode()})
+    def _progress(self) -> dict[str, Any]:
+        if self.row.error:
+            raise NodeError(f"Shards wait to be moved, as soon as they can be: {self.row.error}")
+        return {
+            "phase": "rebalance",
+            "done": self.row.size,
+            "total": max(self.row.total, self.row.size),
+        }
 
     def wake(self) -> None:
         """There may be something to move."""
-        self._wake.set()
+        self.job.wake()
 
     # --- the work ------------------------------------------------------------
 
     async def run(self) -> None:
         """Drain and rebalance, until cancelled."""
         while True:
-            self._wake = trio.Event()
             moved = 0
             try:
                 if not self._log.broken and self._to_drain():
                     moved += await self._drain()
-                if not self._log.broken and self.row.state == "running":
+                if not self._log.broken and self.job.is_running:
                     moved += await self._rebalance()
             except FusestoreError as error:
                 log.error("Moving shards is tried again later: %s", error)
             if not moved:
-                with trio.move_on_after(self._limits.probe_seconds):
-                    await self._wake.wait()
+                await self.job.changed(self._limits.probe_seconds)
 
     def _to_drain(self) -> list[Member]:
         draining = [member for member in self._log.members.all if member.config.draining]
@@ -181,8 +173,9 @@ class Rebalancer:
             held = {node: float(census.held[node]) for node in census.share}
             away = sum(max(0.0, held[node] - part) for node, part in census.share.items())
             row.total = row.size + int(away)
-            if not strict and census.off_balance < BALANCED:
-                self._end(row)
+            if not strict and census.off_balance < BALANCED and self.job.is_current(row):
+                row.error = ""
+                self.job.end()
                 break
             choose = Balance(self._log.members, held, census.share, strict).choose
             before, pace = row.shards, Pace(self._log, row.rate)
@@ -191,12 +184,12 @@ class Rebalancer:
             if not count and not strict and self._rebalancing(row):
                 row.error = self._hindrance(census)
                 if whole and not row.error:
-                    self._end(row)
-                self._note()
+                    self.job.end()
+                self.job.note()
                 break
             row.error = "" if count else row.error
             strict = strict and count > 0
-            self._note()
+            self.job.note()
         return row.shards - first
 
     def _hindrance(self, census: Census) -> str:
@@ -209,11 +202,7 @@ class Rebalancer:
     def _rebalancing(self, row: Rebalance) -> bool:
         """Whether to go on: not when it was stopped, or there is a node to drain."""
         to_drain = any(member.id not in self.stuck for member in self._to_drain())
-        return row is self.row and row.state == "running" and not to_drain
-
-    def _end(self, row: Rebalance) -> None:
-        row.state, row.finished, row.error = "done", time.time(), ""
-        self._note()
+        return self.job.is_current(row) and not to_drain
 
     async def _pass(
         self,

@@ -28,12 +28,13 @@ from ..format import keys, store_rows, stripe_rows
 from ..format.erasure import Code
 from ..format.placement import check_region_rule
 from ..format.records import Run
+from ..log.background_job import LOOK_SECONDS
 from ..log.log import Log
 from ..members.member import Member
 from ..members.opening import open_node
 from ..repair.repairer import Repairer
 from .balance import Census, take_census
-from .rebalance import LOOK_SECONDS, Rebalancer
+from .rebalance import Rebalancer
 
 log = logging.getLogger(__name__)
 

@@ -7,19 +7,18 @@ is left to healing and is no finding.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import trio
 
 from ..commit.committer import Committer
-from ..errors import NodeError, NotDurableError, UsageError
+from ..errors import NodeError, NotDurableError
 from ..format import keys, store_rows, stripe_rows
 from ..format.stripe_rows import Stripe
+from ..log.background_job import BackgroundJob, JobRow, Progress
 from ..log.journal import copy_journals, first_needed
 from ..log.log import Log
 from ..log.pace import Pace
@@ -30,25 +29,22 @@ from .repairer import Repairer
 log = logging.getLogger(__name__)
 
 DAY_SECONDS = 86_400
-SCRUB_LOOK_SECONDS = 0.2
-Progress = Callable[[dict[str, Any]], None]
+
+REFUSALS = {
+    "begin": "A scrub is {state} already: pause, resume or wait for it.",
+    "pause": "No scrub is running.",
+    "resume": "No scrub is paused.",
+}
 
 
 @dataclass(slots=True)
-class Scrub:
-    """Where a scrub stands, or how the last one ended; JSON in its row."""
+class Scrub(JobRow):
+    """Where a scrub stands, or how the last one ended."""
 
-    state: str = "never"
-    """never, running, paused or done."""
     position: str = ""
     """The key of the next stripe, in hexadecimal; empty while the journals are read."""
     end: str = ""
     """The first key past those that there were when it began, in hexadecimal."""
-    rate: float | None = None
-    """Bytes a second, None for as fast as users' own I/O allows."""
-    started: float = 0.0
-    finished: float = 0.0
-    """Seconds since the epoch."""
     stripes: int = 0
     total: int = 0
     """Stripes read, and about how many there are."""
@@ -62,10 +58,6 @@ class Scrub:
     left: int = 0
     """Shards that are still missing at the end."""
 
-    def encode(self) -> bytes:
-        """The row's value."""
-        return json.dumps(asdict(self)).encode()
-
 
 class Scrubber:
     """Runs a scrub in the background."""
@@ -78,11 +70,14 @@ class Scrubber:
         self._committer = committer
         self._repairer = repairer
         self._every_days = every_days
-        value = state.engine.get(store_rows.SCRUB_KEY)
-        self.scrub = Scrub(**json.loads(value)) if value else Scrub()
-        self._wake = trio.Event()
+        self.job = BackgroundJob(state, store_rows.SCRUB_KEY, Scrub, REFUSALS)
         self._walk_from = (0.0, 0)
         """When this walk began, by the monotonic clock, and the stripes read before."""
+
+    @property
+    def scrub(self) -> Scrub:
+        """Where it stands."""
+        return self.job.row
 
     def report(self) -> dict[str, Any]:
         """Where it stands, and `eta_seconds`, when it should end, if that can be told."""
@@ -90,7 +85,7 @@ class Scrubber:
         began, before = self._walk_from
         done = scrub.stripes - before
         eta = None
-        if scrub.state == "running" and done > 0 and scrub.stripes < scrub.total:
+        if self.job.is_running and done > 0 and scrub.stripes < scrub.total:
             eta = (scrub.total - scrub.stripes) * (time.monotonic() - began) / done
         return {**asdict(scrub), "eta_seconds": eta}
 
@@ -99,54 +94,28 @@ class Scrubber:
     async def command(
         self, action: str, rate: float | None, *, wait: bool, alone: bool, progress: Progress
     ) -> dict[str, Any]:
-        """Start, pause or resume a scrub, or say where it stands; with `wait`, when it ended.
+        """Start, pause or resume a scrub, or report where it stands; with `wait`, when it ended.
 
         A start that waits takes one that runs already for its own.  `alone`:
         nothing else uses the store, and one that was begun before goes on.
         """
-        if alone and action in ("start", "resume") and self.scrub.state in ("running", "paused"):
-            self.scrub.state = "running"
-            self._note()
-        elif action == "start" and not (wait and self.scrub.state == "running"):
-            self.start(rate)
+        begun = self.scrub.state in ("running", "paused")
+        if alone and begun and action in ("start", "resume"):
+            if not self.job.is_running:
+                self.job.resume(None)
+        elif action == "start" and not (wait and self.job.is_running):
+            self.job.begin(Scrub(rate=rate))
         elif action == "pause":
-            self.pause()
+            self.job.pause()
         elif action == "resume":
-            self.resume(rate)
-        while wait and self.scrub.state == "running":
-            done = {"done": self.scrub.stripes, "total": max(self.scrub.total, self.scrub.stripes)}
-            progress({"phase": "stripes", "unit": "", **done})
-            await trio.sleep(SCRUB_LOOK_SECONDS)
+            self.job.resume(rate)
+        if wait:
+            await self.job.wait(self._progress, progress)
         return asdict(self.scrub)
 
-    def start(self, rate: float | None) -> None:
-        """Begin anew; UsageError when one is running."""
-        if self.scrub.state in ("running", "paused"):
-            raise UsageError(
-                f"A scrub is {self.scrub.state} already: pause, resume or wait for it."
-            )
-        self.scrub = Scrub("running", rate=rate, started=time.time())
-        self._note()
-
-    def pause(self) -> None:
-        """Stop after what is being read; UsageError when none is running."""
-        self._expect("running")
-        self.scrub.state = "paused"
-        self._note()
-
-    def resume(self, rate: float | None) -> None:
-        """Go on; UsageError when none is paused."""
-        self._expect("paused")
-        self.scrub.state, self.scrub.rate = "running", rate or self.scrub.rate
-        self._note()
-
-    def _expect(self, state: str) -> None:
-        if self.scrub.state != state:
-            raise UsageError(f"No scrub is {state}.")
-
-    def _note(self) -> None:
-        self._log.apply({store_rows.SCRUB_KEY: self.scrub.encode()})
-        self._wake.set()
+    def _progress(self) -> dict[str, Any]:
+        total = max(self.scrub.total, self.scrub.stripes)
+        return {"phase": "stripes", "unit": "", "done": self.scrub.stripes, "total": total}
 
     # --- the work ------------------------------------------------------------
 
@@ -154,21 +123,19 @@ class Scrubber:
         """Scrub when told to, and when the last one is too long ago, until cancelled."""
         if self.scrub.state == "never" and not self.scrub.finished:
             self.scrub.finished = time.time()  # the first one is due a while after this
-            self._note()
+            self.job.note()
         while True:
-            if self.scrub.state == "running":
+            if self.job.is_running:
                 try:
                     await self._walk()
                 except (NodeError, NotDurableError) as error:
                     log.error("The scrub is paused: %s", error)
-                    self.scrub.state = "paused"
-                    self._note()
-            self._wake = trio.Event()
-            if self.scrub.state != "running":
-                with trio.move_on_after(self._until_due()):
-                    await self._wake.wait()
+                    if self.job.is_running:
+                        self.job.pause()
+            if not self.job.is_running:
+                await self.job.changed(self._until_due())
                 if self.scrub.state in ("never", "done") and self._until_due() <= 0:
-                    self.start(None)
+                    self.job.begin(Scrub())
 
     def _until_due(self) -> float:
         """Seconds until the next scrub by schedule."""
@@ -186,9 +153,8 @@ class Scrubber:
             # What is written from now on is read when it is its turn, else there were no end.
             scrub.end = self._log.stripes_end().hex()
         end = bytes.fromhex(scrub.end) or stripe_rows.STRIPES_END
-        noted = trio.current_time()
         self._walk_from = (time.monotonic(), scrub.stripes)
-        while scrub.state == "running":
+        while self.job.is_current(scrub):
             start = bytes.fromhex(scrub.position)
             batch = next(self._log.batches(start, end, self._limits.repair_batch), [])
             await pace.spend(sum(row.shard_length * row.code.n for _, row in batch))
@@ -198,9 +164,7 @@ class Scrubber:
                 await self._finish()
                 return
             scrub.position = (stripe_rows.stripe_key(batch[-1][0]) + b"\0").hex()
-            if trio.current_time() - noted > self._limits.scrub_note_seconds:
-                noted = trio.current_time()
-                self._note()
+            self.job.note_after(self._limits.scrub_note_seconds)
 
     async def _journals(self) -> int:
         """Verify the journals of the nodes in sync against each other; records that were bad."""
@@ -261,5 +225,5 @@ class Scrubber:
         await self._repairer.healer.heal_all()
         await self._committer.commit()
         self.scrub.left = sum(1 for _ in self._log.engine.scan(b"M", keys.after(b"M")))
-        self.scrub.state, self.scrub.finished = "done", time.time()
-        self._note()
+        if self.job.is_running:
+            self.job.end()
