@@ -134,6 +134,10 @@ class TooManyLinksError(FileSystemError):
     """The inode has as many hard links as it may."""
 
 
+class RowTooLargeError(FileSystemError):
+    """A row would be longer than the metadata database takes."""
+
+
 class FileTooLargeError(FileSystemError):
     """The offset is past the largest file size."""
 

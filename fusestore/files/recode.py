@@ -104,10 +104,10 @@ class Recoder:
         with self._log.transaction() as txn:  # ReadOnlyError
             if to is not None:
                 self._tree.note_code(txn, to)
-        path = self._tree.path(ino)
-        self.job = Recoding("running", ino, path, str(to or ""), rate, time.time())
+        job = Recoding("running", ino, self._tree.path(ino), str(to or ""), rate, time.time())
+        self._note(job)  # RowTooLargeError
+        self.job = job
         self._unreadable.clear()
-        self._note()
         self.resume()
 
     def stop(self) -> None:
@@ -145,8 +145,9 @@ class Recoder:
             self._running = True
             self._nursery.start_soon(self._run)
 
-    def _note(self) -> None:
-        self._log.apply({store_rows.RECODE_KEY: json.dumps(asdict(self.job)).encode()})
+    def _note(self, job: Recoding | None = None) -> None:
+        row = json.dumps(asdict(job or self.job)).encode()
+        self._log.apply({store_rows.RECODE_KEY: row})
 
     def _end(self, state: str) -> None:
         self.job.state, self.job.finished = state, time.time()

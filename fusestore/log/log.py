@@ -61,11 +61,11 @@ class Transaction:
         traceback: TracebackType | None,
     ) -> None:
         if kind is None:
+            self._log.apply(self.changes)  # RowTooLargeError: nothing has changed
             counters = self._log.counters
             counters.files += self.files
             counters.file_bytes += self.file_bytes
             counters.stripes += self.stripes
-            self._log.apply(self.changes)
 
     def get(self, key: bytes) -> bytes | None:
         """The value of a key, or None."""
@@ -200,9 +200,9 @@ class Log:
         return Transaction(self)
 
     def apply(self, changes: Changes) -> None:
-        """Make changes that the next commit takes."""
+        """Make changes that the next commit takes; RowTooLargeError: none of them was made."""
+        self.engine.apply(changes)  # first: what it refuses must not reach the journals
         self.pending.update(changes)
-        self.engine.apply(changes)
 
     def next_stripe(self) -> int:
         """A stripe number that was never used: epoch and counter."""

@@ -25,8 +25,9 @@ import lmdb
 from sortedcontainers import SortedList
 
 from ..errors import FencedError, MetadataError, StoreBusyError
+from ..format import tables
 from ..format.records import Changes
-from ..limits import DEFAULTS, KEY_BYTES_MAX, VALUE_BYTES_MAX, Limits
+from ..limits import DEFAULTS, Limits
 from ..system import linux, locks
 
 DATABASE, DATABASE_LOCK = "data.mdb", "lock.mdb"
@@ -198,10 +199,8 @@ class Engine:
     # --- changing ------------------------------------------------------------
 
     def apply(self, changes: Changes) -> None:
-        """Take absolute puts and deletes; they are seen at once."""
-        for key, value in changes.items():
-            if len(key) > KEY_BYTES_MAX or (value is not None and len(value) > VALUE_BYTES_MAX):
-                raise ValueError(f"key {key!r} or its value is too long")
+        """Take absolute puts and deletes, which are seen at once; RowTooLargeError takes none."""
+        tables.check_lengths(changes)
         self._active.take(changes)
 
     @property
@@ -223,7 +222,11 @@ class Engine:
         self._frozen, self._active = self._active, _Table()
 
     def amend(self, changes: Changes) -> None:
-        """Add to the changes that were set aside; what came later stays newer."""
+        """Add to the changes that were set aside; what came later stays newer.
+
+        RowTooLargeError: nothing was added.
+        """
+        tables.check_lengths(changes)
         assert self._frozen is not None
         self._frozen.take(changes)
 
