@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import combinations, islice
 
 import trio
 
@@ -27,6 +28,8 @@ from ..members.member import Member
 log = logging.getLogger(__name__)
 
 _SUM_BYTES = 8
+COMBINATIONS_MAX = 64
+"""Ways to take k of some shards that are tried, each time that one more is read."""
 
 
 class Reader:
@@ -217,7 +220,11 @@ class Reader:
     async def decode(
         self, number: int, row: Stripe, wanted: list[int], low: int, high: int
     ) -> dict[int, bytearray]:
-        """The same blocks of the shards `wanted`, from any k others; LostError."""
+        """The same blocks of the shards `wanted`, from any k others, verified; LostError.
+
+        What is decoded must match the row's checksums of the blocks that were wanted.  If
+        it does not, one of the k is wrong though it matches its own: others are taken.
+        """
         others = [index for index in range(row.code.n) if index not in wanted]
         found = await self._gather(number, row, others, wanted, low, high)
         if found is not None:
@@ -232,7 +239,8 @@ class Reader:
                 nodes = ", ".join(self._log.members.by_id[p.node].name for p in row.shards)
                 raise LostError(
                     f"Stripe {number:#x} has fewer than the {row.code.k} good shards that it "
-                    f"needs (nodes {nodes}): repair the nodes that are not up."
+                    f"needs, or they do not fit together (nodes {nodes}): repair the nodes that "
+                    "are not up."
                 )
             for index in wanted:
                 result[index] += found[index]
@@ -253,10 +261,7 @@ class Reader:
         self, number: int, row: Stripe, without: Sequence[int], low: int, high: int
     ) -> bool:
         sources = [index for index in range(row.code.n) if index not in without]
-        found = await self._gather(number, row, sources, list(without), low, high)
-        return found is not None and all(
-            verified(row, index, low, bytes(data)) for index, data in found.items()
-        )
+        return await self._gather(number, row, sources, list(without), low, high) is not None
 
     async def _gather(
         self,
@@ -269,14 +274,21 @@ class Reader:
         *,
         patient: bool = False,
     ) -> dict[int, bytearray] | None:
-        """The blocks of the shards `wanted` from k good ones of `sources`; None if too few."""
+        """The blocks of the shards `wanted` from k good ones of `sources`.
+
+        None when there are too few, or no k of them give blocks that match the row.
+        """
         present: dict[int, bytes | bytearray] = {}
         for index in sources:
             data = await self.read_blocks(number, row, index, low, high, patient=patient)
-            if data is not None:
-                present[index] = data
-                if len(present) == row.code.k:
-                    return erasure.rebuild(row.code, high - low, present, wanted)
+            if data is None:
+                continue
+            for others in islice(combinations(present, row.code.k - 1), COMBINATIONS_MAX):
+                chosen = {**{other: present[other] for other in others}, index: data}
+                found = erasure.rebuild(row.code, high - low, chosen, wanted)
+                if all(verified(row, i, low, blocks) for i, blocks in found.items()):
+                    return found
+            present[index] = data
         return None
 
 
