@@ -165,6 +165,12 @@ class Log:
         """Why nothing can be committed any more; the mount is read-only then."""
         self.metadata_error = ""
         """Why the last checkpoint failed; nothing may grow until one succeeds."""
+        self.rows_in_doubt = 0
+        """Rows that the nodes contradict, and that could not be mended, since the mount."""
+        self.rows_mended = 0
+        """Rows that were wrong, and are right again, since the mount."""
+        self.mended: tuple[str, ...] = ()
+        """What was wrong in the database when the store was opened, and was mended."""
         self.used_at = 0.0
         """When a file was last read or written, by trio's clock."""
         self._room = 0
