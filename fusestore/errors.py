@@ -91,6 +91,14 @@ class MetadataError(FusestoreError):
     """The metadata database could not do what it was asked to."""
 
 
+class DamagedMetadataError(MetadataError):
+    """The metadata database is damaged; its rows can be made anew from the journals."""
+
+
+class BadRowError(DamagedMetadataError):
+    """A row of the metadata does not match its checksum."""
+
+
 class ReplayError(FusestoreError):
     """The journals do not allow a mount without losing what was acknowledged."""
 
