@@ -91,6 +91,14 @@ class MetadataError(FusestoreError):
     """The metadata database could not do what it was asked to."""
 
 
+class DamagedMetadataError(MetadataError):
+    """The metadata database is damaged; its rows can be made anew from the journals."""
+
+
+class BadRowError(DamagedMetadataError):
+    """A row of the metadata does not match its checksum."""
+
+
 class ReplayError(FusestoreError):
     """The journals do not allow a mount without losing what was acknowledged."""
 
@@ -132,6 +140,10 @@ class NameTooLongError(FileSystemError):
 
 class TooManyLinksError(FileSystemError):
     """The inode has as many hard links as it may."""
+
+
+class RowTooLargeError(FileSystemError):
+    """A row would be longer than the metadata database takes."""
 
 
 class FileTooLargeError(FileSystemError):

@@ -115,10 +115,10 @@ def test_a_failed_write_loses_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         def __init__(self, env: lmdb.Environment) -> None:
             self._env = env
 
-        def begin(self, write: bool = False) -> lmdb.Transaction:
+        def begin(self, write: bool = False, db: object = None) -> lmdb.Transaction:
             if write:
                 raise lmdb.MapFullError("full")
-            return begin(self._env)
+            return begin(self._env, db=db)
 
         def __getattr__(self, name: str) -> object:
             return getattr(self._env, name)

@@ -405,6 +405,8 @@ STATUS: dict[str, Any] = {
     "metadata_bytes": 1_000_000,
     "degraded_reads": 0,
     "failed_reads": 0,
+    "rows_mended": 0,
+    "rows_in_doubt": 0,
     "repair": None,
     "repairs": [],
     "scrub": NO_SCRUB,

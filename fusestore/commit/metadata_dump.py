@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from itertools import islice
 
 import trio
 
-from ..errors import NodeError, NotDurableError
+from ..errors import MetadataError, NodeError, NotDurableError
 from ..format import store_rows
 from ..format.records import Changes, Header, Kind, Run, checksum, encode_changes
 from ..log.log import Log
@@ -30,8 +31,9 @@ _FIRST, _END = b"A", b"["
 class MetadataDumper:
     """Dumps the metadata when the journal since the last dump has outgrown it."""
 
-    def __init__(self, state: Log, committer: Committer) -> None:
+    def __init__(self, state: Log, committer: Committer, on_bad_row: Callable[[], None]) -> None:
         self._log = state
+        self._on_bad_row = on_bad_row
         self._limits = state.limits
         self._committer = committer
         self._wake = trio.Event()
@@ -56,6 +58,11 @@ class MetadataDumper:
                 await self.take()
             except NotDurableError as error:
                 log.error("No metadata dump: %s", error)
+            except MetadataError as error:
+                # What was dumped so far counts for nothing: the older dump and all journal
+                # after it, which have the row, stay.
+                log.error("No metadata dump: %s", error)
+                self._on_bad_row()
             self._wake = trio.Event()
 
     async def take(self) -> None:

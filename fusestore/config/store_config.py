@@ -21,7 +21,8 @@ from uuid import UUID
 from ..errors import ConfigError, UsageError
 from ..format.erasure import Code
 from ..format.placement import check_region_rule
-from ..limits import DEFAULTS, Limits
+from ..format.store_rows import NEVER_WHOLE, NodeRow, encode_nodes
+from ..limits import DEFAULTS, VALUE_BYTES_MAX, Limits
 from ..system.strict_toml import Table
 from .mount_options import parse_address
 
@@ -111,9 +112,22 @@ def check_name(name: str) -> str | None:
 def check_places(store: Path, metadata: Path, nodes: Sequence[NodeConfig]) -> str | None:
     """Say in a sentence which two of the store's places are equal or nested, or None.
 
-    Symbolic links are resolved.  Nodes and metadata may lie below the store.
+    Symbolic links are resolved.  Nodes and metadata may lie below the store.  All nodes
+    are one row of the metadata: more than that takes is said, too.
     """
-    return next((what for _, what in _conflicts(store, metadata, nodes)), None)
+    problem = next((what for _, what in _conflicts(store, metadata, nodes)), None)
+    return problem or _too_long(nodes)
+
+
+def _too_long(nodes: Sequence[NodeConfig]) -> str | None:
+    """Say that the row of all nodes would be longer than a row may be, or None."""
+    rows = [
+        NodeRow(0xFFFF, n.name, n.region, str(n.path), False, NEVER_WHOLE, n.weight, True)
+        for n in nodes
+    ]
+    if len(encode_nodes(rows)) <= VALUE_BYTES_MAX:
+        return None
+    return f"The names and places of {len(nodes)} nodes are too long for one store: shorten them."
 
 
 def _conflicts(

@@ -101,8 +101,8 @@ class Recoder:
             if to is not None:
                 self._tree.note_code(txn, to)
         path = self._tree.path(ino)
-        self._unreadable.clear()
         self._job.begin(Recoding(rate=rate, ino=ino, path=path, to=str(to or "")))
+        self._unreadable.clear()
         self.resume()
 
     def stop(self) -> None:

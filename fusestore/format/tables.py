@@ -34,9 +34,12 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..errors import RowTooLargeError
+from ..limits import KEY_BYTES_MAX, VALUE_BYTES_MAX
 from .erasure import Code
 from .file_rows import NUMBER_MAX, Quota
 from .keys import Q
+from .records import Changes
 from .stripe_rows import OWNER, SegmentState, Stripe
 
 
@@ -80,6 +83,22 @@ TABLES = {
     )
 }
 """All tables but `super`, by their letter."""
+
+
+def fits(key: bytes, value: bytes | None) -> bool:
+    """Whether the database takes a row; None is a deletion."""
+    return 0 < len(key) <= KEY_BYTES_MAX and (value is None or len(value) <= VALUE_BYTES_MAX)
+
+
+def check_lengths(changes: Changes) -> None:
+    """RowTooLargeError when the database would refuse one of these rows."""
+    for key, value in changes.items():
+        if not fits(key, value):
+            table = TABLES[key[:1]].name if key[:1] in TABLES else "super"
+            raise RowTooLargeError(
+                f"A row of {table} would have a key of {len(key)} bytes and a value of "
+                f"{len(value or b'')}: the metadata takes {KEY_BYTES_MAX} and {VALUE_BYTES_MAX}."
+            )
 
 
 def readable(key: bytes, value: bytes) -> bool:

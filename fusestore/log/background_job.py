@@ -86,11 +86,11 @@ class BackgroundJob(Generic[Row]):
     # --- transitions ---------------------------------------------------------
 
     def begin(self, row: Row) -> None:
-        """Begin a job anew; UsageError when one runs or is paused."""
+        """Begin a job anew; UsageError when one runs or is paused, RowTooLargeError."""
         self.check("begin")
         row.state, row.started = "running", time.time()
+        self._put(row)
         self.row = row
-        self.note()
         self.wake()
 
     def pause(self) -> None:
@@ -131,7 +131,10 @@ class BackgroundJob(Generic[Row]):
 
     def note(self) -> None:
         """Put the row, for the next commit."""
-        self._log.apply({self._key: json.dumps(asdict(self.row)).encode()})
+        self._put(self.row)
+
+    def _put(self, row: Row) -> None:
+        self._log.apply({self._key: json.dumps(asdict(row)).encode()})
         self._noted_at = trio.current_time()
 
     def note_after(self, seconds: float) -> None:

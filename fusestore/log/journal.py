@@ -10,12 +10,12 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID
 
 from ..errors import FormatError, NodeError, NodeLacksError, ReplayError
-from ..format import keys, store_rows
+from ..format import keys, store_rows, tables
 from ..format.records import (
     HEADER_BYTES,
     Changes,
@@ -74,12 +74,28 @@ class Entry:
         raise ReplayError(f"Record {self.number} of the journal cannot be read any more.")
 
     def commit(self) -> Commit:
-        """The commit that it holds; ReplayError."""
-        return decode_commit(self.header, self.payload())
+        """The commit that it holds, without rows that no database takes; ReplayError."""
+        commit = decode_commit(self.header, self.payload())
+        return replace(commit, changes=self._fitting(commit.changes))
 
     def piece(self) -> Changes:
-        """The rows of a piece of a metadata dump; ReplayError."""
-        return decode_changes(self.payload())
+        """The rows of a piece of a dump, without those that no database takes; ReplayError."""
+        return self._fitting(decode_changes(self.payload()))
+
+    def _fitting(self, changes: Changes) -> Changes:
+        """The changes without rows that are too long.
+
+        Early versions wrote such a row after they had refused the operation that made it.
+        """
+        for key in [key for key, value in changes.items() if not tables.fits(key, value)]:
+            log.error(
+                "Record %d of the journal has a row %s that is too long for the metadata: "
+                "it is left out, as its operation was refused.",
+                self.number,
+                key[:16].hex(),
+            )
+            changes = {other: value for other, value in changes.items() if other != key}
+        return changes
 
 
 @dataclass(slots=True)

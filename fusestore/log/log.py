@@ -61,11 +61,11 @@ class Transaction:
         traceback: TracebackType | None,
     ) -> None:
         if kind is None:
+            self._log.apply(self.changes)  # RowTooLargeError: nothing has changed
             counters = self._log.counters
             counters.files += self.files
             counters.file_bytes += self.file_bytes
             counters.stripes += self.stripes
-            self._log.apply(self.changes)
 
     def get(self, key: bytes) -> bytes | None:
         """The value of a key, or None."""
@@ -165,6 +165,12 @@ class Log:
         """Why nothing can be committed any more; the mount is read-only then."""
         self.metadata_error = ""
         """Why the last checkpoint failed; nothing may grow until one succeeds."""
+        self.rows_in_doubt = 0
+        """Rows that the nodes contradict, and that could not be mended, since the mount."""
+        self.rows_mended = 0
+        """Rows that were wrong, and are right again, since the mount."""
+        self.mended: tuple[str, ...] = ()
+        """What was wrong in the database when the store was opened, and was mended."""
         self.used_at = 0.0
         """When a file was last read or written, by trio's clock."""
         self._room = 0
@@ -200,9 +206,9 @@ class Log:
         return Transaction(self)
 
     def apply(self, changes: Changes) -> None:
-        """Make changes that the next commit takes."""
+        """Make changes that the next commit takes; RowTooLargeError: none of them was made."""
+        self.engine.apply(changes)  # first: what it refuses must not reach the journals
         self.pending.update(changes)
-        self.engine.apply(changes)
 
     def next_stripe(self) -> int:
         """A stripe number that was never used: epoch and counter."""

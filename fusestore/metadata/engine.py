@@ -7,6 +7,10 @@ checkpoint.  So the database is never ahead of the journals, operations do not
 pause for a checkpoint, and a transaction that fails loses nothing: its changes
 are still in memory, and the next checkpoint writes them.
 
+LMDB has no checksums.  So each stored value ends with a checksum that is seeded with its
+key, and is verified whenever it is read from the database: no read, no scan and no `last`
+goes past a row that does not match (BadRowError).  What is in memory is not verified.
+
 Everything but `write` runs on the event loop and is not to be interleaved with
 an await; a scan must be read to its end, or dropped, before the next change.
 Only this module imports lmdb.
@@ -16,6 +20,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -24,13 +29,24 @@ from weakref import WeakSet
 import lmdb
 from sortedcontainers import SortedList
 
-from ..errors import FencedError, MetadataError, StoreBusyError
+from ..errors import (
+    BadRowError,
+    DamagedMetadataError,
+    FencedError,
+    MetadataError,
+    StoreBusyError,
+)
+from ..format import tables
 from ..format.records import Changes
-from ..limits import DEFAULTS, KEY_BYTES_MAX, VALUE_BYTES_MAX, Limits
+from ..format.row_sums import RowSums, seal, unseal
+from ..format.tables import TABLES
+from ..limits import DEFAULTS, Limits
 from ..system import linux, locks
 
 DATABASE, DATABASE_LOCK = "data.mdb", "lock.mdb"
 """What LMDB makes in the directory."""
+ROWS, SUMS = b"rows", b"sums"
+"""In the environment's unnamed database: the database of the rows, and the row of their sums."""
 
 
 class _Table(dict[bytes, bytes | None]):
@@ -84,6 +100,7 @@ class Engine:
         self.limits = limits
         self._active = _Table()
         self._frozen: _Table | None = None
+        self._to_recount = False
         self._views: WeakSet[View] = WeakSet()
         """Those that are open: threads may be reading them."""
         try:
@@ -93,20 +110,23 @@ class Engine:
                 subdir=True,
                 create=not read_only,
                 readonly=read_only,
-                max_dbs=0,
+                max_dbs=1,
                 lib_version=0,
                 mode=0o600,
             )
             if self._lock is None:
                 self._lock = self._own(owner, shared=read_only)
-            self._txn = self._env.begin()
+            self._main = self._env.open_db(None)
+            self._rows = self._open_rows(read_only)
+            self._txn = self._begin()
+            self._cursor = self._txn.cursor()
         except (lmdb.Error, OSError) as error:
             raise MetadataError(
-                f"The metadata in {directory} cannot be opened: {error}."
+                f"The metadata in {directory} cannot be opened: {error}. If it is damaged, move it "
+                "away and run 'fusestore recover'."
             ) from error
-        self._cursor = self._txn.cursor()
         self._guarded = {self._stored_guard(self._txn)}
-        """Values of the guard that this engine read or wrote, or may have written."""
+        """Of the guard: what this engine read or wrote, or may have written."""
 
     def _own(self, owner: str, *, shared: bool) -> locks.Lock | None:
         """Lock the database's file, if there is one yet: copies of it are others' own."""
@@ -122,9 +142,8 @@ class Engine:
             by = f"process {error.holder}" if error.holder else "another process"
             raise StoreBusyError(f"The metadata in {self._directory} is in use by {by}.") from error
 
-    def _stored_guard(self, txn: lmdb.Transaction) -> bytes | None:
-        value: bytes | None = txn.get(self._guard) if self._guard else None  # type: ignore[assignment]
-        return value
+    def _stored_guard(self, txn: lmdb.Transaction[bytes]) -> bytes | None:
+        return txn.get(self._guard) if self._guard else None
 
     def close(self) -> None:
         """Close the environment; changes that no checkpoint wrote are dropped.
@@ -137,6 +156,40 @@ class Engine:
             self._env.close()
         if self._lock is not None:
             self._lock.release()
+
+    # --- the environment -----------------------------------------------------
+
+    def _begin(self, *, write: bool = False) -> lmdb.Transaction[bytes]:
+        return self._env.begin(write=write, db=self._rows)
+
+    def _open_rows(self, read_only: bool) -> Any:
+        """The database of the rows; one of an early version is converted.
+
+        That had them in the unnamed database, without checksums.
+        """
+        with self._env.begin() as txn:
+            entries = txn.stat(self._main)["entries"]
+            is_new = entries == 0
+            is_old = entries > 0 and txn.get(ROWS) is None
+        if is_old and read_only:
+            raise OSError(
+                errno.EROFS, "an early version wrote it: mount it read-write once, to convert it"
+            )
+        rows = self._env.open_db(ROWS, create=is_new or is_old)
+        if is_old:
+            self._convert(rows)
+        return rows
+
+    def _convert(self, rows: Any) -> None:
+        """Give the rows of an early version checksums, in one transaction."""
+        with self._env.begin(write=True) as txn:
+            sums = RowSums()
+            old = [key for key in txn.cursor(self._main).iternext(values=False) if key != ROWS]
+            for key in old:
+                stored = seal(key, txn.pop(key) or b"")
+                sums.add(key, stored)
+                txn.put(key, stored, db=rows)
+            txn.put(SUMS, seal(SUMS, sums.encode()))
 
     # --- reading -------------------------------------------------------------
 
@@ -151,7 +204,11 @@ class Engine:
                 return self._frozen[key]
             except KeyError:
                 pass
-        return self._txn.get(key)
+        try:
+            stored = self._txn.get(key)
+        except lmdb.Error as error:
+            raise damaged(error) from error
+        return None if stored is None else _value(key, stored)
 
     def scan(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
         """Keys and values with start <= key < end, in order."""
@@ -160,14 +217,14 @@ class Engine:
 
     def scan_stored(self, start: bytes, end: bytes) -> list[tuple[bytes, bytes]]:
         """What the last checkpoint holds of start <= key < end."""
-        return list(_stored(self._txn, start, end))
+        return list(_verified(self._txn, start, end, None))
 
     def view(self, prefix: bytes = b"") -> View:
         """The rows whose keys start with `prefix` as they are now, for a thread; close it soon."""
         overlays = [self._active] if self._frozen is None else [self._active, self._frozen]
         try:
             parts = [_part(overlay, prefix) for overlay in overlays]
-            return View(parts, self._env.begin(), self._views)
+            return View(parts, self._begin(), self._main, self._views)
         except lmdb.Error as error:
             raise MetadataError(f"The metadata in {self._directory}: {error}.") from error
 
@@ -179,13 +236,9 @@ class Engine:
                 other = next(self._frozen.irange(start, end, (True, True), reverse=True), None)
                 if other is not None and (best is None or other > best):
                     best = other
-            cursor = self._cursor
-            if cursor.set_range(end):
-                stored = cursor.key() if cursor.key() == end or cursor.prev() else b""
-            else:
-                stored = cursor.key() if cursor.last() else b""
-            if stored >= start and stored and (best is None or stored > best):
-                return stored, cursor.value()
+            stored = self._last_stored(end)
+            if stored is not None and stored[0] >= start and (best is None or stored[0] > best):
+                return stored[0], _value(*stored)
             if best is None:
                 return None
             value = self.get(best)
@@ -195,13 +248,28 @@ class Engine:
                 return None
             end = _before(best)
 
+    def _last_stored(self, end: bytes) -> tuple[bytes, bytes] | None:
+        """The greatest row of the database with key <= end."""
+        cursor = self._cursor
+        try:
+            if cursor.set_range(end):
+                found = cursor.key() == end or cursor.prev()
+            else:
+                found = cursor.last()
+            return cursor.item() if found else None
+        except lmdb.Error as error:
+            raise damaged(error) from error
+
+    @property
+    def rows_stored(self) -> int:
+        """Rows in the database, as LMDB counts them."""
+        return self._txn.stat(self._rows)["entries"]
+
     # --- changing ------------------------------------------------------------
 
     def apply(self, changes: Changes) -> None:
-        """Take absolute puts and deletes; they are seen at once."""
-        for key, value in changes.items():
-            if len(key) > KEY_BYTES_MAX or (value is not None and len(value) > VALUE_BYTES_MAX):
-                raise ValueError(f"key {key!r} or its value is too long")
+        """Take absolute puts and deletes, which are seen at once; RowTooLargeError takes none."""
+        tables.check_lengths(changes)
         self._active.take(changes)
 
     @property
@@ -223,7 +291,11 @@ class Engine:
         self._frozen, self._active = self._active, _Table()
 
     def amend(self, changes: Changes) -> None:
-        """Add to the changes that were set aside; what came later stays newer."""
+        """Add to the changes that were set aside; what came later stays newer.
+
+        RowTooLargeError: nothing was added.
+        """
+        tables.check_lengths(changes)
         assert self._frozen is not None
         self._frozen.take(changes)
 
@@ -234,26 +306,40 @@ class Engine:
         """
         assert self._frozen is not None
         changes = sorted(self._frozen.items())
-        puts = [(key, value) for key, value in changes if value is not None]
+        puts = [(key, seal(key, value)) for key, value in changes if value is not None]
         deletes = [key for key, value in changes if value is None]
-        attempt = self._frozen.get(self._guard)
+        guard = self._frozen.get(self._guard)
+        attempt = seal(self._guard, guard) if guard is not None else None
         try:
             self._preallocate(sum(len(key) + len(value) for key, value in puts))
-            with self._env.begin(write=True) as txn, txn.cursor() as cursor:
+            with self._begin(write=True) as txn:
                 if self._stored_guard(txn) not in self._guarded:
                     raise FencedError(
                         f"Another process has written the metadata in {self._directory}: this "
                         "mount is over, and what it has not committed stays in its memory only."
                     )
-                for start in range(0, len(puts), 500):
-                    cursor.putmulti(puts[start : start + 500])
-                for key in deletes:
-                    txn.delete(key)
+                sums = self._sums(txn)
+                _change(txn, puts, deletes, sums)
+                if self._to_recount:
+                    sums = RowSums.of(txn.cursor())
+                txn.put(SUMS, seal(SUMS, sums.encode()), db=self._main)
                 if attempt is not None:
                     self._guarded.add(attempt)
             self._guarded = {attempt} if attempt is not None else self._guarded
         except (lmdb.Error, OSError) as error:
             raise MetadataError(f"The metadata in {self._directory}: {error}.") from error
+        self._to_recount = False
+
+    def recount(self) -> None:
+        """Have the next checkpoint count all rows anew: what it has counted is wrong."""
+        self._to_recount = True
+
+    def _sums(self, txn: lmdb.Transaction[bytes]) -> RowSums:
+        """What the last checkpoint has counted; where that rotted, what there is."""
+        sums = _decode_sums(txn.get(SUMS, db=self._main))
+        if sums is None:
+            self._to_recount = True
+        return sums or RowSums()
 
     def _preallocate(self, coming: int) -> None:
         """Keep room for deletes: on a full disk even they need new pages."""
@@ -281,7 +367,7 @@ class Engine:
         self._frozen = None
         self._cursor.close()
         self._txn.abort()
-        self._txn = self._env.begin()
+        self._txn = self._begin()
         self._cursor = self._txn.cursor()
 
     @property
@@ -297,9 +383,15 @@ class View:
     """
 
     def __init__(
-        self, overlays: Sequence[_Table], txn: lmdb.Transaction, views: WeakSet[View]
+        self,
+        overlays: Sequence[_Table],
+        txn: lmdb.Transaction[bytes],
+        main: Any,
+        views: WeakSet[View],
     ) -> None:
-        self._overlays, self._txn, self._views = overlays, txn, views
+        self._overlays, self._txn, self._main, self._views = overlays, txn, main, views
+        self.passes_over: set[bytes] | None = None
+        """Where set, rows that do not match their checksum are added, and count as not there."""
         views.add(self)
 
     def __enter__(self) -> Self:
@@ -314,25 +406,133 @@ class View:
         for overlay in self._overlays:
             if key in overlay:
                 return overlay[key]
-        return self._txn.get(key)  # type: ignore[return-value]
+        found = self.stored(key)
+        return None if found is None else _value_if_good(key, found, self.passes_over)
 
     def scan(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
         """Keys and values with start <= key < end, in order."""
-        return _merged(self._overlays, self._txn, start, end)
+        return _merged(self._overlays, self._txn, start, end, self.passes_over)
+
+    # --- the database alone --------------------------------------------------
+
+    def has_changed(self, key: bytes) -> bool:
+        """Whether a row was changed since the last checkpoint."""
+        return any(key in overlay for overlay in self._overlays)
+
+    def stored(self, key: bytes) -> bytes | None:
+        """What the database has of a row: its value and its checksum, not verified."""
+        try:
+            return self._txn.get(key)
+        except lmdb.Error as error:
+            raise damaged(error) from error
+
+    def all_stored(self) -> Iterator[tuple[bytes, bytes]]:
+        """What the database has of all rows, in order, not verified."""
+        return _stored(self._txn, b"", b"\xff")
+
+    def sums(self) -> RowSums | None:
+        """What the last checkpoint has counted; None where that cannot be read."""
+        try:
+            return _decode_sums(self._txn.get(SUMS, db=self._main))
+        except lmdb.Error as error:
+            raise damaged(error) from error
 
 
-def _stored(txn: lmdb.Transaction, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
-    cursor = txn.cursor()
-    if not cursor.set_range(start):
-        return
-    for key, value in cursor:
-        if key >= end:  # type: ignore[operator]
+def damaged(error: lmdb.Error) -> DamagedMetadataError:
+    """What is said of a database that LMDB cannot read."""
+    return DamagedMetadataError(
+        f"The metadata database is damaged ({error}): unmount, move the metadata away and run "
+        "'fusestore recover'."
+    )
+
+
+def bad_row(key: bytes) -> BadRowError:
+    """What is said of a row that does not match its checksum."""
+    table = TABLES[key[:1]].name if key[:1] in TABLES else "super"
+    return BadRowError(
+        f"Row {key.hex()} of {table} in the metadata does not match its checksum: "
+        "run 'fusestore fsck --repair'."
+    )
+
+
+def _value(key: bytes, stored: bytes) -> bytes:
+    """The value of a stored row; BadRowError."""
+    value = unseal(key, stored)
+    if value is None:
+        raise bad_row(key)
+    return value
+
+
+def _value_if_good(key: bytes, stored: bytes, passes_over: set[bytes] | None) -> bytes | None:
+    """The same; where bad rows are passed over, None."""
+    value = unseal(key, stored)
+    if value is None:
+        if passes_over is None:
+            raise bad_row(key)
+        passes_over.add(key)
+    return value
+
+
+def _decode_sums(stored: bytes | None) -> RowSums | None:
+    value = unseal(SUMS, stored) if stored is not None else None
+    try:
+        return RowSums.decode(value) if value is not None else None
+    except struct.error:
+        return None
+
+
+def _change(
+    txn: lmdb.Transaction[bytes],
+    puts: list[tuple[bytes, bytes]],
+    deletes: list[bytes],
+    sums: RowSums,
+) -> None:
+    """Put and delete stored rows, both in order, and count them."""
+    with txn.cursor() as cursor:
+        for key, stored in puts:
+            if cursor.set_key(key):
+                sums.add(key, cursor.value(), -1)
+            sums.add(key, stored)
+        for start in range(0, len(puts), 500):
+            cursor.putmulti(puts[start : start + 500])
+        for key in deletes:
+            if cursor.set_key(key):
+                sums.add(key, cursor.value(), -1)
+                cursor.delete()
+
+
+def _stored(
+    txn: lmdb.Transaction[bytes], start: bytes, end: bytes
+) -> Iterator[tuple[bytes, bytes]]:
+    """What the database has of start <= key < end, not verified."""
+    try:
+        cursor = txn.cursor()
+        if not cursor.set_range(start):
             return
-        yield key, value  # type: ignore[misc]
+        for key, stored in cursor:
+            if key >= end:
+                return
+            yield key, stored
+    except lmdb.Error as error:
+        raise damaged(error) from error
+
+
+def _verified(
+    txn: lmdb.Transaction[bytes], start: bytes, end: bytes, passes_over: set[bytes] | None
+) -> Iterator[tuple[bytes, bytes]]:
+    """The rows of the database with start <= key < end."""
+    for key, stored in _stored(txn, start, end):
+        value = _value_if_good(key, stored, passes_over)
+        if value is not None:
+            yield key, value
 
 
 def _merged(
-    overlays: Sequence[_Table], txn: lmdb.Transaction, start: bytes, end: bytes
+    overlays: Sequence[_Table],
+    txn: lmdb.Transaction[bytes],
+    start: bytes,
+    end: bytes,
+    passes_over: set[bytes] | None = None,
 ) -> Iterator[tuple[bytes, bytes]]:
     """Rows of the database below the overlays, of which the first is the newest."""
     walks: list[list[Any]] = []
@@ -341,21 +541,23 @@ def _merged(
         first = next(keys, None)
         if first is not None:
             walks.append([first, keys, overlay])
-    stored = _stored(txn, start, end)
     if not walks:
-        yield from stored
+        yield from _verified(txn, start, end, passes_over)
         return
+    stored = _stored(txn, start, end)
     below = next(stored, None)
     while walks or below is not None:
         # The first of the walks (the newest) wins where keys are equal.
         key = min(walk[0] for walk in walks) if walks else None
         if below is not None and (key is None or below[0] < key):
-            yield below
+            value = _value_if_good(*below, passes_over)
+            if value is not None:
+                yield below[0], value
             below = next(stored, None)
             continue
         if below is not None and below[0] == key:
             below = next(stored, None)
-        value: bytes | None = None
+        value = None
         found = False
         for walk in list(walks):
             if walk[0] == key:

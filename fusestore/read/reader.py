@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import combinations, islice
 
 import trio
 
@@ -23,10 +25,14 @@ from ..format.stripe_rows import Stripe
 from ..limits import BLOCK_BYTES
 from ..log.log import Log
 from ..members.member import Member
+from ..write.shard_record import whole_payload
+from .cross_check import Agreed, cross_check
 
 log = logging.getLogger(__name__)
 
 _SUM_BYTES = 8
+COMBINATIONS_MAX = 64
+"""Ways to take k of some shards that are tried, each time that one more is read."""
 
 
 class Reader:
@@ -184,10 +190,21 @@ class Reader:
             return None
         if verified(row, index, low, data):
             return data
-        member.corrupt += 1
         what = f"Shard {index} of stripe {number:#x} on node {member.name} is corrupt."
+        if await self._vouched_for(member, number, row, index):
+            what = f"Shard {index} of stripe {number:#x} and its row disagree."
+        else:
+            member.corrupt += 1
         self._damaged(number, row, index, what)
         return None
+
+    async def _vouched_for(self, member: Member, number: int, row: Stripe, index: int) -> bool:
+        """Whether a shard is what its own record says, so that not its disk is at fault."""
+        try:
+            arguments = (self._log, member, number, row, index)
+            return await member.call(whole_payload, *arguments) is not None
+        except NodeError:
+            return False
 
     async def _failed(
         self, member: Member, number: int, row: Stripe, index: int, error: NodeError
@@ -217,7 +234,11 @@ class Reader:
     async def decode(
         self, number: int, row: Stripe, wanted: list[int], low: int, high: int
     ) -> dict[int, bytearray]:
-        """The same blocks of the shards `wanted`, from any k others; LostError."""
+        """The same blocks of the shards `wanted`, from any k others, verified; LostError.
+
+        What is decoded must match the row's checksums of the blocks that were wanted.  If
+        it does not, one of the k is wrong though it matches its own: others are taken.
+        """
         others = [index for index in range(row.code.n) if index not in wanted]
         found = await self._gather(number, row, others, wanted, low, high)
         if found is not None:
@@ -229,14 +250,41 @@ class Reader:
             every = range(row.code.n)
             found = await self._gather(number, row, every, wanted, start, end, patient=True)
             if found is None:
+                agreed = await cross_check(self._log, number, row)
+                if agreed is not None and agreed.row.checksums != row.checksums:
+                    self._mend(number, row, agreed)
+                    return await self.decode(number, agreed.row, wanted, low, high)
                 nodes = ", ".join(self._log.members.by_id[p.node].name for p in row.shards)
                 raise LostError(
                     f"Stripe {number:#x} has fewer than the {row.code.k} good shards that it "
-                    f"needs (nodes {nodes}): repair the nodes that are not up."
+                    f"needs, or they do not fit together (nodes {nodes}): repair the nodes that "
+                    "are not up."
                 )
             for index in wanted:
                 result[index] += found[index]
         return result
+
+    def _mend(self, number: int, row: Stripe, agreed: Agreed) -> None:
+        """The row of a stripe is wrong: let it have the checksums that its shards agree on."""
+        self.forget(number)
+        now = self._log.stripe(number)
+        if now is None or now.checksums != row.checksums:
+            return  # freed, or mended meanwhile
+        log.error(
+            "The row of stripe %#x is wrong: its shards agree on other checksums. It is mended.",
+            number,
+        )
+        self._log.rows_mended += 1
+        if self._log.read_only or self._log.broken:
+            self._cache[number] = agreed.row
+            return
+        mended = replace(now, checksums=agreed.row.checksums)
+        changes: dict[bytes, bytes | None] = {stripe_rows.stripe_key(number): mended.encode()}
+        for index in agreed.shards:
+            place = row.shards[index]
+            if now.shards[index] == place:
+                changes[stripe_rows.missing_key(place.node, number, index)] = None
+        self._log.apply(changes)
 
     async def reads_without(self, number: int, row: Stripe, without: Sequence[int]) -> bool:
         """Whether a stripe can be read without some shards, and what is decoded is right."""
@@ -253,10 +301,7 @@ class Reader:
         self, number: int, row: Stripe, without: Sequence[int], low: int, high: int
     ) -> bool:
         sources = [index for index in range(row.code.n) if index not in without]
-        found = await self._gather(number, row, sources, list(without), low, high)
-        return found is not None and all(
-            verified(row, index, low, bytes(data)) for index, data in found.items()
-        )
+        return await self._gather(number, row, sources, list(without), low, high) is not None
 
     async def _gather(
         self,
@@ -269,14 +314,21 @@ class Reader:
         *,
         patient: bool = False,
     ) -> dict[int, bytearray] | None:
-        """The blocks of the shards `wanted` from k good ones of `sources`; None if too few."""
+        """The blocks of the shards `wanted` from k good ones of `sources`.
+
+        None when there are too few, or no k of them give blocks that match the row.
+        """
         present: dict[int, bytes | bytearray] = {}
         for index in sources:
             data = await self.read_blocks(number, row, index, low, high, patient=patient)
-            if data is not None:
-                present[index] = data
-                if len(present) == row.code.k:
-                    return erasure.rebuild(row.code, high - low, present, wanted)
+            if data is None:
+                continue
+            for others in islice(combinations(present, row.code.k - 1), COMBINATIONS_MAX):
+                chosen = {**{other: present[other] for other in others}, index: data}
+                found = erasure.rebuild(row.code, high - low, chosen, wanted)
+                if all(verified(row, i, low, blocks) for i, blocks in found.items()):
+                    return found
+            present[index] = data
         return None
 
 

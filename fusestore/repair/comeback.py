@@ -7,7 +7,7 @@ from itertools import islice
 
 import trio
 
-from ..errors import FusestoreError, NodeTimeoutError
+from ..errors import FusestoreError, MetadataError, NodeTimeoutError
 from ..format.records import Run
 from ..log.journal import last_commit
 from ..log.log import Log
@@ -42,6 +42,8 @@ class Comeback:
                     if member.state is State.UP:
                         try:
                             await self._look_after(member)
+                        except MetadataError:
+                            raise  # no node is to blame for it
                         except FusestoreError as error:
                             self._healer.give_up(member, error)
             await self.catch_up(None)
@@ -69,6 +71,8 @@ class Comeback:
                     continue
                 try:  # shards that the last crash tore
                     await self._healer.heal(member)
+                except MetadataError:
+                    raise  # no node is to blame for it
                 except FusestoreError as error:
                     member.fail(error)
 
@@ -85,6 +89,8 @@ class Comeback:
                 return
             if node is not None:
                 await self._rejoin.enter(member, node)
+        except MetadataError:
+            raise  # no node is to blame for it
         except FusestoreError as error:
             member.standing.refused(error)
             if isinstance(error, NodeTimeoutError):
@@ -98,6 +104,8 @@ class Comeback:
                     await self._rejoin.rebuild_all(member, progress)
                 await self._healer.heal(member, Pace(self._log))
                 await self._rejoin.join(member, progress)
+        except MetadataError:
+            raise  # no node is to blame for it
         except FusestoreError as error:
             member.standing.leave_alone(trio.current_time())
             self._healer.give_up(member, error)

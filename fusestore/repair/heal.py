@@ -15,7 +15,7 @@ from typing import Any
 import trio
 
 from ..commit.committer import Committer
-from ..errors import FusestoreError, NodeError
+from ..errors import FusestoreError, MetadataError, NodeError
 from ..format import keys, stripe_rows
 from ..log.log import Log
 from ..log.pace import Pace
@@ -90,6 +90,8 @@ class Healer:
                 if member.state is State.UP:
                     try:
                         await self.heal(member, Pace(self._log))
+                    except MetadataError:
+                        raise  # no node is to blame for it
                     except FusestoreError as error:
                         self.give_up(member, error)
 

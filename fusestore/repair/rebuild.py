@@ -9,24 +9,37 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from typing_extensions import Buffer
 
 from ..commit.replay import shard_is_intact
 from ..errors import LostError, NodeError
 from ..format import stripe_rows
-from ..format.records import HEADER_BYTES, Run
+from ..format.records import HEADER_BYTES, Header, Run
 from ..format.stripe_rows import ShardPlace, Stripe
 from ..log.log import Log
 from ..members.member import Member
 from ..nodes.base import Node
 from ..read.reader import Reader, verified
-from ..write.shard_record import shard_header, write_shard
+from ..write.shard_record import may_overwrite, shard_header, write_shard
 
 log = logging.getLogger(__name__)
 
-_Rebuilt = tuple[int, int, Stripe, ShardPlace]
-"""A stripe's number, a shard's index, the stripe as it was read, and the shard's place."""
+
+@dataclass(frozen=True, slots=True)
+class _Rebuilt:
+    """A shard that was written, and does not count yet."""
+
+    number: int
+    index: int
+    row: Stripe
+    """The stripe as it was read."""
+    place: ShardPlace
+    doubted: bool
+    """What lies at the place that the row names is not known to be this shard's."""
+
+
 Here = tuple[int, Stripe, list[int]]
 """A stripe's number, the stripe, and the indices of its shards on a node."""
 
@@ -55,8 +68,8 @@ class Rebuilder:
                     await self._rewrite(member, number, row, indices, written)
             return await self._prove(member, written)
         except BaseException:
-            for _, index, row, place in written:
-                self._give_back(member, row, index, place)
+            for shard in written:
+                self._give_back(member, shard)
             raise
 
     async def _rewrite(
@@ -73,6 +86,13 @@ class Rebuilder:
             keys = [stripe_rows.missing_key(member.id, number, index) for index in indices]
             self._log.apply({key: b"" for key in keys if self._log.engine.get(key) is None})
             return
+        now = self._log.stripe(number)
+        if now is not None and now.checksums != row.checksums:
+            row = now  # it was wrong, and the shards were right
+            bad = (await member.call(not_intact, member, [(number, row, indices)])).get(number, [])
+            good = [index for index in indices if index not in bad]
+            self._log.apply({stripe_rows.missing_key(member.id, number, i): None for i in good})
+            indices = bad
         for index in indices:
             await self._write(member, number, row, index, data[index], written)
 
@@ -84,15 +104,41 @@ class Rebuilder:
         index: int,
         data: Buffer,
         written: list[_Rebuilt],
+        *,
+        seen: bool = False,
     ) -> None:
-        """Write a shard where it was, or, if it was not on this node, to a new place."""
+        """Write a shard where it was, or, if it was not on this node, to a new place.
+
+        To a new place, too, when something else lies where the row says that it was;
+        `seen`: it was read there.
+        """
         place = row.shards[index]
-        if place.node != member.id or not place.written:
+        header = shard_header(row.code, row.length, number, index, row.checksums[index])
+        doubted = not seen and await self._is_in_doubt(place, header, data)
+        if place.node != member.id or not place.written or doubted:
             place = member.reserve(row.shard_length)
             member.shards.hold_back(place, row.shard_length)
-        written.append((number, index, row, place))
-        header = shard_header(row.code, row.length, number, index, row.checksums[index])
+        written.append(_Rebuilt(number, index, row, place, doubted))
         await member.call(write_shard, self._log, member, place, header, data)
+
+    async def _is_in_doubt(self, place: ShardPlace, header: Header, data: Buffer) -> bool:
+        """Whether something else lies at a shard's place, which must be left alone then."""
+        owner = self._log.members.by_id.get(place.node)
+        if not place.written or owner is None or owner.out_of_use:
+            return False
+        if await owner.call(may_overwrite, self._log, owner, place, header, data):
+            return False
+        self._log.rows_in_doubt += 1
+        log.error(
+            "Shard %d of stripe %#x is not where its row says, in segment %d of node %s at %d: "
+            "what lies there is left alone. Run 'fusestore fsck'.",
+            header.index,
+            header.number,
+            place.segment,
+            owner.name,
+            place.offset,
+        )
+        return True
 
     async def move(
         self, target: Member, shards: Sequence[tuple[int, Stripe, int]]
@@ -107,61 +153,75 @@ class Rebuilder:
             for number, row, index in shards:
                 length = row.shard_length
                 data: Buffer | None = await self._reader.read_blocks(number, row, index, 0, length)
+                seen = data is not None
                 if data is None:
                     data = (await self._reader.decode(number, row, [index], 0, length))[index]
-                await self._write(target, number, row, index, data, written)
+                    row = self._log.stripe(number) or row  # which may have been mended
+                await self._write(target, number, row, index, data, written, seen=seen)
             return await self._prove(target, written)
         except BaseException:
-            for _, index, row, place in written:
-                self._give_back(target, row, index, place)
+            for shard in written:
+                self._give_back(target, shard)
             raise
 
     async def _prove(self, member: Member, written: list[_Rebuilt]) -> tuple[int, int]:
         """Read rebuilt shards back; those that are right count from then on."""
         node = member.node
-        await member.call(node.flush, Run.SHARDS, sorted({place.segment for *_, place in written}))
-        for segment in {
-            place.segment for *_, place in written if member.shards.is_full(place.segment)
-        }:
+        segments = sorted({shard.place.segment for shard in written})
+        await member.call(node.flush, Run.SHARDS, segments)
+        for segment in filter(member.shards.is_full, segments):
             # A seal may still be writing to what it has reserved.
             state = member.shards.states.get(segment)
             await member.call(_give_back_ahead, node, segment, state.size if state else 0)
         shards = total = 0
         while written:
-            number, index, row, place = written[-1]
-            start, size = place.offset - HEADER_BYTES, HEADER_BYTES + row.shard_length
-            data = await member.call(node.read_back, Run.SHARDS, place.segment, start, size)
-            seed = self._log.shards(member.name, place.segment).seed(start)
-            header = shard_header(row.code, row.length, number, index, row.checksums[index])
-            if data[:HEADER_BYTES] != header.encode(seed) or not verified(
-                row, index, 0, data[HEADER_BYTES:]
-            ):
-                raise NodeError(
-                    f"Node {member.name} gives back other bytes than it was given: "
-                    "replace its disk."
-                )
+            shard = written[-1]
+            await self._read_back(member, shard)
             written.pop()
-            now, before = self._log.stripe(number), row.shards[index]
-            key = stripe_rows.missing_key(before.node, number, index)
-            if now is None or now.shards[index] != before:  # freed meanwhile
-                self._give_back(member, row, index, place)
-                self._log.apply({key: None})
-                continue
-            if place != before:
-                member.shards.count(place, row.shard_length)
-            changes = {stripe_rows.stripe_key(number): now.moved(index, place).encode(), key: None}
-            if place != before and before.written:
-                debt, length = stripe_rows.reclaim_row(before, row.shard_length)
-                changes[debt] = length
-            self._log.apply(changes)
-            self._reader.forget(number)
-            shards, total = shards + 1, total + row.shard_length
+            if self._count(member, shard):
+                shards, total = shards + 1, total + shard.row.shard_length
         return shards, total
 
+    async def _read_back(self, member: Member, shard: _Rebuilt) -> None:
+        """NodeError unless the node gives back what it was given."""
+        row, place = shard.row, shard.place
+        start, size = place.offset - HEADER_BYTES, HEADER_BYTES + row.shard_length
+        data = await member.call(member.node.read_back, Run.SHARDS, place.segment, start, size)
+        seed = self._log.shards(member.name, place.segment).seed(start)
+        sums = row.checksums[shard.index]
+        header = shard_header(row.code, row.length, shard.number, shard.index, sums)
+        # What was written matched the row, so nothing but the node can be at fault.
+        if data[:HEADER_BYTES] != header.encode(seed) or not verified(
+            row, shard.index, 0, data[HEADER_BYTES:]
+        ):
+            raise NodeError(
+                f"Node {member.name} gives back other bytes than it was given: replace its disk."
+            )
+
+    def _count(self, member: Member, shard: _Rebuilt) -> bool:
+        """Let a shard count from now on; False when its stripe was freed or moved meanwhile."""
+        number, index, row, place = shard.number, shard.index, shard.row, shard.place
+        now, before = self._log.stripe(number), row.shards[index]
+        key = stripe_rows.missing_key(before.node, number, index)
+        if now is None or now.shards[index] != before:
+            self._give_back(member, shard)
+            self._log.apply({key: None})
+            return False
+        if place != before:
+            member.shards.count(place, row.shard_length)
+        changes = {stripe_rows.stripe_key(number): now.moved(index, place).encode(), key: None}
+        if place != before and before.written and not shard.doubted:
+            debt, length = stripe_rows.reclaim_row(before, row.shard_length)
+            changes[debt] = length
+        self._log.apply(changes)
+        self._reader.forget(number)
+        return True
+
     @staticmethod
-    def _give_back(member: Member, row: Stripe, index: int, place: ShardPlace) -> None:
+    def _give_back(member: Member, shard: _Rebuilt) -> None:
         """A place that was reserved for a rebuilt shard is not needed."""
-        if place != row.shards[index]:
+        row, place = shard.row, shard.place
+        if place != row.shards[shard.index]:
             member.shards.count(place, row.shard_length)
             member.shards.release(place.segment, row.shard_length)
 

@@ -15,7 +15,8 @@ from typing import Any
 import trio
 
 from ..commit.committer import Committer
-from ..errors import NodeError, NotDurableError
+from ..commit.row_keeper import RowKeeper
+from ..errors import MetadataError, NodeError, NotDurableError, ReplayError
 from ..format import keys, store_rows, stripe_rows
 from ..format.stripe_rows import Stripe
 from ..log.background_job import BackgroundJob, JobRow, Progress
@@ -63,8 +64,14 @@ class Scrubber:
     """Runs a scrub in the background."""
 
     def __init__(
-        self, state: Log, committer: Committer, repairer: Repairer, every_days: int
+        self,
+        state: Log,
+        committer: Committer,
+        repairer: Repairer,
+        rows: RowKeeper,
+        every_days: int,
     ) -> None:
+        self._rows = rows
         self._log = state
         self._limits = state.limits
         self._committer = committer
@@ -128,7 +135,7 @@ class Scrubber:
             if self.job.is_running:
                 try:
                     await self._walk()
-                except (NodeError, NotDurableError) as error:
+                except (NodeError, NotDurableError, MetadataError) as error:
                     log.error("The scrub is paused: %s", error)
                     if self.job.is_running:
                         self.job.pause()
@@ -148,6 +155,7 @@ class Scrubber:
         pace = Pace(self._log, scrub.rate)
         if not scrub.position:
             scrub.found += await self._journals()
+            scrub.found += await self._metadata()
             scrub.position = stripe_rows.STRIPES_START.hex()
             scrub.total = self._log.counters.stripes
             # What is written from now on is read when it is its turn, else there were no end.
@@ -180,6 +188,14 @@ class Scrubber:
                     copy_journals, self._log.store, others, target, first, before
                 )
         return found
+
+    async def _metadata(self) -> int:
+        """Verify all rows of the metadata; those that were wrong."""
+        try:
+            return len(await self._rows.mend())
+        except (MetadataError, ReplayError) as error:
+            log.error("The metadata cannot be mended: %s", error)
+            return 1
 
     async def _verify(self, batch: list[tuple[int, Stripe]]) -> None:
         """Read all shards of some stripes, every node in its own thread."""

@@ -4,7 +4,7 @@
    too, their own `node.toml` does.
 2. Index the journals.  What is rotten on one node is read from another.
 3. Load the newest whole metadata dump, and every commit after it that was certainly
-   acknowledged (recover_tables): that is what a checkpoint would hold.
+   acknowledged (commit/load_tables): that is what a checkpoint would hold.
 4. See what the mount will make of the commits after that, and refuse when nodes
    that are not there might have gone on alone, or might decide.
 5. Say which files cannot be read from the nodes that are there (recover_report).
@@ -25,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..commit.load_tables import Progress, latest_row, load_tables, save
 from ..commit.replay import EPOCHS_SKIPPED, Replayed, replay, suspect_shards
 from ..config.store_config import StoreConfig
 from ..errors import NodeError, ReplayError
@@ -40,7 +41,6 @@ from ..nodes.base import Node
 from .recover_nodes import FoundNodes, find_nodes
 from .recover_output import draft_database, recovered_config, write_config
 from .recover_report import recovery_report
-from .recover_tables import Progress, latest_row, load_tables, save
 
 log = logging.getLogger(__name__)
 

@@ -45,6 +45,7 @@ ERRNO: dict[type[errors.FusestoreError], int] = {
     errors.NameTooLongError: errno.ENAMETOOLONG,
     errors.TooManyLinksError: errno.EMLINK,
     errors.FileTooLargeError: errno.EFBIG,
+    errors.RowTooLargeError: errno.E2BIG,
     errors.InvalidError: errno.EINVAL,
     errors.NotPermittedError: errno.EPERM,
     errors.NotSupportedError: errno.EOPNOTSUPP,

@@ -43,6 +43,7 @@ from ..members.standing import State
 from ..metadata.engine import DATABASE, DATABASE_LOCK, Engine
 from ..system.files import sync_directory
 from ..system.io_uring import Ring
+from .rows_at_mount import mend_rows
 from .store import Store
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ async def open_store(
     )
     members: Members | None = None
     try:
+        wrong = await mend_rows(config, engine, read_only=read_only)
         rows = _check_format(config, engine)
         members = open_members(config, rows, opened=False)
         busy: list[NodeBusyError] = []
@@ -89,6 +91,8 @@ async def open_store(
         if busy:  # going on without the node would begin a second history
             raise StoreBusyError(str(busy[0]))
         state = Log(engine, members, config.uuid, config.code, read_only=read_only)
+        state.mended = tuple(map(str, wrong))
+        state.rows_mended = len(wrong)
         start = _load(state, config)
         in_sync = [row.id for row in rows if row.in_sync]
         with members.watched():

@@ -119,6 +119,8 @@ class Reporter:
             "metadata_bytes": metadata_bytes,
             "degraded_reads": self._reader.degraded,
             "failed_reads": self._reader.errors,
+            "rows_mended": state.rows_mended,
+            "rows_in_doubt": state.rows_in_doubt,
             "repair": self._repair(missing),
             "repairs": self._repairer.past(),
             "scrub": self._scrubber.report(),

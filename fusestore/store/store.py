@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import trio
 
 from ..commit.committer import Committer
 from ..commit.metadata_dump import MetadataDumper
 from ..commit.reclaim import Reclaimer
+from ..commit.row_keeper import RowKeeper
 from ..config.store_config import StoreConfig
+from ..errors import MetadataError
 from ..format import store_rows
 from ..format.store_rows import LogState
 from ..grow.rebalance import Rebalancer
@@ -24,6 +28,8 @@ from ..repair.repairer import Repairer
 from ..repair.scrub import Scrubber
 from ..write.writer import Writer
 from .report import Reporter
+
+log = logging.getLogger(__name__)
 
 
 class Store:
@@ -41,15 +47,16 @@ class Store:
             self.committer.checkpointer.reached = LogState.decode(checkpoint).commit
         nodes = state.engine.get(store_rows.NODES_KEY)
         self.committer.rows = store_rows.decode_nodes(nodes) if nodes else []
+        self.rows = RowKeeper(state, self.committer)
         self.reclaimer = Reclaimer(state)
-        self.dumper = MetadataDumper(state, self.committer)
+        self.dumper = MetadataDumper(state, self.committer, self.rows.wake)
         self.healer = Healer(state, self.reader, self.committer)
         self.rejoin = Rejoin(state, self.committer, self.healer)
         self.comeback = Comeback(state, self.healer, self.rejoin)
         self.repairer = Repairer(state, self.reader, self.committer, self.healer, self.rejoin)
         self.rebalancer = Rebalancer(state, self.committer, self.repairer)
         self.topology = Topology(state, self.committer, self.repairer, self.rebalancer)
-        self.scrubber = Scrubber(state, self.committer, self.repairer, config.scrub_days)
+        self.scrubber = Scrubber(state, self.committer, self.repairer, self.rows, config.scrub_days)
         self.reporter = Reporter(
             config, state, self.reader, self.committer, self.repairer, self.scrubber
         )
@@ -60,7 +67,17 @@ class Store:
     def tasks(self) -> list[Callable[[], Awaitable[None]]]:
         """What goes on in the background while it is open."""
         parts = (self.reclaimer, self.dumper, self.comeback, self.scrubber, self.rebalancer)
-        return [part.run for part in parts]
+        return [self.rows.run, *(partial(self._go_on, part.run) for part in parts)]
+
+    async def _go_on(self, run: Callable[[], Awaitable[None]]) -> None:
+        """Run a task; one that meets a bad row begins anew, when that may have been mended."""
+        while True:
+            try:
+                await run()
+            except MetadataError as error:
+                log.error("%s", error)
+                self.rows.wake()
+                await trio.sleep(self.log.limits.probe_seconds)
 
     def warnings(self) -> list[str]:
         """A sentence for each node that is not as it should be."""

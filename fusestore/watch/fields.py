@@ -167,6 +167,8 @@ class Status:
     metadata_bytes: int
     degraded_reads: int
     failed_reads: int
+    rows_mended: int
+    rows_in_doubt: int
     repair: RunningRepair | None
     repairs: tuple[PastRepair, ...]
     """The last ones, the newest at the end."""

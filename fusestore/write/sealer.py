@@ -185,11 +185,11 @@ class Sealer:
         if stripe.batch is None:
             self._log.apply(changes)
             return
-        stripe.batch.changes.update(changes)
         if stripe.batch.frozen:
             self._log.engine.amend(changes)
         else:
             self._log.engine.apply(changes)
+        stripe.batch.changes.update(changes)
 
     async def _run(self, work: _Seal) -> None:
         """Code and write in one thread; go on in another when a node hangs in the first."""

@@ -1,4 +1,8 @@
-"""recover: the journals become the tables that a checkpoint would hold."""
+"""The journals become the tables that a checkpoint would hold.
+
+For recover, which makes the database anew, and for what compares the database with
+the journals.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +20,21 @@ Progress = Callable[[dict[str, Any]], None]
 """Called with a phase, and how many bytes of how many are done."""
 
 
-def load_tables(engine: Engine, journals: Journals, progress: Progress) -> LogState:
-    """Fill the database up to the last commit that was certainly acknowledged."""
-    start, pieces = _newest_dump(journals)
-    durable = journals.durable
-    chain = [entry for entry in journals.chain(start) if entry.number <= durable]
+def load_tables(
+    engine: Engine, journals: Journals, progress: Progress, at: LogState | None = None
+) -> LogState:
+    """Fill the database up to the last commit that was certainly acknowledged; ReplayError.
+
+    With `at` up to that commit, and not further; ReplayError when the journals do not
+    lead there.
+    """
+    end = journals.durable if at is None else at.commit
+    start, pieces = _newest_dump(journals, end)
+    chain = [entry for entry in journals.chain(start) if entry.number <= end]
+    if at is not None:
+        last = chain[-1].header.payload_checksum if chain else start.checksum
+        if (chain[-1].number if chain else start.commit, last) != (at.commit, at.checksum):
+            raise ReplayError(f"The journals that are there do not lead to commit {at.commit}.")
     if not chain and start.commit == 0 and journals.commits:
         first = min(journals.commits)
         if first > 1:
@@ -51,8 +65,11 @@ def load_tables(engine: Engine, journals: Journals, progress: Progress) -> LogSt
     return state
 
 
-def _newest_dump(journals: Journals) -> tuple[LogState, list[Entry]]:
-    """Where the newest whole metadata dump begins, and its pieces; the very start without one."""
+def _newest_dump(journals: Journals, end: int) -> tuple[LogState, list[Entry]]:
+    """Where the newest metadata dump that was whole at commit `end` begins, and its pieces.
+
+    Without one, the very start.
+    """
     named = [e for entries in journals.commits.values() for e in entries if e.dump]
     for entry in sorted(named, key=lambda e: (e.number, e.header.epoch), reverse=True):
         row = entry.dump
@@ -66,7 +83,7 @@ def _newest_dump(journals: Journals) -> tuple[LogState, list[Entry]]:
         ]
         start = LogState(0, "", row["commit"], row["checksum"], row["segment"])
         if (
-            entry.number <= journals.durable
+            entry.number <= end
             and len(pieces) == row["pieces"]
             and any(found is entry for found in journals.chain(start))
         ):

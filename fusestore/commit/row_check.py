@@ -1,0 +1,191 @@
+"""The database against the journals: rows that rotted, are gone or are old, and what they were.
+
+Each row has a checksum, and each table the number of its rows and the sum of their
+checksums (format/row_sums).  When either is not right, the tables are made anew beside
+the database, from the newest metadata dump and the commits after it, up to the commit
+that the database stands at: by the same code as recover uses.  Any difference is wrong.
+
+Everything here blocks, and is for a thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import UUID
+
+from ..errors import DamagedMetadataError
+from ..format import keys, store_rows
+from ..format.row_sums import RowSums, unseal
+from ..format.store_rows import LogState
+from ..format.tables import TABLES
+from ..limits import Limits
+from ..log.journal import read_journals
+from ..metadata.engine import Engine, View
+from ..nodes.base import Node
+from .load_tables import load_tables
+
+log = logging.getLogger(__name__)
+
+SCRATCH_NAME = "comparing"
+"""In the metadata directory, while the tables are compared with the journals."""
+_LET_OTHERS_ROWS = 256
+
+
+@dataclass(slots=True)
+class Examined:
+    """What the checksums say of all rows of a database."""
+
+    rows: int = 0
+    bad: set[bytes] = field(default_factory=set)
+    """Keys of rows that do not match their checksum."""
+    miscounted: list[str] = field(default_factory=list)
+    """Tables that lack rows, or have others than the last checkpoint counted."""
+
+    @property
+    def is_right(self) -> bool:
+        """Whether every row is what was written."""
+        return not self.bad and not self.miscounted
+
+
+@dataclass(frozen=True, slots=True)
+class WrongRow:
+    """A row of the database that is not what the journals say."""
+
+    key: bytes
+    stored: bytes | None
+    """What the database has, checksum included; None: nothing."""
+    value: bytes | None
+    """What it must be; None: there must be no such row."""
+
+    def __str__(self) -> str:
+        what = f"row {self.key.hex()}"
+        if self.stored is None:
+            what += " is gone"
+        elif unseal(self.key, self.stored) is None:
+            what += " does not match its checksum"
+        elif self.value is None:
+            what += " should not be there any more"
+        else:
+            what += " is not what was last written"
+        return f"{table_name(self.key)}: {what}; the journals have the right one"
+
+
+def table_name(key: bytes) -> str:
+    """The table of a row."""
+    return TABLES[key[:1]].name if key[:1] in TABLES else "super"
+
+
+def examine(view: View) -> Examined:
+    """Verify all rows of the database; DamagedMetadataError when it cannot be read."""
+    found, sums = Examined(), RowSums()
+    for key, stored in view.all_stored():
+        sums.add(key, stored)
+        if unseal(key, stored) is None:
+            found.bad.add(key)
+        found.rows += 1
+        if found.rows % _LET_OTHERS_ROWS == 0:
+            time.sleep(0)  # the event loop comes first
+    counted = view.sums()
+    if counted is not None:
+        found.miscounted += [table_name(letter) for letter in sums.differing(counted)]
+    elif found.rows:
+        found.miscounted.append("all tables")
+    return found
+
+
+def examine_some(view: View, letters: Iterable[bytes]) -> Examined:
+    """Verify the rows of some tables against their own checksums alone."""
+    found = Examined()
+    view.passes_over = found.bad
+    for letter in letters:
+        found.rows += sum(1 for _ in view.scan(letter, keys.after(letter)))
+    return found
+
+
+def wrong_rows(
+    view: View,
+    store: UUID,
+    nodes: Iterable[tuple[str, Node]],
+    metadata: Path,
+    limits: Limits,
+) -> list[WrongRow]:
+    """The rows that the journals of these nodes contradict; ReplayError.
+
+    Rows that changed since the checkpoint are in memory, and are not compared.
+    """
+    stored = view.stored(store_rows.LOG_KEY)
+    value = unseal(store_rows.LOG_KEY, stored) if stored is not None else None
+    if value is None:
+        raise DamagedMetadataError(
+            "The metadata does not say which commit it stands at: unmount, move the metadata away "
+            "and run 'fusestore recover'."
+        )
+    journals = read_journals(store, nodes)
+    journals.keep_latest()
+    scratch = metadata / SCRATCH_NAME
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(mode=0o700)
+    try:
+        with closing(Engine(scratch, limits=limits)) as right:
+            load_tables(right, journals, lambda progress: None, LogState.decode(value))
+            with right.view() as rows:
+                return list(_differences(view, rows))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _differences(view: View, right: View) -> Iterator[WrongRow]:
+    """Each row that one has and the other has not, or has with another value."""
+    here, there = view.all_stored(), right.all_stored()
+    mine, other = next(here, None), next(there, None)
+    count = 0
+    while mine is not None or other is not None:
+        count += 1
+        if count % _LET_OTHERS_ROWS == 0:
+            time.sleep(0)
+        if other is None or (mine is not None and mine[0] < other[0]):
+            assert mine is not None
+            key, stored, value = mine[0], mine[1], None
+            mine = next(here, None)
+        elif mine is None or other[0] < mine[0]:
+            key, stored, value = other[0], None, unseal(*other)
+            other = next(there, None)
+        else:
+            key, stored, value = mine[0], mine[1], unseal(*other)
+            same = mine[1] == other[1]
+            mine, other = next(here, None), next(there, None)
+            if same:
+                continue
+        if key != store_rows.LOG_KEY and not view.has_changed(key):
+            yield WrongRow(key, stored, value)
+
+
+def still_wrong(engine: Engine, rows: Iterable[WrongRow]) -> dict[bytes, bytes | None]:
+    """The right values of those rows that nothing has changed since they were looked at."""
+    with engine.view() as view:
+        return {
+            row.key: row.value
+            for row in rows
+            if not view.has_changed(row.key) and view.stored(row.key) == row.stored
+        }
+
+
+def mend_at_rest(
+    engine: Engine, store: UUID, nodes: Iterable[tuple[str, Node]], metadata: Path
+) -> list[WrongRow]:
+    """Make a database that nobody uses yet what the journals say; the rows that were wrong.
+
+    The journals have these rows, so they are written to the database alone; ReplayError
+    when the journals do not have them, DamagedMetadataError.
+    """
+    with engine.view() as view:
+        wrong = wrong_rows(view, store, nodes, metadata, engine.limits)
+    engine.apply({row.key: row.value for row in wrong})
+    engine.recount()
+    return wrong

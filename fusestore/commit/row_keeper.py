@@ -1,0 +1,89 @@
+"""Rows of an open store that turn out to be wrong are put right while it is in use.
+
+Who meets a row that does not match its checksum gets an error (BadRowError), and nothing
+goes past it.  Then, and in each scrub, all rows are examined, and those that are not what
+the journals say are logged again with their right value, like any change.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import trio
+
+from ..errors import DamagedMetadataError, MetadataError, NodeError, NotDurableError, ReplayError
+from ..log.log import Log
+from .committer import Committer
+from .row_check import Examined, WrongRow, examine, still_wrong, wrong_rows
+
+log = logging.getLogger(__name__)
+
+_TOLD_MAX = 20
+"""Rows of which the log has a line, each time that some are mended."""
+
+
+class RowKeeper:
+    """Examines all rows when asked, and mends them."""
+
+    def __init__(self, state: Log, committer: Committer) -> None:
+        self._log = state
+        self._committer = committer
+        self._busy = trio.Lock()
+        self._wake = trio.Event()
+
+    def wake(self) -> None:
+        """A row was met that is not right."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Mend whenever somebody met a bad row, until cancelled."""
+        while True:
+            await self._wake.wait()
+            try:
+                await self.mend()
+            except (MetadataError, ReplayError, NodeError, NotDurableError) as error:
+                log.error("The metadata cannot be mended: %s", error)
+            await trio.sleep(self._log.limits.probe_seconds)
+            self._wake = trio.Event()
+
+    async def compare(self) -> tuple[Examined, list[WrongRow]]:
+        """Examine all rows, and if they are not right, compare them with the journals.
+
+        ReplayError when the journals do not lead to what the database stands at.
+        """
+        engine = self._log.engine
+        with engine.view() as view:
+            found = await trio.to_thread.run_sync(examine, view)
+            if found.is_right:
+                return found, []
+            nodes = [member.watched for member in self._log.members.all if not member.out_of_use]
+            directory = self._log.members.config.metadata
+            arguments = (view, self._log.store, nodes, directory, self._log.limits)
+            return found, await trio.to_thread.run_sync(wrong_rows, *arguments)
+
+    async def mend(self) -> list[str]:
+        """Put right what the journals tell; what was wrong, a line each.
+
+        ReplayError or DamagedMetadataError when that cannot be told.
+        """
+        async with self._busy:
+            try:
+                found, rows = await self.compare()
+            except (ReplayError, DamagedMetadataError):
+                self._log.rows_in_doubt += 1
+                raise
+            if found.is_right:
+                return []
+            texts = [str(row) for row in rows]
+            for text in texts[:_TOLD_MAX]:
+                log.error("The metadata is damaged: %s. It is mended.", text)
+            if self._log.read_only or self._log.broken:
+                self._log.rows_in_doubt += len(rows)
+                return texts
+            changes = still_wrong(self._log.engine, rows)
+            self._log.apply(changes)
+            self._log.rows_mended += len(changes)
+            self._log.engine.recount()
+            async with self._committer.lock:
+                await self._committer.commit_now(checkpoint=True)
+            return texts or ["the counts of rows are wrong"]

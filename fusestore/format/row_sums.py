@@ -1,0 +1,74 @@
+"""The checksum of a stored row, and the sums over the rows of each table.
+
+LMDB has no checksums.  So each value in the database ends with the xxh3-64 of the key and
+the value, seeded with the key's length: a row that rotted, or lies under another key, is
+noticed when it is read.  A row that is gone, or is an old version of itself, is not; so
+the database has, for each table, the number of its rows and the sum of their checksums.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Self
+
+from xxhash import xxh3_64_digest
+
+CHECKSUM_BYTES = 8
+_SUM = struct.Struct("<cQQ")
+_MASK = (1 << 64) - 1
+
+
+def seal(key: bytes, value: bytes) -> bytes:
+    """What is stored for a row: its value, and the checksum, big-endian."""
+    return value + xxh3_64_digest(key + value, len(key))
+
+
+def unseal(key: bytes, stored: bytes) -> bytes | None:
+    """The value of a stored row; None when it does not match its checksum."""
+    value = stored[:-CHECKSUM_BYTES]
+    if len(stored) >= CHECKSUM_BYTES and stored.endswith(xxh3_64_digest(key + value, len(key))):
+        return value
+    return None
+
+
+@dataclass(slots=True)
+class RowSums:
+    """By table, its letter: how many rows it has, and the sum of their checksums modulo 2^64."""
+
+    tables: dict[bytes, tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, key: bytes, stored: bytes, sign: int = 1) -> None:
+        """Count a stored row in, or with -1 out."""
+        letter = key[:1]
+        rows, total = self.tables.get(letter, (0, 0))
+        checksum = int.from_bytes(stored[-CHECKSUM_BYTES:], "big")
+        self.tables[letter] = rows + sign, (total + sign * checksum) & _MASK
+
+    def encode(self) -> bytes:
+        """The value that is stored."""
+        return b"".join(
+            _SUM.pack(letter, max(rows, 0), total)
+            for letter, (rows, total) in sorted(self.tables.items())
+            if rows or total
+        )
+
+    @classmethod
+    def decode(cls, value: bytes) -> Self:
+        """Read the stored value; struct.error."""
+        return cls({letter: (rows, total) for letter, rows, total in _SUM.iter_unpack(value)})
+
+    @classmethod
+    def of(cls, stored: Iterable[tuple[bytes, bytes]]) -> Self:
+        """Those of all stored rows."""
+        sums = cls()
+        for key, value in stored:
+            sums.add(key, value)
+        return sums
+
+    def differing(self, other: RowSums) -> Iterator[bytes]:
+        """Letters of the tables whose number of rows or sum is another."""
+        for letter in sorted(self.tables.keys() | other.tables.keys()):
+            if self.tables.get(letter, (0, 0)) != other.tables.get(letter, (0, 0)):
+                yield letter

@@ -1,0 +1,69 @@
+"""Before a store is opened: rows of its database that are not what the journals say."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from functools import partial
+
+import trio
+
+from ..commit.row_check import Examined, WrongRow, examine, examine_some, mend_at_rest
+from ..config.store_config import StoreConfig
+from ..errors import NodeError, ReplayError
+from ..members.opening import open_node
+from ..metadata.engine import Engine
+from ..nodes.base import Node
+
+log = logging.getLogger(__name__)
+
+ROWS_TOLD_MAX = 20
+"""Rows that were mended of which the log has a line each."""
+TABLES_AT_MOUNT = (b"Z", b"G", b"T", b"D", b"U", b"B")
+"""What a mount reads as a whole."""
+
+
+async def mend_rows(config: StoreConfig, engine: Engine, *, read_only: bool) -> list[WrongRow]:
+    """Examine the rows, and put right those that the journals contradict; which were wrong.
+
+    DamagedMetadataError when the database cannot be read.  When the journals do not tell
+    what is right, the rows stay as they are, and are an error to read.
+    """
+    examined = await trio.to_thread.run_sync(_examine, config, engine)
+    if examined.is_right:
+        return []
+    nodes: list[tuple[str, Node]] = []
+    for node in config.nodes:
+        with suppress(NodeError):
+            opened = partial(open_node, config, node, read_only=True)
+            nodes.append((node.name, await trio.to_thread.run_sync(opened)))
+    try:
+        wrong = await trio.to_thread.run_sync(
+            mend_at_rest, engine, config.uuid, nodes, config.metadata
+        )
+    except ReplayError as error:
+        log.error(
+            "The metadata is damaged (%d rows do not match their checksum), and the journals do "
+            "not tell what is right: %s Bring all nodes back, or run 'fusestore recover'.",
+            len(examined.bad),
+            error,
+        )
+        return []
+    finally:
+        for _, node_opened in nodes:
+            with suppress(NodeError):
+                await trio.to_thread.run_sync(node_opened.close)
+    for row in wrong[:ROWS_TOLD_MAX]:
+        log.error("The metadata is damaged: %s. It is mended.", row)
+    if not read_only:
+        engine.freeze()
+        await trio.to_thread.run_sync(engine.write)
+        engine.thaw()
+    return wrong
+
+
+def _examine(config: StoreConfig, engine: Engine) -> Examined:
+    """In a thread: all rows, or of many those that a mount reads."""
+    few = engine.rows_stored <= config.limits.rows_examined_at_mount_max
+    with engine.view() as view:
+        return examine(view) if few else examine_some(view, TABLES_AT_MOUNT)
