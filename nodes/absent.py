@@ -65,6 +65,10 @@ class AbsentNode:
         """See Node."""
         self._refuse()
 
+    def replace(self, run: Run, segment: int, content: Buffer) -> None:
+        """See Node."""
+        self._refuse()
+
     def delete(self, run: Run, segment: int) -> None:
         """See Node."""
         self._refuse()

@@ -110,6 +110,13 @@ class Node(Protocol):
         segment that is not there is no error.
         """
 
+    def replace(self, run: Run, segment: int, content: Buffer) -> None:
+        """Put `content` in the place of a finished segment, or make the segment; it is durable.
+
+        After an error or a crash the segment is as it was before, or as it should be.
+        What was opened before still reads what it read.  NodeFullError.
+        """
+
     def delete(self, run: Run, segment: int) -> None:
         """Remove a segment; a read under way still ends well.
 

@@ -301,6 +301,22 @@ class DirectoryNode:
                 if error.errno not in _UNSUPPORTED:
                     raise
 
+    def replace(self, run: Run, segment: int, content: Buffer) -> None:
+        """See Node."""
+        path = self.path / segment_path(run, segment)
+        draft = path.with_name(path.name + ".new")
+        with self._errors(f"replace {segment_path(run, segment)}"):
+            draft.unlink(missing_ok=True)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            with open(os.open(draft, flags, 0o600), "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            with self._lock:
+                self._open.discard((run, segment))  # else `check` would miss the old file
+                os.replace(draft, path)
+                sync_directory(path.parent)
+
     def delete(self, run: Run, segment: int) -> None:
         """See Node."""
         with self._errors(f"delete {segment_path(run, segment)}"), self._lock:

@@ -8,10 +8,14 @@ flush.
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import pytest
 from typing_extensions import Buffer
 
 from fusestore.errors import NodeError, NodeFullError
@@ -76,6 +80,52 @@ class FaultyNode:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.node, name)
+
+
+class BadSectors:
+    """Places on disks that cannot be read: every `pread` that touches one fails with EIO.
+
+    They belong to the files that are there when they are named, not to their paths: a
+    file that is written anew lies elsewhere.  Use as a context manager.
+    """
+
+    def __init__(self) -> None:
+        self._bad: list[tuple[int, int, int, int]] = []
+        self._patches = pytest.MonkeyPatch()
+
+    def add(self, path: Path, start: int, end: int) -> None:
+        """Let start <= i < end of a file be unreadable."""
+        about = path.stat()
+        self._bad.append((about.st_dev, about.st_ino, start, end))
+
+    def clear(self) -> None:
+        """All can be read again."""
+        self._bad.clear()
+
+    def _check(self, descriptor: int, offset: int, length: int) -> None:
+        about = os.fstat(descriptor)
+        for device, inode, start, end in self._bad:
+            here = (device, inode) == (about.st_dev, about.st_ino)
+            if here and offset < end and offset + length > start:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def __enter__(self) -> BadSectors:
+        pread, preadv = os.pread, os.preadv
+
+        def bad_pread(descriptor: int, length: int, offset: int) -> bytes:
+            self._check(descriptor, offset, length)
+            return pread(descriptor, length, offset)
+
+        def bad_preadv(descriptor: int, buffers: Any, offset: int, flags: int = 0) -> int:
+            self._check(descriptor, offset, sum(map(len, buffers)))
+            return preadv(descriptor, buffers, offset, flags)
+
+        self._patches.setattr(os, "pread", bad_pread)
+        self._patches.setattr(os, "preadv", bad_preadv)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patches.undo()
 
 
 class SlowNode:

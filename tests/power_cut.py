@@ -119,6 +119,13 @@ class Written(OfSegment):
 
 
 @dataclass(frozen=True, slots=True)
+class Replaced(OfSegment):
+    """A segment got another file in its place, which was durable before."""
+
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Truncated(OfSegment):
     """The size was set."""
 
@@ -360,6 +367,8 @@ class Tape:
                 disk.files[event.key] = File()
                 for key in [key for key in disk.ghosts if key[0] is event.key[0]]:
                     del disk.ghosts[key]
+            elif isinstance(event, Replaced):
+                disk.files[event.key] = File(bytearray(event.data))
             elif file is None:
                 pass  # through a descriptor of what was removed by others
             elif isinstance(event, Deleted):
@@ -376,7 +385,7 @@ class Tape:
         """An event was under way."""
         if isinstance(event, Written | Truncated | Punched | Deleted):
             self._happen(disks, event, chance)  # still in limbo
-        elif isinstance(event, Wiped | Claimed | Created) and chance.random() < 0.5:
+        elif isinstance(event, Wiped | Claimed | Created | Replaced) and chance.random() < 0.5:
             self._happen(disks, event, chance)
 
     @staticmethod
@@ -585,6 +594,12 @@ class RecordedNode:
         self._operate("punch")
         self.node.punch(segment, offset, length)
         self._note(Punched(self.name, (Run.SHARDS, segment), offset, length))
+
+    def replace(self, run: Run, segment: int, content: Buffer) -> None:
+        """Put another file in a segment's place."""
+        self._operate("write")
+        self.node.replace(run, segment, content)
+        self._note(Replaced(self.name, (run, segment), bytes(content)))
 
     def delete(self, run: Run, segment: int) -> None:
         """Remove a segment."""

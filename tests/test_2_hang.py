@@ -19,12 +19,12 @@ from fusestore.config.store_config import StoreConfig
 from fusestore.errors import NodeError
 from fusestore.format.records import Place, Run, records
 from fusestore.limits import STRIPE_BYTES
-from fusestore.log.journal import copy_journals
+from fusestore.log.journal_copy import Copied, copy_journals
 from fusestore.members import opening
-from fusestore.repair import comeback, rejoin, scrub
+from fusestore.repair import comeback, rejoin
 from fusestore.rescue.fsck import fsck
 
-DEADLINE = 0.3
+DEADLINE = 0.6
 
 
 @pytest.fixture
@@ -195,11 +195,11 @@ async def test_a_scrub_of_journals_and_fsck_do_not_wait_for_a_node_that_hangs(
 ) -> None:
     async with hanging(config) as (one, node):
 
-        def copy(*arguments: Any) -> int:
+        def copy(*arguments: Any) -> Copied:
             node.hang()
             return copy_journals(*arguments)
 
-        monkeypatch.setattr(scrub, "copy_journals", copy)
+        monkeypatch.setattr(rejoin, "copy_journals", copy)
         with trio.fail_after(20 * DEADLINE + 5):
             await one.store.scrubber.command(
                 "start", None, wait=True, alone=False, progress=lambda message: None

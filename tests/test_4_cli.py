@@ -378,6 +378,7 @@ NO_SCRUB = {
     "skipped": 0,
     "found": 0,
     "left": 0,
+    "unread": 0,
     "eta_seconds": None,
 }
 STATUS: dict[str, Any] = {

@@ -41,7 +41,7 @@ def scrub(
     `scrub_days` in fusestore.toml.
 
     Exit status 0: nothing was found; 1: something was, and is repaired unless
-    it says otherwise.
+    it says otherwise, or could not be read.
 
     \b
       fusestore scrub ~/store start --wait
@@ -52,7 +52,7 @@ def scrub(
     result = do(store, ScrubRequest(action, rate, wait), quiet=quiet, as_json=as_json)
     if not as_json:
         click.echo(scrub_line(result))
-    if result.found:
+    if result.found or result.unread:
         context.exit(1)
 
 

@@ -188,7 +188,7 @@ def status_lines(view: StoreView, now: float | None = None) -> Iterator[str]:
 
     `now` is in seconds since the epoch, and the present by default.
     """
-    from ..watch.health import repair_text, risk_text, scrub_text, verdict
+    from ..watch.health import quarantine_text, repair_text, risk_text, scrub_text, verdict
 
     status, mount = view.status, view.status.mount
     yield verdict(status)
@@ -208,6 +208,8 @@ def status_lines(view: StoreView, now: float | None = None) -> Iterator[str]:
         ("scrub", scrub_text(status)),
         ("risk", risk_text(status)),
     ]
+    if status.quarantine is not None:
+        facts.append(("kept", quarantine_text(status.quarantine)))
     if status.recode is not None and status.recode.state == "running":
         facts.append(("recoding", recode_line(status.recode)))
     yield from table_lines([(f"{name}:", text) for name, text in facts if text])

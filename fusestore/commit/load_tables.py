@@ -7,13 +7,14 @@ the journals.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ..errors import ReplayError
 from ..format import store_rows
 from ..format.records import Changes
 from ..format.store_rows import LogState
-from ..log.journal import Entry, Journals
+from ..log.journal import Entry, Journals, make_readable
 from ..metadata.engine import Engine
 
 Progress = Callable[[dict[str, Any]], None]
@@ -37,6 +38,12 @@ def load_tables(
             raise ReplayError(f"The journals that are there do not lead to commit {at.commit}.")
     if not chain and start.commit == 0 and journals.commits:
         first = min(journals.commits)
+        unread = journals.complaints()
+        if first > 1 and unread:
+            raise ReplayError(
+                f"What can be read of the journals begins with commit {first}, and no metadata "
+                f"dump in them is whole. {make_readable(unread)}"
+            )
         if first > 1:
             raise ReplayError(
                 f"The journals that are there begin with commit {first}, and no metadata dump in "
@@ -61,6 +68,7 @@ def load_tables(
         load(entry, commit.changes)
         digest = entry.header.payload_checksum
         state = LogState(commit.epoch, commit.nonce.hex(), commit.number, digest, entry.segment)
+    state = replace(state, doubt="the metadata was recovered")
     save(engine, {store_rows.LOG_KEY: state.encode()})
     return state
 

@@ -45,7 +45,8 @@ class MetadataDumper:
 
     def look(self) -> None:
         """A commit has been made: see whether it is time."""
-        if self._committer.journal.commit_bytes > max(
+        grown = self._committer.journal.commit_bytes
+        if self._log.dump_wanted or grown > max(
             self._limits.dump_journal_bytes_min, self.last_bytes
         ):
             self._wake.set()
@@ -69,6 +70,7 @@ class MetadataDumper:
         """Dump all tables, then delete the journal segments that are not needed any more."""
         committer = self._committer
         async with committer.lock:
+            self._log.dump_wanted = False
             committer.journal.roll()
             committer.journal.commit_bytes = 0
             first_segment = committer.journal.segment
@@ -125,9 +127,15 @@ class MetadataDumper:
         return piece, start
 
     async def _delete_before(self, segment: int) -> None:
-        """Journal before `segment` is not needed, once a checkpoint is past it too."""
+        """Journal before `segment` is not needed, once a checkpoint is past it too.
+
+        It is kept while the history is in doubt: the next dump deletes it.
+        """
         async with self._committer.lock:
             await self._committer.commit_now(checkpoint=True)
+        if self._log.doubt:
+            return
+        async with self._log.journals:
             for member in self._log.members.in_sync:
                 node = member.node
 

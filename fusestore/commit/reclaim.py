@@ -8,7 +8,9 @@ A node that is away keeps its debt.
 
 Segments that a crash left behind, of which no commit speaks, are deleted after
 the mount, and only when no stripe has a shard in them: a lost row of `segments`
-must not cost what it counts.
+must not cost what it counts.  While the history is in doubt (`Log.doubt`) they are
+in quarantine: kept, and shown by status; and a segment of which the tables say that
+nothing lives in it is punched, not deleted.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ class Reclaimer:
         self._log = state
         self._limits = state.limits
         self._wake = trio.Event()
-        self.strays: dict[int, set[int]] = {}
-        """By node: segments on it that the tables do not have."""
+        self.strays: dict[int, dict[int, int]] = {}
+        """By node: segments on it that the tables do not have, and their bytes."""
 
     def wake(self) -> None:
         """A checkpoint has been made."""
@@ -46,8 +48,9 @@ class Reclaimer:
 
     async def run(self) -> None:
         """Reclaim after each checkpoint, until cancelled."""
-        await self._sweep()
         while True:
+            if self.strays and not self._log.doubt:
+                await self._sweep()
             await self._wake.wait()
             self._wake = trio.Event()
             for member in self._log.members.writable:
@@ -60,9 +63,9 @@ class Reclaimer:
                 break
             for _, row in batch:
                 for place in row.shards:
-                    strays = self.strays.get(place.node, set())
+                    strays = self.strays.get(place.node, {})
                     if place.written and place.segment in strays:
-                        strays.discard(place.segment)
+                        del strays[place.segment]
                         log.error(
                             "Segment %d of node %d is in use and not in the tables: run "
                             "'fusestore fsck --repair'.",
@@ -77,6 +80,7 @@ class Reclaimer:
                     await member.call(node.delete, Run.SHARDS, segment)
             except NodeError as error:
                 member.fail(error)
+        self.strays.clear()
 
     async def _reclaim(self, member: Member) -> None:
         engine = self._log.engine
@@ -90,7 +94,7 @@ class Reclaimer:
             dead = sum(record_length(length) for _, length in shards)
             state = member.shards.states.get(segment)
             try:
-                if state is not None and state.live == dead:
+                if state is not None and state.live == dead and not self._log.doubt:
                     if segment == member.shards.current:
                         member.shards.roll()
                     await self._drop(member, segment, shards)

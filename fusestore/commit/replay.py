@@ -5,21 +5,23 @@
 3. Commits up to a `durable_through` that any record carries always count: a shard
    that they lack is damage.  Later ones count if each stripe that they name has
    k intact shards.  What comes after the first that does not count is dropped.
-4. When nodes that are away might have made a commit count, refuse.
+4. When nodes that are away might have made a commit count, refuse.  So when what could
+   not be read may hold a commit that was acknowledged: unreadable is not absent.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..errors import NodeError, NodeLacksError, ReplayError
 from ..format import stripe_rows
 from ..format.records import Commit, Run
 from ..format.store_rows import LogState
 from ..format.stripe_rows import Stripe
-from ..log.journal import read_journals
+from ..log.journal import Journals, Unreadable, make_readable
+from ..log.journal_scan import read_journals
 from ..log.log import Log
 from ..members.member import Member
 from ..read.reader import verified
@@ -49,10 +51,20 @@ class Replayed:
     """Ids of the nodes that the last commit counts as in sync."""
     reached: dict[int, int] = field(default_factory=dict)
     """By node: the last commit of the chain that its journal holds."""
+    unknown: list[Unreadable] = field(default_factory=list)
+    """What could not be read, and may have held an acknowledged commit after the last."""
+    damaged: set[str] = field(default_factory=set)
+    """Names of the nodes whose journals have places that cannot be read."""
+    blind: frozenset[int] = frozenset()
+    """Ids of the nodes whose journal past the last commit could not be read."""
 
 
 class _UndecidedError(Exception):
-    """Nodes that are away could decide."""
+    """Nodes that are away, or shards that cannot be read, could decide."""
+
+    def __init__(self, nodes: Sequence[str], unread: Sequence[str]) -> None:
+        super().__init__(", ".join(sorted(set(nodes))))
+        self.unread = unread
 
 
 def replay(
@@ -74,47 +86,133 @@ def replay(
         error = journals.failed.get(member.name)
         if error is not None:
             member.fail(error)
-    journals.forget_before(start.epoch)
-    durable = journals.durable
-    result = Replayed(start, in_sync=frozenset(in_sync))
-    last, digest = start.commit, start.checksum
-    for entry in journals.chain(start):
-        commit = entry.commit()
-        if commit.number > durable:
-            try:
-                if not _counts(state, commit):
-                    break
-            except _UndecidedError as error:
-                if not accept_loss:
-                    raise ReplayError(
-                        f"Whether commit {commit.number} counts depends on nodes that are away or "
-                        f"cannot be read ({error}): bring them back, or, if they are gone for "
-                        f"good, {how}."
-                    ) from None
-                result.lossy = True
-                break
-            result.doubtful.update(commit.changes)
-        result.changes.update(commit.changes)
-        result.in_sync = frozenset(commit.in_sync)
-        result.commits += 1
-        last, digest = commit.number, entry.header.payload_checksum
-    result.durable = min(max(durable, start.commit), last)
-    result.dropped = sorted(number for number in journals.commits if number > last)
-    if durable > last:
-        if not accept_loss:
-            raise ReplayError(
-                f"Commit {last + 1} was acknowledged, and no node that is there holds it: bring "
-                f"the missing nodes back, or, if they are gone for good, {how}."
+    return _Replay(state, start, journals, accept_loss, how).run(in_sync)
+
+
+class _Replay:
+    """The steps of `replay`, over journals that were read."""
+
+    def __init__(
+        self, state: Log, start: LogState, journals: Journals, accept_loss: bool, how: str
+    ) -> None:
+        self._log, self._start, self._journals = state, start, journals
+        self._accept_loss, self._how = accept_loss, how
+        self._before = journals.at(start)
+        self._chain = [self._before] if self._before is not None else []
+        """The commits that count; first, if it was found, the one at which it begins."""
+        journals.forget_before(start.epoch)
+
+    def run(self, in_sync: Sequence[int]) -> Replayed:
+        start, journals = self._start, self._journals
+        result = Replayed(start, in_sync=frozenset(in_sync))
+        last = self._follow(result)
+        durable = journals.durable
+        result.durable = min(max(durable, start.commit), last.commit)
+        result.dropped = sorted(number for number in journals.commits if number > last.commit)
+        for member in self._log.members.all:
+            result.reached[member.id] = self._reached(member.name)
+        result.damaged = {lost.node for lost in journals.unreadable}
+        self._look_past(result, last.commit)
+        if durable > last.commit:
+            self._refuse_or_accept(
+                result,
+                f"Commit {last.commit + 1} was acknowledged, and no node that is there holds it",
             )
-        result.lossy = True
-    if result.dropped:
-        log.warning("%d commits that were never acknowledged are dropped.", len(result.dropped))
-    for member in state.members.all:
-        chain = [n for n in journals.holders.get(member.name, ()) if n <= last]
-        result.reached[member.id] = max(chain, default=0)
-    epoch = max(start.epoch, journals.epoch) + (EPOCHS_SKIPPED if result.lossy else 0)
-    result.state = LogState(epoch, start.nonce, last, digest, start.journal_segment)
-    return result
+        elif result.unknown:
+            self._refuse_or_accept(
+                result, f"Whether a commit came after commit {last.commit} cannot be told"
+            )
+        if result.dropped:
+            log.warning("%d commits that were never acknowledged are dropped.", len(result.dropped))
+        skipped = EPOCHS_SKIPPED if result.lossy else 0
+        epoch = max(start.epoch, journals.epoch) + skipped
+        result.state = replace(last, epoch=epoch, doubt=last.doubt or self._doubt(result))
+        return result
+
+    def _doubt(self, result: Replayed) -> str:
+        """Why nothing that no table names may be deleted yet; empty when it may."""
+        if result.lossy:
+            return "losses were accepted"
+        if result.blind or self._journals.failed:
+            return "journals could not be read at a mount"
+        return ""
+
+    def _follow(self, result: Replayed) -> LogState:
+        """Take the commits that count, in their order; where that ends."""
+        durable, last = self._journals.durable, self._start
+        for entry in self._journals.chain(self._start):
+            commit = entry.commit()
+            if commit.number > durable:
+                try:
+                    if not _counts(self._log, commit):
+                        break
+                except _UndecidedError as error:
+                    self._refuse_or_accept(
+                        result,
+                        f"Whether commit {commit.number} counts depends on nodes that are away "
+                        f"or cannot be read ({error})",
+                        error.unread,
+                    )
+                    break
+                result.doubtful.update(commit.changes)
+            result.changes.update(commit.changes)
+            result.in_sync = frozenset(commit.in_sync)
+            result.commits += 1
+            self._chain.append(entry)
+            last = replace(last, commit=commit.number, checksum=entry.header.payload_checksum)
+        return last
+
+    def _reached(self, name: str) -> int:
+        """The last commit of the chain that a node holds, or may hold where it cannot be read.
+
+        A node in sync holds all that were acknowledged; what it cannot read is mended later.
+        """
+        held = [entry.number for entry in self._chain if self._journals.may_hold(name, entry)]
+        first = self._start.journal_segment
+        if self._before is None and any(
+            lost.node == name and lost.segment == first for lost in self._journals.unreadable
+        ):
+            held.append(self._start.commit)
+        return max(held, default=0)
+
+    def _look_past(self, result: Replayed, last: int) -> None:
+        """See what no node could read where a commit after the last may stand."""
+        members = self._log.members.all
+        end = (self._start.journal_segment, 0)
+        if self._chain:
+            entry = self._chain[-1]
+            end = (entry.segment, entry.offset + entry.header.record_length)
+        blind = {lost.node for lost in self._journals.unknown((), end)}
+        result.blind = frozenset(member.id for member in members if member.name in blind)
+        in_sync = {member.name: member.id for member in members if member.id in result.in_sync}
+        # One that holds the last commit would hold the next if that was acknowledged.
+        witnesses = {name for name, number in in_sync.items() if result.reached[number] == last}
+        unknown = self._journals.unknown(witnesses, end)
+        result.unknown = [lost for lost in unknown if lost.node in in_sync]
+
+    def _refuse_or_accept(self, result: Replayed, what: str, unread: Sequence[str] = ()) -> None:
+        """Go on with a loss if that was accepted; else ReplayError, with what helps.
+
+        Nobody is told to give up what may be read again.
+        """
+        if self._accept_loss:
+            result.lossy = True
+            return
+        unread = [
+            *(lost.error for lost in result.unknown),
+            *self._journals.complaints(),
+            *unread,
+        ]
+        unread += [
+            member.standing.error
+            for member in self._log.members.all
+            if member.out_of_use and member.standing.unread
+        ]
+        if unread:
+            raise ReplayError(f"{what}. {make_readable(unread)}")
+        raise ReplayError(
+            f"{what}: bring the missing nodes back, or, if they are gone for good, {self._how}."
+        )
 
 
 def _counts(state: Log, commit: Commit) -> bool:
@@ -123,7 +221,7 @@ def _counts(state: Log, commit: Commit) -> bool:
         if key[:1] != b"S" or value is None:
             continue
         row = Stripe.decode(value)
-        intact, away = 0, list[str]()
+        intact, away, unread = 0, list[str](), list[str]()
         for index, place in enumerate(row.shards):
             member = state.members.by_id.get(place.node)
             if not place.written:
@@ -138,10 +236,11 @@ def _counts(state: Log, commit: Commit) -> bool:
             except NodeError as error:
                 log.warning("%s", error)
                 away.append(member.name)
+                unread.append(str(error))
         if intact >= row.code.k:
             continue
         if intact + len(away) >= row.code.k:
-            raise _UndecidedError(", ".join(sorted(set(away))))
+            raise _UndecidedError(away, unread)
         return False
     return True
 

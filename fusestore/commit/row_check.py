@@ -25,7 +25,7 @@ from ..format.row_sums import RowSums, unseal
 from ..format.store_rows import LogState
 from ..format.tables import TABLES
 from ..limits import Limits
-from ..log.journal import read_journals
+from ..log.journal_scan import read_journals
 from ..metadata.engine import Engine, View
 from ..nodes.base import Node
 from .load_tables import load_tables

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
 
-from ..errors import ConfigError, NodeIdentityError
+from ..errors import ConfigError, NodeError, NodeIdentityError
 from ..system.files import write_whole
 from ..system.strict_toml import Table
 
@@ -31,7 +31,8 @@ class NodeIdentity:
 def read_identity(path: Path) -> NodeIdentity:
     """Read the identity of the node directory `path`.
 
-    NodeIdentityError when the directory or file is missing, foreign or unreadable.
+    NodeIdentityError when the directory or file is missing or foreign, NodeError when the
+    file cannot be read.
     """
     file = path / IDENTITY_NAME
     try:
@@ -54,7 +55,8 @@ def read_identity(path: Path) -> NodeIdentity:
             f"{path} is not a node: it has no {IDENTITY_NAME} (is its disk mounted?)."
         ) from None
     except ConfigError as error:
-        raise NodeIdentityError(str(error)) from None
+        kind = NodeError if isinstance(error.__cause__, OSError) else NodeIdentityError
+        raise kind(str(error)) from None
 
 
 def write_identity(path: Path, identity: NodeIdentity) -> None:

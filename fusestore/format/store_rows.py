@@ -76,9 +76,15 @@ class LogState:
     journal_segment: int = 1
     """Commits after it lie in this journal segment or a later one."""
 
+    doubt: str = ""
+    """Why something may be needed that no table names: it is kept until fsck was clean."""
+
     def encode(self) -> bytes:
         """The row's value."""
-        return json.dumps({name: getattr(self, name) for name in self.__slots__}).encode()
+        row = {name: getattr(self, name) for name in self.__slots__}
+        if not self.doubt:
+            del row["doubt"]
+        return json.dumps(row).encode()
 
     @classmethod
     def decode(cls, value: bytes) -> Self:

@@ -1,32 +1,30 @@
 """What the journals of the nodes hold: an index of their records, and the chain of commits.
 
-Each node has all commits, so what is rotten on one is read from another.  Only
-the index is kept in memory; a commit's changes are read when it is its turn.
+Each node has all commits, so what is rotten on one, or cannot be read, is read from
+another.  Only the index is kept in memory (journal_scan makes it); a commit's changes
+are read when it is its turn.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
-from uuid import UUID
 
-from ..errors import FormatError, NodeError, NodeLacksError, ReplayError
+from ..errors import NodeError, ReplayError
 from ..format import keys, store_rows, tables
 from ..format.records import (
     HEADER_BYTES,
     Changes,
     Commit,
     Header,
-    Kind,
-    Place,
     Run,
     decode_changes,
     decode_commit,
-    records,
 )
 from ..format.records import checksum as checksum_of
 from ..format.store_rows import LogState
@@ -34,6 +32,19 @@ from ..metadata.engine import Engine
 from ..nodes.base import Node
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A range start <= i < end of a node's journal segment that could not be read."""
+
+    node: str
+    segment: int
+    start: int
+    end: int | None
+    """None: to its end, wherever that is."""
+    error: str
+    """Why, in a sentence that names the node."""
 
 
 @dataclass(slots=True, eq=False)
@@ -50,6 +61,8 @@ class Entry:
     nonce: bytes = b""
     dump: dict[str, Any] | None = None
     """The row of a finished metadata dump, if the commit names one."""
+    holders: set[str] = field(default_factory=set)
+    """Names of the nodes that hold it intact."""
 
     @property
     def number(self) -> int:
@@ -60,6 +73,11 @@ class Entry:
     def segment(self) -> int:
         """The journal segment that it lies in; the same on every node."""
         return self.places[0][1]
+
+    @property
+    def offset(self) -> int:
+        """Where its header lies in the segment; the same on every node."""
+        return self.places[0][2] - HEADER_BYTES
 
     def payload(self) -> bytes:
         """Its payload, from whichever node still has it; ReplayError."""
@@ -106,10 +124,10 @@ class Journals:
     """By number; commits of one number differ in their epoch."""
     pieces: dict[tuple[int, int, int], Entry] = field(default_factory=dict)
     """Of metadata dumps, by segment, offset and checksum."""
-    holders: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
-    """By node's name: the numbers of the commits that it holds."""
     failed: dict[str, NodeError] = field(default_factory=dict)
-    """Nodes whose journal could not be read."""
+    """Nodes whose journal could not be read at all, or not to its end."""
+    unreadable: list[Unreadable] = field(default_factory=list)
+    """What could not be read of the others'."""
     size: int = 0
     """Bytes read."""
 
@@ -144,6 +162,24 @@ class Journals:
         ]
         return max(earlier, key=lambda e: (e.number, e.header.epoch), default=None)
 
+    def at(self, state: LogState) -> Entry | None:
+        """The commit at which the log stood so, if a node that could be read holds it."""
+        return next(
+            (
+                entry
+                for entry in self.commits.get(state.commit, ())
+                if entry.header.payload_checksum == state.checksum
+            ),
+            None,
+        )
+
+    def may_hold(self, name: str, entry: Entry) -> bool:
+        """Whether a node holds a commit, or cannot be read where it would stand."""
+        record = Unreadable(
+            "", entry.segment, entry.offset, entry.offset + entry.header.record_length, ""
+        )
+        return name in entry.holders or self._is_lost(name, record)
+
     def forget_before(self, epoch: int) -> None:
         """Leave out the commits of earlier epochs."""
         for number, entries in list(self.commits.items()):
@@ -165,6 +201,58 @@ class Journals:
         """All commits, in no order."""
         for entries in self.commits.values():
             yield from entries
+
+    def unknown(
+        self, witnesses: Collection[str] = (), after: tuple[int, int] = (0, 0)
+    ) -> list[Unreadable]:
+        """What may hold records that nobody has: the ranges that could not be read anywhere.
+
+        Left out is what a record of another node fills, what lies before `after`
+        (segment, offset), and what one of the witnesses could read: a node in sync
+        has every record of the others.
+        """
+        found = [part for lost in self.unreadable for part in self._not_filled(lost)]
+        return [
+            lost
+            for lost in found
+            if (lost.segment, _end(lost)) > after
+            and not any(
+                name != lost.node and name not in self.failed and not self._is_lost(name, lost)
+                for name in witnesses
+            )
+        ]
+
+    def complaints(self) -> list[str]:
+        """A sentence for all that could not be read and that no other node has."""
+        failed = [str(error) for error in self.failed.values()]
+        return list(dict.fromkeys([lost.error for lost in self.unknown()] + failed))
+
+    def _is_lost(self, name: str, range_: Unreadable) -> bool:
+        """Whether a node cannot read all of a range, either."""
+        return any(
+            lost.node == name
+            and lost.segment == range_.segment
+            and lost.start < _end(range_)
+            and range_.start < _end(lost)
+            for lost in self.unreadable
+        )
+
+    def _not_filled(self, lost: Unreadable) -> Iterator[Unreadable]:
+        """The parts of a range that no known record fills."""
+        known = sorted(
+            (entry.offset, entry.offset + entry.header.record_length)
+            for entry in (*self.entries(), *self.pieces.values())
+            if entry.segment == lost.segment
+        )
+        at = lost.start
+        for start, end in known:
+            if start >= _end(lost):
+                break
+            if start > at:
+                yield replace(lost, start=at, end=start)
+            at = max(at, end)
+        if at < _end(lost):
+            yield replace(lost, start=at)
 
     def chain(self, start: LogState) -> Iterator[Entry]:
         """The commits that follow the one at `start`, each built on the one before.
@@ -193,69 +281,16 @@ class Journals:
         return max(chained, key=lambda entry: entry.header.epoch, default=None)
 
 
-def read_journals(
-    store: UUID,
-    nodes: Iterable[tuple[str, Node]],
-    first: int = 0,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Journals:
-    """Index the journals of these nodes (by name) from segment `first` on; blocks."""
-    found = Journals()
-    for name, node in nodes:
-        try:
-            for segment in node.segments(Run.JOURNAL):
-                if segment >= first:
-                    try:
-                        _read_segment(found, Place(store, name, Run.JOURNAL, segment), node)
-                    except NodeLacksError as error:
-                        # A metadata dump has replaced it meanwhile, or the file shrank under us.
-                        log.info("%s", error)
-                    progress(found.size)
-        except NodeError as error:
-            found.failed[name] = error
-    return found
-
-
-def _read_segment(found: Journals, place: Place, node: Node) -> None:
-    segment = place.segment
-    data = node.read(Run.JOURNAL, segment, 0, node.size(Run.JOURNAL, segment))
-    found.size += len(data)
-    for offset, header, payload in records(place, data):
-        entry: Entry | None
-        if header.kind is Kind.COMMIT:
-            same = found.commits[header.number]
-            found.holders[place.node].add(header.number)
-            entry = next((e for e in same if e.header == header), None)
-            if entry is None:
-                entry = _commit_entry(header, payload)
-                if entry is None:
-                    continue
-                same.append(entry)
-        elif header.kind is Kind.METADATA_DUMP:
-            key = (segment, offset, header.payload_checksum)
-            entry = found.pieces.setdefault(key, Entry(header))
-        else:
-            continue
-        entry.places.append((node, segment, offset + HEADER_BYTES))
-
-
-def _commit_entry(header: Header, payload: memoryview) -> Entry | None:
-    try:
-        commit = decode_commit(header, payload)
-    except FormatError as error:
-        log.error("Commit %d: %s", header.number, error)
-        return None
-    row = commit.changes.get(store_rows.METADATA_DUMP_KEY)
-    return Entry(
-        header,
-        [],
-        commit.previous,
-        commit.durable_through,
-        commit.base,
-        commit.in_sync,
-        commit.nonce,
-        json.loads(row) if row else None,
+def make_readable(complaints: Collection[str]) -> str:
+    """What to do about what cannot be read: never to give it up."""
+    return (
+        f"{' '.join(dict.fromkeys(complaints))} Make what cannot be read readable, for example "
+        "by copying it to another disk, or bring another node back."
     )
+
+
+def _end(lost: Unreadable) -> int:
+    return sys.maxsize if lost.end is None else lost.end
 
 
 def first_needed(engine: Engine) -> int:
@@ -267,75 +302,3 @@ def first_needed(engine: Engine) -> int:
         store_rows.METADATA_DUMP_KEY, keys.after(store_rows.METADATA_DUMP_KEY)
     )
     return int(json.loads(rows[0][1])["segment"]) if rows else 0
-
-
-def copy_journals(
-    store: UUID,
-    sources: Sequence[tuple[str, Node]],
-    target: tuple[str, Node],
-    first: int,
-    before: int,
-) -> int:
-    """Give a node the records that others have in segments from `first` on and below `before`.
-
-    Segments below `first` are of no use any more, and go.  How many it lacked.
-
-    Blocks; NodeError.  What is written is read back from the medium and checked.
-    """
-    name, node = target
-    for segment in node.segments(Run.JOURNAL):
-        if segment < first:
-            node.delete(Run.JOURNAL, segment)
-    journals = read_journals(store, [*sources, target], first)
-    for failed in (name, *(source for source, _ in sources)):
-        if failed in journals.failed:
-            raise journals.failed[failed]
-    lacking: dict[int, list[Entry]] = defaultdict(list)
-    for entry in [*journals.entries(), *journals.pieces.values()]:
-        if entry.segment < before and all(place[0] is not node for place in entry.places):
-            lacking[entry.segment].append(entry)
-    for segment, entries in lacking.items():
-        _copy_segment(Place(store, name, Run.JOURNAL, segment), node, entries)
-    return sum(map(len, lacking.values()))
-
-
-def _copy_segment(place: Place, node: Node, entries: list[Entry]) -> None:
-    segment = place.segment
-    written: list[tuple[int, Header]] = []
-    for entry in sorted(entries, key=lambda entry: entry.places[0][2]):
-        header, offset = entry.header, entry.places[0][2] - HEADER_BYTES
-        try:
-            payload = entry.payload()
-        except ReplayError as error:
-            if any(segment in source.segments(Run.JOURNAL) for source, _, _ in entry.places):
-                raise NodeError(str(error)) from error
-            continue  # a metadata dump has replaced it meanwhile
-        padding = bytes(header.record_length - HEADER_BYTES - len(payload))
-        encoded = header.encode(place.seed(offset))
-        node.write(Run.JOURNAL, segment, offset, [encoded, payload, padding])
-        written.append((offset, header))
-    if not written:
-        return
-    node.truncate(Run.JOURNAL, segment, node.size(Run.JOURNAL, segment))
-    back = memoryview(node.read_back(Run.JOURNAL, segment, 0, node.size(Run.JOURNAL, segment)))
-    for offset, header in written:
-        start = offset + HEADER_BYTES
-        payload = back[start : start + header.payload_length].tobytes()
-        if (
-            back[offset:start] != header.encode(place.seed(offset))
-            or checksum_of(payload, header.payload_length) != header.payload_checksum
-        ):
-            raise NodeError(
-                f"Node {place.node} gives back other bytes than it was given: replace its disk."
-            )
-
-
-def last_commit(store: UUID, name: str, node: Node) -> int:
-    """The number of the last commit in a node's journal, 0 for none; blocks; NodeError."""
-    for segment in reversed(node.segments(Run.JOURNAL)):
-        data = node.read(Run.JOURNAL, segment, 0, node.size(Run.JOURNAL, segment))
-        found = records(Place(store, name, Run.JOURNAL, segment), data)
-        numbers = [header.number for _, header, _ in found if header.kind is Kind.COMMIT]
-        if numbers:
-            return max(numbers)
-    return 0

@@ -15,6 +15,8 @@ from types import TracebackType
 from typing import Protocol, Self
 from uuid import UUID
 
+import trio
+
 from ..errors import NoSpaceError, ReadOnlyError
 from ..format import keys, stripe_rows
 from ..format.erasure import Code
@@ -173,12 +175,21 @@ class Log:
         """What was wrong in the database when the store was opened, and was mended."""
         self.used_at = 0.0
         """When a file was last read or written, by trio's clock."""
+        self.journals = trio.Lock()
+        """Held while old journal is deleted, or journals are compared and mended."""
+        self.dump_wanted = False
+        """A part of the journals cannot be read on any node: a metadata dump takes its place."""
         self._room = 0
         self.path_of: Callable[[int], str] = lambda ino: f"inode {ino}"
         """A path of an inode, for people; the file system tells."""
         self.unwritten: Callable[[], int] = lambda: 0
         """Bytes of file data that are not on the nodes yet; the writer tells."""
         self._next_stripe = 1
+
+    @property
+    def doubt(self) -> str:
+        """Why what no table names is kept; empty when it may be deleted."""
+        return self.state.doubt
 
     def journal(self, node: str, segment: int) -> Place:
         """The place of a node's journal segment."""

@@ -61,6 +61,7 @@ class Standing:
         "error",
         "holds",
         "state",
+        "unread",
     )
 
     def __init__(self, name: str, limits: Limits, holds: int = 0) -> None:
@@ -73,6 +74,8 @@ class Standing:
         """It lacks commits, so all its shards have to be looked at."""
         self.error = ""
         """Why the node is not up, for people."""
+        self.unread = False
+        """It is not up since it could not be read: what it holds is unknown, not gone."""
         self._slow_until = 0.0
         self._suspicions = 0
         """How often in a row it could not be brought back."""
@@ -124,7 +127,7 @@ class Standing:
         gone = isinstance(error, NodeIdentityError)
         to = State.DOWN if gone else self.state
         self._go("refused", to, State.SUSPECT, State.DOWN)
-        self.error = str(error)
+        self.error, self.unread = str(error), not gone
 
     def confirmed(self) -> None:
         """At a mount: it holds every commit."""
@@ -161,7 +164,7 @@ class Standing:
         gone = gone or self._suspicions >= self._limits.suspicions_max
         to = State.DOWN if gone else State.SUSPECT
         self._go("failed", to, State.UP, State.REBUILDING, State.BEHIND)
-        self.error = str(error)
+        self.error, self.unread = str(error), not isinstance(error, NodeIdentityError)
         return True
 
     def removed(self) -> None:

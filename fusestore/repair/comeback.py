@@ -7,9 +7,9 @@ from itertools import islice
 
 import trio
 
-from ..errors import FusestoreError, MetadataError, NodeTimeoutError
+from ..errors import FusestoreError, MetadataError, NodeError, NodeTimeoutError
 from ..format.records import Run
-from ..log.journal import last_commit
+from ..log.journal_scan import last_commit
 from ..log.log import Log
 from ..log.pace import Pace
 from ..members.member import Member
@@ -29,6 +29,8 @@ class Comeback:
         self._healer = healer
         self._rejoin = rejoin
         self._wake = trio.Event()
+        self.damaged: set[str] = set()
+        """Names of the nodes whose journals had places that could not be read at the mount."""
 
     def wake(self) -> None:
         """There may be something to heal."""
@@ -36,6 +38,7 @@ class Comeback:
 
     async def run(self) -> None:
         """Heal, and bring back nodes that were away, now and then, until cancelled."""
+        await self._mend_journals()
         while True:
             async with self._healer.busy:
                 for member in self._log.members.all:
@@ -50,6 +53,16 @@ class Comeback:
             with trio.move_on_after(self._log.limits.probe_seconds):
                 await self._wake.wait()
             self._wake = trio.Event()
+
+    async def _mend_journals(self) -> None:
+        """Write journal segments anew that could not be read at the mount, from other nodes."""
+        async with self._healer.busy:
+            for member in self._log.members.in_sync:
+                if member.name in self.damaged:
+                    try:
+                        await self._rejoin.mend_journal(member)
+                    except NodeError as error:
+                        member.fail(error)
 
     async def catch_up(self, shards_max: int | None) -> None:
         """Bring back each node that was away and is there again, if it lacks at most that much."""

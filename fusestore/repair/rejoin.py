@@ -13,6 +13,7 @@ The caller holds `Healer.busy`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import trio
@@ -21,7 +22,8 @@ from ..commit.committer import Committer
 from ..format.records import Run
 from ..format.store_rows import NEVER_WHOLE
 from ..format.stripe_rows import Stripe
-from ..log.journal import copy_journals, first_needed
+from ..log.journal import first_needed
+from ..log.journal_copy import Copied, copy_journals
 from ..log.log import Log
 from ..log.pace import Pace
 from ..members.member import Member
@@ -110,7 +112,7 @@ class Rejoin:
         if member.in_sync:
             return
         if member.standing.holds == NEVER_WHOLE:  # what it has may be of another history
-            await member.call(_drop_journals, member.node)
+            await member.call(_drop_journals, member.node, sys.maxsize)
         if member.late_segment:  # a new file, which no late write knows
             await member.call(member.node.delete, Run.JOURNAL, member.late_segment)
             member.late_segment = 0
@@ -126,22 +128,39 @@ class Rejoin:
                 self._committer.journal.roll()
                 await self._copy_journals(member, self._committer.journal.segment, progress)
                 member.standing.joined()
+                if not self._log.doubt:
+                    await member.call(_drop_journals, member.node, first_needed(self._log.engine))
             await self._committer.commit_now(checkpoint=True)
+
+    async def mend_journal(self, member: Member) -> Copied:
+        """Give a node in sync the records that it lost or cannot read; NodeError of it.
+
+        What no node can read is in the metadata: a dump of that takes its place.
+        """
+        async with self._committer.lock:
+            self._committer.journal.roll()
+            before = self._committer.journal.segment
+        return await self._copied(member, before)
 
     async def _copy_journals(self, target: Member, before: int, progress: Progress) -> None:
         """Give a node all journal segments below `before`."""
         progress({"phase": "journal", "done": 0, "total": 1})
-        await trio.to_thread.run_sync(
-            copy_journals,
-            self._log.store,
-            [m.watched for m in self._log.members.in_sync if m is not target],
-            target.watched,
-            first_needed(self._log.engine),
-            before,
-        )
+        await self._copied(target, before)
         progress({"phase": "journal", "done": 1, "total": 1})
 
+    async def _copied(self, target: Member, before: int) -> Copied:
+        async with self._log.journals:
+            others = [m.watched for m in self._log.members.in_sync if m is not target]
+            first = first_needed(self._log.engine)
+            copied = await trio.to_thread.run_sync(
+                copy_journals, self._log.store, others, target.watched, first, before
+            )
+        if copied.unknown:
+            self._log.dump_wanted = True
+        return copied
 
-def _drop_journals(node: Node) -> None:
+
+def _drop_journals(node: Node, before: int) -> None:
     for segment in node.segments(Run.JOURNAL):
-        node.delete(Run.JOURNAL, segment)
+        if segment < before:
+            node.delete(Run.JOURNAL, segment)

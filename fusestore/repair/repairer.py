@@ -35,7 +35,8 @@ from ..config.node_identity import IDENTITY_NAME, IDENTITY_VERSION, NodeIdentity
 from ..config.store_config import NodeConfig, check_places
 from ..errors import FusestoreError, NodeError, NodeIdentityError, UsageError
 from ..format import store_rows
-from ..log.journal import last_commit
+from ..log.journal_copy import Copied
+from ..log.journal_scan import last_commit
 from ..log.log import Log
 from ..log.pace import Pace
 from ..members.member import Member
@@ -122,6 +123,10 @@ class Repairer:
             "stripes_lost": len(lost),
             "unrepairable": paths,
         }
+
+    async def mend_journal(self, member: Member) -> Copied:
+        """See `Rejoin`."""
+        return await self._rejoin.mend_journal(member)
 
     def past(self) -> list[dict[str, Any]]:
         """The last repairs: `node`, `at` (seconds since the epoch), `bytes`, `seconds`."""

@@ -20,7 +20,6 @@ from ..errors import MetadataError, NodeError, NotDurableError, ReplayError
 from ..format import keys, store_rows, stripe_rows
 from ..format.stripe_rows import Stripe
 from ..log.background_job import BackgroundJob, JobRow, Progress
-from ..log.journal import copy_journals, first_needed
 from ..log.log import Log
 from ..log.pace import Pace
 from ..members.standing import State
@@ -58,6 +57,8 @@ class Scrub(JobRow):
     """Shards and records of journals that were bad or gone."""
     left: int = 0
     """Shards that are still missing at the end."""
+    unread: int = 0
+    """Places of journals that no node could read."""
 
 
 class Scrubber:
@@ -154,7 +155,7 @@ class Scrubber:
         scrub = self.scrub
         pace = Pace(self._log, scrub.rate)
         if not scrub.position:
-            scrub.found += await self._journals()
+            await self._journals()
             scrub.found += await self._metadata()
             scrub.position = stripe_rows.STRIPES_START.hex()
             scrub.total = self._log.counters.stripes
@@ -174,20 +175,20 @@ class Scrubber:
             scrub.position = (stripe_rows.stripe_key(batch[-1][0]) + b"\0").hex()
             self.job.note_after(self._limits.scrub_note_seconds)
 
-    async def _journals(self) -> int:
-        """Verify the journals of the nodes in sync against each other; records that were bad."""
-        async with self._committer.lock:
-            self._committer.journal.roll()
-            before = self._committer.journal.segment
-        found, first = 0, first_needed(self._log.engine)
-        nodes = [member.watched for member in self._log.members.in_sync]
-        for target in nodes:
-            others = [node for node in nodes if node is not target]
-            if others:
-                found += await trio.to_thread.run_sync(
-                    copy_journals, self._log.store, others, target, first, before
-                )
-        return found
+    async def _journals(self) -> None:
+        """Verify the journals of the nodes in sync against each other, and mend them."""
+        for member in self._log.members.in_sync:
+            try:
+                copied = await self._repairer.mend_journal(member)
+            except NodeError as error:
+                member.fail(error)
+                self._committer.ask()
+                self.scrub.unread += 1
+                continue
+            for lost in copied.unknown:
+                log.error("Scrub: no node can read what was there: %s", lost.error)
+            self.scrub.unread += len(copied.unknown)
+            self.scrub.found += max(copied.records, copied.mended)
 
     async def _metadata(self) -> int:
         """Verify all rows of the metadata; those that were wrong."""

@@ -26,7 +26,7 @@ from one view (fsck_view), so a mounted store is checked as of one instant.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -60,6 +60,8 @@ async def fsck(store: Store, *, repair: bool, at_rest: bool) -> dict[str, Any]:
             break
         await _mend_first_phase(store, checked.findings)
         checked = await _check(store, at_rest)
+    if not checked.findings and not store.log.read_only:
+        await _end_doubt(store)
     return {
         "clean": not found,
         "findings": list(found),
@@ -68,6 +70,17 @@ async def fsck(store: Store, *, repair: bool, at_rest: bool) -> dict[str, Any]:
         "stripes": checked.stripes,
         "lost_bytes": checked.lost_bytes,
     }
+
+
+async def _end_doubt(store: Store) -> None:
+    """All agrees, and every node has taken part: what was kept in doubt may go."""
+    log = store.log
+    if not log.doubt or not all(member.in_sync for member in log.members.all):
+        return
+    async with store.committer.lock:
+        log.state = replace(log.state, doubt="")
+        await store.committer.commit_now(checkpoint=True)
+    store.reclaimer.wake()
 
 
 async def _mend_first_phase(store: Store, findings: list[Finding]) -> None:

@@ -33,7 +33,8 @@ from ..format import store_rows
 from ..format.records import Run
 from ..format.store_rows import LogState
 from ..limits import DEFAULTS, Limits
-from ..log.journal import Journals, read_journals
+from ..log.journal import Journals, make_readable
+from ..log.journal_scan import read_journals
 from ..log.log import Log
 from ..members.opening import open_members
 from ..metadata.engine import Engine
@@ -72,7 +73,8 @@ def recover(
             replayed = replay(
                 state, checkpoint, in_sync, accept_loss=accept_loss, how=HOW_TO_GIVE_UP
             )
-            lossy = _may_lack(state, replayed, accept_loss) or replayed.lossy
+            _refuse_nothing(state, journals, replayed)
+            lossy = _may_lack(state, journals, replayed, accept_loss) or replayed.lossy
             state.apply(replayed.changes)
             if lossy:
                 save(engine, {store_rows.LOG_KEY: _settle(state, replayed).encode()})
@@ -128,18 +130,46 @@ def _open_log(
 # --- what must not be lost ---------------------------------------------------
 
 
-def _may_lack(state: Log, replayed: Replayed, accept_loss: bool) -> bool:
+def _refuse_nothing(state: Log, journals: Journals, replayed: Replayed) -> None:
+    """ReplayError when no commit was found: an empty store is no recovery."""
+    if replayed.state.commit > 0:
+        return
+    unread = journals.complaints()
+    if unread:
+        raise ReplayError(f"No commit can be read from the journals. {make_readable(unread)}")
+    for member in state.members.all:
+        if member.is_open and member.node.segments(Run.SHARDS):
+            raise ReplayError(
+                f"Node {member.name} holds shards, but no journal that is there holds a commit: "
+                "bring more nodes back, and name them with --from."
+            )
+    raise ReplayError("The journals that are there hold no commit: there is nothing to recover.")
+
+
+def _may_lack(state: Log, journals: Journals, replayed: Replayed, accept_loss: bool) -> bool:
     """Whether nodes that are not there could have gone on without those that are; ReplayError."""
     vouching = {
         member.id
         for member in state.members.all
-        if member.is_open and replayed.reached[member.id] >= replayed.durable
+        if member.is_open
+        and replayed.reached[member.id] >= replayed.durable
+        and member.id not in replayed.blind
     }
     others = {member.id for member in state.members.all} - vouching
     if not others & replayed.in_sync or not state.members.could_store(state.code, others):
         return False
     if not accept_loss:
         away = ", ".join(m.name for m in state.members.all if m.id in others)
+        unread = [
+            m.standing.error
+            for m in state.members.all
+            if m.id in others and m.out_of_use and m.standing.unread
+        ]
+        if replayed.blind or unread:
+            raise ReplayError(
+                f"Newer commits than {replayed.state.commit} may be on {away}. "
+                f"{make_readable([*journals.complaints(), *unread])}"
+            )
         raise ReplayError(
             f"Newer commits than {replayed.state.commit} may be on {away}: bring these nodes back "
             "and name their places with --from, or say --accept-loss if they are gone for good."
@@ -159,4 +189,5 @@ def _settle(state: Log, replayed: Replayed) -> LogState:
         holds = 0 if whole else store_rows.NEVER_WHOLE
         rows.append(replace(member.row(), in_sync=whole, holds=holds))
     state.apply({store_rows.NODES_KEY: store_rows.encode_nodes(rows)})
-    return replace(replayed.state, epoch=replayed.state.epoch + EPOCHS_SKIPPED)
+    epoch = replayed.state.epoch + EPOCHS_SKIPPED
+    return replace(replayed.state, epoch=epoch, doubt="losses were accepted")

@@ -34,11 +34,11 @@ from ..format.erasure import Code
 from ..format.records import Run
 from ..format.store_rows import Counters, LogState, NodeRow
 from ..format.stripe_rows import SegmentState
-from ..log.journal import last_commit
+from ..log.journal_scan import last_commit
 from ..log.log import Log
 from ..members.member import Member
 from ..members.members import Members
-from ..members.opening import open_members, open_node
+from ..members.opening import open_members, open_node, shard_sizes
 from ..members.standing import State
 from ..metadata.engine import DATABASE, DATABASE_LOCK, Engine
 from ..system.files import sync_directory
@@ -100,6 +100,7 @@ async def open_store(
                 partial(replay, state, start, in_sync, accept_loss=accept_loss)
             )
             suspects = await trio.to_thread.run_sync(suspect_shards, state, replayed)
+            await trio.to_thread.run_sync(_refuse_to_begin, state, replayed)
         _apply(state, replayed, suspects)
         async with trio.open_nursery() as nursery:
             ring = Ring.open()
@@ -108,6 +109,7 @@ async def open_store(
                 for member in members.all:
                     member.ring = ring
             store = Store(config, state, nursery)
+            store.comeback.damaged = replayed.damaged
             _adopt_tails(store)
             if not read_only:
                 await _begin_epoch(store)
@@ -187,11 +189,12 @@ def _load(state: Log, config: StoreConfig) -> LogState:
     if state.read_only:
         raise UsageError("The store was never mounted: mount it read-write once.")
     for member in members.all:
-        if member.is_open and member.node.segments(Run.JOURNAL):
-            raise MetadataError(
-                f"Node {member.name} holds a journal, but the metadata is gone: mounting would "
-                f"start an empty store; run 'fusestore recover {config.store}'."
-            )
+        for run, what in ((Run.JOURNAL, "a journal"), (Run.SHARDS, "shards")):
+            if member.is_open and member.node.segments(run):
+                raise MetadataError(
+                    f"Node {member.name} holds {what}, but the metadata is gone: mounting would "
+                    f"start an empty store; run 'fusestore recover {config.store}'."
+                )
     for member in members.all:
         if not member.is_open:
             raise NodeError(f"A new store needs all of its nodes: {member.standing.error}")
@@ -203,6 +206,19 @@ def _load(state: Log, config: StoreConfig) -> LogState:
     engine.thaw()
     sync_directory(config.metadata)
     return LogState()
+
+
+def _refuse_to_begin(state: Log, replayed: Replayed) -> None:
+    """In a thread: an empty database must not be the beginning of a store that holds data."""
+    if replayed.state.commit > 0 or state.read_only:
+        return
+    for member in state.members.all:
+        if not member.out_of_use and (replayed.dropped or member.node.segments(Run.SHARDS)):
+            raise ReplayError(
+                f"The metadata knows of no commit, but node {member.name} holds data: mounting "
+                "would start an empty store. Move the metadata away, and run 'fusestore recover "
+                f"{state.members.config.store}'."
+            )
 
 
 def _format(config: StoreConfig) -> bytes:
@@ -299,7 +315,8 @@ class _Found:
     """What a node holds when its store is opened."""
 
     journals: list[int]
-    shards: list[int]
+    shards: dict[int, int]
+    """Segments, and their bytes."""
     journal_bytes: int
     """Since the last metadata dump."""
     last: int
@@ -309,11 +326,11 @@ class _Found:
 def _tidy(store: Store, member: Member) -> _Found:
     """In a thread: look at a node, and give back what it has allocated ahead."""
     node = member.node
-    journals, shards = node.segments(Run.JOURNAL), node.segments(Run.SHARDS)
+    journals, shards = node.segments(Run.JOURNAL), shard_sizes(node)
     since = [segment for segment in journals if segment >= store.dumper.first_segment]
     size = sum(node.size(Run.JOURNAL, segment) for segment in since)
     last = 0 if member.in_sync else last_commit(store.log.store, member.name, node)
-    for segment in shards[-2:]:
+    for segment in list(shards)[-2:]:
         if segment in member.shards.states:
             node.truncate(Run.SHARDS, segment, node.size(Run.SHARDS, segment))
     for segment in journals[-2:]:
@@ -331,7 +348,8 @@ def _take_over(store: Store, member: Member, found: _Found) -> list[int]:
         # Unless it is doubted, it lacks no more than what is in `missing`.
         member.standing.found(found.last)
         member.standing.entered()
-    store.reclaimer.strays[member.id] = {n for n in found.shards if n not in member.shards.states}
+    strays = found.shards.keys() - member.shards.states.keys()
+    store.reclaimer.strays[member.id] = {segment: found.shards[segment] for segment in strays}
     return found.journals
 
 

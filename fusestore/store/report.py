@@ -13,6 +13,7 @@ from typing import Any
 import trio
 
 from ..commit.committer import Committer
+from ..commit.reclaim import Reclaimer
 from ..config.store_config import StoreConfig
 from ..errors import NodeError
 from ..format import keys, store_rows, stripe_rows
@@ -51,6 +52,7 @@ class Reporter:
         committer: Committer,
         repairer: Repairer,
         scrubber: Scrubber,
+        reclaimer: Reclaimer,
     ) -> None:
         self._config = config
         self._log = state
@@ -58,6 +60,7 @@ class Reporter:
         self._committer = committer
         self._repairer = repairer
         self._scrubber = scrubber
+        self._reclaimer = reclaimer
 
     async def status(self) -> dict[str, Any]:
         """The fields as of now; asks every node whether it is there, and what it takes."""
@@ -124,8 +127,16 @@ class Reporter:
             "repair": self._repair(missing),
             "repairs": self._repairer.past(),
             "scrub": self._scrubber.report(),
+            "quarantine": self._quarantine(),
             "nodes": [self._node(member, missing.get(member.id, 0)) for member in members.all],
         }
+
+    def _quarantine(self) -> dict[str, Any] | None:
+        """What is kept although no table names it, and why; None while nothing is."""
+        if not self._log.doubt:
+            return None
+        strays = [size for found in self._reclaimer.strays.values() for size in found.values()]
+        return {"why": self._log.doubt, "segments": len(strays), "bytes": sum(strays)}
 
     def _known_codes(self) -> list[Any]:
         return store_rows.decode_codes(self._log.engine.get(store_rows.CODES_KEY))

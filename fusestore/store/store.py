@@ -58,7 +58,13 @@ class Store:
         self.topology = Topology(state, self.committer, self.repairer, self.rebalancer)
         self.scrubber = Scrubber(state, self.committer, self.repairer, self.rows, config.scrub_days)
         self.reporter = Reporter(
-            config, state, self.reader, self.committer, self.repairer, self.scrubber
+            config,
+            state,
+            self.reader,
+            self.committer,
+            self.repairer,
+            self.scrubber,
+            self.reclaimer,
         )
         self.status = self.reporter.status
         self.committer.checkpointer.on_checkpoint += [self.reclaimer.wake, self.comeback.wake]

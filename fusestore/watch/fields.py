@@ -82,6 +82,8 @@ class Scrub:
     """Shards and records of journals that were bad or gone."""
     left: int
     """Shards that are still missing at the end."""
+    unread: int
+    """Places of journals that no node could read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,15 @@ class Recoding:
     seconds_left: float | None
     """None: unknown."""
     unreadable_files: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    """What is kept although no table names it."""
+
+    why: str
+    segments: int
+    bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,5 +185,6 @@ class Status:
     """The last ones, the newest at the end."""
     scrub: ScrubStatus
     nodes: tuple[NodeStatus, ...]
+    quarantine: Quarantine | None = field(default=None, metadata=OPTIONAL)
     recode: Recoding | None = field(default=None, metadata=OPTIONAL)
     mount: MountStatus | None = field(default=None, metadata=INLINE)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..text import bytes_text, duration_text
 from ..typed_json import from_json
-from .fields import MountStatus, Recoding, Scrub, Status
+from .fields import MountStatus, Quarantine, Recoding, Scrub, Status
 
 
 def status_of(
@@ -112,7 +112,9 @@ def finished_text(scrub: Scrub) -> str:
 
 def found_text(scrub: Scrub) -> str:
     """What a scrub has found."""
-    return "nothing found" if not scrub.found else f"{scrub.found:,} bad or gone"
+    found = f"{scrub.found:,} bad or gone" if scrub.found else ""
+    unread = f"{scrub.unread:,} places could not be read" if scrub.unread else ""
+    return ", ".join(filter(None, (found, unread))) or "nothing found"
 
 
 def left_over_text(scrub: Scrub) -> str:
@@ -120,6 +122,14 @@ def left_over_text(scrub: Scrub) -> str:
     if scrub.left:
         return f", {scrub.left:,} still missing"
     return ", all repaired" if scrub.found else ""
+
+
+def quarantine_text(kept: Quarantine) -> str:
+    """What is kept although no file is known to need it."""
+    return (
+        f"{bytes_text(kept.bytes)} in {kept.segments:,} segments that no file is known to need, "
+        f"as {kept.why}; until 'fusestore fsck' on the mounted store finds nothing"
+    )
 
 
 def _time_left(seconds: float | None) -> str:

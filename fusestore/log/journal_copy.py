@@ -1,0 +1,109 @@
+"""Copying journals from node to node: what one lacks, or cannot read, others give it.
+
+A segment is written anew as a whole, and takes the place of the old one when it is
+durable.  So a block that cannot be read is not written over: the new file lies elsewhere.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from uuid import UUID
+
+from ..errors import NodeError, ReplayError
+from ..format.records import HEADER_BYTES, Place, Run
+from ..format.records import checksum as checksum_of
+from ..nodes.base import Node
+from .journal import Entry, Unreadable
+from .journal_scan import read_journals
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """What became of a node's journal."""
+
+    records: int
+    """Records that it lacked, or that were damaged, and that it has now."""
+    mended: int
+    """Segments with blocks that could not be read, and that were written anew."""
+    unknown: list[Unreadable] = field(default_factory=list)
+    """What neither the node nor any other can read."""
+
+
+def copy_journals(
+    store: UUID,
+    sources: Sequence[tuple[str, Node]],
+    target: tuple[str, Node],
+    first: int,
+    before: int,
+) -> Copied:
+    """Give a node the records that others have in segments from `first` on and below `before`.
+
+    Blocks; NodeError of the target.  A source that fails, or has damage, gives what it
+    can.  What is written is read back from the medium and checked.
+    """
+    name, node = target
+    journals = read_journals(store, [*sources, target], first)
+    if name in journals.failed:
+        raise journals.failed[name]
+    if journals.failed.keys() >= {source for source, _ in sources}:
+        raise next(iter(journals.failed.values()))
+    whole: dict[int, list[Entry]] = defaultdict(list)
+    for entry in [*journals.entries(), *journals.pieces.values()]:
+        if entry.segment < before:
+            whole[entry.segment].append(entry)
+    unknown = [
+        lost
+        for lost in journals.unknown({source for source, _ in sources})
+        if lost.node == name and lost.segment < before
+    ]
+    damaged = {lost.segment for lost in journals.unreadable if lost.node == name}
+    kept = {lost.segment for lost in unknown}
+    """What is unknown may be read some day: it is not replaced."""
+    count = mended = 0
+    for segment in sorted((whole.keys() | {n for n in damaged if n < before}) - kept):
+        lacking = [entry for entry in whole[segment] if name not in entry.holders]
+        if lacking or segment in damaged:
+            place = Place(store, name, Run.JOURNAL, segment)
+            count += _write_anew(place, node, whole[segment], lacking)
+            mended += segment in damaged
+    return Copied(count, mended, unknown)
+
+
+def _write_anew(place: Place, node: Node, entries: list[Entry], lacking: list[Entry]) -> int:
+    """Write a segment with these records anew; how many of those it lacked it has now."""
+    content, written = bytearray(), list[Entry]()
+    for entry in sorted(entries, key=lambda entry: (entry in lacking, entry.offset)):
+        header, offset = entry.header, entry.offset
+        end = offset + header.record_length
+        if any(content[offset : min(end, len(content))]):
+            continue  # another history wrote here, too: what the node has stays
+        try:
+            payload = entry.payload()
+        except ReplayError as error:
+            if any(place.segment in node.segments(Run.JOURNAL) for node, _, _ in entry.places):
+                raise NodeError(str(error)) from error
+            continue  # a metadata dump has replaced it meanwhile
+        content.extend(bytes(max(0, end - len(content))))
+        content[offset : offset + HEADER_BYTES] = header.encode(place.seed(offset))
+        content[offset + HEADER_BYTES : offset + HEADER_BYTES + len(payload)] = payload
+        written.append(entry)
+    if not written and lacking:
+        return 0
+    node.replace(Run.JOURNAL, place.segment, content)
+    back = node.read_back(Run.JOURNAL, place.segment, 0, len(content))
+    for entry in written:
+        header, start = entry.header, entry.offset + HEADER_BYTES
+        payload = back[start : start + header.payload_length]
+        if (
+            back[entry.offset : start] != header.encode(place.seed(entry.offset))
+            or checksum_of(payload, header.payload_length) != header.payload_checksum
+        ):
+            raise NodeError(
+                f"Node {place.node} gives back other bytes than it was given: replace its disk."
+            )
+    return sum(entry in lacking for entry in written)

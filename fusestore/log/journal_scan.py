@@ -1,0 +1,172 @@
+"""Reading the journals of the nodes: what cannot be read costs a block, not the node.
+
+A segment is read in pieces.  A piece that fails is read again in halves, down to a
+block.  A block that cannot be read is noted, and reads as zeros here, so that the scan
+goes on at the next record.  Such a block is *unknown*; where a segment ends, or is not
+there, nothing is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from uuid import UUID
+
+from ..errors import (
+    FormatError,
+    NodeError,
+    NodeIdentityError,
+    NodeLacksError,
+    NodeTimeoutError,
+)
+from ..format import store_rows
+from ..format.records import HEADER_BYTES, Header, Kind, Place, Run, decode_commit, records
+from ..nodes.base import Node
+from .journal import Entry, Journals, Unreadable
+
+log = logging.getLogger(__name__)
+
+_PIECE_BYTES = 1 << 20
+_BLOCK_BYTES = 4096
+BLOCKS_TRIED_MAX = 64
+"""Blocks of a node that fail before the rest of its journal is not tried any more: each may
+take the disk seconds."""
+
+
+def read_journals(
+    store: UUID,
+    nodes: Iterable[tuple[str, Node]],
+    first: int = 0,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Journals:
+    """Index the journals of these nodes (by name) from segment `first` on; blocks.
+
+    A node of which nothing can be read is in `failed`; of others what could not be is in
+    `unreadable`.
+    """
+    found = Journals()
+    for name, node in nodes:
+        reader = _SegmentReader(name, node)
+        try:
+            for segment in node.segments(Run.JOURNAL):
+                if segment >= first:
+                    _index_segment(found, Place(store, name, Run.JOURNAL, segment), reader)
+                    progress(found.size)
+        except NodeError as error:
+            found.failed[name] = error
+        for lost in reader.unreadable:
+            log.warning("%s", lost.error)
+        found.unreadable += reader.unreadable
+    return found
+
+
+def last_commit(store: UUID, name: str, node: Node) -> int:
+    """The number of the last commit in a node's journal, 0 for none; blocks; NodeError.
+
+    What cannot be read counts for nothing.
+    """
+    reader = _SegmentReader(name, node)
+    for segment in reversed(node.segments(Run.JOURNAL)):
+        found = records(Place(store, name, Run.JOURNAL, segment), reader.read(segment))
+        numbers = [header.number for _, header, _ in found if header.kind is Kind.COMMIT]
+        if numbers:
+            return max(numbers)
+    return 0
+
+
+@dataclass(slots=True)
+class _SegmentReader:
+    """Reads the journal segments of a node, as far as they can be read."""
+
+    name: str
+    node: Node
+    unreadable: list[Unreadable] = field(default_factory=list)
+    _failed: int = 0
+
+    def read(self, segment: int) -> bytearray:
+        """A segment, with zeros where it cannot be read; NodeError when the node is gone."""
+        try:
+            size = self.node.size(Run.JOURNAL, segment)
+        except NodeLacksError as error:  # a metadata dump has replaced it meanwhile
+            log.info("%s", error)
+            return bytearray()
+        except (NodeIdentityError, NodeTimeoutError):
+            raise
+        except NodeError as error:
+            self.unreadable.append(Unreadable(self.name, segment, 0, None, str(error)))
+            return bytearray()
+        data = bytearray(size)
+        for start in range(0, size, _PIECE_BYTES):
+            for piece in self._pieces(segment, start, min(start + _PIECE_BYTES, size)):
+                data[piece[0] : piece[0] + len(piece[1])] = piece[1]
+        return data
+
+    def _pieces(self, segment: int, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+        """(offset, bytes) of what can be read of start <= i < end."""
+        if self._failed >= BLOCKS_TRIED_MAX:
+            self._note(segment, start, end, f"Node {self.name} cannot be read at too many places.")
+            return
+        try:
+            yield start, self.node.read(Run.JOURNAL, segment, start, end - start)
+        except NodeLacksError as error:  # the file shrank under us
+            log.info("%s", error)
+        except (NodeIdentityError, NodeTimeoutError):
+            raise
+        except NodeError as error:
+            if end - start <= _BLOCK_BYTES:
+                self._failed += 1
+                self._note(segment, start, end, str(error))
+                return
+            middle = start + max((end - start) // 2 // _BLOCK_BYTES, 1) * _BLOCK_BYTES
+            yield from self._pieces(segment, start, middle)
+            yield from self._pieces(segment, middle, end)
+
+    def _note(self, segment: int, start: int, end: int, error: str) -> None:
+        last = self.unreadable[-1] if self.unreadable else None
+        if last is not None and (last.segment, last.end) == (segment, start):
+            self.unreadable[-1] = Unreadable(self.name, segment, last.start, end, last.error)
+        else:
+            self.unreadable.append(Unreadable(self.name, segment, start, end, error))
+
+
+def _index_segment(found: Journals, place: Place, reader: _SegmentReader) -> None:
+    segment = place.segment
+    data = reader.read(segment)
+    found.size += len(data)
+    for offset, header, payload in records(place, data):
+        entry: Entry | None
+        if header.kind is Kind.COMMIT:
+            same = found.commits[header.number]
+            entry = next((e for e in same if e.header == header), None)
+            if entry is None:
+                entry = _commit_entry(header, payload)
+                if entry is None:
+                    continue
+                same.append(entry)
+        elif header.kind is Kind.METADATA_DUMP:
+            key = (segment, offset, header.payload_checksum)
+            entry = found.pieces.setdefault(key, Entry(header))
+        else:
+            continue
+        entry.places.append((reader.node, segment, offset + HEADER_BYTES))
+        entry.holders.add(place.node)
+
+
+def _commit_entry(header: Header, payload: memoryview) -> Entry | None:
+    try:
+        commit = decode_commit(header, payload)
+    except FormatError as error:
+        log.error("Commit %d: %s", header.number, error)
+        return None
+    row = commit.changes.get(store_rows.METADATA_DUMP_KEY)
+    return Entry(
+        header,
+        previous=commit.previous,
+        durable_through=commit.durable_through,
+        base=commit.base,
+        in_sync=commit.in_sync,
+        nonce=commit.nonce,
+        dump=json.loads(row) if row else None,
+    )
