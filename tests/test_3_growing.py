@@ -343,10 +343,15 @@ async def test_a_rebalance_goes_on_when_the_node_that_lacks_shards_is_back(tmp_p
             with pytest.raises(NodeError, match=r"us-east-2 is down\."):
                 await do(one, "rebalance", action="start", wait=True)
         assert (await do(one, "rebalance", action="status"))["state"] == "running"
+        busy = r"^A rebalance is running already: wait for it, or stop it\.$"
+        with pytest.raises(UsageError, match=busy):
+            await do(one, "rebalance", action="start")
         (tmp_path / "away").rename(node.config.path)
         await one.store.comeback.catch_up(DEFAULTS.catch_up_shards_max)
         done = await do(one, "rebalance", action="start", wait=True)
         assert (done["state"], done["error"]) == ("done", "")
+        with pytest.raises(UsageError, match=r"^No rebalance is running\.$"):
+            await do(one, "rebalance", action="stop")
         assert held(one)["us-east-2"] > 0
         await is_right(one, files)
 

@@ -285,12 +285,13 @@ async def test_it_can_be_stopped_and_begun_again(config: StoreConfig) -> None:
         for number in range(40):
             await one.put(f"f{number}", bytes([number]) * 100_000)
         recoder.start(ROOT, C42, None)
-        with pytest.raises(UsageError):
+        busy = r"^/ is being recoded: wait for it, or stop it with --stop\.$"
+        with pytest.raises(UsageError, match=busy):
             recoder.start(ROOT, C12, None)
         while recoder.job.files < 5:
             await trio.lowlevel.checkpoint()
         recoder.stop()
-        with pytest.raises(UsageError):
+        with pytest.raises(UsageError, match=r"^Nothing is being recoded\.$"):
             recoder.stop()
         left = [ino for ino in range(2, 42) if codes(one, ino) == {"2+1"}]
         assert left

@@ -194,11 +194,14 @@ async def test_a_scrub_keeps_its_place(config: StoreConfig) -> None:
     async with opened(config) as one:
         await fill(one)
         await do(one, "scrub", action="start", rate=30e6)
-        with pytest.raises(UsageError):
+        busy = r"^A scrub is running already: pause, resume or wait for it\.$"
+        with pytest.raises(UsageError, match=busy):
             await do(one, "scrub", action="start")
+        with pytest.raises(UsageError, match=r"^No scrub is paused\.$"):
+            await do(one, "scrub", action="resume")
         await reaches(one, 4)
         await do(one, "scrub", action="pause")
-        with pytest.raises(UsageError):
+        with pytest.raises(UsageError, match=r"^No scrub is running\.$"):
             await do(one, "scrub", action="pause")
         paused = await do(one, "scrub", action="status")
     async with opened(config) as one:
