@@ -36,6 +36,7 @@ from test_3_recover import (
     write,
 )
 
+from fusestore.commit.load_tables import save
 from fusestore.config.store_config import StoreConfig, load
 from fusestore.errors import MetadataError, NodeError, ReplayError
 from fusestore.format import store_rows
@@ -46,7 +47,6 @@ from fusestore.members.opening import open_node
 from fusestore.metadata.engine import Engine
 from fusestore.nodes.directory import segment_path
 from fusestore.rescue.fsck import fsck
-from fusestore.rescue.recover_tables import save
 from fusestore.store.opening import open_store
 
 SECTOR = 4096

@@ -11,6 +11,9 @@ the mount, and only when no stripe has a shard in them: a lost row of `segments`
 must not cost what it counts.  While the history is in doubt (`Log.doubt`) they are
 in quarantine: kept, and shown by status; and a segment of which the tables say that
 nothing lives in it is punched, not deleted.
+
+Nothing is freed that its own header does not agree to: the header says which shard it
+is, and where that stripe's row has it there, it is in use, whatever the counts say.
 """
 
 from __future__ import annotations
@@ -22,9 +25,11 @@ import trio
 
 from ..errors import NodeError
 from ..format import keys, stripe_rows
-from ..format.records import Run, record_length
+from ..format.records import Header, Run, record_length
+from ..format.stripe_rows import ShardPlace
 from ..log.log import Log
 from ..members.member import Member
+from ..write.shard_record import header_at, headers, is_whole
 
 log = logging.getLogger(__name__)
 
@@ -74,13 +79,41 @@ class Reclaimer:
                         )
             await trio.lowlevel.checkpoint()
         for member in self._log.members.writable:
-            node = member.node
             try:
                 for segment in self.strays.pop(member.id, ()):
-                    await member.call(node.delete, Run.SHARDS, segment)
+                    if await self._is_left_over(member, segment):
+                        await member.call(member.node.delete, Run.SHARDS, segment)
+                    else:
+                        log.error(
+                            "Segment %d of node %s is in no table, and has whole shards that no "
+                            "crash left behind: it is kept. Run 'fusestore fsck'.",
+                            segment,
+                            member.name,
+                        )
             except NodeError as error:
                 member.fail(error)
         self.strays.clear()
+
+    async def _is_left_over(self, member: Member, segment: int) -> bool:
+        """Whether a segment has nothing but what the last mount left, or was freed; NodeError.
+
+        A whole shard of an earlier mount, or of a stripe that other rows know, was in use:
+        its row was lost.
+        """
+        found = await member.call(lambda: list(headers(self._log, member, segment)))
+        for offset, header in found:
+            known = header.epoch < self._log.state.epoch - 1 or self._is_known(header.number)
+            if known and await member.call(is_whole, member, segment, offset, header):
+                return False
+        return True
+
+    def _is_known(self, number: int) -> bool:
+        """Whether rows name a stripe that has none of its own."""
+        engine, prefix = self._log.engine, stripe_rows.owners_key(number, 0)[:9]
+        return (
+            engine.get(stripe_rows.live_key(number)) is not None
+            or next(engine.scan(prefix, keys.after(prefix)), None) is not None
+        )
 
     async def _reclaim(self, member: Member) -> None:
         engine = self._log.engine
@@ -93,19 +126,64 @@ class Reclaimer:
         for segment, shards in debt.items():
             dead = sum(record_length(length) for _, length in shards)
             state = member.shards.states.get(segment)
+            drop = state is not None and state.live == dead and not self._log.doubt
             try:
-                if state is not None and state.live == dead and not self._log.doubt:
+                alive = await self._alive(member, segment, None if drop else shards)
+                if alive:
+                    shards, drop = self._spare(member, segment, shards, alive), False
+                if drop:
                     if segment == member.shards.current:
                         member.shards.roll()
                     await self._drop(member, segment, shards)
-                else:
-                    for start in range(0, len(shards), self._limits.reclaim_batch):
-                        await self._punch(
-                            member, segment, shards[start : start + self._limits.reclaim_batch]
-                        )
+                    continue
+                for start in range(0, len(shards), self._limits.reclaim_batch):
+                    part = shards[start : start + self._limits.reclaim_batch]
+                    await self._punch(member, segment, part)
             except NodeError as error:
                 member.fail(error)
                 return
+
+    async def _alive(
+        self, member: Member, segment: int, shards: list[tuple[int, int]] | None
+    ) -> set[int]:
+        """Payload offsets at which a record is the shard of a stripe whose row has it there.
+
+        Of some shards, or of all in the segment; NodeError.
+        """
+
+        def look() -> list[tuple[int, Header]]:
+            if shards is None:
+                return list(headers(self._log, member, segment))
+            found = ((at, header_at(self._log, member, segment, at)) for at, _ in shards)
+            return [(at, header) for at, header in found if header is not None]
+
+        alive = set()
+        for offset, header in await member.call(look):
+            stripe = self._log.stripe(header.number)
+            place = ShardPlace(member.id, segment, offset)
+            if stripe is not None and stripe.shards[header.index : header.index + 1] == (place,):
+                alive.add(offset)
+        return alive
+
+    def _spare(
+        self, member: Member, segment: int, shards: list[tuple[int, int]], alive: set[int]
+    ) -> list[tuple[int, int]]:
+        """What may be freed of shards, when others in their segment, or some of them, are alive."""
+        self._log.rows_in_doubt += 1
+        log.error(
+            "Segment %d of node %s was to be freed, and has shards that are in use: they are kept. "
+            "Run 'fusestore fsck --repair'.",
+            segment,
+            member.name,
+        )
+        self._log.apply(
+            {
+                stripe_rows.reclaim_key(member.id, segment, offset): None
+                for offset, _ in shards
+                if offset in alive
+            }
+        )
+        return [shard for shard in shards if shard[0] not in alive]
 
     async def _drop(self, member: Member, segment: int, shards: list[tuple[int, int]]) -> None:
         """Delete a segment in which nothing lives."""

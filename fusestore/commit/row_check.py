@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
 
-from ..errors import DamagedMetadataError
+from ..errors import DamagedMetadataError, MetadataError
 from ..format import keys, store_rows
 from ..format.row_sums import RowSums, unseal
 from ..format.store_rows import LogState
@@ -88,6 +88,11 @@ def examine(view: View) -> Examined:
         sums.add(key, stored)
         if unseal(key, stored) is None:
             found.bad.add(key)
+        if view.stored(key) != stored:  # a search goes another way than a walk
+            raise DamagedMetadataError(
+                f"The metadata database is damaged (row {key.hex()} cannot be found by its key): "
+                "unmount, move the metadata away and run 'fusestore recover'."
+            )
         found.rows += 1
         if found.rows % _LET_OTHERS_ROWS == 0:
             time.sleep(0)  # the event loop comes first
@@ -130,12 +135,16 @@ def wrong_rows(
     journals.keep_latest()
     scratch = metadata / SCRATCH_NAME
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(mode=0o700)
     try:
+        scratch.mkdir(mode=0o700)
         with closing(Engine(scratch, limits=limits)) as right:
             load_tables(right, journals, lambda progress: None, LogState.decode(value))
             with right.view() as rows:
                 return list(_differences(view, rows))
+    except OSError as error:
+        raise MetadataError(
+            f"The metadata cannot be compared with the journals in {scratch}: {error.strerror}."
+        ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -12,6 +12,10 @@ import logging
 import trio
 
 from ..errors import DamagedMetadataError, MetadataError, NodeError, NotDurableError, ReplayError
+from ..format import store_rows, stripe_rows
+from ..format.records import Changes
+from ..format.store_rows import Counters
+from ..format.stripe_rows import SegmentState
 from ..log.log import Log
 from .committer import Committer
 from .row_check import Examined, WrongRow, examine, still_wrong, wrong_rows
@@ -46,33 +50,36 @@ class RowKeeper:
             await trio.sleep(self._log.limits.probe_seconds)
             self._wake = trio.Event()
 
-    async def compare(self) -> tuple[Examined, list[WrongRow]]:
+    async def compare(self, *, thorough: bool = False) -> tuple[Examined, list[WrongRow]]:
         """Examine all rows, and if they are not right, compare them with the journals.
+
+        With `thorough` compare them anyway: checksums do not tell what the program itself
+        did wrong.
 
         ReplayError when the journals do not lead to what the database stands at.
         """
         engine = self._log.engine
         with engine.view() as view:
             found = await trio.to_thread.run_sync(examine, view)
-            if found.is_right:
+            if found.is_right and not thorough:
                 return found, []
             nodes = [member.watched for member in self._log.members.all if not member.out_of_use]
             directory = self._log.members.config.metadata
             arguments = (view, self._log.store, nodes, directory, self._log.limits)
             return found, await trio.to_thread.run_sync(wrong_rows, *arguments)
 
-    async def mend(self) -> list[str]:
+    async def mend(self, *, thorough: bool = False) -> list[str]:
         """Put right what the journals tell; what was wrong, a line each.
 
         ReplayError or DamagedMetadataError when that cannot be told.
         """
         async with self._busy:
             try:
-                found, rows = await self.compare()
+                found, rows = await self.compare(thorough=thorough)
             except (ReplayError, DamagedMetadataError):
                 self._log.rows_in_doubt += 1
                 raise
-            if found.is_right:
+            if found.is_right and not rows:
                 return []
             texts = [str(row) for row in rows]
             for text in texts[:_TOLD_MAX]:
@@ -81,9 +88,22 @@ class RowKeeper:
                 self._log.rows_in_doubt += len(rows)
                 return texts
             changes = still_wrong(self._log.engine, rows)
-            self._log.apply(changes)
+            self._apply(changes)
             self._log.rows_mended += len(changes)
             self._log.engine.recount()
             async with self._committer.lock:
                 await self._committer.commit_now(checkpoint=True)
             return texts or ["the counts of rows are wrong"]
+
+    def _apply(self, changes: Changes) -> None:
+        """Log the rows again; what is in memory of them, and has not changed, is theirs."""
+        idle = not self._log.pending
+        self._log.apply(changes)
+        for key, value in changes.items() if idle else ():
+            if key == store_rows.COUNTERS_KEY and value is not None:
+                self._log.counters = Counters.decode(value)
+            elif key[:1] == stripe_rows.SEGMENTS_START:
+                node, segment = stripe_rows.decode_segment_key(key)
+                member = self._log.members.by_id.get(node)
+                if member is not None and value is not None:
+                    member.shards.states[segment] = SegmentState.decode(value)

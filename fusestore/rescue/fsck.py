@@ -1,5 +1,9 @@
 """fsck: check all tables against each other, mend the first phase that has findings, check again.
 
+First the rows are compared with the journals, and those that differ are put back: what
+rotted or is gone in the database alone is no loss.  While the journals do not tell what
+is right, nothing is mended.  A stripe whose row is nowhere is made anew from its shards.
+
 The checks, each given the earlier ones whose counts it needs; `check_tables` has
 their exact order:
 
@@ -32,12 +36,14 @@ from typing import Any
 
 import trio
 
+from ..errors import MetadataError, ReplayError
 from ..format import tables
 from ..format.tables import TABLES
 from ..store.store import Store
 from .fsck_extents import ExtentCheck
 from .fsck_findings import Finding, Phase, finding
 from .fsck_inodes import InodeCheck
+from .fsck_lost_stripes import lost_stripes
 from .fsck_mend import Mender
 from .fsck_names import NameCheck
 from .fsck_quotas import QuotaCheck
@@ -52,20 +58,26 @@ async def fsck(store: Store, *, repair: bool, at_rest: bool) -> dict[str, Any]:
 
     `at_rest`: nothing else uses the store; only then may it be mended.
     """
-    found: dict[str, None] = {}
+    found = dict.fromkeys(store.log.mended)
+    wrong, hindrance = await _rows_of_journals(store, repair=repair, at_rest=at_rest)
+    found.update(dict.fromkeys([*wrong, *hindrance]))
     checked = await _check(store, at_rest)
+    if hindrance:  # what is lost now may be had when the journals can be read
+        found.update(dict.fromkeys(map(str, checked.findings)))
+        repair = False
     for _ in range(ROUNDS_MAX):
         found.update(dict.fromkeys(map(str, checked.findings)))
         if not checked.findings or not repair:
             break
         await _mend_first_phase(store, checked.findings)
         checked = await _check(store, at_rest)
-    if not checked.findings and not store.log.read_only:
+    settled = not checked.findings and not hindrance and (repair or not wrong)
+    if settled and not store.log.read_only:
         await _end_doubt(store)
     return {
         "clean": not found,
         "findings": list(found),
-        "left": list(map(str, checked.findings)),
+        "left": [*hindrance, *([] if repair else wrong), *map(str, checked.findings)],
         "files": checked.files,
         "stripes": checked.stripes,
         "lost_bytes": checked.lost_bytes,
@@ -81,6 +93,23 @@ async def _end_doubt(store: Store) -> None:
         log.state = replace(log.state, doubt="")
         await store.committer.commit_now(checkpoint=True)
     store.reclaimer.wake()
+
+
+async def _rows_of_journals(
+    store: Store, *, repair: bool, at_rest: bool
+) -> tuple[list[str], list[str]]:
+    """Rows that are not what the journals say, put right if asked; and why that cannot be told.
+
+    A mounted store is compared only if a checksum or a count is not right.
+    """
+    try:
+        if repair:
+            return await store.rows.mend(thorough=at_rest), []
+        _, rows = await store.rows.compare(thorough=at_rest)
+    except (MetadataError, ReplayError) as error:
+        hint = "bring all nodes back; if they are, move the metadata away and run recover"
+        return [], [f"rows: {error} ({hint})"]
+    return list(map(str, rows)), []
 
 
 async def _mend_first_phase(store: Store, findings: list[Finding]) -> None:
@@ -112,7 +141,17 @@ class Checked:
 async def _check(store: Store, at_rest: bool) -> Checked:
     """Check the store as it is at this instant, in a thread."""
     async with view_store(store.log, at_rest=at_rest) as view:
-        return await trio.to_thread.run_sync(check_tables, view)
+        checked = await trio.to_thread.run_sync(check_tables, view)
+    lost = await trio.to_thread.run_sync(lost_stripes, store.log, checked.findings)
+    if not lost:
+        return checked
+    numbers = {one.arguments[0] for one in lost}
+    others = [
+        one
+        for one in checked.findings
+        if one.fix != "lose_extent" or one.arguments[1].stripe not in numbers
+    ]
+    return replace(checked, findings=[*lost, *others])
 
 
 def check_tables(view: StoreView) -> Checked:

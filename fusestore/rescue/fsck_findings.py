@@ -45,6 +45,7 @@ Fix = Literal[
     "owe",
     "owe_all",
     "put_extent",
+    "put_stripe",
     "recode",
     "resize",
     "restore",

@@ -76,6 +76,7 @@ async def view_store(log: Log, *, at_rest: bool) -> AsyncIterator[StoreView]:
     """The store as it is now; what is yielded is for one thread, any one."""
     before = await _segment_bytes(log)
     rows = log.engine.view()
+    rows.passes_over = set()  # what the journals do not tell counts as not there
     view = StoreView(  # no await since the rows: all is of the same instant
         rows,
         counters=log.counters.copy(),

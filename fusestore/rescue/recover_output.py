@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from ..commit.row_check import SCRATCH_NAME
 from ..config.store_config import CONFIG_NAME, NodeConfig, StoreConfig
 from ..config.store_config_write import write_store_config
 from ..errors import FusestoreError, ReplayError, UsageError
@@ -36,7 +37,7 @@ def draft_database(target: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
     draft = target / DRAFT_NAME
     try:
         target.mkdir(mode=0o700, parents=True, exist_ok=True)
-        present = set(os.listdir(target)) - {"lost+found", DRAFT_NAME, DATABASE_LOCK}
+        present = set(os.listdir(target)) - {"lost+found", DRAFT_NAME, SCRATCH_NAME, DATABASE_LOCK}
         if present:
             raise UsageError(
                 f"{target} is not empty (it has {sorted(present)[0]!r}), and recover makes new "

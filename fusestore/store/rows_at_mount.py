@@ -10,7 +10,7 @@ import trio
 
 from ..commit.row_check import Examined, WrongRow, examine, examine_some, mend_at_rest
 from ..config.store_config import StoreConfig
-from ..errors import NodeError, ReplayError
+from ..errors import MetadataError, NodeError, ReplayError
 from ..members.opening import open_node
 from ..metadata.engine import Engine
 from ..nodes.base import Node
@@ -41,7 +41,7 @@ async def mend_rows(config: StoreConfig, engine: Engine, *, read_only: bool) -> 
         wrong = await trio.to_thread.run_sync(
             mend_at_rest, engine, config.uuid, nodes, config.metadata
         )
-    except ReplayError as error:
+    except (ReplayError, MetadataError) as error:
         log.error(
             "The metadata is damaged (%d rows do not match their checksum), and the journals do "
             "not tell what is right: %s Bring all nodes back, or run 'fusestore recover'.",

@@ -113,7 +113,7 @@ def may_overwrite(
         logger.warning("%s", error)
         return False
     for offset in _magics(found):
-        other = _header(at, found[offset:], before + offset)
+        other = _header(at, found[offset : offset + HEADER_BYTES], before + offset)
         if other is not None and before + offset + other.record_length > start:
             return False  # a record that reaches into the place, or lies in it
     return _is_torn(found[start - before :], header.encode(at.seed(start)) + bytes(payload))
@@ -128,11 +128,62 @@ def _header(at: Place, data: bytes, offset: int) -> Header | None:
     return header if header.kind is Kind.SHARD else None
 
 
+def header_at(log: Log, member: Member, segment: int, offset: int) -> Header | None:
+    """In a thread: the header of the record whose payload lies at an offset; NodeError."""
+    start = offset - HEADER_BYTES
+    try:
+        data = member.node.read(Run.SHARDS, segment, start, HEADER_BYTES)
+    except NodeLacksError:
+        return None
+    return _header(log.shards(member.name, segment), data, start)
+
+
+def is_whole(member: Member, segment: int, offset: int, header: Header) -> bool:
+    """In a thread: whether the payload at an offset is what its header says; NodeError."""
+    try:
+        data = member.node.read(Run.SHARDS, segment, offset, header.payload_length)
+    except NodeLacksError:
+        return False
+    return checksum(data, len(data)) == header.payload_checksum
+
+
+def headers(log: Log, member: Member, segment: int) -> Iterator[tuple[int, Header]]:
+    """In a thread: (payload offset, header) of each shard's record in a segment; NodeError.
+
+    Payloads are not read, but where a header is not where the one before ends.
+    """
+    at = log.shards(member.name, segment)
+    try:
+        size = member.node.size(Run.SHARDS, segment)
+    except NodeLacksError:
+        return
+    offset = 0
+    while offset + HEADER_BYTES <= size:
+        found = _header(at, member.node.read(Run.SHARDS, segment, offset, HEADER_BYTES), offset)
+        if found is None:
+            offset = _next_header(member, at, offset + RECORD_ALIGN_BYTES, size)
+            continue
+        yield offset + HEADER_BYTES, found
+        offset += found.record_length
+
+
+def _next_header(member: Member, at: Place, start: int, size: int) -> int:
+    """The offset of the next header from `start` on; the size of the segment without one."""
+    while start < size:
+        piece = member.node.read(Run.SHARDS, at.segment, start, min(STRIPE_BYTES, size - start))
+        for offset in _magics(piece):
+            if _header(at, piece[offset : offset + HEADER_BYTES], start + offset) is not None:
+                return start + offset
+        start += len(piece)
+    return size
+
+
 def _magics(data: bytes) -> Iterator[int]:
-    """Offsets at which a record might begin."""
+    """Offsets at which a record might begin; that of the data is a multiple of 64."""
     found = data.find(MAGIC)
     while found >= 0:
-        yield found
+        if found % RECORD_ALIGN_BYTES == 0:
+            yield found
         found = data.find(MAGIC, found + 1)
 
 

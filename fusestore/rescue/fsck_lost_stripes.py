@@ -1,0 +1,96 @@
+"""fsck: a stripe whose row is gone, in the journals too, is made anew from its shards.
+
+Each shard lies in a record whose header says the stripe, which of its shards it is, the
+code and the length, and has a checksum of the payload.  So k of them give the row.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+
+from ..errors import NodeError
+from ..format import erasure
+from ..format.erasure import Code
+from ..format.records import Header, Run, block_checksums, checksum
+from ..format.stripe_rows import ShardPlace, Stripe
+from ..log.log import Log
+from ..members.member import Member
+from ..write.shard_record import NOT_WRITTEN, headers
+from .fsck_findings import Finding, Phase, finding
+
+log = logging.getLogger(__name__)
+
+_Found = tuple[Member, ShardPlace, Header]
+
+
+def lost_stripes(state: Log, findings: list[Finding]) -> list[Finding]:
+    """In a thread: findings that put stripes back of which others say that they are lost."""
+    wanted = {one.arguments[1].stripe for one in findings if one.fix == "lose_extent"}
+    made = []
+    for number, shards in _shards_of(state, wanted).items() if wanted else ():
+        row, count = _row(state, number, shards)
+        if row is not None:
+            text = f"stripe {number:#x} has no row, and {count} of its shards are on the nodes"
+            made.append(finding(Phase.EXTENTS, "stripes", text, "put_stripe", number, row))
+    return made
+
+
+def _shards_of(state: Log, wanted: set[int]) -> dict[int, list[_Found]]:
+    """The records of shards of some stripes, on all nodes that answer."""
+    found: dict[int, list[_Found]] = defaultdict(list)
+    for member in state.members.all:
+        if member.out_of_use:
+            continue
+        try:
+            for segment in member.node.segments(Run.SHARDS):
+                for offset, header in headers(state, member, segment):
+                    if header.number in wanted:
+                        place = ShardPlace(member.id, segment, offset)
+                        found[header.number].append((member, place, header))
+        except NodeError as error:
+            log.warning("%s", error)
+    return found
+
+
+def _row(state: Log, number: int, shards: list[_Found]) -> tuple[Stripe | None, int]:
+    """The row of a stripe, from k whole shards that fit together; how many there are."""
+    payloads: dict[int, bytes] = {}
+    places: dict[int, ShardPlace] = {}
+    shapes = {(header.k, header.m, header.stripe_length) for _, _, header in shards}
+    if len(shapes) != 1:
+        return None, 0
+    k, m, length = shapes.pop()
+    code = Code(k, m)
+    if not code.is_possible or length == 0:
+        return None, 0
+    for member, place, header in shards:
+        payload = _payload(member, place, header, code.shard_length(length))
+        if payload is not None and header.index < code.n:
+            payloads.setdefault(header.index, payload)
+            places.setdefault(header.index, place)
+    if len(payloads) < k:
+        return None, len(payloads)
+    size, every = code.shard_length(length), list(range(code.n))
+    decoded = erasure.rebuild(code, size, dict(list(payloads.items())[:k]), every)
+    if any(decoded[index] != payload for index, payload in payloads.items()):
+        return None, len(payloads)
+    for index, member in enumerate(state.members.place(code, number)):
+        places.setdefault(index, ShardPlace(member.id, NOT_WRITTEN, 0))
+    row = Stripe(
+        code,
+        length,
+        tuple(places[index] for index in every),
+        tuple(block_checksums(decoded[index], size) for index in every),
+    )
+    return row, len(payloads)
+
+
+def _payload(member: Member, place: ShardPlace, header: Header, length: int) -> bytes | None:
+    """The payload of a record, if it is what its header says."""
+    try:
+        data = member.node.read(Run.SHARDS, place.segment, place.offset, header.payload_length)
+    except NodeError:
+        return None
+    whole = len(data) == length and checksum(data, length) == header.payload_checksum
+    return data if whole else None
