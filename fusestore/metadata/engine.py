@@ -42,6 +42,7 @@ from ..format.row_sums import RowSums, seal, unseal
 from ..format.tables import TABLES
 from ..limits import DEFAULTS, Limits
 from ..system import linux, locks
+from .pages import check_pages
 
 DATABASE, DATABASE_LOCK = "data.mdb", "lock.mdb"
 """What LMDB makes in the directory."""
@@ -104,6 +105,7 @@ class Engine:
         self._views: WeakSet[View] = WeakSet()
         """Those that are open: threads may be reading them."""
         try:
+            check_pages(directory / DATABASE)
             self._env = lmdb.open(
                 os.fsencode(directory),
                 map_size=self.limits.map_bytes,

@@ -1,0 +1,204 @@
+"""The pages of an LMDB file are checked before LMDB maps them.
+
+LMDB trusts its pages: a bit that flipped in a length or an offset has it read past the end
+of its map, and a signal that nobody can catch ends the process; one that flipped in the
+list of free pages has it write over pages in use.  So the tree of pages is walked once:
+each page is where its parent says, each entry lies in its page, what is longer lies in
+the file, and no page is used twice, or used and free.  What rows say is not looked at.
+
+Written after liblmdb 0.9, on a machine that is little-endian with 64 bits.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import DamagedMetadataError
+
+_PAGE = struct.Struct("<QHHHH")
+"""Its own number, padding, flags, where free room begins, and where it ends."""
+_OVERFLOW = struct.Struct("<QHHI")
+"""The same, with the number of pages that belong to it."""
+_NODE = struct.Struct("<HHHH")
+"""Two halves of a length or of a page's number, flags (of a branch: the third part), key length."""
+_META = struct.Struct("<IIQQ48s48sQQ")
+"""Magic, version, address, size of the map, two databases (free pages, unnamed), the last
+page, the transaction."""
+_DATABASE = struct.Struct("<IHHQQQQQ")
+"""Page size or padding, flags, depth, branch, leaf and overflow pages, entries, root."""
+_MAGIC, _VERSION = 0xBEEFC0DE, 1
+_META_FLAG, _BRANCH, _LEAF, _OVERFLOW_FLAG = 8, 1, 2, 4
+_BIG, _SUBTREE = 1, 2
+_NONE = 2**64 - 1
+_PAGE_SIZES = {1 << bits for bits in range(8, 17)}
+
+
+class _BrokenError(Exception):
+    """What is wrong, for people."""
+
+
+@dataclass(slots=True)
+class _Walk:
+    """One walk over the pages of a transaction."""
+
+    data: mmap.mmap
+    size: int
+    """Of a page, in bytes."""
+    last: int
+    """The last page that the transaction knows."""
+    used: set[int] = field(default_factory=set)
+
+    def tree(
+        self,
+        root: int,
+        depth: int,
+        entries: list[tuple[int, bytes]] | None = None,
+        low: bytes = b"",
+        high: bytes | None = None,
+    ) -> None:
+        """Check a database's pages; (flags, value) of each entry goes to `entries`, if given.
+
+        Without `entries` all keys must be such that low <= key < high.
+        """
+        if root == _NONE:
+            return
+        page = self._use(root, 1)
+        number, _, flags, lower, upper = _PAGE.unpack_from(page)
+        if number != root or not 16 <= lower <= upper <= self.size or lower % 2:
+            raise _BrokenError(f"page {root} is not what it should be")
+        pointers = struct.unpack_from(f"<{(lower - 16) // 2}H", page, 16)
+        if not pointers or min(pointers) < upper or max(pointers) > self.size - _NODE.size:
+            raise _BrokenError(f"an entry of page {root} lies outside of it")
+        if depth == 1 and flags == _LEAF:
+            self._leaf(root, page, pointers, entries, low, high)
+        elif depth > 1 and flags == _BRANCH and len(pointers) > 1:
+            children = [self._child(root, page, at) for at in pointers]
+            bounds = [low, *(key for key, _ in children[1:]), high]
+            for number, (_, child) in enumerate(children):
+                self.tree(child, depth - 1, entries, bounds[number] or b"", bounds[number + 1])
+        else:
+            raise _BrokenError(f"page {root} is not of its kind")
+
+    def _child(self, root: int, page: bytes, at: int) -> tuple[bytes, int]:
+        """The least key of a child, and its page."""
+        one, two, three, length = _NODE.unpack_from(page, at)
+        start = at + _NODE.size
+        if start + length > self.size:
+            raise _BrokenError(f"an entry of page {root} reaches past its end")
+        return page[start : start + length], one | two << 16 | three << 32
+
+    def _leaf(
+        self,
+        root: int,
+        page: bytes,
+        pointers: tuple[int, ...],
+        entries: list[tuple[int, bytes]] | None,
+        low: bytes,
+        high: bytes | None,
+    ) -> None:
+        unpack, end, before = _NODE.unpack_from, self.size, None
+        for at in pointers:
+            one, two, flags, length = unpack(page, at)
+            start = at + 8 + length
+            stop = start + (8 if flags & _BIG else one | two << 16)
+            if stop > end or not length:
+                raise _BrokenError(f"an entry of page {root} reaches past its end")
+            if entries is None:
+                key = page[at + 8 : start]
+                if key < low or (before is not None and key <= before):
+                    raise _BrokenError(f"a key of page {root} is not in order")
+                before = key
+            value = page[start:stop]
+            if flags & _BIG:
+                value = self._long(int.from_bytes(value, "little"), one | two << 16)
+            if entries is not None:
+                entries.append((flags, value))
+        if before is not None and high is not None and before >= high:
+            raise _BrokenError(f"a key of page {root} is not in order")
+
+    def _long(self, first: int, length: int) -> bytes:
+        """A value that has pages of its own."""
+        number, _, flags, count = _OVERFLOW.unpack_from(self._use(first, 1))
+        if number != first or flags != _OVERFLOW_FLAG or 16 + length > count * self.size:
+            raise _BrokenError(f"page {first} is not what it should be")
+        if count > 1:
+            self._use(first + 1, count - 1)
+        return self.data[first * self.size + 16 : first * self.size + 16 + length]
+
+    def _use(self, first: int, count: int) -> bytes:
+        """The first of some pages, which nothing else uses and the file has."""
+        if first < 2 or first + count - 1 > self.last:
+            raise _BrokenError(f"there is no page {first}")
+        if (first + count) * self.size > len(self.data):
+            raise _BrokenError(f"the file ends before page {first + count - 1}")
+        for page in range(first, first + count):
+            if page in self.used:
+                raise _BrokenError(f"page {page} is used twice")
+            self.used.add(page)
+        return self.data[first * self.size : (first + 1) * self.size]
+
+    def free(self, value: bytes) -> None:
+        """A list of free pages: how many, and which."""
+        numbers = struct.unpack(f"<{len(value) // 8}Q", value[: len(value) // 8 * 8])
+        if not numbers or numbers[0] > len(numbers) - 1:
+            raise _BrokenError("a list of free pages is not what it should be")
+        for page in numbers[1 : numbers[0] + 1]:
+            if not 2 <= page <= self.last:
+                raise _BrokenError(f"page {page}, which is free, is not in the file")
+            if page in self.used:
+                raise _BrokenError(f"page {page} is used and free, or free twice")
+            self.used.add(page)
+
+
+def check_pages(file: Path) -> None:
+    """Check the pages of a database that nobody writes to; DamagedMetadataError, OSError.
+
+    A file that is not there, or empty, is fine: LMDB begins it.
+    """
+    if not file.exists() or not file.stat().st_size:
+        return
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as data:
+        try:
+            _check(data)
+        except (_BrokenError, struct.error, RecursionError) as error:
+            raise DamagedMetadataError(
+                f"The metadata in {file.parent} cannot be opened, as it is damaged ({error}): move "
+                "it away and run 'fusestore recover'."
+            ) from None
+
+
+def _check(data: mmap.mmap) -> None:
+    newest = max((_meta(data, 0), _meta(data, _page_size(data))), key=lambda meta: meta[-1])
+    free, main, last, _ = newest
+    walk = _Walk(data, _page_size(data), last)
+    lists: list[tuple[int, bytes]] = []
+    named: list[tuple[int, bytes]] = []
+    walk.tree(free[-1], free[2], lists)
+    walk.tree(main[-1], main[2], named)
+    for flags, value in named:
+        if flags & _SUBTREE:
+            below = _DATABASE.unpack(value)
+            walk.tree(below[-1], below[2])
+    # Last: what is in use is known by then.
+    for _, value in lists:
+        walk.free(value)
+
+
+def _page_size(data: mmap.mmap) -> int:
+    *_, free, _, _, _ = _META.unpack_from(data, _PAGE.size)
+    size: int = _DATABASE.unpack(free)[0]
+    if size not in _PAGE_SIZES:
+        raise _BrokenError("its first page is not what it should be")
+    return size
+
+
+def _meta(data: mmap.mmap, at: int) -> tuple[tuple[int, ...], tuple[int, ...], int, int]:
+    """The databases of the free pages and without a name, the last page, the transaction."""
+    _, _, flags, _, _ = _PAGE.unpack_from(data, at)
+    magic, version, _, _, free, main, last, transaction = _META.unpack_from(data, at + _PAGE.size)
+    if flags != _META_FLAG or magic != _MAGIC or version != _VERSION:
+        raise _BrokenError("its first pages are not what they should be")
+    return _DATABASE.unpack(free), _DATABASE.unpack(main), last, transaction
