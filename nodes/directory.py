@@ -9,6 +9,10 @@ pwritev) and room is allocated ahead in steps, without changing the size.  A
 segment and its directory entry are durable before its first byte is written.
 A descriptor lives as long as somebody uses it, so a segment that is deleted
 or dropped from the cache still reads to the end for who holds it.
+
+The path may lead through links.  What lies beneath it is somebody else's: it is
+opened name by name from the directory's descriptor (system/beneath), and what is
+not a segment, by its name or its kind, is neither used nor deleted.
 """
 
 from __future__ import annotations
@@ -17,7 +21,6 @@ import contextlib
 import errno
 import logging
 import os
-import re
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,13 +28,22 @@ from pathlib import Path
 from typing_extensions import Buffer
 
 from ..bounded_cache import LeastRecentlyUsed
-from ..config.node_identity import NodeIdentity
-from ..errors import NodeBusyError, NodeError, NodeFullError, NodeIdentityError, NodeLacksError
+from ..config.node_identity import IDENTITY_NAME, NodeIdentity
+from ..errors import (
+    FusestoreError,
+    NodeBusyError,
+    NodeError,
+    NodeFullError,
+    NodeIdentityError,
+    NodeLacksError,
+)
 from ..format.records import Run
+from ..format.segment_numbers import segment_number
 from ..limits import DEFAULTS, Limits
 from ..system import linux, locks
-from ..system.files import sync_directory
+from ..system.beneath import Directory
 from .base import Space
+from .unexpected import unexpected
 
 log = logging.getLogger(__name__)
 
@@ -39,18 +51,16 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _BLOCK_BYTES = 4096
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)
 _FOLDERS = {Run.JOURNAL: ("journal", "log"), Run.SHARDS: ("shards", "seg")}
+_STRAYS_NAMED_MAX = 10
 
 
 def segment_path(run: Run, segment: int) -> str:
     """A segment's path relative to its node."""
-    folder, suffix = _FOLDERS[run]
-    return f"{folder}/{segment:08d}.{suffix}"
+    return f"{_FOLDERS[run][0]}/{_segment_name(run, segment)}"
 
 
-def _segment_number(run: Run, name: str) -> int | None:
-    """The inverse of segment_path for a name in the run's folder."""
-    found = re.fullmatch(r"(\d{8,10})\." + _FOLDERS[run][1], name)
-    return int(found[1]) if found else None
+def _segment_name(run: Run, segment: int) -> str:
+    return f"{segment:08d}.{_FOLDERS[run][1]}"
 
 
 def _drop_cached(descriptor: int, offset: int, length: int) -> None:
@@ -90,30 +100,35 @@ class DirectoryNode:
         """
         self.path = path
         self._name = identity.node
-        self._owned = self._own(owner, shared=read_only)
-        self._flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
-        for folder, _ in _FOLDERS.values():
-            with self._errors("open"):
-                if not read_only and not (path / folder).is_dir():
-                    (path / folder).mkdir(mode=0o700)
-                    sync_directory(path)
         with self._errors("open"):
-            self._marker = os.stat(path / "node.toml")
+            self._directory: Directory | None = Directory.at(path)
+            self._there = os.fstat(self._directory.fd)
+            self._marker = self._directory.look(IDENTITY_NAME)
+        self._owned = self._own(self._directory, owner, shared=read_only)
+        self._flags = os.O_RDONLY if read_only else os.O_RDWR
+        for run, (folder, _) in _FOLDERS.items():
+            with self._errors(f"open its folder {folder}"):
+                if not read_only:
+                    self._directory.make_folder(folder)
+                with contextlib.suppress(FileNotFoundError):
+                    self._folder(run)
         self._limits = limits
         self._ahead = {Run.JOURNAL: 0, Run.SHARDS: limits.shard_preallocate_bytes}
         self._lock = threading.Lock()
         self._open = self._none_open()
+        self._strays: frozenset[str] = frozenset()
+        """Names that were said to be ignored."""
 
     def _none_open(self) -> LeastRecentlyUsed[tuple[Run, int], _Segment]:
         return LeastRecentlyUsed(self._limits.open_segments_max)
 
-    def _own(self, owner: str, *, shared: bool) -> locks.Lock:
+    def _own(self, directory: Directory, owner: str, *, shared: bool) -> locks.Lock:
         """Lock the directory, or, where that cannot be, the file that says whose it is."""
         with self._errors("lock"):
             try:
-                lock = locks.take(self.path, owner, shared=shared)
+                lock = locks.take(".", owner, shared=shared, dir_fd=directory.fd)
                 if not lock.is_held:
-                    lock = locks.take(self.path / "node.toml", owner, shared=shared)
+                    lock = locks.take(IDENTITY_NAME, owner, shared=shared, dir_fd=directory.fd)
             except locks.LockedError as error:
                 by = f"process {error.holder}" if error.holder else "another process"
                 raise NodeBusyError(
@@ -140,16 +155,28 @@ class DirectoryNode:
                 kind = NodeLacksError
             reason = error.strerror or str(error)
             raise kind(f"Node {self._name} ({self.path}) cannot {what}: {reason}.") from error
+        except FusestoreError:
+            raise
+        except Exception as error:  # a bug costs this node, not the mount
+            raise unexpected(self._name, error) from error
+
+    def _folder(self, run: Run) -> Directory:
+        """The open folder of a run; OSError when it is none, or the node is closed."""
+        directory = self._directory  # `close` takes it from us
+        if directory is None:
+            raise OSError(errno.EBADF, "it is closed")
+        return directory.folder(_FOLDERS[run][0])
 
     def check(self) -> None:
         """See Node."""
         try:
-            now = os.stat(self.path / "node.toml")
+            there = os.stat(self.path)
+            now = os.stat(self.path / IDENTITY_NAME, follow_symlinks=False)
         except OSError as error:
             raise NodeIdentityError(
                 f"Node {self._name} is gone from {self.path}: {error.strerror}."
             ) from error
-        if (now.st_dev, now.st_ino) != (self._marker.st_dev, self._marker.st_ino):
+        if not os.path.samestat(there, self._there) or not os.path.samestat(now, self._marker):
             raise NodeIdentityError(f"Node {self._name} at {self.path} was replaced by another.")
         with self._errors("look at its segments"), self._lock:
             for (run, segment), opened in self._open.items():
@@ -161,12 +188,32 @@ class DirectoryNode:
 
     def segments(self, run: Run) -> list[int]:
         """See Node."""
+        found, strays = list[int](), list[str]()
         with self._errors("list its segments"):
             try:
-                names = os.listdir(self.path / _FOLDERS[run][0])
+                folder = self._folder(run)
             except FileNotFoundError:
                 return []
-        return sorted(n for n in (_segment_number(run, name) for name in names) if n is not None)
+            for entry in folder.entries():
+                number = segment_number(entry.name, _FOLDERS[run][1])
+                if number is not None and entry.is_file(follow_symlinks=False):
+                    found.append(number)
+                elif len(strays) < _STRAYS_NAMED_MAX:
+                    strays.append(entry.name)
+            self._ignore(run, strays)
+        return sorted(found)
+
+    def _ignore(self, run: Run, strays: list[str]) -> None:
+        """Say once that what is not of this store is left alone."""
+        names = {f"{_FOLDERS[run][0]}/{name}" for name in strays}
+        new, self._strays = names - self._strays, self._strays | names
+        if new:
+            log.warning(
+                "Node %s (%s) holds what is no segment of this store: %s: it is ignored.",
+                self._name,
+                self.path,
+                ", ".join(map(ascii, sorted(new))),
+            )
 
     def _segment(self, run: Run, segment: int, *, create: bool = False) -> _Segment:
         """The open segment; OSError when it cannot be opened."""
@@ -174,16 +221,16 @@ class DirectoryNode:
             found = self._open.get((run, segment))
             if found is not None:
                 return found
-            path = self.path / segment_path(run, segment)
+            folder, name = self._folder(run), _segment_name(run, segment)
             try:
-                fd = os.open(path, self._flags)
+                fd = folder.open(name, self._flags)
             except FileNotFoundError:
                 if not create:
                     raise
-                fd = os.open(path, self._flags | os.O_CREAT | os.O_EXCL, 0o600)
+                fd = folder.create(name, self._flags)
                 try:
                     os.fsync(fd)
-                    sync_directory(path.parent)
+                    folder.sync()
                 except OSError:
                     os.close(fd)
                     raise
@@ -320,7 +367,8 @@ class DirectoryNode:
     def delete(self, run: Run, segment: int) -> None:
         """See Node."""
         with self._errors(f"delete {segment_path(run, segment)}"), self._lock:
-            (self.path / segment_path(run, segment)).unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                self._folder(run).unlink(_segment_name(run, segment))
             self._open.discard((run, segment))
 
     def space(self) -> Space:
@@ -334,12 +382,14 @@ class DirectoryNode:
         """See Node."""
         total = 0
         with self._errors("tell its size"):
-            for folder, _ in _FOLDERS.values():
-                with os.scandir(self.path / folder) as entries:
-                    total += sum(entry.stat().st_blocks * 512 for entry in entries)
+            for run in _FOLDERS:
+                for entry in self._folder(run).entries():
+                    with contextlib.suppress(FileNotFoundError):  # it was deleted meanwhile
+                        total += entry.stat(follow_symlinks=False).st_blocks * 512
         return total
 
     def close(self) -> None:
         """See Node."""
-        self._open = self._none_open()  # without the lock: a thread that hangs may hold it
+        # Without the lock: a thread that hangs may hold it, and what it uses stays open.
+        self._open, self._directory = self._none_open(), None
         self._owned.release()
