@@ -30,7 +30,6 @@ from typing_extensions import Buffer
 from ..bounded_cache import LeastRecentlyUsed
 from ..config.node_identity import IDENTITY_NAME, NodeIdentity
 from ..errors import (
-    FusestoreError,
     NodeBusyError,
     NodeError,
     NodeFullError,
@@ -43,13 +42,15 @@ from ..limits import DEFAULTS, Limits
 from ..system import linux, locks
 from ..system.beneath import Directory
 from .base import Space
-from .unexpected import unexpected
+from .unexpected import costs_only
 
 log = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _BLOCK_BYTES = 4096
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)
+_NOT_TO_BE_WRITTEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EMLINK)
+"""What may still be read: such a file system or file, or a file with several names."""
 _FOLDERS = {Run.JOURNAL: ("journal", "log"), Run.SHARDS: ("shards", "seg")}
 _STRAYS_NAMED_MAX = 10
 
@@ -72,10 +73,12 @@ def _drop_cached(descriptor: int, offset: int, length: int) -> None:
 class _Segment:
     """An open segment; the descriptor is closed when the last user lets go."""
 
-    __slots__ = ("allocated", "fd")
+    __slots__ = ("allocated", "fd", "refused")
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, refused: OSError | None = None) -> None:
         self.fd = fd
+        self.refused = refused
+        """Why it is open for reading alone, though the node is not."""
         self.allocated = os.fstat(fd).st_size
 
     def __del__(self) -> None:
@@ -145,6 +148,11 @@ class DirectoryNode:
 
     @contextlib.contextmanager
     def _errors(self, what: str) -> Iterator[None]:
+        with costs_only(self._name), self._os_errors(what):
+            yield
+
+    @contextlib.contextmanager
+    def _os_errors(self, what: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -155,10 +163,6 @@ class DirectoryNode:
                 kind = NodeLacksError
             reason = error.strerror or str(error)
             raise kind(f"Node {self._name} ({self.path}) cannot {what}: {reason}.") from error
-        except FusestoreError:
-            raise
-        except Exception as error:  # a bug costs this node, not the mount
-            raise unexpected(self._name, error) from error
 
     def _folder(self, run: Run) -> Directory:
         """The open folder of a run; OSError when it is none, or the node is closed."""
@@ -215,32 +219,40 @@ class DirectoryNode:
                 ", ".join(map(ascii, sorted(new))),
             )
 
-    def _segment(self, run: Run, segment: int, *, create: bool = False) -> _Segment:
-        """The open segment; OSError when it cannot be opened."""
+    def _segment(
+        self, run: Run, segment: int, *, write: bool = False, create: bool = False
+    ) -> _Segment:
+        """The open segment, to be written to if asked for; OSError when it cannot be opened."""
         with self._lock:
             found = self._open.get((run, segment))
-            if found is not None:
+            if found is not None and not (write and found.refused):
                 return found
             folder, name = self._folder(run), _segment_name(run, segment)
             try:
-                fd = folder.open(name, self._flags)
+                opened = self._opened(folder, name)
             except FileNotFoundError:
                 if not create:
                     raise
-                fd = folder.create(name, self._flags)
-                try:
-                    os.fsync(fd)
-                    folder.sync()
-                except OSError:
-                    os.close(fd)
-                    raise
-            opened = self._open[run, segment] = _Segment(fd)
+                opened = _Segment(folder.create(name, self._flags))
+                os.fsync(opened.fd)
+                folder.sync()
+            if write and opened.refused:
+                raise opened.refused
+            self._open[run, segment] = opened
             return opened
+
+    def _opened(self, folder: Directory, name: str) -> _Segment:
+        try:
+            return _Segment(folder.open(name, self._flags))
+        except OSError as error:
+            if self._flags == os.O_RDONLY or error.errno not in _NOT_TO_BE_WRITTEN:
+                raise
+            return _Segment(folder.open(name, os.O_RDONLY), error.with_traceback(None))
 
     def write(self, run: Run, segment: int, offset: int, buffers: Sequence[Buffer]) -> None:
         """See Node."""
         with self._errors(f"write {segment_path(run, segment)}"):
-            target = self._segment(run, segment, create=True)
+            target = self._segment(run, segment, write=True, create=True)
             views = [memoryview(buffer).cast("B") for buffer in buffers]
             end = offset + sum(len(view) for view in views)
             with self._lock:
@@ -314,7 +326,10 @@ class DirectoryNode:
     def size(self, run: Run, segment: int) -> int:
         """See Node."""
         with self._errors(f"look at {segment_path(run, segment)}"):
-            return os.fstat(self._segment(run, segment).fd).st_size
+            opened = self.opened(run, segment)
+            if opened is not None:
+                return os.fstat(opened.fd).st_size
+            return self._folder(run).look_at_file(_segment_name(run, segment)).st_size
 
     def flush(self, run: Run, segments: Sequence[int]) -> None:
         """See Node."""
@@ -328,7 +343,7 @@ class DirectoryNode:
     def truncate(self, run: Run, segment: int, size: int) -> None:
         """See Node."""
         with self._errors(f"truncate {segment_path(run, segment)}"):
-            target = self._segment(run, segment)
+            target = self._segment(run, segment, write=True)
             os.ftruncate(target.fd, size)
             target.allocated = size
 
@@ -340,7 +355,7 @@ class DirectoryNode:
             return
         with self._errors(f"free room in {segment_path(Run.SHARDS, segment)}"):
             try:
-                target = self._segment(Run.SHARDS, segment)
+                target = self._segment(Run.SHARDS, segment, write=True)
                 linux.punch_hole(target.fd, start, end - start)
             except FileNotFoundError:
                 return
@@ -350,19 +365,19 @@ class DirectoryNode:
 
     def replace(self, run: Run, segment: int, content: Buffer) -> None:
         """See Node."""
-        path = self.path / segment_path(run, segment)
-        draft = path.with_name(path.name + ".new")
+        name = _segment_name(run, segment)
+        draft = name + ".new"
         with self._errors(f"replace {segment_path(run, segment)}"):
-            draft.unlink(missing_ok=True)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            with open(os.open(draft, flags, 0o600), "wb") as file:
+            folder = self._folder(run)
+            with contextlib.suppress(FileNotFoundError):
+                folder.unlink(draft)
+            with open(folder.create(draft, os.O_WRONLY), "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             with self._lock:
                 self._open.discard((run, segment))  # else `check` would miss the old file
-                os.replace(draft, path)
-                sync_directory(path.parent)
+                folder.replace(draft, name)
 
     def delete(self, run: Run, segment: int) -> None:
         """See Node."""

@@ -35,7 +35,7 @@ from ..format.records import Run
 from ..format.segment_numbers import reachable
 from ..format.store_rows import Counters, LogState, NodeRow
 from ..format.stripe_rows import SegmentState
-from ..log.journal_scan import last_commit
+from ..log.journal_scan import SEARCHED_BYTES_MAX, last_commit
 from ..log.log import Log
 from ..members.member import Member
 from ..members.members import Members
@@ -330,7 +330,7 @@ def _tidy(store: Store, member: Member) -> _Found:
     node = member.node
     journals, shards = node.segments(Run.JOURNAL), shard_sizes(node)
     since = [segment for segment in journals if segment >= store.dumper.first_segment]
-    size = sum(node.size(Run.JOURNAL, segment) for segment in since)
+    size = sum(min(node.size(Run.JOURNAL, n), SEARCHED_BYTES_MAX) for n in since)
     last = 0 if member.in_sync else last_commit(store.log.store, member.name, node)
     for segment in list(shards)[-2:]:
         if segment in member.shards.states:

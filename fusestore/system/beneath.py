@@ -61,7 +61,7 @@ class Directory:
 
     def open(self, name: str, flags: int) -> int:
         """Open a regular file in it; to be written to, it must have no other name."""
-        _expect(self.look(name), stat.S_IFREG)
+        self.look_at_file(name)
         fd = os.open(name, flags | _FLAGS, dir_fd=self.fd)
         try:
             found = os.fstat(fd)
@@ -83,6 +83,12 @@ class Directory:
     def look(self, name: str) -> os.stat_result:
         """What has the name."""
         return os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+
+    def look_at_file(self, name: str) -> os.stat_result:
+        """The same of a regular file."""
+        found = self.look(name)
+        _expect(found, stat.S_IFREG)
+        return found
 
     def entries(self) -> Iterator[os.DirEntry[str]]:
         """All names in it, in no order."""
