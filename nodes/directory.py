@@ -9,6 +9,10 @@ pwritev) and room is allocated ahead in steps, without changing the size.  A
 segment and its directory entry are durable before its first byte is written.
 A descriptor lives as long as somebody uses it, so a segment that is deleted
 or dropped from the cache still reads to the end for who holds it.
+
+The path may lead through links.  What lies beneath it is somebody else's: it is
+opened name by name from the directory's descriptor (system/beneath), and what is
+not a segment, by its name or its kind, is neither used nor deleted.
 """
 
 from __future__ import annotations
@@ -17,7 +21,6 @@ import contextlib
 import errno
 import logging
 import os
-import re
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,32 +28,40 @@ from pathlib import Path
 from typing_extensions import Buffer
 
 from ..bounded_cache import LeastRecentlyUsed
-from ..config.node_identity import NodeIdentity
-from ..errors import NodeBusyError, NodeError, NodeFullError, NodeIdentityError, NodeLacksError
+from ..config.node_identity import IDENTITY_NAME, NodeIdentity
+from ..errors import (
+    NodeBusyError,
+    NodeError,
+    NodeFullError,
+    NodeIdentityError,
+    NodeLacksError,
+)
 from ..format.records import Run
+from ..format.segment_numbers import segment_number
 from ..limits import DEFAULTS, Limits
 from ..system import linux, locks
-from ..system.files import sync_directory
+from ..system.beneath import Directory
 from .base import Space
+from .unexpected import costs_only
 
 log = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _BLOCK_BYTES = 4096
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)
+_NOT_TO_BE_WRITTEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EMLINK)
+"""What may still be read: such a file system or file, or a file with several names."""
 _FOLDERS = {Run.JOURNAL: ("journal", "log"), Run.SHARDS: ("shards", "seg")}
+_STRAYS_NAMED_MAX = 10
 
 
 def segment_path(run: Run, segment: int) -> str:
     """A segment's path relative to its node."""
-    folder, suffix = _FOLDERS[run]
-    return f"{folder}/{segment:08d}.{suffix}"
+    return f"{_FOLDERS[run][0]}/{_segment_name(run, segment)}"
 
 
-def _segment_number(run: Run, name: str) -> int | None:
-    """The inverse of segment_path for a name in the run's folder."""
-    found = re.fullmatch(r"(\d{8,10})\." + _FOLDERS[run][1], name)
-    return int(found[1]) if found else None
+def _segment_name(run: Run, segment: int) -> str:
+    return f"{segment:08d}.{_FOLDERS[run][1]}"
 
 
 def _drop_cached(descriptor: int, offset: int, length: int) -> None:
@@ -62,10 +73,12 @@ def _drop_cached(descriptor: int, offset: int, length: int) -> None:
 class _Segment:
     """An open segment; the descriptor is closed when the last user lets go."""
 
-    __slots__ = ("allocated", "fd")
+    __slots__ = ("allocated", "fd", "refused")
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, refused: OSError | None = None) -> None:
         self.fd = fd
+        self.refused = refused
+        """Why it is open for reading alone, though the node is not."""
         self.allocated = os.fstat(fd).st_size
 
     def __del__(self) -> None:
@@ -90,30 +103,35 @@ class DirectoryNode:
         """
         self.path = path
         self._name = identity.node
-        self._owned = self._own(owner, shared=read_only)
-        self._flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
-        for folder, _ in _FOLDERS.values():
-            with self._errors("open"):
-                if not read_only and not (path / folder).is_dir():
-                    (path / folder).mkdir(mode=0o700)
-                    sync_directory(path)
         with self._errors("open"):
-            self._marker = os.stat(path / "node.toml")
+            self._directory: Directory | None = Directory.at(path)
+            self._there = os.fstat(self._directory.fd)
+            self._marker = self._directory.look(IDENTITY_NAME)
+        self._owned = self._own(self._directory, owner, shared=read_only)
+        self._flags = os.O_RDONLY if read_only else os.O_RDWR
+        for run, (folder, _) in _FOLDERS.items():
+            with self._errors(f"open its folder {folder}"):
+                if not read_only:
+                    self._directory.make_folder(folder)
+                with contextlib.suppress(FileNotFoundError):
+                    self._folder(run)
         self._limits = limits
         self._ahead = {Run.JOURNAL: 0, Run.SHARDS: limits.shard_preallocate_bytes}
         self._lock = threading.Lock()
         self._open = self._none_open()
+        self._strays: frozenset[str] = frozenset()
+        """Names that were said to be ignored."""
 
     def _none_open(self) -> LeastRecentlyUsed[tuple[Run, int], _Segment]:
         return LeastRecentlyUsed(self._limits.open_segments_max)
 
-    def _own(self, owner: str, *, shared: bool) -> locks.Lock:
+    def _own(self, directory: Directory, owner: str, *, shared: bool) -> locks.Lock:
         """Lock the directory, or, where that cannot be, the file that says whose it is."""
         with self._errors("lock"):
             try:
-                lock = locks.take(self.path, owner, shared=shared)
+                lock = locks.take(".", owner, shared=shared, dir_fd=directory.fd)
                 if not lock.is_held:
-                    lock = locks.take(self.path / "node.toml", owner, shared=shared)
+                    lock = locks.take(IDENTITY_NAME, owner, shared=shared, dir_fd=directory.fd)
             except locks.LockedError as error:
                 by = f"process {error.holder}" if error.holder else "another process"
                 raise NodeBusyError(
@@ -130,6 +148,11 @@ class DirectoryNode:
 
     @contextlib.contextmanager
     def _errors(self, what: str) -> Iterator[None]:
+        with costs_only(self._name), self._os_errors(what):
+            yield
+
+    @contextlib.contextmanager
+    def _os_errors(self, what: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -141,15 +164,23 @@ class DirectoryNode:
             reason = error.strerror or str(error)
             raise kind(f"Node {self._name} ({self.path}) cannot {what}: {reason}.") from error
 
+    def _folder(self, run: Run) -> Directory:
+        """The open folder of a run; OSError when it is none, or the node is closed."""
+        directory = self._directory  # `close` takes it from us
+        if directory is None:
+            raise OSError(errno.EBADF, "it is closed")
+        return directory.folder(_FOLDERS[run][0])
+
     def check(self) -> None:
         """See Node."""
         try:
-            now = os.stat(self.path / "node.toml")
+            there = os.stat(self.path)
+            now = os.stat(self.path / IDENTITY_NAME, follow_symlinks=False)
         except OSError as error:
             raise NodeIdentityError(
                 f"Node {self._name} is gone from {self.path}: {error.strerror}."
             ) from error
-        if (now.st_dev, now.st_ino) != (self._marker.st_dev, self._marker.st_ino):
+        if not os.path.samestat(there, self._there) or not os.path.samestat(now, self._marker):
             raise NodeIdentityError(f"Node {self._name} at {self.path} was replaced by another.")
         with self._errors("look at its segments"), self._lock:
             for (run, segment), opened in self._open.items():
@@ -161,39 +192,67 @@ class DirectoryNode:
 
     def segments(self, run: Run) -> list[int]:
         """See Node."""
+        found, strays = list[int](), list[str]()
         with self._errors("list its segments"):
             try:
-                names = os.listdir(self.path / _FOLDERS[run][0])
+                folder = self._folder(run)
             except FileNotFoundError:
                 return []
-        return sorted(n for n in (_segment_number(run, name) for name in names) if n is not None)
+            for entry in folder.entries():
+                number = segment_number(entry.name, _FOLDERS[run][1])
+                if number is not None and entry.is_file(follow_symlinks=False):
+                    found.append(number)
+                elif len(strays) < _STRAYS_NAMED_MAX:
+                    strays.append(entry.name)
+            self._ignore(run, strays)
+        return sorted(found)
 
-    def _segment(self, run: Run, segment: int, *, create: bool = False) -> _Segment:
-        """The open segment; OSError when it cannot be opened."""
+    def _ignore(self, run: Run, strays: list[str]) -> None:
+        """Say once that what is not of this store is left alone."""
+        names = {f"{_FOLDERS[run][0]}/{name}" for name in strays}
+        new, self._strays = names - self._strays, self._strays | names
+        if new:
+            log.warning(
+                "Node %s (%s) holds what is no segment of this store: %s: it is ignored.",
+                self._name,
+                self.path,
+                ", ".join(map(ascii, sorted(new))),
+            )
+
+    def _segment(
+        self, run: Run, segment: int, *, write: bool = False, create: bool = False
+    ) -> _Segment:
+        """The open segment, to be written to if asked for; OSError when it cannot be opened."""
         with self._lock:
             found = self._open.get((run, segment))
-            if found is not None:
+            if found is not None and not (write and found.refused):
                 return found
-            path = self.path / segment_path(run, segment)
+            folder, name = self._folder(run), _segment_name(run, segment)
             try:
-                fd = os.open(path, self._flags)
+                opened = self._opened(folder, name)
             except FileNotFoundError:
                 if not create:
                     raise
-                fd = os.open(path, self._flags | os.O_CREAT | os.O_EXCL, 0o600)
-                try:
-                    os.fsync(fd)
-                    sync_directory(path.parent)
-                except OSError:
-                    os.close(fd)
-                    raise
-            opened = self._open[run, segment] = _Segment(fd)
+                opened = _Segment(folder.create(name, self._flags))
+                os.fsync(opened.fd)
+                folder.sync()
+            if write and opened.refused:
+                raise opened.refused
+            self._open[run, segment] = opened
             return opened
+
+    def _opened(self, folder: Directory, name: str) -> _Segment:
+        try:
+            return _Segment(folder.open(name, self._flags))
+        except OSError as error:
+            if self._flags == os.O_RDONLY or error.errno not in _NOT_TO_BE_WRITTEN:
+                raise
+            return _Segment(folder.open(name, os.O_RDONLY), error.with_traceback(None))
 
     def write(self, run: Run, segment: int, offset: int, buffers: Sequence[Buffer]) -> None:
         """See Node."""
         with self._errors(f"write {segment_path(run, segment)}"):
-            target = self._segment(run, segment, create=True)
+            target = self._segment(run, segment, write=True, create=True)
             views = [memoryview(buffer).cast("B") for buffer in buffers]
             end = offset + sum(len(view) for view in views)
             with self._lock:
@@ -267,7 +326,10 @@ class DirectoryNode:
     def size(self, run: Run, segment: int) -> int:
         """See Node."""
         with self._errors(f"look at {segment_path(run, segment)}"):
-            return os.fstat(self._segment(run, segment).fd).st_size
+            opened = self.opened(run, segment)
+            if opened is not None:
+                return os.fstat(opened.fd).st_size
+            return self._folder(run).look_at_file(_segment_name(run, segment)).st_size
 
     def flush(self, run: Run, segments: Sequence[int]) -> None:
         """See Node."""
@@ -281,7 +343,7 @@ class DirectoryNode:
     def truncate(self, run: Run, segment: int, size: int) -> None:
         """See Node."""
         with self._errors(f"truncate {segment_path(run, segment)}"):
-            target = self._segment(run, segment)
+            target = self._segment(run, segment, write=True)
             os.ftruncate(target.fd, size)
             target.allocated = size
 
@@ -293,7 +355,7 @@ class DirectoryNode:
             return
         with self._errors(f"free room in {segment_path(Run.SHARDS, segment)}"):
             try:
-                target = self._segment(Run.SHARDS, segment)
+                target = self._segment(Run.SHARDS, segment, write=True)
                 linux.punch_hole(target.fd, start, end - start)
             except FileNotFoundError:
                 return
@@ -303,24 +365,25 @@ class DirectoryNode:
 
     def replace(self, run: Run, segment: int, content: Buffer) -> None:
         """See Node."""
-        path = self.path / segment_path(run, segment)
-        draft = path.with_name(path.name + ".new")
+        name = _segment_name(run, segment)
+        draft = name + ".new"
         with self._errors(f"replace {segment_path(run, segment)}"):
-            draft.unlink(missing_ok=True)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            with open(os.open(draft, flags, 0o600), "wb") as file:
+            folder = self._folder(run)
+            with contextlib.suppress(FileNotFoundError):
+                folder.unlink(draft)
+            with open(folder.create(draft, os.O_WRONLY), "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             with self._lock:
                 self._open.discard((run, segment))  # else `check` would miss the old file
-                os.replace(draft, path)
-                sync_directory(path.parent)
+                folder.replace(draft, name)
 
     def delete(self, run: Run, segment: int) -> None:
         """See Node."""
         with self._errors(f"delete {segment_path(run, segment)}"), self._lock:
-            (self.path / segment_path(run, segment)).unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                self._folder(run).unlink(_segment_name(run, segment))
             self._open.discard((run, segment))
 
     def space(self) -> Space:
@@ -334,12 +397,14 @@ class DirectoryNode:
         """See Node."""
         total = 0
         with self._errors("tell its size"):
-            for folder, _ in _FOLDERS.values():
-                with os.scandir(self.path / folder) as entries:
-                    total += sum(entry.stat().st_blocks * 512 for entry in entries)
+            for run in _FOLDERS:
+                for entry in self._folder(run).entries():
+                    with contextlib.suppress(FileNotFoundError):  # it was deleted meanwhile
+                        total += entry.stat(follow_symlinks=False).st_blocks * 512
         return total
 
     def close(self) -> None:
         """See Node."""
-        self._open = self._none_open()  # without the lock: a thread that hangs may hold it
+        # Without the lock: a thread that hangs may hold it, and what it uses stays open.
+        self._open, self._directory = self._none_open(), None
         self._owned.release()

@@ -342,8 +342,8 @@ def test_a_directory_without_the_right_identity_is_no_node(tmp_path: Path) -> No
     assert "format is missing" in problem(tmp_path)
     file.unlink()
     file.mkdir()
-    with pytest.raises(NodeError, match="Is a directory") as unread:  # it may be there
-        read_identity(tmp_path)
+    with pytest.raises(NodeError, match="it is a directory, not a regular file") as unread:
+        read_identity(tmp_path)  # it may be there
     assert not isinstance(unread.value, NodeIdentityError)
 
 

@@ -19,6 +19,7 @@ from fusestore.format.records import Run
 from fusestore.limits import DEFAULTS, Limits
 from fusestore.nodes.base import Node
 from fusestore.nodes.directory import DirectoryNode, segment_path
+from fusestore.system.beneath import Directory
 
 
 def directory(path: Path, limits: Limits = DEFAULTS) -> DirectoryNode:
@@ -161,11 +162,11 @@ def hanging(node: Node, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
     node.write(Run.SHARDS, 1, 0, [b"x"])
     hangs, may_end = threading.Event(), threading.Event()
 
-    def unlink(path: Path, **_: bool) -> None:
+    def unlink(directory: Directory, name: str) -> None:
         hangs.set()
         may_end.wait(20)
 
-    monkeypatch.setattr(Path, "unlink", unlink)
+    monkeypatch.setattr(Directory, "unlink", unlink)
     deleting = threading.Thread(target=node.delete, args=(Run.SHARDS, 1))
     deleting.start()
     assert hangs.wait(20)

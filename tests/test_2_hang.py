@@ -174,9 +174,14 @@ async def test_syncs_go_on_while_a_node_hangs_that_gets_its_journal_again(
             node.hang()
         return copy_journals(*arguments)
 
+    def again(*arguments: Any) -> HangingNode:
+        nonlocal node
+        node = HangingNode(opening.open_node(*arguments))
+        return node
+
     async with hanging(config) as (one, node):
         monkeypatch.setattr(rejoin, "copy_journals", copy)
-        monkeypatch.setattr(comeback, "open_node", lambda *arguments: node)
+        monkeypatch.setattr(comeback, "open_node", again)
         one.store.log.members.all[0].fail(NodeError("It went away."))
         await one.put("meanwhile", data("meanwhile"))
         await one.store.committer.commit()

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 from uuid import UUID
 
 from ..errors import ConfigError, NodeError, NodeIdentityError
+from ..system.beneath import Directory
 from ..system.files import write_whole
 from ..system.strict_toml import Table
 
 IDENTITY_NAME = "node.toml"
 IDENTITY_VERSION = 1
+IDENTITY_BYTES_MAX = 4096
+"""What `write_identity` writes takes a tenth of this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +38,12 @@ def read_identity(path: Path) -> NodeIdentity:
     NodeIdentityError when the directory or file is missing or foreign, NodeError when the
     file cannot be read.
     """
-    file = path / IDENTITY_NAME
+
+    def opened() -> BinaryIO:
+        return open(Directory.at(path).open(IDENTITY_NAME, os.O_RDONLY), "rb")
+
     try:
-        table = Table.read(file)
+        table = Table.load(path / IDENTITY_NAME, opened, IDENTITY_BYTES_MAX)
         table.take_format(IDENTITY_VERSION)
         identity = NodeIdentity(
             store=table.take_uuid("store"),

@@ -125,9 +125,13 @@ def _too_long(nodes: Sequence[NodeConfig]) -> str | None:
         NodeRow(0xFFFF, n.name, n.region, str(n.path), False, NEVER_WHOLE, n.weight, True)
         for n in nodes
     ]
-    if len(encode_nodes(rows)) <= VALUE_BYTES_MAX:
+    length = len(encode_nodes(rows))
+    if length <= VALUE_BYTES_MAX:
         return None
-    return f"The names and places of {len(nodes)} nodes are too long for one store: shorten them."
+    return (
+        f"The names and places of {len(nodes)} nodes take {length:,} bytes, and a store has "
+        f"{VALUE_BYTES_MAX:,} for them: shorten them, or have fewer nodes."
+    )
 
 
 def _conflicts(
@@ -197,6 +201,9 @@ def examine(file: Path) -> tuple[StoreConfig, list[str]]:
     for i, problem in _conflicts(store, config.metadata, [node for node, _ in sound]):
         place, key = (sound[i][1], "path") if i >= 0 else (table, "metadata")
         place.bad(key, f"cannot be used: {problem.rstrip('.')}")
+    too_long = _too_long(nodes)
+    if too_long:
+        table.bad("node", f"cannot be used: {too_long[0].lower()}{too_long[1:].rstrip('.')}")
     if table.is_good() and not config.allow_unsafe:
         unsafe = check_region_rule(config.code, config.regions)
         if unsafe:

@@ -10,7 +10,6 @@ be removed again.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import islice
@@ -33,6 +32,7 @@ from ..log.log import Log
 from ..members.member import Member
 from ..members.opening import open_node
 from ..repair.repairer import Repairer
+from ..system.beneath import Directory
 from .balance import Census, take_census
 from .rebalance import Rebalancer
 
@@ -287,6 +287,7 @@ def _clear(config: StoreConfig, place: NodeConfig) -> None:
     for run in (Run.SHARDS, Run.JOURNAL):
         for segment in node.segments(run):
             node.delete(run, segment)
+    directory = Directory.at(place.path)
     for name in (SHARDS_DIRECTORY, JOURNAL_DIRECTORY):
-        os.rmdir(place.path / name)
-    os.unlink(place.path / IDENTITY_NAME)
+        directory.remove_folder(name)
+    directory.unlink(IDENTITY_NAME)

@@ -24,12 +24,17 @@ from ..errors import (
 from ..format import store_rows
 from ..format.records import HEADER_BYTES, Header, Kind, Place, Run, decode_commit, records
 from ..nodes.base import Node
+from ..nodes.directory import segment_path
+from ..nodes.unexpected import costs_only
 from .journal import Entry, Journals, Unreadable
 
 log = logging.getLogger(__name__)
 
 _PIECE_BYTES = 1 << 20
 _BLOCK_BYTES = 4096
+SEARCHED_BYTES_MAX = 64 << 20
+"""Bytes without a record that are looked through behind the last intact one; a segment that is
+not longer is read as it is."""
 BLOCKS_TRIED_MAX = 64
 """Blocks of a node that fail before the rest of its journal is not tried any more: each may
 take the disk seconds."""
@@ -50,10 +55,11 @@ def read_journals(
     for name, node in nodes:
         reader = _SegmentReader(name, node)
         try:
-            for segment in node.segments(Run.JOURNAL):
-                if segment >= first:
-                    _index_segment(found, Place(store, name, Run.JOURNAL, segment), reader)
-                    progress(found.size)
+            with costs_only(name):
+                for segment in node.segments(Run.JOURNAL):
+                    if segment >= first:
+                        _index_segment(found, Place(store, name, Run.JOURNAL, segment), reader)
+                        progress(found.size)
         except NodeError as error:
             found.failed[name] = error
         for lost in reader.unreadable:
@@ -68,11 +74,13 @@ def last_commit(store: UUID, name: str, node: Node) -> int:
     What cannot be read counts for nothing.
     """
     reader = _SegmentReader(name, node)
-    for segment in reversed(node.segments(Run.JOURNAL)):
-        found = records(Place(store, name, Run.JOURNAL, segment), reader.read(segment))
-        numbers = [header.number for _, header, _ in found if header.kind is Kind.COMMIT]
-        if numbers:
-            return max(numbers)
+    with costs_only(name):
+        for segment in reversed(node.segments(Run.JOURNAL)):
+            place = Place(store, name, Run.JOURNAL, segment)
+            found = records(place, reader.read(place))
+            numbers = [header.number for _, header, _ in found if header.kind is Kind.COMMIT]
+            if numbers:
+                return max(numbers)
     return 0
 
 
@@ -85,8 +93,9 @@ class _SegmentReader:
     unreadable: list[Unreadable] = field(default_factory=list)
     _failed: int = 0
 
-    def read(self, segment: int) -> bytearray:
+    def read(self, place: Place) -> bytearray:
         """A segment, with zeros where it cannot be read; NodeError when the node is gone."""
+        segment = place.segment
         try:
             size = self.node.size(Run.JOURNAL, segment)
         except NodeLacksError as error:  # a metadata dump has replaced it meanwhile
@@ -97,11 +106,43 @@ class _SegmentReader:
         except NodeError as error:
             self.unreadable.append(Unreadable(self.name, segment, 0, None, str(error)))
             return bytearray()
+        if size > SEARCHED_BYTES_MAX:
+            end = self._end(place, size)
+            if end < size:
+                self._note(
+                    segment,
+                    end,
+                    size,
+                    f"Node {self.name}: {segment_path(Run.JOURNAL, segment)} is {size:,} bytes "
+                    f"long, and no record was found in the last {SEARCHED_BYTES_MAX:,} that were "
+                    "looked through: it is damaged.",
+                )
+                size = end
         data = bytearray(size)
         for start in range(0, size, _PIECE_BYTES):
             for piece in self._pieces(segment, start, min(start + _PIECE_BYTES, size)):
                 data[piece[0] : piece[0] + len(piece[1])] = piece[1]
         return data
+
+    def _end(self, place: Place, size: int) -> int:
+        """Where to stop in a segment that is longer than others.
+
+        Its records may be long.  But where none begins for so many bytes, there is none
+        any more: the size is wrong, or the file is not ours.
+        """
+        offset = 0
+        try:
+            while offset < size:
+                data = self.node.read(Run.JOURNAL, place.segment, offset, HEADER_BYTES)
+                header = Header.decode(data, place.seed(offset))
+                if header.record_length > size - offset:
+                    break
+                offset += header.record_length
+        except (NodeIdentityError, NodeTimeoutError):
+            raise
+        except (NodeError, FormatError):
+            pass
+        return min(offset + SEARCHED_BYTES_MAX, size)
 
     def _pieces(self, segment: int, start: int, end: int) -> Iterator[tuple[int, bytes]]:
         """(offset, bytes) of what can be read of start <= i < end."""
@@ -133,7 +174,7 @@ class _SegmentReader:
 
 def _index_segment(found: Journals, place: Place, reader: _SegmentReader) -> None:
     segment = place.segment
-    data = reader.read(segment)
+    data = reader.read(place)
     found.size += len(data)
     for offset, header, payload in records(place, data):
         entry: Entry | None

@@ -13,25 +13,27 @@ from ..format.records import Run
 from ..format.store_rows import NodeRow
 from ..nodes.base import Node
 from ..nodes.directory import DirectoryNode
+from ..nodes.unexpected import costs_only
 from .member import Member
 from .members import Members
 
 
 def open_node(config: StoreConfig, node: NodeConfig, *, read_only: bool = False) -> Node:
     """Open a node of the configuration; NodeError when it is not there, not itself, or in use."""
-    identity = read_identity(node.path)
-    if (identity.store, identity.node) != (config.uuid, node.name):
-        raise NodeIdentityError(
-            f"{node.path} belongs to node {identity.node} of store {identity.store}, "
-            f"not to node {node.name} of {config.store}."
+    with costs_only(node.name):
+        identity = read_identity(node.path)
+        if (identity.store, identity.node) != (config.uuid, node.name):
+            raise NodeIdentityError(
+                f"{node.path} belongs to node {identity.node} of store {identity.store}, "
+                f"not to node {node.name} of {config.store}."
+            )
+        return DirectoryNode(
+            node.path,
+            identity,
+            read_only=read_only,
+            limits=config.limits,
+            owner=os.path.realpath(config.store),
         )
-    return DirectoryNode(
-        node.path,
-        identity,
-        read_only=read_only,
-        limits=config.limits,
-        owner=os.path.realpath(config.store),
-    )
 
 
 def node_ids(nodes: Iterable[NodeConfig], rows: Iterable[NodeRow]) -> dict[str, int]:

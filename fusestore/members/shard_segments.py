@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..format.records import HEADER_BYTES, record_length
+from ..format.segment_numbers import reachable
 from ..format.stripe_rows import SegmentState, ShardPlace
 from ..limits import Limits
 
@@ -83,8 +84,12 @@ class ShardSegments:
         self.lost = living.difference(on_disk)
 
     def begin_after(self, on_disk: Iterable[int]) -> None:
-        """Go on in a segment that neither the node nor any row has."""
-        self.current = max([0, self.current, *self.states, *on_disk]) + 1
+        """Go on in a segment that neither the node nor any row has.
+
+        Numbers that the store cannot have come to do not count.
+        """
+        known = [0, self.current, *self.states]
+        self.current = max(known + reachable(on_disk, known)) + 1
         self.offset = 0
 
     def roll(self) -> None:

@@ -14,6 +14,7 @@ from ..config.store_config import StoreConfig
 from ..errors import NodeBusyError, NodeError, StoreBusyError, UsageError
 from ..nodes.base import Node
 from ..nodes.directory import DirectoryNode
+from ..nodes.unexpected import costs_only
 
 Candidate = tuple[Path, NodeIdentity]
 """A directory that says which node it is."""
@@ -42,7 +43,8 @@ class FoundNodes:
         for name, (path, identity) in self.places.items():
             try:
                 owner = os.path.realpath(self.store)
-                nodes[name] = DirectoryNode(path, identity, read_only=True, owner=owner)
+                with costs_only(name):
+                    nodes[name] = DirectoryNode(path, identity, read_only=True, owner=owner)
             except NodeBusyError as error:
                 raise StoreBusyError(str(error)) from error
             except NodeError as error:

@@ -32,15 +32,17 @@ from ..errors import (
 from ..format import erasure, store_rows, stripe_rows, tables
 from ..format.erasure import Code
 from ..format.records import Run
+from ..format.segment_numbers import reachable
 from ..format.store_rows import Counters, LogState, NodeRow
 from ..format.stripe_rows import SegmentState
-from ..log.journal_scan import last_commit
+from ..log.journal_scan import SEARCHED_BYTES_MAX, last_commit
 from ..log.log import Log
 from ..members.member import Member
 from ..members.members import Members
 from ..members.opening import open_members, open_node, shard_sizes
 from ..members.standing import State
 from ..metadata.engine import DATABASE, DATABASE_LOCK, Engine
+from ..nodes.directory import segment_path
 from ..system.files import sync_directory
 from ..system.io_uring import Ring
 from .rows_at_mount import mend_rows
@@ -294,14 +296,14 @@ async def _begin_epoch(store: Store) -> None:
     """Log again what was replayed, in a new epoch, and checkpoint it."""
     state, committer = store.log, store.committer
     state.state = replace(state.state, epoch=state.state.epoch + 1, nonce=os.urandom(16).hex())
-    journals = [state.state.journal_segment]
+    known, journals = [state.state.journal_segment], list[int]()
     for member in state.members.all:
         if not member.out_of_use:
             try:
                 journals += _take_over(store, member, await member.call(_tidy, store, member))
             except FusestoreError as error:
                 member.fail(error)
-    committer.journal.segment = max(journals) + 1
+    committer.journal.segment = max(known + reachable(journals, known)) + 1
     committer.epoch_base = committer.checkpointer.reached
     if state.state.commit == 0 or state.engine.get(store_rows.FORMAT_KEY) != _format(store.config):
         state.apply({store_rows.FORMAT_KEY: _format(store.config)})
@@ -328,7 +330,7 @@ def _tidy(store: Store, member: Member) -> _Found:
     node = member.node
     journals, shards = node.segments(Run.JOURNAL), shard_sizes(node)
     since = [segment for segment in journals if segment >= store.dumper.first_segment]
-    size = sum(node.size(Run.JOURNAL, segment) for segment in since)
+    size = sum(min(node.size(Run.JOURNAL, n), SEARCHED_BYTES_MAX) for n in since)
     last = 0 if member.in_sync else last_commit(store.log.store, member.name, node)
     for segment in list(shards)[-2:]:
         if segment in member.shards.states:
@@ -348,8 +350,18 @@ def _take_over(store: Store, member: Member, found: _Found) -> list[int]:
         # Unless it is doubted, it lacks no more than what is in `missing`.
         member.standing.found(found.last)
         member.standing.entered()
-    strays = found.shards.keys() - member.shards.states.keys()
-    store.reclaimer.strays[member.id] = {segment: found.shards[segment] for segment in strays}
+    states = member.shards.states
+    near = reachable(found.shards, [0, *states])
+    strays = {segment: found.shards[segment] for segment in near if segment not in states}
+    store.reclaimer.strays[member.id] = strays
+    for segment in found.shards.keys() - set(near):
+        log.warning(
+            "Node %s (%s) holds a file %s, a number that this store has not come to: it is "
+            "ignored.",
+            member.name,
+            member.config.path,
+            segment_path(Run.SHARDS, segment),
+        )
     return found.journals
 
 

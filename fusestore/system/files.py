@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
+from .beneath import Directory
+
 
 def write_whole(file: Path, text: str, mode: int = 0o600) -> None:
-    """Replace `file`, durable with its name; OSError when it fails."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    """Replace `file`, durable with its name; OSError when it fails.
+
+    A link that has its name is replaced, not followed.
+    """
+    directory = Directory.at(file.parent)
+    draft = f".{file.name}.{os.getpid()}"
+    with contextlib.suppress(FileNotFoundError):
+        directory.unlink(draft)
+    fd = directory.create(draft, os.O_WRONLY)
     try:
         with open(fd, "w", encoding="utf-8") as stream:
             os.fchmod(fd, mode)
             stream.write(text)
             stream.flush()
             os.fsync(fd)
-        os.replace(draft, file)
+        directory.replace(draft, file.name)
     except BaseException:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            directory.unlink(draft)
         raise
-    sync_directory(file.parent)
 
 
 def sync_directory(path: Path) -> None:
     """Make the names in a directory durable; OSError when it fails."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    Directory.at(path).sync()

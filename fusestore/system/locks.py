@@ -67,12 +67,13 @@ class Lock:
         self.release()
 
 
-def take(path: Path, owner: str, *, shared: bool) -> Lock:
+def take(path: Path | str, owner: str, *, shared: bool, dir_fd: int | None = None) -> Lock:
     """Lock a file or directory; LockedError when it is in use, OSError when it is not there.
 
-    Where the file system cannot lock it, the lock that is returned is not held.
+    With `dir_fd` it is a name in that directory, and no link.  Where the file system
+    cannot lock it, the lock that is returned is not held.
     """
-    fd = _open(path, shared)
+    fd = _open(path, shared, dir_fd)
     try:
         found = os.fstat(fd)
         key = found.st_dev, found.st_ino
@@ -93,17 +94,17 @@ def take(path: Path, owner: str, *, shared: bool) -> Lock:
             os.close(fd)
 
 
-def _open(path: Path, shared: bool) -> int:
-    flags = os.O_CLOEXEC | os.O_NONBLOCK
+def _open(path: Path | str, shared: bool, dir_fd: int | None) -> int:
+    flags = os.O_CLOEXEC | os.O_NONBLOCK | (0 if dir_fd is None else os.O_NOFOLLOW)
     if not shared:  # NFS locks a file only for those who may write it
         try:
-            return os.open(path, os.O_RDWR | flags)
+            return os.open(path, os.O_RDWR | flags, dir_fd=dir_fd)
         except (IsADirectoryError, PermissionError):
             pass
         except OSError as error:
             if error.errno != errno.EROFS:
                 raise
-    return os.open(path, os.O_RDONLY | flags)
+    return os.open(path, os.O_RDONLY | flags, dir_fd=dir_fd)
 
 
 def _lock(fd: int, shared: bool) -> bool:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from uuid import UUID
 
 from ..errors import ConfigError
 
 FILE_BYTES_MAX = 1 << 18
 """A file longer than this is not one of ours."""
+PARSED_MAX = 1 << 20
+"""So many characters are parsed again to find the lines of mistakes."""
 SHOWN_MAX = 80
 """So many characters of a value are said."""
 
@@ -53,20 +56,41 @@ class _File:
 def _statements(text: str) -> dict[Keys, int]:
     """The line on which the statement begins that first names a value.
 
-    tomllib does not tell, but a file that ends after a whole statement is TOML,
-    too: the first such beginning that has the value ends with its statement.
+    tomllib does not tell.  A statement ends on the first line with which it is TOML: each
+    is parsed by itself, and belongs to the table that the last header named.  A file with
+    statements of so many lines that this takes long is not looked through to its end.
     """
     found: dict[Keys, int] = {}
-    lines = text.split("\n")
-    start = 1
-    for number in range(1, len(lines) + 1):
+    counts: Counter[str] = Counter()
+    above: Keys = ()
+    left = PARSED_MAX
+    start, lines = 1, list[str]()
+    for number, line in enumerate(text.split("\n"), 1):
+        lines.append(line)
+        statement = "\n".join(lines)
+        left -= len(statement)
+        if left < 0:
+            break
         try:
-            values = tomllib.loads("\n".join(lines[:number]))
+            values = tomllib.loads(statement)
         except tomllib.TOMLDecodeError:
             continue  # in the middle of a statement
-        for keys in _named(values):
-            found.setdefault(keys, start)
-        start = number + 1
+        if statement.lstrip().startswith("["):
+            above = ()
+            for key, value in values.items():
+                if isinstance(value, list):
+                    above = (key, counts[key])
+                    counts[key] += 1
+                    found.setdefault((key,), start)
+                elif counts[key]:  # [key.inner], of the last table of an array
+                    above = (key, counts[key] - 1, *value)
+                else:
+                    above = (key,)
+            found.setdefault(above, start)
+        else:
+            for keys in _named(values):
+                found.setdefault((*above, *keys), start)
+        start, lines = number + 1, []
     return found
 
 
@@ -101,15 +125,20 @@ class Table:
     @classmethod
     def read(cls, file: Path) -> Table:
         """Read a file; FileNotFoundError or NotADirectoryError, ConfigError for all else."""
+        return cls.load(file, lambda: open(file, "rb"), FILE_BYTES_MAX)
+
+    @classmethod
+    def load(cls, file: Path, opened: Callable[[], BinaryIO], most: int) -> Table:
+        """Read the file that `opened` opens, of `most` bytes; errors as of `read`."""
         try:
-            with open(file, "rb") as stream:
-                data = stream.read(FILE_BYTES_MAX + 1)
+            with opened() as stream:
+                data = stream.read(most + 1)
         except (FileNotFoundError, NotADirectoryError):
             raise
         except OSError as error:
             raise ConfigError(f"{file} cannot be read: {error.strerror or error}.") from error
-        if len(data) > FILE_BYTES_MAX:
-            raise ConfigError(f"{file} is longer than {FILE_BYTES_MAX} bytes: it is not ours.")
+        if len(data) > most:
+            raise ConfigError(f"{file} is longer than {most} bytes: it is not ours.")
         try:
             text = data.decode().replace("\r\n", "\n")
         except UnicodeDecodeError as error:

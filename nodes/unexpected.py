@@ -1,0 +1,26 @@
+"""An error that no node may raise is a bug: it costs the node that met it, not the mount."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..errors import FusestoreError, NodeError
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def costs_only(name: str) -> Iterator[None]:
+    """NodeError in the place of an error that is none of fusestore's; that is logged."""
+    try:
+        yield
+    except FusestoreError:
+        raise
+    except Exception as error:
+        log.exception("Node %s met an unexpected error.", name)
+        raise NodeError(
+            f"Node {name} met an unexpected error ({type(error).__name__}): see the log, and "
+            "please report it."
+        ) from error
