@@ -39,12 +39,14 @@ class RowSums:
 
     tables: dict[bytes, tuple[int, int]] = field(default_factory=dict)
 
-    def add(self, key: bytes, stored: bytes, sign: int = 1) -> None:
-        """Count a stored row in, or with -1 out."""
-        letter = key[:1]
+    def add(self, key: bytes, stored: bytes) -> None:
+        """Count a stored row."""
+        self.change(key[:1], 1, int.from_bytes(stored[-CHECKSUM_BYTES:], "big"))
+
+    def change(self, letter: bytes, more_rows: int, more: int) -> None:
+        """A table has more rows, or fewer, and another sum."""
         rows, total = self.tables.get(letter, (0, 0))
-        checksum = int.from_bytes(stored[-CHECKSUM_BYTES:], "big")
-        self.tables[letter] = rows + sign, (total + sign * checksum) & _MASK
+        self.tables[letter] = rows + more_rows, (total + more) & _MASK
 
     def encode(self) -> bytes:
         """The value that is stored."""

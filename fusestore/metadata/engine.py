@@ -21,6 +21,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -38,7 +39,7 @@ from ..errors import (
 )
 from ..format import tables
 from ..format.records import Changes
-from ..format.row_sums import RowSums, seal, unseal
+from ..format.row_sums import CHECKSUM_BYTES, RowSums, seal, unseal
 from ..format.tables import TABLES
 from ..limits import DEFAULTS, Limits
 from ..system import linux, locks
@@ -490,17 +491,28 @@ def _change(
     sums: RowSums,
 ) -> None:
     """Put and delete stored rows, both in order, and count them."""
+    more: defaultdict[int, int] = defaultdict(int)
+    rows: defaultdict[int, int] = defaultdict(int)
+    number = int.from_bytes
     with txn.cursor() as cursor:
+        before = cursor.get
         for key, stored in puts:
-            if cursor.set_key(key):
-                sums.add(key, cursor.value(), -1)
-            sums.add(key, stored)
+            old = before(key)
+            if old is None:
+                rows[key[0]] += 1
+            else:
+                more[key[0]] -= number(old[-CHECKSUM_BYTES:], "big")
+            more[key[0]] += number(stored[-CHECKSUM_BYTES:], "big")
         for start in range(0, len(puts), 500):
             cursor.putmulti(puts[start : start + 500])
         for key in deletes:
-            if cursor.set_key(key):
-                sums.add(key, cursor.value(), -1)
+            old = before(key)
+            if old is not None:
                 cursor.delete()
+                rows[key[0]] -= 1
+                more[key[0]] -= number(old[-CHECKSUM_BYTES:], "big")
+    for letter in rows.keys() | more.keys():
+        sums.change(bytes([letter]), rows[letter], more[letter])
 
 
 def _stored(
