@@ -25,6 +25,9 @@ under way; nothing later has begun.  Then, for each node on its own:
   there when `write_identity` has returned, and may be there before.  What was not acknowledged
   may depend on it: a mount may then refuse until it is told to accept the loss.
 
+A *kill* of the process ends it in the same ways, but the page cache stays: the next mount sees
+all that was written, flushed or not, and only a later cut takes away what nobody flushed.
+
 The metadata is what LMDB promises: `data.mdb` is as the last transaction left it that
 returned; the cut of one under way leaves the file before it, the file after it, or the file
 before it with any of the pages that the new one wrote anew (but not the page that makes them
@@ -209,6 +212,17 @@ class File:
             _apply(self.sure, event)
         self.limbo.clear()
 
+    def seen(self) -> bytes:
+        """What reads show while the power is on."""
+        data = bytearray(self.sure)
+        for event in self.limbo:
+            _apply(data, event)
+        return bytes(data)
+
+    def copy(self) -> File:
+        """One that can be changed."""
+        return File(self.sure[:], self.limbo[:])
+
     def doubt(self, chance: random.Random) -> None:
         """A flush has failed: what is lost now stays lost."""
         self.sure = bytearray(survivors(self, chance, "mixed"))
@@ -225,9 +239,9 @@ class Disk:
     """Segments whose deletion may not have happened."""
 
     def copy(self) -> Disk:
-        """One that can be changed; nothing is in limbo."""
-        assert not self.ghosts
-        return Disk(self.identity, {key: File(file.sure[:]) for key, file in self.files.items()})
+        """One that can be changed."""
+        files = {key: file.copy() for key, file in self.files.items()}
+        return Disk(self.identity, files, {key: file.copy() for key, file in self.ghosts.items()})
 
 
 def _apply(data: bytearray, event: OfSegment) -> None:
@@ -345,13 +359,18 @@ class Tape:
 
     def cut(self, cut: int, chance: random.Random) -> Tape:
         """A tape that begins with the disks as a cut under event `cut` may leave them."""
-        disks = {name: disk.copy() for name, disk in self.disks.items()}
-        for event in self.events[:cut]:
-            self._happen(disks, event, chance)
-        self._begin(disks, self.events[cut], chance)
-        for disk in disks.values():
+        tape = self.kill(cut, chance)
+        for disk in tape.disks.values():
             self._lose(disk, chance)
-        return Tape(disks, self._metadata(cut, chance))
+        return tape
+
+    def kill(self, at: int, chance: random.Random) -> Tape:
+        """A tape that begins with the disks as a kill under event `at` leaves them."""
+        disks = {name: disk.copy() for name, disk in self.disks.items()}
+        for event in self.events[:at]:
+            self._happen(disks, event, chance)
+        self._begin(disks, self.events[at], chance)
+        return Tape(disks, self._metadata(at, chance))
 
     @staticmethod
     def _happen(disks: dict[str, Disk], event: Event, chance: random.Random) -> None:
@@ -458,7 +477,7 @@ def write_disks(tape: Tape, origin: StoreConfig, to: Path) -> StoreConfig:
         for run in Run:
             (node.path / segment_path(run, 1)).parent.mkdir()
         for (run, segment), file in disk.files.items():
-            (node.path / segment_path(run, segment)).write_bytes(file.sure)
+            (node.path / segment_path(run, segment)).write_bytes(file.seen())
     return config
 
 
@@ -653,10 +672,13 @@ class RecordedNode:
 class Machine:
     """Opens a store and keeps a record of its disks; use as a context manager."""
 
-    def __init__(self, config: StoreConfig, chance: random.Random) -> None:
+    def __init__(
+        self, config: StoreConfig, chance: random.Random, disks: Tape | None = None
+    ) -> None:
+        """`disks`: those that were written to the store's place, with what is not sure there."""
         self.config = config
         self.chance = chance
-        self.tape = read_disks(config)
+        self.tape = Tape(disks.disks, disks.metadata) if disks is not None else read_disks(config)
         self.lives: dict[str, int] = {}
         """How often a node was wiped; what goes through older descriptors is gone."""
         self._ills: dict[str, tuple[str, int]] = {}

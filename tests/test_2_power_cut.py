@@ -633,11 +633,13 @@ class Cut:
         *,
         wait: bool = False,
         then: Callable[[Opened], Any] | None = None,
+        kept: Tape | None = None,
     ) -> tuple[State, Tape]:
         """The tree that a mount shows, and the tape of the mount.
 
         `disks`, those of a store as a cut left it: when one of them had just been wiped, the
         mount may refuse, and must then do what it is asked for with accept_loss.
+        `kept`, the same disks when the page cache was kept: a cut of the tape takes that away.
         """
         found: list[State] = []
 
@@ -652,7 +654,7 @@ class Cut:
                 if then is not None:
                     await then(one)
 
-        with Machine(config, self.chance) as machine:
+        with Machine(config, self.chance, kept) as machine:
             try:
                 machine.run(main)
             except ReplayError as error:
@@ -665,7 +667,7 @@ class Cut:
     def check(self) -> None:
         """Everything that a cut must not hurt."""
         disks = self.history.tape.cut(self.at, self.chance)
-        kinds = ["again", "again", "nested", "nested", "region"]
+        kinds = ["again", "again", "nested", "nested", "region", "killed", "killed"]
         if any(isinstance(event, Health) for event in self.history.tape.events[: self.at]):
             kinds += ["region"] * 3  # what a node lacked must be there again
         if len(self.history.tape.ill(self.at)) < 2:  # else it is more than the code bears
@@ -674,6 +676,10 @@ class Cut:
         with told(f"cut under event {self.at}, then {kind}:\n{self.history.tape.around(self.at)}"):
             getattr(self, f"_{kind}")(disks)
         shutil.rmtree(self.place)
+
+    def check_killed(self) -> None:
+        """A kill, a mount, and then a cut."""
+        self._killed(self.history.tape)
 
     def _match(self, found: State) -> int:
         return match(found, self.history.states, self.oldest, self.newest)
@@ -717,6 +723,23 @@ class Cut:
                 found, _ = self.mount(inner, disks)
                 match(self._without_work(found), self.history.states, oldest, newest)
                 found, _ = self.mount(inner, wait=True)
+                match(self._without_work(found), self.history.states, oldest, newest)
+
+    def _killed(self, disks: Tape) -> None:
+        """In place of the cut the process is killed; the mount after that is cut."""
+        disks = self.history.tape.kill(self.at, self.chance)
+        config = write_disks(disks, self.history.config, self.place / "killed")
+        found, tape = self.mount(config, disks, then=self._a_little_work, kept=disks)
+        number = self._match(found)
+        for nest in range(3):
+            at = tape.choose(self.chance)
+            oldest, newest = self.oldest, self.newest
+            if any(isinstance(event, Promised) for event in tape.events[:at]):
+                oldest = newest = number
+            with told(f"killed, mounted as state {number}, cut under {at}:\n{tape.around(at)}"):
+                disks = tape.cut(at, self.chance)
+                inner = write_disks(disks, config, self.place / f"cut{nest}")
+                found, _ = self.mount(inner, disks)
                 match(self._without_work(found), self.history.states, oldest, newest)
 
     async def _a_little_work(self, one: Opened) -> None:
@@ -798,6 +821,22 @@ def campaign(seed: int, number: int, cuts: int, place: Path) -> None:
             Cut(history, at, chance, place / f"cut{cut}").check()
 
 
+def killed_campaign(seed: int, number: int, kills: int, place: Path) -> None:
+    """Some work, kills of it, and cuts of the mounts after them."""
+    chance = random.Random(f"killed {seed} {number}")
+    with told(f"--model-seed {seed}, killed work {number}"):
+        limits = small_limits(chance)
+        config = make(place / "store", chance.choice(CODES), limits)
+        history = work(config, chance, STEPS // 2, None)
+        for kill in range(kills):
+            chance = random.Random(f"killed {seed} {number} {kill}")
+            at = history.tape.choose(chance)
+            cut = Cut(history, at, chance, place / f"kill{kill}")
+            with told(f"killed under event {at}:\n{history.tape.around(at)}"):
+                cut.check_killed()
+            shutil.rmtree(cut.place)
+
+
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
     return int(request.config.getoption("--model-seed"))
@@ -808,7 +847,53 @@ def test_the_power_is_cut(number: int, seed: int, tmp_path: Path) -> None:
     campaign(seed, number, CUTS, tmp_path)
 
 
+@pytest.mark.parametrize("number", range(4))
+def test_the_process_is_killed_and_then_the_power_is_cut(
+    number: int, seed: int, tmp_path: Path
+) -> None:
+    killed_campaign(seed, number, CUTS, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", range(100, 130))
+def test_kills_and_cuts_go_on(number: int, seed: int, tmp_path: Path) -> None:
+    killed_campaign(seed, number, 2 * CUTS, tmp_path)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("number", range(100, 160))
 def test_the_power_is_cut_often(number: int, seed: int, tmp_path: Path) -> None:
     campaign(seed, number, 2 * CUTS, tmp_path)
+
+
+def test_what_a_mount_counts_after_a_kill_is_on_the_disks(seed: int, tmp_path: Path) -> None:
+    """One file that replaces another, killed under every event; the mount is cut at its end."""
+    chance = random.Random(f"every kill {seed}")
+    config = make(tmp_path / "store")
+    old, new = chance.randbytes(MIB), chance.randbytes(MIB)
+    states: list[State] = []
+
+    async def main() -> None:
+        async with opened(config) as one:
+            for number, data in enumerate((old, new)):
+                await one.put("file", data)
+                states.append(await observe(one))
+                machine.tape.events.append(Possible(number))
+                await one.store.committer.commit()
+                machine.tape.events.append(Promised(number))
+
+    with Machine(config, chance) as machine:
+        machine.run(main)
+    first = next(i for i, event in enumerate(machine.tape.events) if event == Promised(0))
+    history = History(machine.tape, states, config)
+    for at in range(first, len(machine.tape.events)):
+        cut = Cut(history, at, chance, tmp_path / f"kill{at}")
+        with told(f"killed under event {at}:\n{machine.tape.around(at)}"):
+            disks = machine.tape.kill(at, chance)
+            killed = write_disks(disks, config, cut.place / "killed")
+            found, tape = cut.mount(killed, kept=disks)
+            number = match(found, states, cut.oldest, cut.newest)
+            after = write_disks(tape.cut(len(tape.events) - 1, chance), killed, cut.place / "cut")
+            found, _ = cut.mount(after)
+            match(found, states, number, number)
+        shutil.rmtree(cut.place)

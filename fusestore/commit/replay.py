@@ -5,6 +5,8 @@
 3. Commits up to a `durable_through` that any record carries always count: a shard
    that they lack is damage.  Later ones count if each stripe that they name has
    k intact shards.  What comes after the first that does not count is dropped.
+   What counts is flushed first, and read past the page cache: a process that was killed
+   may have left shards there that no disk has yet.
 4. When nodes that are away might have made a commit count, refuse.  So when what could
    not be read may hold a commit that was acknowledged: unreadable is not absent.
 """
@@ -12,6 +14,7 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -143,6 +146,7 @@ class _Replay:
         for entry in self._journals.chain(self._start):
             commit = entry.commit()
             if commit.number > durable:
+                _flush_shards(self._log, commit)
                 try:
                     if not _counts(self._log, commit):
                         break
@@ -213,6 +217,30 @@ class _Replay:
         raise ReplayError(
             f"{what}: bring the missing nodes back, or, if they are gone for good, {self._how}."
         )
+
+
+def _flush_shards(state: Log, commit: Commit) -> None:
+    """Have the disks hold the shards of a commit, and no cache: what is read then lasts.
+
+    A node that cannot flush is out of use.
+    """
+    wanted: dict[int, set[int]] = defaultdict(set)
+    for key, value in commit.changes.items():
+        if key[:1] == b"S" and value is not None:
+            for place in Stripe.decode(value).shards:
+                if place.written:
+                    wanted[place.node].add(place.segment)
+    for node, segments in wanted.items():
+        member = state.members.by_id.get(node)
+        for segment in sorted(segments) if member is not None else ():
+            if member is None or member.out_of_use:
+                break
+            try:
+                member.node.flush(Run.SHARDS, [segment])
+            except NodeLacksError:
+                continue
+            except NodeError as error:
+                member.fail(error)
 
 
 def _counts(state: Log, commit: Commit) -> bool:
