@@ -19,6 +19,7 @@ TRANSITIONS: dict[str, Callable[[Standing], object]] = {
     "refused as another": lambda standing: standing.refused(NodeIdentityError("Another node.")),
     "confirmed": Standing.confirmed,
     "missed": Standing.missed,
+    "set_apart": lambda standing: standing.set_apart("Another history."),
     "entered": Standing.entered,
     "joined": Standing.joined,
     "failed": lambda standing: standing.failed(NodeError("It failed.")),
@@ -28,6 +29,7 @@ TRANSITIONS: dict[str, Callable[[Standing], object]] = {
 
 UP, REBUILDING, BEHIND = State.UP, State.REBUILDING, State.BEHIND
 SUSPECT, DOWN, REMOVED = State.SUSPECT, State.DOWN, State.REMOVED
+FOREIGN = State.FOREIGN
 
 ALLOWED: dict[tuple[State, str], State] = {
     (DOWN, "opened"): BEHIND,
@@ -35,16 +37,19 @@ ALLOWED: dict[tuple[State, str], State] = {
     (DOWN, "refused"): DOWN,
     (SUSPECT, "refused as another"): DOWN,
     (DOWN, "refused as another"): DOWN,
+    (FOREIGN, "refused"): FOREIGN,
+    (FOREIGN, "refused as another"): DOWN,
+    **{(state, "set_apart"): FOREIGN for state in (BEHIND, SUSPECT, DOWN, FOREIGN)},
     (BEHIND, "confirmed"): UP,
     (BEHIND, "missed"): BEHIND,
-    **{(state, "entered"): REBUILDING for state in (BEHIND, REBUILDING, SUSPECT, DOWN)},
+    **{(state, "entered"): REBUILDING for state in (BEHIND, REBUILDING, SUSPECT, DOWN, FOREIGN)},
     (REBUILDING, "joined"): UP,
     **{(state, "failed"): SUSPECT for state in (UP, REBUILDING, BEHIND)},
     **{(state, "failed as gone"): DOWN for state in (UP, REBUILDING, BEHIND)},
     # Calls that were under way end later: they change nothing.
     **{
         (state, failure): state
-        for state in (SUSPECT, DOWN, REMOVED)
+        for state in (SUSPECT, DOWN, REMOVED, FOREIGN)
         for failure in ("failed", "failed as gone")
     },
     **{(state, "removed"): REMOVED for state in State if state is not REMOVED},
@@ -56,6 +61,7 @@ WAYS: dict[State, tuple[str, ...]] = {
     UP: ("opened", "confirmed"),
     REBUILDING: ("entered",),
     SUSPECT: ("opened", "failed"),
+    FOREIGN: ("opened", "set_apart"),
     REMOVED: ("removed",),
 }
 
@@ -86,7 +92,7 @@ def test_what_a_state_means(state: State) -> None:
     standing = in_state(state)
     assert standing.in_sync is (state is UP)
     assert standing.writable is (state in (UP, REBUILDING))
-    assert standing.out_of_use is (state in (SUSPECT, DOWN, REMOVED))
+    assert standing.out_of_use is (state in (SUSPECT, DOWN, REMOVED, FOREIGN))
 
 
 def test_only_a_node_in_sync_holds_what_it_flushed() -> None:

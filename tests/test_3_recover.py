@@ -398,8 +398,11 @@ async def check_counters(one: Opened) -> None:
     one.check_counters()
 
 
-async def repair(one: Opened, name: str) -> dict[str, Any]:
-    return await one.store.repairer.repair(name, lambda message: None, one.files.tree.path)
+async def repair(one: Opened, name: str, *, discard_history: bool = False) -> dict[str, Any]:
+    path_of = one.files.tree.path
+    return await one.store.repairer.repair(
+        name, lambda message: None, path_of, discard_history=discard_history
+    )
 
 
 async def checkpoint(one: Opened) -> None:
@@ -412,6 +415,7 @@ def recovered(
     *extra: Path,
     accept_loss: bool = False,
     metadata: Path | None = None,
+    history: str = "",
 ) -> dict[str, Any]:
     """Recover as the command does; the nodes must be as they were before."""
     roots = [path for path in (*(node.path for node in config.nodes), *extra) if path.exists()]
@@ -424,6 +428,7 @@ def recovered(
                 extra,
                 metadata,
                 accept_loss=accept_loss,
+                history=history,
                 progress=told.append,
                 limits=config.limits,
             )
@@ -710,7 +715,7 @@ async def comes_back(history: History) -> None:
             await check_counters(one)
     await live(history, steps=4, steady=True)
     async with opened(history.config) as one:
-        done = await repair(one, history.victim)
+        done = await repair(one, history.victim, discard_history=history.kind == "older")
         assert done["unrepairable"] == []
         await healthy(one)
     assert await leaks(history.config) <= leaked

@@ -39,6 +39,11 @@ if TYPE_CHECKING:
     metavar="PATH",
     help="Rebuild it in this directory, new or empty, and keep it there.",
 )
+@click.option(
+    "--discard-history",
+    is_flag=True,
+    help="Give up the commits of another history that status says the node holds.",
+)
 @click.option("--dry-run", is_flag=True, help="Only say what there is to do.")
 @rate_option
 @QUIET
@@ -49,6 +54,7 @@ def repair(
     store: Path,
     node: str,
     to: Path | None,
+    discard_history: bool,
     dry_run: bool,
     rate: float | None,
     quiet: bool,
@@ -60,7 +66,8 @@ def repair(
     journal comes first, then the shards, those of the weakest stripes first.
     Each shard is read back and checked before it counts; afterwards any other
     region may go.  A repair that was killed goes on where it was.  What cannot
-    be rebuilt is named file by file, with exit status 1.
+    be rebuilt is named file by file, with exit status 1.  A node that holds
+    another history of the store is refused, unless that history is discarded.
 
     \b
       fusestore repair ~/store us-east-1
@@ -71,7 +78,9 @@ def repair(
     from ..typed_json import to_json
 
     place = os.fspath(to.absolute()) if to else None
-    request = RepairRequest(node, to=place, dry_run=dry_run, rate=rate)
+    request = RepairRequest(
+        node, to=place, dry_run=dry_run, rate=rate, discard_history=discard_history
+    )
     with closing(ProgressBar(quiet)) as bar, answering(as_json):
         config = load(store)
         config.node(node)

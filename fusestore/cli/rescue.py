@@ -50,6 +50,12 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Go on without newer commits that nodes which are gone may have held.",
 )
+@click.option(
+    "--history",
+    default="",
+    metavar="NODE",
+    help="Of two histories that part, recover the one that NODE holds, and give up the other.",
+)
 @QUIET
 @JSON
 @click.pass_context
@@ -59,6 +65,7 @@ def recover(
     extra: tuple[Path, ...],
     metadata: Path | None,
     accept_loss: bool,
+    history: str,
     quiet: bool,
     as_json: bool,
 ) -> None:

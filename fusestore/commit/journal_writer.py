@@ -106,7 +106,7 @@ class JournalWriter:
     @staticmethod
     def _holds(member: Member, header: Header) -> None:
         if header.kind is Kind.COMMIT:
-            member.standing.flushed(header.number)
+            member.standing.flushed(header.number, header.payload_checksum)
 
     async def _flush_node(
         self, member: Member, offset: int, header: Header, payload: bytes

@@ -133,7 +133,7 @@ class MetadataDumper:
         """
         async with self._committer.lock:
             await self._committer.commit_now(checkpoint=True)
-        if self._log.doubt:
+        if self._log.doubt or self._log.keeps_all:
             return
         async with self._log.journals:
             for member in self._log.members.in_sync:

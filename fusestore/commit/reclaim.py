@@ -10,7 +10,8 @@ Segments that a crash left behind, of which no commit speaks, are deleted after
 the mount, and only when no stripe has a shard in them: a lost row of `segments`
 must not cost what it counts.  While the history is in doubt (`Log.doubt`) they are
 in quarantine: kept, and shown by status; and a segment of which the tables say that
-nothing lives in it is punched, not deleted.
+nothing lives in it is punched, not deleted.  While a node holds another history,
+nothing is freed at all: that history needs shards of all nodes.
 
 Nothing is freed that its own header does not agree to: the header says which shard it
 is, and where that stripe's row has it there, it is in use, whatever the counts say.
@@ -54,12 +55,13 @@ class Reclaimer:
     async def run(self) -> None:
         """Reclaim after each checkpoint, until cancelled."""
         while True:
-            if self.strays and not self._log.doubt:
+            if self.strays and not self._log.doubt and not self._log.keeps_all:
                 await self._sweep()
             await self._wake.wait()
             self._wake = trio.Event()
             for member in self._log.members.writable:
-                await self._reclaim(member)
+                if not self._log.keeps_all:
+                    await self._reclaim(member)
 
     async def _sweep(self) -> None:
         """Delete the segments that no commit speaks of, once no stripe is found in them."""

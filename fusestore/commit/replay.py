@@ -18,12 +18,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from ..errors import NodeError, NodeLacksError, ReplayError
-from ..format import stripe_rows
-from ..format.records import Commit, Run
-from ..format.store_rows import LogState
-from ..format.stripe_rows import Stripe
-from ..log.journal import Journals, Unreadable, make_readable
+from ..errors import FormatError, NodeError, NodeLacksError, ReplayError
+from ..format import store_rows, stripe_rows
+from ..format.records import HEADER_BYTES, Commit, Header, Run
+from ..format.store_rows import CommitId, GivenUp, LogState
+from ..format.stripe_rows import ShardPlace, Stripe
+from ..log.journal import Entry, Journals, Unreadable, is_void, make_readable
 from ..log.journal_scan import read_journals
 from ..log.log import Log
 from ..members.member import Member
@@ -46,6 +46,7 @@ class Replayed:
     commits: int = 0
     durable: int = 0
     """The last commit that every node in sync is known to hold."""
+    durable_id: CommitId = CommitId(0, 0)  # noqa: RUF009
     dropped: list[int] = field(default_factory=list)
     """Commits that do not count."""
     lossy: bool = False
@@ -108,13 +109,21 @@ class _Replay:
     def run(self, in_sync: Sequence[int]) -> Replayed:
         start, journals = self._start, self._journals
         result = Replayed(start, in_sync=frozenset(in_sync))
-        last = self._follow(result)
-        durable = journals.durable
+        self._refuse_another_history(result)
+        chain = list(journals.chain(start))
+        self._refuse_fork(chain)
+        durable = self._durable(chain)
+        last = self._follow(result, chain, durable)
         result.durable = min(max(durable, start.commit), last.commit)
+        result.durable_id = next(
+            (entry.id for entry in self._chain if entry.number == result.durable),
+            CommitId(start.commit, start.checksum),
+        )
         result.dropped = sorted(number for number in journals.commits if number > last.commit)
         for member in self._log.members.all:
             result.reached[member.id] = self._reached(member.name)
         result.damaged = {lost.node for lost in journals.unreadable}
+        self._refuse_unreadable_future(result)
         self._look_past(result, last.commit)
         if durable > last.commit:
             self._refuse_or_accept(
@@ -129,6 +138,9 @@ class _Replay:
             log.warning("%d commits that were never acknowledged are dropped.", len(result.dropped))
         skipped = EPOCHS_SKIPPED if result.lossy else 0
         epoch = max(start.epoch, journals.epoch) + skipped
+        if result.lossy:
+            ends = [*self._log.given_up, GivenUp(last.commit, epoch)]
+            result.changes[store_rows.GIVEN_UP_KEY] = store_rows.encode_given_up(ends)
         result.state = replace(last, epoch=epoch, doubt=last.doubt or self._doubt(result))
         return result
 
@@ -140,10 +152,127 @@ class _Replay:
             return "journals could not be read at a mount"
         return ""
 
-    def _follow(self, result: Replayed) -> LogState:
+    # --- one history ---------------------------------------------------------
+
+    def _refuse_another_history(self, result: Replayed) -> None:
+        """ReplayError when no node in sync holds the commit that the database stands at.
+
+        Each of them holds it, and it is in the segments that were read: else the
+        database was restored from an old copy, or the nodes were.
+        """
+        start, journals = self._start, self._journals
+        names = {m.name for m in self._log.members.all if m.is_open and m.id in result.in_sync}
+        names -= journals.failed.keys()
+        if start.commit == 0 or self._before is not None or not names:
+            return
+        if any(lost.segment <= start.journal_segment for lost in journals.unreadable):
+            return
+        if next(journals.chain(start), None) is not None:
+            return
+        last = {name: journals.last(name) for name in sorted(names)}
+        if not any(last.values()):
+            return
+        held = ", ".join(f"{name} to commit {number}" for name, number in last.items())
+        raise ReplayError(
+            f"The metadata stands at commit {start.commit}, which no node holds ({held}): the "
+            "metadata or the nodes were restored from an old copy, or belong to a copy of the "
+            "store that was used on its own. Move the metadata away, keep it, and run "
+            f"'fusestore recover {self._log.members.config.store}'."
+        )
+
+    def _refuse_fork(self, chain: Sequence[Entry]) -> None:
+        """ReplayError when two histories part after the start, and both were acknowledged."""
+        ours = {entry.id for entry in chain}
+        given_up = [*self._log.given_up, *(end for entry in chain for end in entry.given_up)]
+        for entry in chain:
+            for rival in self._journals.commits[entry.number]:
+                if rival.previous != entry.previous or rival.id in ours:
+                    continue
+                after = [
+                    e
+                    for e in self._journals.entries()
+                    if e.id not in ours and e.holders & rival.holders and e.number > rival.number
+                ]
+                through = max((e.durable_through for e in after), default=0)
+                if through < rival.number or is_void(rival, given_up):
+                    continue
+                raise ReplayError(
+                    f"Two histories part after commit {entry.number - 1}, and both were "
+                    f"acknowledged: {_names(entry)} to commit {chain[-1].number}, "
+                    f"{_names(rival)} to commit {max(e.number for e in after)}. Move the nodes "
+                    "of the one that is not wanted away, and mount again; nothing was changed."
+                )
+
+    def _durable(self, chain: Sequence[Entry]) -> int:
+        """The last commit that was acknowledged for certain, by those who hold ours.
+
+        What nodes of other histories say of theirs is nothing to us.
+        """
+        tip = chain[-1] if chain else self._before
+        if tip is None:
+            return self._journals.durable
+        ours = {entry.id for entry in chain}
+        return max(
+            (
+                entry.durable_through
+                for entry in self._journals.entries()
+                if entry.id in ours
+                or any(self._journals.may_hold(name, tip) for name in entry.holders)
+            ),
+            default=0,
+        )
+
+    def _refuse_unreadable_future(self, result: Replayed) -> None:
+        """ReplayError when what is ahead of the database cannot be read with the nodes there.
+
+        A node in sync that lacks what was acknowledged was restored from an old copy, and
+        the database with it, perhaps: then the stripes of what is ahead lack shards.
+        """
+        members = self._log.members
+        lacking = [
+            member
+            for member in members.all
+            if member.is_open
+            and not member.out_of_use
+            and member.id in result.in_sync
+            and result.reached[member.id] < result.durable
+        ]
+        if not lacking or result.durable <= self._start.commit or self._accept_loss:
+            return
+        bad = [
+            key
+            for key, value in result.changes.items()
+            if key[:1] == b"S" and value is not None and not self._has_shards(key, value)
+        ]
+        if bad:
+            ahead = [m.name for m in members.all if result.reached.get(m.id) == result.durable]
+            raise ReplayError(
+                f"{', '.join(ahead)} {'is' if len(ahead) == 1 else 'are'} ahead of the metadata, "
+                f"which stands at commit {self._start.commit}: commits {self._start.commit + 1} "
+                f"to {result.durable} were acknowledged, and {len(bad):,} of their stripes lack "
+                f"shards, as {', '.join(m.name for m in lacking)} do not hold these commits. "
+                "Probably these, and the metadata, were restored from an older copy. Bring the "
+                f"newer ones back; or move {', '.join(ahead)} away, and mount what was restored: "
+                "nothing was changed."
+            )
+
+    def _has_shards(self, key: bytes, value: bytes) -> bool:
+        """Whether k shards of a stripe have their headers where they should be."""
+        number, row = stripe_rows.decode_stripe_key(key), Stripe.decode(value)
+        there = 0
+        for index, place in enumerate(row.shards):
+            member = self._log.members.by_id.get(place.node)
+            if not place.written or member is None:
+                continue
+            there += member.out_of_use or _has_header(self._log, member, place, number, index)
+        return there >= row.code.k
+
+    # --- what counts ---------------------------------------------------------
+
+    def _follow(self, result: Replayed, chain: Sequence[Entry], durable: int) -> LogState:
         """Take the commits that count, in their order; where that ends."""
-        durable, last = self._journals.durable, self._start
-        for entry in self._journals.chain(self._start):
+        last = self._start
+        for entry in chain:
             commit = entry.commit()
             if commit.number > durable:
                 _flush_shards(self._log, commit)
@@ -217,6 +346,21 @@ class _Replay:
         raise ReplayError(
             f"{what}: bring the missing nodes back, or, if they are gone for good, {self._how}."
         )
+
+
+def _names(entry: Entry) -> str:
+    return ", ".join(sorted(entry.holders))
+
+
+def _has_header(log: Log, member: Member, place: ShardPlace, number: int, index: int) -> bool:
+    """Whether the record at a place says that it is this shard; blocks."""
+    start = place.offset - HEADER_BYTES
+    try:
+        data = member.node.read(Run.SHARDS, place.segment, start, HEADER_BYTES)
+        header = Header.decode(data, log.shards(member.name, place.segment).seed(start))
+    except (NodeError, FormatError):
+        return False
+    return (header.number, header.index) == (number, index)
 
 
 def _flush_shards(state: Log, commit: Commit) -> None:

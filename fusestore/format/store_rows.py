@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Self
+from typing import NamedTuple, Self
 
 from .erasure import Code
 from .file_rows import FIRST_COOKIE, ROOT
 
 CODES_KEY = b"Zcodes"
 COUNTERS_KEY = b"Zcounters"
+GIVEN_UP_KEY = b"Zgivenup"
 METADATA_DUMP_KEY = b"Zdump"
 FORMAT_KEY = b"Zformat"
 LOG_KEY = b"Zlog"
@@ -92,6 +94,31 @@ class LogState:
         return cls(**json.loads(value))
 
 
+class CommitId(NamedTuple):
+    """Which commit: two histories of a store have commits of the same numbers."""
+
+    number: int
+    checksum: int
+    """Of its payload; 0: not known."""
+
+
+class GivenUp(NamedTuple):
+    """Commits after `commit` of epochs before `epoch` were given up: they are void."""
+
+    commit: int
+    epoch: int
+
+
+def encode_given_up(ends: Sequence[GivenUp]) -> bytes:
+    """The row's value."""
+    return json.dumps(ends).encode()
+
+
+def decode_given_up(value: bytes | None) -> list[GivenUp]:
+    """Histories that were given up; without the row none."""
+    return [GivenUp(*end) for end in json.loads(value)] if value else []
+
+
 NEVER_WHOLE = 1 << 62
 """`holds` of a node that may lack anything, whatever its journal says."""
 
@@ -109,11 +136,13 @@ class NodeRow:
     """For a node that is not in sync: the last commit that it is known to have flushed."""
     weight: float = 1.0
     draining: bool = False
+    checksum: int = 0
+    """Of the commit `holds`; 0: not known."""
 
 
 def encode_nodes(rows: list[NodeRow]) -> bytes:
-    """Weights of 1 and nodes that are not drained go without saying."""
-    usual = {"weight": 1.0, "draining": False}
+    """What is usual goes without saying: weights of 1, nodes that are not drained."""
+    usual = {"weight": 1.0, "draining": False, "checksum": 0}
     return json.dumps(
         [
             {name: value for name, value in asdict(row).items() if usual.get(name, ...) != value}

@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..format.records import (
     decode_commit,
 )
 from ..format.records import checksum as checksum_of
-from ..format.store_rows import LogState
+from ..format.store_rows import CommitId, GivenUp, LogState
 from ..metadata.engine import Engine
 from ..nodes.base import Node
 
@@ -63,6 +63,13 @@ class Entry:
     """The row of a finished metadata dump, if the commit names one."""
     holders: set[str] = field(default_factory=set)
     """Names of the nodes that hold it intact."""
+    given_up: list[GivenUp] = field(default_factory=list)
+    """The histories that were given up, if the record says so."""
+
+    @property
+    def id(self) -> CommitId:
+        """Which commit it is."""
+        return CommitId(self.number, self.header.payload_checksum)
 
     @property
     def number(self) -> int:
@@ -131,26 +138,34 @@ class Journals:
     size: int = 0
     """Bytes read."""
 
-    def keep_latest(self) -> None:
-        """Leave out the commits of histories that were given up: the latest epoch decides.
+    def keep_latest(self, holder: str = "") -> list[Entry]:
+        """Leave out the commits of other histories than the latest; those that may count.
 
-        What is known of the latest history is followed backwards, and other commits
-        from where that begins are left out.
+        The latest epoch decides, or that of the node `holder`.  What is known of it is
+        followed backwards, and other commits from where that begins are left out.  What
+        is returned was acknowledged, and not given up since.
         """
-        at = max(self.entries(), key=lambda e: (e.header.epoch, e.number), default=None)
+        known = [e for e in self.entries() if not holder or holder in e.holders]
+        at = max(known, key=lambda e: (e.header.epoch, e.number), default=None)
         kept: dict[int, Entry] = {}
         while at is not None:
             kept[at.number] = at
-            at = self._predecessor(at)
+            at = self.predecessor(at)
         first = min(kept, default=0)
+        others = [e for e in self.entries() if e.number >= first and kept.get(e.number) is not e]
         for number in list(self.commits):
             if number >= first:
                 if number in kept:
                     self.commits[number] = [kept[number]]
                 else:
                     del self.commits[number]
+        ends = [end for entry in (*kept.values(), *self.pieces.values()) for end in entry.given_up]
+        rivals = [e for e in others if not is_void(e, ends)]
+        through = max((e.durable_through for e in rivals), default=0)
+        return [e for e in rivals if e.number <= through]
 
-    def _predecessor(self, entry: Entry) -> Entry | None:
+    def predecessor(self, entry: Entry) -> Entry | None:
+        """The commit that an entry was built on, or that its epoch began behind."""
         for before in self.commits.get(entry.number - 1, ()):
             if before.header.payload_checksum == entry.previous:
                 return before
@@ -196,6 +211,10 @@ class Journals:
     def epoch(self) -> int:
         """The latest epoch of any record."""
         return max((e.header.epoch for e in self.entries()), default=0)
+
+    def last(self, name: str) -> int:
+        """The number of the last commit that a node holds, 0 for none."""
+        return max((e.number for e in self.entries() if name in e.holders), default=0)
 
     def entries(self) -> Iterator[Entry]:
         """All commits, in no order."""
@@ -269,6 +288,13 @@ class Journals:
             epoch = entry.header.epoch
             yield entry
 
+    def _contradicts(self, entry: Entry, number: int, digest: int) -> bool:
+        """Whether all who hold a commit hold others than the one of this number and checksum."""
+        there = self.commits.get(number, ())
+        right = {n for e in there if e.header.payload_checksum == digest for n in e.holders}
+        wrong = {n for e in there for n in e.holders} - right
+        return entry.holders <= wrong
+
     def _successor(self, number: int, digest: int, epoch: int) -> Entry | None:
         after = self.commits.get(number + 1, ())
         chained = [e for e in after if e.previous == digest and e.header.epoch >= epoch]
@@ -276,7 +302,9 @@ class Journals:
             chained = [
                 entry
                 for entry in self.entries()
-                if entry.base <= number < entry.number - 1 and entry.header.epoch > epoch
+                if entry.base <= number < entry.number - 1
+                and entry.header.epoch > epoch
+                and not self._contradicts(entry, number, digest)
             ]
         return max(chained, key=lambda entry: entry.header.epoch, default=None)
 
@@ -291,6 +319,11 @@ def make_readable(complaints: Collection[str]) -> str:
 
 def _end(lost: Unreadable) -> int:
     return sys.maxsize if lost.end is None else lost.end
+
+
+def is_void(entry: Entry, given_up: Sequence[GivenUp]) -> bool:
+    """Whether a commit is of a history that somebody decided to give up."""
+    return any(entry.number > end.commit and entry.header.epoch < end.epoch for end in given_up)
 
 
 def first_needed(engine: Engine) -> int:

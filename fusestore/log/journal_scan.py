@@ -22,7 +22,18 @@ from ..errors import (
     NodeTimeoutError,
 )
 from ..format import store_rows
-from ..format.records import HEADER_BYTES, Header, Kind, Place, Run, decode_commit, records
+from ..format.records import (
+    HEADER_BYTES,
+    Changes,
+    Header,
+    Kind,
+    Place,
+    Run,
+    decode_changes,
+    decode_commit,
+    records,
+)
+from ..format.store_rows import GivenUp
 from ..nodes.base import Node
 from ..nodes.directory import segment_path
 from ..nodes.unexpected import costs_only
@@ -66,22 +77,6 @@ def read_journals(
             log.warning("%s", lost.error)
         found.unreadable += reader.unreadable
     return found
-
-
-def last_commit(store: UUID, name: str, node: Node) -> int:
-    """The number of the last commit in a node's journal, 0 for none; blocks; NodeError.
-
-    What cannot be read counts for nothing.
-    """
-    reader = _SegmentReader(name, node)
-    with costs_only(name):
-        for segment in reversed(node.segments(Run.JOURNAL)):
-            place = Place(store, name, Run.JOURNAL, segment)
-            found = records(place, reader.read(place))
-            numbers = [header.number for _, header, _ in found if header.kind is Kind.COMMIT]
-            if numbers:
-                return max(numbers)
-    return 0
 
 
 @dataclass(slots=True)
@@ -189,6 +184,8 @@ def _index_segment(found: Journals, place: Place, reader: _SegmentReader) -> Non
         elif header.kind is Kind.METADATA_DUMP:
             key = (segment, offset, header.payload_checksum)
             entry = found.pieces.setdefault(key, Entry(header))
+            if store_rows.GIVEN_UP_KEY in bytes(payload):
+                entry.given_up = _given_up(decode_changes(payload))
         else:
             continue
         entry.places.append((reader.node, segment, offset + HEADER_BYTES))
@@ -210,4 +207,9 @@ def _commit_entry(header: Header, payload: memoryview) -> Entry | None:
         in_sync=commit.in_sync,
         nonce=commit.nonce,
         dump=json.loads(row) if row else None,
+        given_up=_given_up(commit.changes),
     )
+
+
+def _given_up(changes: Changes) -> list[GivenUp]:
+    return store_rows.decode_given_up(changes.get(store_rows.GIVEN_UP_KEY))

@@ -18,10 +18,10 @@ from uuid import UUID
 import trio
 
 from ..errors import NoSpaceError, ReadOnlyError
-from ..format import keys, stripe_rows
+from ..format import keys, store_rows, stripe_rows
 from ..format.erasure import Code
 from ..format.records import Changes, Place, Run
-from ..format.store_rows import Counters, LogState
+from ..format.store_rows import Counters, GivenUp, LogState
 from ..format.stripe_rows import LOST_STRIPE, ShardPlace, Stripe
 from ..members.members import Members
 from ..metadata.engine import Engine
@@ -190,6 +190,16 @@ class Log:
     def doubt(self) -> str:
         """Why what no table names is kept; empty when it may be deleted."""
         return self.state.doubt
+
+    @property
+    def given_up(self) -> list[GivenUp]:
+        """The histories that were given up: their commits are void."""
+        return store_rows.decode_given_up(self.engine.get(store_rows.GIVEN_UP_KEY))
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing at all may be freed: a node holds another history of the same shards."""
+        return bool(self.members.foreign)
 
     def journal(self, node: str, segment: int) -> Place:
         """The place of a node's journal segment."""

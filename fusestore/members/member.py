@@ -133,7 +133,8 @@ class Member:
         at = self.config
         place = (self.id, at.name, at.region, str(at.path))
         holds = 0 if self.in_sync else self.standing.holds
-        return NodeRow(*place, self.in_sync, holds, at.weight, at.draining)
+        checksum = 0 if self.in_sync else self.standing.checksum
+        return NodeRow(*place, self.in_sync, holds, at.weight, at.draining, checksum)
 
     # --- asking --------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from ..errors import ConfigError
 from ..format.erasure import Code
 from ..format.placement import Placement, Site, losses_borne
 from .member import Member
+from .standing import State
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +131,11 @@ class Members:
     def in_sync(self) -> list[Member]:
         """Those that must flush a commit."""
         return [member for member in self.all if member.in_sync]
+
+    @property
+    def foreign(self) -> list[Member]:
+        """Those that hold another history; what that may need is freed nowhere."""
+        return [member for member in self.all if member.state is State.FOREIGN]
 
     @property
     def writable(self) -> list[Member]:

@@ -7,15 +7,18 @@ Only the methods of `Standing` change any of it; everything else asks.
     rebuilding  yes    yes     no       repair brings back what it lacks
     behind      yes    no      no       open; not looked at yet, or the mount is read-only
     suspect     no     no      no       it failed or was late; it is tried again by itself
+    foreign     no     no      no       its journal is of another history; an operator decides
     down        no     no      no       it is gone, is another node, or failed repeatedly
     removed     no     no      no       it is no node of the store any more
 
     transition  from                                 to
     opened      down                                 behind
-    refused     suspect, down                        unchanged; down if it is another node
+    refused     suspect, down, foreign               unchanged; down if it is another node
+    set_apart   behind, suspect, down, foreign       foreign
     confirmed   behind                               up
     missed      behind                               behind
-    entered     behind, rebuilding, suspect, down    rebuilding
+    entered     behind, rebuilding, suspect, down,
+                foreign                              rebuilding
     joined      rebuilding                           up
     failed      up, rebuilding, behind               suspect; down if it is gone
     removed     all but removed                      removed
@@ -40,11 +43,12 @@ class State(StrEnum):
     REBUILDING = "rebuilding"
     BEHIND = "behind"
     SUSPECT = "suspect"
+    FOREIGN = "foreign"
     DOWN = "down"
     REMOVED = "removed"
 
 
-_OUT_OF_USE = (State.SUSPECT, State.DOWN, State.REMOVED)
+_OUT_OF_USE = (State.SUSPECT, State.FOREIGN, State.DOWN, State.REMOVED)
 
 
 class Standing:
@@ -57,6 +61,7 @@ class Standing:
         "_retry_wait",
         "_slow_until",
         "_suspicions",
+        "checksum",
         "doubted",
         "error",
         "holds",
@@ -70,6 +75,8 @@ class Standing:
         self.state = State.DOWN
         self.holds = holds
         """The last commit that the node is known to have flushed."""
+        self.checksum = 0
+        """Of that commit; 0: not known."""
         self.doubted = False
         """It lacks commits, so all its shards have to be looked at."""
         self.error = ""
@@ -126,7 +133,7 @@ class Standing:
         """It could not be opened, or not be taken in."""
         gone = isinstance(error, NodeIdentityError)
         to = State.DOWN if gone else self.state
-        self._go("refused", to, State.SUSPECT, State.DOWN)
+        self._go("refused", to, State.SUSPECT, State.DOWN, State.FOREIGN)
         self.error, self.unread = str(error), not gone
 
     def confirmed(self) -> None:
@@ -138,6 +145,12 @@ class Standing:
         self._go("missed", State.BEHIND, State.BEHIND)
         self.error = self.error or "It missed some commits."
 
+    def set_apart(self, problem: str) -> None:
+        """Its journal is of another history: nothing of it is used, or overwritten, by itself."""
+        allowed = (State.BEHIND, State.SUSPECT, State.DOWN, State.FOREIGN)
+        self._go("set_apart", State.FOREIGN, *allowed)
+        self.error, self.unread = problem, False
+
     def entered(self) -> None:
         """New shards go there from now on, while repair brings back what it lacks."""
         self._go(
@@ -147,6 +160,7 @@ class Standing:
             State.REBUILDING,
             State.SUSPECT,
             State.DOWN,
+            State.FOREIGN,
         )
         self.error = ""
 
@@ -154,6 +168,7 @@ class Standing:
         """It holds every commit again."""
         self._go("joined", State.UP, State.REBUILDING)
         self.holds = 0
+        self.checksum = 0
         self._suspicions, self._retry_at, self._retry_wait = 0, None, 0.0
 
     def failed(self, error: Exception) -> bool:
@@ -174,14 +189,14 @@ class Standing:
 
     # --- what it holds -------------------------------------------------------
 
-    def recorded(self, holds: int) -> None:
+    def recorded(self, holds: int, checksum: int = 0) -> None:
         """The log knows the last commit that it flushed."""
-        self.holds = holds
+        self.holds, self.checksum = holds, checksum
 
-    def flushed(self, commit: int) -> None:
+    def flushed(self, commit: int, checksum: int = 0) -> None:
         """It flushed a commit."""
         if self.in_sync:
-            self.holds = commit
+            self.holds, self.checksum = commit, checksum
 
     def found(self, commit: int) -> None:
         """Its journal reaches this commit: with fewer than it held, everything is in doubt."""
@@ -189,7 +204,7 @@ class Standing:
 
     def never_whole(self) -> None:
         """It may lack anything, whatever its journal says, until it has joined."""
-        self.holds, self.doubted = NEVER_WHOLE, True
+        self.holds, self.checksum, self.doubted = NEVER_WHOLE, 0, True
 
     def looked_through(self) -> None:
         """All its shards have been looked at."""

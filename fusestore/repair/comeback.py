@@ -9,12 +9,14 @@ import trio
 
 from ..errors import FusestoreError, MetadataError, NodeError, NodeTimeoutError
 from ..format.records import Run
-from ..log.journal_scan import last_commit
+from ..format.store_rows import NEVER_WHOLE
+from ..log.lineage import Lineage
 from ..log.log import Log
 from ..log.pace import Pace
 from ..members.member import Member
 from ..members.opening import open_node
 from ..members.standing import State
+from ..nodes.base import Node
 from .heal import Healer
 from .rejoin import Rejoin
 
@@ -95,9 +97,12 @@ class Comeback:
             node = None
             if member.state is not State.REBUILDING:
                 node = await member.call(open_node, self._log.members.config, member.config)
-                last = await member.call(last_commit, self._log.store, member.name, node)
+                found = await self._rejoin.lineage(member, node)
+                if found.foreign and member.standing.holds != NEVER_WHOLE:
+                    self._set_apart(member, node, found)
+                    return
                 member.shards.note_present(await member.call(node.segments, Run.SHARDS))
-                member.standing.found(last)
+                member.standing.found(found.last)
             if quick and (member.standing.doubted or member.shards.lost):
                 return
             if node is not None:
@@ -124,6 +129,15 @@ class Comeback:
             self._healer.give_up(member, error)
         else:
             log.info("Node %s is up and in sync.", member.name)
+
+    def _set_apart(self, member: Member, node: Node, found: Lineage) -> None:
+        """A node of another history: an operator decides; it is looked at again all the same."""
+        node.close()
+        problem = found.problem(str(self._log.members.config.store), member.name)
+        if member.state is not State.FOREIGN:
+            log.error("Node %s: %s", member.name, problem)
+        member.standing.set_apart(problem)
+        member.standing.leave_alone(trio.current_time())
 
     async def _look_after(self, member: Member) -> None:
         """See that a node is still there, and give it what it lacks; FusestoreError."""

@@ -20,10 +20,11 @@ import trio
 
 from ..commit.committer import Committer
 from ..format.records import Run
-from ..format.store_rows import NEVER_WHOLE
+from ..format.store_rows import NEVER_WHOLE, CommitId
 from ..format.stripe_rows import Stripe
 from ..log.journal import first_needed
 from ..log.journal_copy import Copied, copy_journals
+from ..log.lineage import Lineage, lineage
 from ..log.log import Log
 from ..log.pace import Pace
 from ..members.member import Member
@@ -39,6 +40,21 @@ class Rejoin:
         self._log = state
         self._committer = committer
         self._healer = healer
+
+    async def lineage(self, member: Member, node: Node) -> Lineage:
+        """Whose history the journal of a node that is not in sync is of; NodeError."""
+        members = self._log.members
+        async with self._log.journals:
+            return await member.call(
+                lineage,
+                self._log.store,
+                (member.name, node),
+                [(m.name, m.node) for m in members.in_sync],
+                {m.name: m.id for m in members.all},
+                self._log.state,
+                CommitId(member.standing.holds, member.standing.checksum),
+                self._log.given_up,
+            )
 
     async def enter(self, member: Member, node: Node) -> None:
         """Let new shards go to a node that is not in sync yet."""
@@ -128,7 +144,7 @@ class Rejoin:
                 self._committer.journal.roll()
                 await self._copy_journals(member, self._committer.journal.segment, progress)
                 member.standing.joined()
-                if not self._log.doubt:
+                if not self._log.doubt and not self._log.keeps_all:
                     await member.call(_drop_journals, member.node, first_needed(self._log.engine))
             await self._committer.commit_now(checkpoint=True)
 

@@ -35,8 +35,8 @@ from ..config.node_identity import IDENTITY_NAME, IDENTITY_VERSION, NodeIdentity
 from ..config.store_config import NodeConfig, check_places
 from ..errors import FusestoreError, NodeError, NodeIdentityError, UsageError
 from ..format import store_rows
+from ..format.store_rows import NEVER_WHOLE
 from ..log.journal_copy import Copied
-from ..log.journal_scan import last_commit
 from ..log.log import Log
 from ..log.pace import Pace
 from ..members.member import Member
@@ -79,8 +79,11 @@ class Repairer:
         *,
         to: Path | None = None,
         rate: float | None = None,
+        discard_history: bool = False,
     ) -> dict[str, Any]:
         """Bring a node back, at a new place if one is given; counts, and the paths of what is lost.
+
+        A node that holds another history is refused (NodeError) unless that is discarded.
 
         `rate` is in bytes of I/O a second.  UsageError when there is no such node, or
         the new place makes no sense; NodeError when its place cannot be used.
@@ -92,7 +95,7 @@ class Repairer:
             if to is not None and to != member.config.path:
                 await self._move(member, to)
             try:
-                await self._begin(member)
+                await self._begin(member, discard_history)
                 self.healer.rebuilder.told.clear()
                 with self.healer.following(member, progress) as tell:
                     await self._rejoin.copy_journal(member, tell)
@@ -142,7 +145,7 @@ class Repairer:
         row = json.dumps(known[-self._log.limits.repairs_kept_max :]).encode()
         self._log.apply({store_rows.REPAIRS_KEY: row})
 
-    async def _begin(self, member: Member) -> None:
+    async def _begin(self, member: Member, discard_history: bool) -> None:
         """Open or make the node's directory, and let new shards go there."""
         if member.state is State.UP:
             try:
@@ -151,8 +154,11 @@ class Repairer:
             except NodeError as error:
                 member.fail(error)
         node = await member.call(self.prepare_directory, member.config)
-        last = await member.call(last_commit, self._log.store, member.name, node)
-        if last < max(member.standing.holds, 1):
+        found = await self._rejoin.lineage(member, node)
+        if found.foreign and member.standing.holds != NEVER_WHOLE and not discard_history:
+            node.close()
+            raise NodeError(found.problem(str(self._log.members.config.store), member.name))
+        if found.foreign or found.last < max(member.standing.holds, 1):
             member.standing.never_whole()
         await self._rejoin.enter(member, node)
 

@@ -16,6 +16,7 @@ from .fsck_extents import ExtentCheck
 from .fsck_findings import Finding, Phase, finding, stale
 from .fsck_view import StoreView
 
+HEADERS_SAMPLED = 64
 _Segment = tuple[int, int]
 """A node and one of its shard segments."""
 
@@ -131,17 +132,24 @@ class StripeCheck:
                 last = record
 
     def _cut_off(self, segment: _Segment, records: list[_ShardRecord]) -> Iterator[Finding]:
-        """Shards past the end of their segment's file, on a node that is there."""
+        """Shards past the end of their segment's file, or with others in their place.
+
+        Of a mounted store a sample of the headers in each segment is looked at.
+        """
         node, number = segment
         lengths = self._store.segment_bytes.get(node)
         if lengths is None:
             return
-        gone = [
-            (record.stripe, record.shard)
+        due = [
+            record
             for record in records
-            if lengths.get(number, 0) < record.end
-            and not self._store.has(stripe_rows.missing_key(node, record.stripe, record.shard))
+            if not self._store.has(stripe_rows.missing_key(node, record.stripe, record.shard))
         ]
+        cut = {record for record in due if lengths.get(number, 0) < record.end}
+        gone = [(record.stripe, record.shard) for record in cut]
+        there = [(record.start, record.stripe, record.shard) for record in due if record not in cut]
+        step = 1 if self._store.at_rest else len(there) // HEADERS_SAMPLED + 1
+        gone += self._store.not_theirs(node, number, there[::step])
         if gone:
             name = self._store.nodes[node]
             text = f"segment {number} of node {name} has lost {len(gone)} shards"

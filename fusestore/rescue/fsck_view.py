@@ -6,10 +6,12 @@ Stripes that are still in memory have no rows to check.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+
+import trio
 
 from ..errors import FormatError, NodeError
 from ..format import file_rows, keys, stripe_rows, tables
@@ -18,9 +20,13 @@ from ..format.records import HEADER_BYTES, Header, Run
 from ..format.store_rows import Counters
 from ..format.stripe_rows import SegmentState, Stripe
 from ..log.log import Log
+from ..members.member import Member
 from ..members.opening import shard_sizes
 from ..metadata.engine import View
 
+ShardAt = tuple[int, int, int]
+"""Where the record of a shard begins in its segment, its stripe, and its index."""
+_HEADERS_A_CALL = 256
 SegmentBytes = dict[int, dict[int, int]]
 """By node, and shard segment: the length of its file in bytes."""
 
@@ -42,6 +48,9 @@ class StoreView:
     shard_at: Callable[[int, int, int], tuple[int, int] | None]
     """The stripe and the index in the header of the record whose payload lies at (node, segment,
     offset); None where that cannot be read.  Blocks."""
+    not_theirs: Callable[[int, int, Sequence[ShardAt]], list[tuple[int, int]]]
+    """Of some shards in (node, segment) those (stripe, index) that the header at their place
+    does not name; what cannot be read is not known, and not among them.  Blocks."""
     at_rest: bool
     """Nothing is on its way: what is counted must be exact."""
 
@@ -89,6 +98,7 @@ async def view_store(log: Log, *, at_rest: bool) -> AsyncIterator[StoreView]:
         nodes={member.id: member.name for member in log.members.all},
         segment_bytes={},
         shard_at=partial(_shard_at, log),
+        not_theirs=partial(_not_theirs, log),
         at_rest=at_rest,
     )
     with rows:
@@ -124,3 +134,36 @@ def _shard_at(log: Log, node: int, segment: int, offset: int) -> tuple[int, int]
     except (NodeError, FormatError):
         return None
     return header.number, header.index
+
+
+def _not_theirs(
+    log: Log, node: int, segment: int, shards: Sequence[ShardAt]
+) -> list[tuple[int, int]]:
+    """In a thread of trio's: see StoreView."""
+    member = log.members.by_id[node]
+    found: list[tuple[int, int]] = []
+    for start in range(0, len(shards), _HEADERS_A_CALL):
+        if member.out_of_use:
+            break
+        some = shards[start : start + _HEADERS_A_CALL]
+        with suppress(NodeError):
+            found += trio.from_thread.run(member.call, _wrong_headers, log, member, segment, some)
+    return found
+
+
+def _wrong_headers(
+    log: Log, member: Member, segment: int, shards: Sequence[ShardAt]
+) -> list[tuple[int, int]]:
+    place, wrong = log.shards(member.name, segment), []
+    for start, number, index in shards:
+        try:
+            data = member.node.read(Run.SHARDS, segment, start, HEADER_BYTES)
+            header = Header.decode(data, place.seed(start))
+        except FormatError:
+            wrong.append((number, index))
+        except NodeError:
+            continue
+        else:
+            if (header.number, header.index) != (number, index):
+                wrong.append((number, index))
+    return wrong

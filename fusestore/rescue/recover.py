@@ -28,12 +28,13 @@ from typing import Any
 from ..commit.load_tables import Progress, latest_row, load_tables, save
 from ..commit.replay import EPOCHS_SKIPPED, Replayed, replay, suspect_shards
 from ..config.store_config import StoreConfig
-from ..errors import NodeError, ReplayError
-from ..format import store_rows
+from ..errors import NodeError, ReplayError, UsageError
+from ..format import store_rows, tables
+from ..format.file_rows import Inode
 from ..format.records import Run
-from ..format.store_rows import LogState
+from ..format.store_rows import GivenUp, LogState
 from ..limits import DEFAULTS, Limits
-from ..log.journal import Journals, make_readable
+from ..log.journal import Entry, Journals, make_readable
 from ..log.journal_scan import read_journals
 from ..log.log import Log
 from ..members.opening import open_members
@@ -46,6 +47,8 @@ from .recover_report import recovery_report
 log = logging.getLogger(__name__)
 
 HOW_TO_GIVE_UP = "say --accept-loss"
+_COMMITS_LOOKED_AT = 100
+"""The last of a history, for when something was changed in it."""
 
 
 def recover(
@@ -54,18 +57,20 @@ def recover(
     metadata: Path | None,
     *,
     accept_loss: bool,
+    history: str = "",
     progress: Progress,
     limits: Limits = DEFAULTS,
 ) -> dict[str, Any]:
     """Make the metadata of a store from its nodes, of which `extra` lie elsewhere; what was found.
 
+    `history`: of several, the one that the node of this name holds; others are given up.
     The caller holds the store's lock.  UsageError when it makes no sense,
     ReplayError when something acknowledged might be lost by it.
     """
     started = time.monotonic()
     found = find_nodes(store, extra)
     target = Path(os.path.realpath(metadata)) if metadata else found.metadata
-    journals = _read_journals(found, progress)
+    journals, rivals = _read_journals(found, progress, history)
     with draft_database(target) as (draft, move_into_place):
         with closing(Engine(draft, limits=limits)) as engine:
             checkpoint = load_tables(engine, journals, progress)
@@ -74,7 +79,9 @@ def recover(
                 state, checkpoint, in_sync, accept_loss=accept_loss, how=HOW_TO_GIVE_UP
             )
             _refuse_nothing(state, journals, replayed)
-            lossy = _may_lack(state, journals, replayed, accept_loss) or replayed.lossy
+            others = {name for entry in rivals for name in entry.holders}
+            lossy = _may_lack(state, journals, replayed, others, accept_loss)
+            lossy = lossy or replayed.lossy or bool(rivals)
             state.apply(replayed.changes)
             if lossy:
                 save(engine, {store_rows.LOG_KEY: _settle(state, replayed).encode()})
@@ -86,9 +93,17 @@ def recover(
     return {**result, "metadata": str(target), "journal_bytes": journals.size, "seconds": seconds}
 
 
-def _read_journals(found: FoundNodes, progress: Progress) -> Journals:
-    """The journals of all nodes that are there; what cannot be read goes to `found.problems`."""
+def _read_journals(
+    found: FoundNodes, progress: Progress, history: str
+) -> tuple[Journals, list[Entry]]:
+    """The journals of all nodes that are there; what cannot be read goes to `found.problems`.
+
+    Also the commits of another history, which `history` gives up; ReplayError when
+    there is one, and nobody has said which is right.
+    """
     nodes = found.open()
+    if history and history not in nodes:
+        raise UsageError(f"Node {history} is not there: its history cannot be recovered.")
     total = _journal_bytes(nodes)
     journals = read_journals(
         found.uuid,
@@ -96,8 +111,34 @@ def _read_journals(found: FoundNodes, progress: Progress) -> Journals:
         progress=lambda done: progress({"phase": "journals", "done": done, "total": total}),
     )
     found.problems.update((name, str(error)) for name, error in journals.failed.items())
-    journals.keep_latest()
-    return journals
+    rivals = journals.keep_latest(history)
+    if rivals and not history:
+        first = min(entry.number for entry in rivals)
+        ours = [entry for entry in journals.entries() if entry.number >= first]
+        raise ReplayError(
+            f"Two histories were acknowledged, and part before commit {first}: "
+            f"{_history_text(ours)}; and {_history_text(rivals)}. Say which is right with "
+            "--history NODE: the other is then given up."
+        )
+    return journals, rivals
+
+
+def _history_text(entries: Sequence[Entry]) -> str:
+    """The commits of a history, who holds them, and when something was last changed in it."""
+    entries = sorted(entries, key=lambda entry: entry.number)
+    if not entries:
+        return "no commits"
+    names = sorted({name for entry in entries for name in entry.holders})
+    text = f"commits {entries[0].number} to {entries[-1].number} on {', '.join(names)}"
+    changed = 0
+    for entry in entries[-_COMMITS_LOOKED_AT:]:
+        for key, value in entry.commit().changes.items():
+            if key[:1] == b"I" and value is not None and tables.readable(key, value):
+                changed = max(changed, Inode.decode(value).ctime)
+    if changed:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(changed / 1e9))
+        text += f" (last change {when})"
+    return text
 
 
 def _journal_bytes(nodes: dict[str, Node]) -> int:
@@ -146,7 +187,9 @@ def _refuse_nothing(state: Log, journals: Journals, replayed: Replayed) -> None:
     raise ReplayError("The journals that are there hold no commit: there is nothing to recover.")
 
 
-def _may_lack(state: Log, journals: Journals, replayed: Replayed, accept_loss: bool) -> bool:
+def _may_lack(
+    state: Log, journals: Journals, replayed: Replayed, given_up: set[str], accept_loss: bool
+) -> bool:
     """Whether nodes that are not there could have gone on without those that are; ReplayError."""
     vouching = {
         member.id
@@ -155,7 +198,7 @@ def _may_lack(state: Log, journals: Journals, replayed: Replayed, accept_loss: b
         and replayed.reached[member.id] >= replayed.durable
         and member.id not in replayed.blind
     }
-    others = {member.id for member in state.members.all} - vouching
+    others = {m.id for m in state.members.all if m.name not in given_up} - vouching
     if not others & replayed.in_sync or not state.members.could_store(state.code, others):
         return False
     if not accept_loss:
@@ -190,4 +233,6 @@ def _settle(state: Log, replayed: Replayed) -> LogState:
         rows.append(replace(member.row(), in_sync=whole, holds=holds))
     state.apply({store_rows.NODES_KEY: store_rows.encode_nodes(rows)})
     epoch = replayed.state.epoch + EPOCHS_SKIPPED
+    ends = [*state.given_up, GivenUp(last, epoch)]
+    state.apply({store_rows.GIVEN_UP_KEY: store_rows.encode_given_up(ends)})
     return replace(replayed.state, epoch=epoch, doubt="losses were accepted")

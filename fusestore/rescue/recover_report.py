@@ -43,7 +43,7 @@ def recovery_report(
                 "region": member.config.region,
                 "path": str(member.config.path),
                 "found": member.is_open,
-                "last_commit": _last_commit(journals, member.name),
+                "last_commit": journals.last(member.name),
                 "problem": found.problems.get(member.name, member.standing.error),
             }
             for member in state.members.all
@@ -51,10 +51,6 @@ def recovery_report(
         "dropped": [_dropped(journals, tree, number) for number in replayed.dropped],
         "lost": sorted({tree.path(ino) for number in lost for ino in reader.owners(number)}),
     }
-
-
-def _last_commit(journals: Journals, node: str) -> int:
-    return max((e.number for e in journals.entries() if node in e.holders), default=0)
 
 
 def _stripes(state: Log) -> Iterator[tuple[int, Stripe]]:

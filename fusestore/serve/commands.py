@@ -146,7 +146,14 @@ async def repair(context: Context, request: RepairRequest) -> RepairResult:
     if request.dry_run:
         return RepairResult(plan)
     path_of = context.files.tree.path
-    done = await repairer.repair(member.name, context.progress, path_of, to=to, rate=request.rate)
+    done = await repairer.repair(
+        member.name,
+        context.progress,
+        path_of,
+        to=to,
+        rate=request.rate,
+        discard_history=request.discard_history,
+    )
     return RepairResult(plan, from_json(RepairDone, done))
 
 

@@ -33,9 +33,10 @@ from ..format import erasure, store_rows, stripe_rows, tables
 from ..format.erasure import Code
 from ..format.records import Run
 from ..format.segment_numbers import reachable
-from ..format.store_rows import Counters, LogState, NodeRow
+from ..format.store_rows import CommitId, Counters, LogState, NodeRow
 from ..format.stripe_rows import SegmentState
-from ..log.journal_scan import SEARCHED_BYTES_MAX, last_commit
+from ..log.journal_scan import SEARCHED_BYTES_MAX
+from ..log.lineage import Lineage, lineage
 from ..log.log import Log
 from ..members.member import Member
 from ..members.members import Members
@@ -260,7 +261,8 @@ def _apply(state: Log, replayed: Replayed, suspects: dict[bytes, bytes | None]) 
                 f"{config.store / CONFIG_NAME} lacks node {row.name} (region {row.region}, at "
                 f"{row.path}), which the store has: put it back, and use 'fusestore node remove'."
             )
-        owner.standing.recorded(replayed.durable if row.in_sync else row.holds)
+        at = replayed.durable_id if row.in_sync else CommitId(row.holds, row.checksum)
+        owner.standing.recorded(*at)
         if replayed.lossy and not owner.in_sync:
             owner.standing.recorded(store_rows.NEVER_WHOLE)
     for key, value in engine.scan(stripe_rows.SEGMENTS_START, stripe_rows.SEGMENTS_END):
@@ -321,34 +323,60 @@ class _Found:
     """Segments, and their bytes."""
     journal_bytes: int
     """Since the last metadata dump."""
-    last: int
-    """The last commit in its journal."""
+    lineage: Lineage | None
+    """Whose history its journal is of; None for a node in sync."""
 
 
 def _tidy(store: Store, member: Member) -> _Found:
     """In a thread: look at a node, and give back what it has allocated ahead."""
     node = member.node
     journals, shards = node.segments(Run.JOURNAL), shard_sizes(node)
+    found = None if member.in_sync else _lineage(store, member)
+    if found is not None and _is_foreign(member, found):
+        return _Found(journals, {}, 0, found)
     since = [segment for segment in journals if segment >= store.dumper.first_segment]
     size = sum(min(node.size(Run.JOURNAL, n), SEARCHED_BYTES_MAX) for n in since)
-    last = 0 if member.in_sync else last_commit(store.log.store, member.name, node)
     for segment in list(shards)[-2:]:
         if segment in member.shards.states:
             node.truncate(Run.SHARDS, segment, node.size(Run.SHARDS, segment))
     for segment in journals[-2:]:
         node.truncate(Run.JOURNAL, segment, node.size(Run.JOURNAL, segment))
-    return _Found(journals, shards, size, last)
+    return _Found(journals, shards, size, found)
+
+
+def _is_foreign(member: Member, found: Lineage) -> bool:
+    """Whether a node holds a history that nobody decided to give up."""
+    return found.foreign is not None and member.standing.holds != store_rows.NEVER_WHOLE
+
+
+def _lineage(store: Store, member: Member) -> Lineage:
+    log, members = store.log, store.log.members
+    return lineage(
+        log.store,
+        (member.name, member.node),
+        [(m.name, m.node) for m in members.in_sync],
+        {m.name: m.id for m in members.all},
+        log.state,
+        CommitId(member.standing.holds, member.standing.checksum),
+        log.given_up,
+    )
 
 
 def _take_over(store: Store, member: Member, found: _Found) -> list[int]:
     """Go on with a node where it stands; its journal segments."""
+    if found.lineage is not None and _is_foreign(member, found.lineage):
+        problem = found.lineage.problem(str(store.config.store), member.name)
+        log.error("Node %s: %s", member.name, problem)
+        member.standing.set_apart(problem)
+        return found.journals
     if member.in_sync:
         store.committer.journal.commit_bytes = found.journal_bytes - store.dumper.last_bytes
     member.shards.begin_after(found.shards)
     member.shards.note_present(found.shards)
     if member.state is State.BEHIND:
         # Unless it is doubted, it lacks no more than what is in `missing`.
-        member.standing.found(found.last)
+        assert found.lineage is not None
+        member.standing.found(found.lineage.last)
         member.standing.entered()
     states = member.shards.states
     near = reachable(found.shards, [0, *states])

@@ -88,8 +88,12 @@ class Reporter:
         state, committer = self._log, self._committer
         members = state.members
         codes = list(dict.fromkeys([state.code, *self._known_codes()]))
-        whole = all(m.state is State.UP and not missing.get(m.id) for m in members.all)
-        lacking = {m.id for m in members.all if m.state is not State.UP or missing.get(m.id)}
+        lacking = {
+            m.id
+            for m in members.all
+            if m.state is not State.UP or missing.get(m.id) or m.shards.lost
+        }
+        whole = not lacking
         unused = {member.id for member in members.all if member.out_of_use}
         size, free = members.usable(state.code)
         try:

@@ -19,6 +19,7 @@ from ..format.store_rows import LogState
 from ..grow.rebalance import Rebalancer
 from ..grow.topology import Topology
 from ..log.log import Log
+from ..members.member import Member
 from ..members.standing import State
 from ..read.reader import Reader
 from ..repair.comeback import Comeback
@@ -88,8 +89,12 @@ class Store:
     def warnings(self) -> list[str]:
         """A sentence for each node that is not as it should be."""
         return [
-            f"Node {member.name} is {member.state}: {member.standing.error} "
-            f"Run 'fusestore repair {self.config.store} {member.name}'."
+            f"Node {member.name} is {member.state}: {member.standing.error}" + self._advice(member)
             for member in self.log.members.all
             if member.state is not State.UP
         ]
+
+    def _advice(self, member: Member) -> str:
+        if member.state is State.FOREIGN:  # its error says what to do
+            return ""
+        return f" Run 'fusestore repair {self.config.store} {member.name}'."

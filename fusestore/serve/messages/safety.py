@@ -85,6 +85,8 @@ class RepairRequest(Request[RepairResult]):
     to: str | None = None
     dry_run: bool = False
     rate: float | None = None
+    discard_history: bool = False
+    """Give up the commits of another history that the node holds."""
 
     @property
     def only_looks(self) -> bool:

@@ -1,0 +1,106 @@
+"""Whose history the journal of a node is of: commits are compared by number and checksum.
+
+A commit that is not one of ours was acknowledged for certain when a later one of its
+history says so.  Else a node of its own in-sync list that lacks it disproves it: it is
+what a crash left behind.  A commit of ours is one that the chain leads back to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from ..format.store_rows import CommitId, GivenUp, LogState
+from ..nodes.base import Node
+from .journal import Entry, Journals, is_void
+from .journal_scan import read_journals
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """What a node's journal is, beside the history of the store."""
+
+    last: int
+    """The last commit of the store's history that it holds, 0 for none."""
+    foreign: tuple[int, int] | None = None
+    """The first and the last commit that it holds of another history."""
+    older: bool = False
+    """It ends before the journals here begin, so nobody can tell whose history it is of."""
+
+    def problem(self, store: str, name: str) -> str:
+        """What is said of a node that holds another history; empty for one that does not."""
+        if self.foreign is None:
+            return ""
+        first, last = self.foreign
+        what = f"It holds commits {first} to {last} of another history"
+        why = "a copy of the store was used, or this store was restored from an older copy"
+        if self.older:
+            what = f"It holds commits {first} to {last}, and the journals here begin later"
+            why = "it was restored from an old copy, perhaps one of another history"
+        return (
+            f"{what}: {why}. Nothing of it is used or overwritten. "
+            f"'fusestore repair {store} {name} --discard-history' gives these commits up."
+        )
+
+
+def lineage(
+    store: UUID,
+    target: tuple[str, Node],
+    others: Sequence[tuple[str, Node]],
+    ids: Mapping[str, int],
+    state: LogState,
+    holds: CommitId,
+    given_up: Sequence[GivenUp],
+) -> Lineage:
+    """Compare a node's journal with the history that ends at `state`; blocks; NodeError of it.
+
+    `others` are nodes in sync; `holds` is the last commit that the node is known to hold.
+    """
+    name, _ = target
+    journals = read_journals(store, [*others, target])
+    if name in journals.failed:
+        raise journals.failed[name]
+    ours = ancestry(journals, state)
+    theirs = [e for e in journals.entries() if name in e.holders and not is_void(e, given_up)]
+    known = {entry.id for entry in theirs}
+    floor = holds.number if holds.checksum and holds in known else 0
+    mine = {id_ for id_ in known if id_ in ours or id_.number <= floor}
+    last = max((id_.number for id_ in mine), default=0)
+    begin = min(id_.number for id_ in ours)
+    strange = [e for e in theirs if e.number > floor and e.id not in ours]
+    compared = [e for e in strange if e.number >= begin or e.number == holds.number]
+    foreign = [e for e in compared if _counts_there(journals, e, compared, others, ids)]
+    if foreign:
+        return Lineage(last, (foreign[0].number, max(e.number for e in compared)))
+    if strange and not mine and holds.checksum:
+        numbers = [entry.number for entry in strange]
+        return Lineage(0, (min(numbers), max(numbers)), older=True)
+    return Lineage(last)
+
+
+def ancestry(journals: Journals, state: LogState) -> set[CommitId]:
+    """The commits that the chain leads back to from a state of the log, with that one."""
+    found = {CommitId(state.commit, state.checksum)}
+    entry = journals.at(state)
+    while entry is not None:
+        found.add(entry.id)
+        entry = journals.predecessor(entry)
+    return found
+
+
+def _counts_there(
+    journals: Journals,
+    entry: Entry,
+    strange: Sequence[Entry],
+    others: Sequence[tuple[str, Node]],
+    ids: Mapping[str, int],
+) -> bool:
+    """Whether a commit that is not ours was acknowledged, or nobody can disprove that."""
+    if entry.number <= max(other.durable_through for other in strange):
+        return True
+    here = {name for name, _ in others if name not in journals.failed}
+    unread = {lost.node for lost in journals.unreadable}
+    lacking = here - entry.holders - unread
+    disproved = any(ids[name] in entry.in_sync for name in lacking)
+    return not disproved and not here <= entry.holders
