@@ -170,6 +170,10 @@ class _Replay:
         if next(journals.chain(start), None) is not None:
             return
         last = {name: journals.last(name) for name in sorted(names)}
+        if not any(last.values()):  # they may all end before the segment that was read first
+            nodes = [(m.name, m.node) for m in self._log.members.all if m.name in names]
+            older = read_journals(self._log.store, nodes)
+            last = {name: older.last(name) for name in sorted(names)}
         if not any(last.values()):
             return
         held = ", ".join(f"{name} to commit {number}" for name, number in last.items())
@@ -245,7 +249,7 @@ class _Replay:
             if key[:1] == b"S" and value is not None and not self._has_shards(key, value)
         ]
         if bad:
-            ahead = [m.name for m in members.all if result.reached.get(m.id) == result.durable]
+            ahead = [m.name for m in members.all if result.reached[m.id] >= result.durable]
             raise ReplayError(
                 f"{', '.join(ahead)} {'is' if len(ahead) == 1 else 'are'} ahead of the metadata, "
                 f"which stands at commit {self._start.commit}: commits {self._start.commit + 1} "

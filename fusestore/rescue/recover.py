@@ -214,8 +214,9 @@ def _may_lack(
                 f"{make_readable([*journals.complaints(), *unread])}"
             )
         raise ReplayError(
-            f"Newer commits than {replayed.state.commit} may be on {away}: bring these nodes back "
-            "and name their places with --from, or say --accept-loss if they are gone for good."
+            f"Newer commits than {replayed.state.commit} may be on {away}: bring these nodes, or "
+            "newer copies of them, back and name their places with --from, or say --accept-loss if "
+            "they are gone for good."
         )
     return True
 

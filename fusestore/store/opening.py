@@ -305,6 +305,7 @@ async def _begin_epoch(store: Store) -> None:
                 journals += _take_over(store, member, await member.call(_tidy, store, member))
             except FusestoreError as error:
                 member.fail(error)
+    _refuse_without_foreign(state)
     committer.journal.segment = max(known + reachable(journals, known)) + 1
     committer.epoch_base = committer.checkpointer.reached
     if state.state.commit == 0 or state.engine.get(store_rows.FORMAT_KEY) != _format(store.config):
@@ -312,6 +313,20 @@ async def _begin_epoch(store: Store) -> None:
     store.writer.seal_all()
     async with committer.lock:
         await committer.commit_now(checkpoint=True)
+
+
+def _refuse_without_foreign(state: Log) -> None:
+    """ReplayError when too few nodes are left beside those of another history."""
+    members = state.members
+    if not members.foreign or members.can_store(state.code):
+        return
+    names = ", ".join(member.name for member in members.foreign)
+    raise ReplayError(
+        f"{names} {'hold' if len(members.foreign) > 1 else 'holds'} another history than the "
+        "metadata, and too few nodes are left without. Bring the nodes of this history back; or "
+        "move the metadata away, keep it, and run 'fusestore recover "
+        f"{members.config.store}', which names the histories and lets you choose."
+    )
 
 
 @dataclass(frozen=True, slots=True)
