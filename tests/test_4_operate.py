@@ -395,7 +395,7 @@ def test_a_service_is_installed_again_and_uninstalled(
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["-o", "accept_loss"], "accept_loss is nothing to be said at each boot"),
+        (["-o", "accept_loss"], "accept_loss is not allowed for a service"),
         (["-o", "max_read=1"], "There is no mount option"),
     ],
 )
