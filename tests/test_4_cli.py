@@ -874,7 +874,7 @@ def test_a_second_mount_is_refused_in_one_sentence(fakes: Fakes, tmp_path: Path)
     assert fakes.mount().returncode == 0
     again = fakes.mount()
     assert again.returncode == 3
-    assert again.stderr == f"fusestore: This store is mounted on {fakes.mountpoint} already.\n"
+    assert again.stderr == f"fusestore: This store is already mounted on {fakes.mountpoint}.\n"
     (tmp_path / "elsewhere").mkdir()
     second = fakes.run("mount", fakes.store, tmp_path / "elsewhere")
     assert second.returncode == 3

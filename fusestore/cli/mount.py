@@ -20,7 +20,7 @@ EXIT_SECONDS = 60.0
 @STORE
 @click.argument("mountpoint", type=ANY_PATH)
 @click.option("--foreground", "-f", is_flag=True, help="Stay, and log to standard error.")
-@click.option("options", "-o", multiple=True, metavar="OPT[,OPT…]", help="Mount options, see above.")
+@click.option("options", "-o", multiple=True, metavar="OPT[,OPT…]", help="Mount options, as above.")
 @click.option(
     "--metrics",
     metavar="[HOST:]PORT",
