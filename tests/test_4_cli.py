@@ -74,7 +74,12 @@ def test_help_teaches() -> None:
     text = run("--help").output
     assert all(command in text for command in COMMANDS)
     assert "fusestore mount ~/store ~/files" in text
-    for line in ["0  fine", "1  not healthy", "2  wrong use", "3  failed"]:
+    for line in [
+        "0  the command succeeded",
+        "1  the command ran",
+        "2  the arguments",
+        "3  the command failed",
+    ]:
         assert line in text
 
 
@@ -628,7 +633,7 @@ def test_a_layout_as_a_table() -> None:
     }
     text = list(layout_lines("letter", from_json(LayoutResult, layout)))
     assert text[0] == "letter: 1.0 MiB, code 2+1, 2 extents in 2 stripes"
-    assert text[1] == "All shards are there; 1 stripe is still open."
+    assert text[1] == "All shards are present; 1 stripe is still open."
     assert any("us-east-1  shards/00000001.seg     192  524288" in line for line in text)
 
 
@@ -870,7 +875,7 @@ def test_a_second_mount_is_refused_in_one_sentence(fakes: Fakes, tmp_path: Path)
     assert fakes.mount().returncode == 0
     again = fakes.mount()
     assert again.returncode == 3
-    assert again.stderr == f"fusestore: This store is mounted on {fakes.mountpoint} already.\n"
+    assert again.stderr == f"fusestore: This store is already mounted on {fakes.mountpoint}.\n"
     (tmp_path / "elsewhere").mkdir()
     second = fakes.run("mount", fakes.store, tmp_path / "elsewhere")
     assert second.returncode == 3

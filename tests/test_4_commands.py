@@ -63,7 +63,7 @@ async def test_what_is_asked_wrongly_is_refused(
     async with opened(config) as one:
         with pytest.raises(UsageError) as raised:
             await ask(one, name, arguments)
-        assert str(raised.value) == f"The command {name!r} was asked wrongly: {reason}."
+        assert str(raised.value) == f"The arguments of {name!r} are invalid: {reason}."
 
 
 async def test_answers_are_json_as_it_always_was(config: StoreConfig) -> None:

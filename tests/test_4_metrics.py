@@ -329,7 +329,7 @@ def test_the_verdict_and_the_risk_say_how_many_regions() -> None:
         "the loss of one more region would lose data"
     )
     assert "risk" in risk_text(replace(STATUS, regions_borne=-1))
-    assert "cannot be read" in risk_text(replace(STATUS, regions_borne=-1, readable=False))
+    assert "to read all files" in risk_text(replace(STATUS, regions_borne=-1, readable=False))
 
 
 @pytest.mark.parametrize(
@@ -520,7 +520,7 @@ async def test_a_loop_that_hangs_is_said(
         thread = threading.Thread(target=ask)
         thread.start()
         thread.join()  # the loop answers nobody meanwhile
-        assert "has not answered" in str(failed[0])
+        assert "did not answer" in str(failed[0])
         assert json.loads((await fetch(monitor, "/status.json")).body)["healthy"]
 
 
@@ -606,7 +606,9 @@ def test_ipv6(serve: Callable[..., int]) -> None:
 
 def test_an_address_in_use_is_one_sentence(serve: Callable[..., int]) -> None:
     port = serve()
-    with pytest.raises(FusestoreError, match=rf"^127.0.0.1:{port} cannot be listened on: .+\.$"):
+    with pytest.raises(
+        FusestoreError, match=rf"^The server cannot listen on 127.0.0.1:{port}: .+\.$"
+    ):
         web.WebServer("127.0.0.1", port, {})
 
 

@@ -342,7 +342,7 @@ def test_the_disks_of_regions_are_awaited_and_not_required(
 def test_paths_that_no_unit_can_hold_are_refused(tmp_path: Path) -> None:
     config = make_store(tmp_path / "s")
     for name in ["a\nb", os.fsdecode(b"\xff")]:
-        with pytest.raises(UsageError, match="cannot stand in a unit"):
+        with pytest.raises(UsageError, match="cannot be used in a unit"):
             settings_of(units.Systemd(tmp_path, False), config, tmp_path / name)
 
 
@@ -395,7 +395,7 @@ def test_a_service_is_installed_again_and_uninstalled(
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["-o", "accept_loss"], "accept_loss is nothing to be said at each boot"),
+        (["-o", "accept_loss"], "accept_loss is not allowed for a service"),
         (["-o", "max_read=1"], "There is no mount option"),
     ],
 )

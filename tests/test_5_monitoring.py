@@ -145,7 +145,10 @@ def test_a_port_in_use_is_said_and_nothing_is_mounted(
     other = make_store()
     done = other.cli("mount", other.store, other.mountpoint, "--metrics", address, check=False)
     assert done.returncode == 3
-    assert done.stderr == f"fusestore: {address} cannot be listened on: Address already in use.\n"
+    assert (
+        done.stderr
+        == f"fusestore: The server cannot listen on {address}: Address already in use.\n"
+    )
     assert not os.path.ismount(other.mountpoint)
 
 

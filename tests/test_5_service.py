@@ -240,7 +240,7 @@ def test_the_log_level_changes_while_mounted(make_store: MakeStore) -> None:
     assert store.cli("log-level", store.store).stdout == "error\n"
     assert store.cli("log-level", store.store, "debug").stdout == "debug\n"
     text = (store.store / "fusestore.log").read_text()
-    assert "the log level is debug now, and was error" in text
+    assert "the log level is now debug; it was error" in text
 
 
 # --- mount(8) ------------------------------------------------------------------

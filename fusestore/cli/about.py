@@ -1,4 +1,4 @@
-"""The commands `version` and `completion`: fusestore about itself."""
+"""The commands `version` and `completion`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import click
 from .asking import JSON, print_json
 
 
-@click.command(short_help="Say which versions of what are at work.")
+@click.command(short_help="Print the versions of all components.")
 @JSON
 def version(as_json: bool) -> None:
     """Print the versions of fusestore, of its format on disk, and of what it is built on.
@@ -27,11 +27,11 @@ def version(as_json: bool) -> None:
         click.echo(f"{name:<{width}}  {number}")
 
 
-@click.command(short_help="Print a script for the completion of a shell.")
+@click.command(short_help="Print a shell completion script.")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
-    """Print a script that makes SHELL complete fusestore's commands and options.
+    """Print a script that makes SHELL complete the commands and options of fusestore.
 
     \b
       bash   eval "$(fusestore completion bash)"    in ~/.bashrc

@@ -1,7 +1,7 @@
-"""How a command has its work done, and what all commands share.
+"""Arguments, output and dispatch that the commands share.
 
-A command asks the daemon of a mounted store, and opens an unmounted one itself;
-the same code does the work in both cases.
+If the store is mounted, a command sends its request to the daemon.  Otherwise it
+opens the store itself.  The same code does the work in both cases.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ PATHS_SHOWN_MAX = 20
 
 
 class _AnyPath(click.Path):
-    """A path that is not looked at here.
+    """A path that is accepted without a check.
 
-    A mount whose daemon hangs would hold the command up, and what is wrong with
-    a path is said by whoever uses it.
+    A check would block on a mount whose daemon hangs.  The code that uses the path
+    reports its errors.
     """
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Path:
@@ -43,15 +43,18 @@ ANY_PATH = _AnyPath()
 STORE = click.argument("store", type=ANY_PATH)
 PATH = click.argument("path", type=ANY_PATH)
 JSON = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else."
+    "--json", "as_json", is_flag=True, help="Print one JSON object and nothing else."
 )
-QUIET = click.option("--quiet", "-q", is_flag=True, help="No progress bar.")
+QUIET = click.option("--quiet", "-q", is_flag=True, help="Show no progress bar.")
 
 
 def ask(
     config: StoreConfig, request: Request[R], progress: Progress = lambda message: None
 ) -> tuple[int | None, R]:
-    """Have a command done; returns the daemon that did it, by number, if one did; its result."""
+    """Run a request; returns the process number of the daemon that ran it, if any, and the result.
+
+    If the store is not mounted, the request runs in this process.
+    """
     from ..errors import NotMountedError
     from ..serve.control_client import ControlClient
 
@@ -74,7 +77,7 @@ def ask(
 
 @contextmanager
 def answering(as_json: bool, **failed: Any) -> Iterator[None]:
-    """Let an error of the body be JSON on standard output too, if it is asked for."""
+    """Print an error of the body as JSON on standard output, too, if `as_json` is set."""
     try:
         yield
     except Exception as error:
@@ -84,17 +87,17 @@ def answering(as_json: bool, **failed: Any) -> Iterator[None]:
 
 
 def print_lines(lines: Iterable[str], *, err: bool = False) -> None:
-    """Print lines for people; in one piece, so that `head -1` takes them whole."""
+    """Print lines of text in one write, so that `head -1` causes no SIGPIPE."""
     click.echo("\n".join(map(printable, lines)), err=err)
 
 
 def print_json(value: Message) -> None:
-    """Print the one JSON object that a command was asked for."""
+    """Print one JSON object."""
     click.echo(json.dumps(value, indent=2))
 
 
 def print_paths(what: str, paths: Sequence[str]) -> None:
-    """Name files on standard error, not too many."""
+    """Print at most PATHS_SHOWN_MAX paths on standard error."""
     lines = [f"{what}: {path}" for path in paths[:PATHS_SHOWN_MAX]]
     if len(paths) > PATHS_SHOWN_MAX:
         lines.append(f"and {len(paths) - PATHS_SHOWN_MAX} more: see --json")
@@ -103,7 +106,7 @@ def print_paths(what: str, paths: Sequence[str]) -> None:
 
 
 class ProgressBar:
-    """A progress bar on standard error, if that is a terminal."""
+    """A progress bar on standard error, shown only if that is a terminal."""
 
     def __init__(self, quiet: bool) -> None:
         self._wanted = not quiet and sys.stderr.isatty()
@@ -111,7 +114,7 @@ class ProgressBar:
         self._phase = ""
 
     def show(self, progress: Message) -> None:
-        """Show where a command is: `phase`, and `done` of `total` bytes."""
+        """Show the progress of a command: `phase`, and `done` of `total` in `unit` (bytes)."""
         if not self._wanted:
             return
         if self._bar is None or progress["phase"] != self._phase:
@@ -125,14 +128,14 @@ class ProgressBar:
         self._bar.update(progress["done"] - self._bar.n)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
 
 def do(store: Path, request: Request[R], *, quiet: bool = True, as_json: bool) -> R:
-    """Have a command done, with a progress bar; its result, printed if it is to be JSON."""
+    """Run a request with a progress bar; return its result, and print it if `as_json` is set."""
     from ..config.store_config import load
     from ..typed_json import to_json
 
@@ -144,7 +147,7 @@ def do(store: Path, request: Request[R], *, quiet: bool = True, as_json: bool) -
 
 
 def complete_node(context: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
-    """The nodes of a store whose names begin so."""
+    """Return the names of a store's nodes that begin with `incomplete`."""
     from ..config.store_config import load
     from ..errors import FusestoreError
 
@@ -156,11 +159,11 @@ def complete_node(context: click.Context, _: click.Parameter, incomplete: str) -
 
 
 def rate_option(function: Any) -> Any:
-    """The option --rate, in MB/s; its value is in bytes a second."""
+    """Add the option --rate, in MB/s; its value is in bytes a second."""
     return click.option(
         "--rate",
         type=click.FloatRange(min=0, min_open=True),
         metavar="MB/s",
         callback=lambda context, option, value: value * 1e6 if value else None,
-        help="Read and write at most so much a second.",
+        help="Read and write at most this much per second.",
     )(function)

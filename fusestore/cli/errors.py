@@ -1,4 +1,4 @@
-"""How a command ends: a sentence on standard error, and a status from one table."""
+"""Exit statuses and error messages of the commands."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ EXIT_STATUS: Mapping[type[FusestoreError], int] = {
     UsageError: 2,
     ConfigError: 2,
 }
-"""By the class of the error; FAILED for all others."""
+"""The exit status for a class of errors; FAILED for all others."""
 FAILED = 3
 INTERRUPTED = 130
 UNREAD = 141
-"""As for any program that ends because nobody reads what it prints any more (SIGPIPE)."""
+"""The status of a program that SIGPIPE ends because nothing reads its output."""
 
 
 def sentence(error: Exception) -> str:
-    """What an error says of itself."""
+    """Return the message of an error."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__
 
 
 class EndsInSentences(click.Command):
-    """A program, alone or a group of commands, that ends with a sentence, not a traceback."""
+    """A command or group of commands that reports errors as sentences, not tracebacks."""
 
     program: ClassVar[str] = "fusestore"
     statuses: ClassVar[Mapping[type[FusestoreError], int]] = EXIT_STATUS
@@ -61,7 +61,7 @@ class EndsInSentences(click.Command):
         except Exception:
             with suppress(OSError):
                 traceback.print_exc()
-            self._complain("this should not happen: please report it")
+            self._complain("this is a bug in fusestore: please report it")
             sys.exit(self.failed)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -69,7 +69,7 @@ class EndsInSentences(click.Command):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise click.Abort from None
-        except BrokenPipeError:  # which click would take for exit status 1
+        except BrokenPipeError:  # click would exit with status 1
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.exit(UNREAD)
 
@@ -80,13 +80,14 @@ class EndsInSentences(click.Command):
 
 
 def _open_standard_streams() -> None:
-    """Have standard input, output and error go nowhere if they are closed.
+    """Open standard input, output and error on /dev/null if they are closed.
 
-    Else the next files that are opened, of a store perhaps, would take their numbers.
+    Otherwise the next files to be opened would get their descriptors, and output
+    could overwrite the files of a store.
     """
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(fd)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number
             setattr(sys, name, open(fd, "w" if fd else "r", closefd=False))

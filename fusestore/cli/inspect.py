@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 LAYOUT = "user.fusestore.layout"
 GOOD_STATES = {"open", "sealed", "whole", "healthy"}
-"""States of a stripe that lacks nothing."""
+"""States of a stripe that lacks no shard."""
 
 
-@click.command(short_help="Show where a file's shards are.")
+@click.command(short_help="Show where the shards of a file are.")
 @PATH
 @JSON
 def inspect(path: Path, as_json: bool) -> None:
     """Show the code, the stripes and the place of each shard of PATH, a file on a mount.
 
-    The same as the attribute user.fusestore.layout.
+    The attribute user.fusestore.layout has the same contents.
 
     \b
       fusestore inspect ~/files/letter.txt
@@ -45,7 +45,7 @@ def inspect(path: Path, as_json: bool) -> None:
 
 
 def _layout(path: Path) -> LayoutResult:
-    """The layout of a file; the daemon is asked for one too long for an attribute."""
+    """Return the layout of a file; ask the daemon if it is too long for an attribute."""
     from ..errors import UsageError
     from ..serve.control_client import ControlClient
     from ..serve.messages.files import LayoutRequest, LayoutResult
@@ -70,7 +70,7 @@ def _layout(path: Path) -> LayoutResult:
 
 
 def layout_lines(path: str, layout: LayoutResult) -> Iterator[str]:
-    """A file's stripes, and under each the place of its shards."""
+    """List the extents of a file, its stripes, and the place of each shard."""
     stripes = layout.stripes
     yield (
         f"{path}: {bytes_text(layout.size)}, code {layout.code}, "
@@ -97,7 +97,7 @@ def _presence(stripes: dict[str, StripePlace]) -> str:
     states = [stripe["state"] for stripe in stripes.values()]
     waiting = states.count("open")
     bad = [state for state in states if state not in GOOD_STATES]
-    text = "All shards are there" if not bad else f"{len(bad)} stripes lack shards"
+    text = "All shards are present" if not bad else f"{len(bad)} stripes lack shards"
     if waiting:
         text += f"; {waiting} {'stripe is' if waiting == 1 else 'stripes are'} still open"
     return text + "."

@@ -1,6 +1,6 @@
 """The command line: `fusestore COMMAND …`.
 
-What a command needs is imported when it runs, so that `--help` is quick.
+Commands import what they need when they run, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from .status import status
 
 EPILOG = """\b
 Exit status:
-  0  fine
-  1  not healthy: the command ran, and found what is not as it should be
-  2  wrong use: arguments or configuration; nothing was changed
-  3  failed
+  0  the command succeeded, and found nothing wrong
+  1  the command ran, and found a problem
+  2  the arguments or the configuration are wrong; nothing was changed
+  3  the command failed
 """
 
 
@@ -47,10 +47,10 @@ class _Commands(EndsInSentences, click.Group):
 @click.group(cls=_Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="fusestore", message="%(prog)s %(version)s")
 def cli() -> None:
-    """A directory that survives the loss of a disk, a site or a cloud region.
+    """A file system that survives the loss of a disk, a site or a cloud region.
 
-    What is written to the mount is cut into stripes, coded, and kept as shards
-    in three regions; any one of them can be lost.
+    fusestore cuts files into stripes, codes each stripe, and keeps the shards in
+    three regions.  You can lose any one region and still read every file.
 
     \b
       fusestore mkfs ~/store              make a store with three regions
@@ -92,15 +92,15 @@ def _region(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> A
     multiple=True,
     metavar="NAME[=PATH]",
     callback=_region,
-    help="A region, and the directory of its node: below STORE if none is given.  "
-    "Repeat it for each; default: us-east-1, us-west-1 and eu-west-1.",
+    help="A region and the directory of its node (default: a directory below STORE).  "
+    "Repeat the option for each region; default: us-east-1, us-west-1 and eu-west-1.",
 )
 @click.option(
     "--code",
     metavar="K+M",
     default="2+1",
     show_default=True,
-    help="Of new files: K data shards and M parity shards a stripe.",
+    help="The code of new files: K data shards and M parity shards per stripe.",
 )
 @click.option(
     "--metadata",
@@ -109,7 +109,7 @@ def _region(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> A
     help="The directory of the metadata; default: STORE/metadata.",
 )
 @click.option(
-    "--allow-unsafe", is_flag=True, help="Take codes that do not survive the loss of a region."
+    "--allow-unsafe", is_flag=True, help="Accept codes that do not survive the loss of a region."
 )
 def mkfs(
     store: Path,
@@ -126,10 +126,10 @@ def mkfs(
       fusestore mkfs /srv/store --region a=/disk1/a --region b=/disk2/b --region c=/disk3/c
 
     \b
-    Codes for three regions, each surviving the loss of any one of them:
-      2+1   takes 1.5 times the space of the data
-      4+2   the same, in smaller shards
-      6+3   the same, in still smaller ones
+    With three regions, each of these codes survives the loss of any one region:
+      2+1   takes 1.5 times the size of the data
+      4+2   the same size, in smaller shards
+      6+3   the same size, in even smaller shards
       1+2   three copies
     """
     from ..config.mkfs import make_store

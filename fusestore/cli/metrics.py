@@ -1,4 +1,4 @@
-"""The command `metrics`: what operations were counted, how fast they were, and how they ended."""
+"""The command `metrics`: counts, durations and results of operations."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from ..serve.messages.mount import MetricsAction, MetricsResult
 
 
-@click.group(short_help="Count operations, and how long they took.")
+@click.group(short_help="Report counts and durations of operations.")
 def metrics() -> None:
-    """Say how many operations STORE's mounts have done, how fast, and how they ended.
+    """Report how many operations ran on mounts of STORE, how fast, and how they ended.
 
-    They are counted since the last `reset`, across mounts.  Times are from when
-    the daemon gets a request to when it has answered.  A crash may lose what was
-    counted in the last minute.
+    The counts begin at the last `reset` and are kept across mounts.  Times are
+    from the daemon's receipt of a request to its answer.  A crash may lose the
+    counts of the last minute.
 
     \b
       fusestore metrics summary ~/store
@@ -32,7 +32,7 @@ def metrics() -> None:
 
 
 def _counts(store: Path, action: MetricsAction) -> MetricsResult:
-    """Ask the daemon, or the file of a store that is not mounted."""
+    """Get the counts from the daemon, or from a file if the store is not mounted."""
     from ..config.store_config import load
     from ..errors import NotMountedError
     from ..serve.control_client import ControlClient
@@ -56,7 +56,7 @@ def _counts(store: Path, action: MetricsAction) -> MetricsResult:
 @STORE
 @JSON
 def metrics_summary(store: Path, as_json: bool) -> None:
-    """Print a table: how many, how fast, and how they ended."""
+    """Print a table of all operations: counts, speeds and results."""
     from ..typed_json import to_json
 
     with answering(as_json):
@@ -75,10 +75,10 @@ def metrics_summary(store: Path, as_json: bool) -> None:
     type=click.File("w", encoding="utf-8", atomic=True),
     default="-",
     metavar="FILE",
-    help="Where to; it is replaced.  Default: standard output.",
+    help="Write to FILE, and replace it if it exists.  Default: standard output.",
 )
 def metrics_export(store: Path, file: Any) -> None:
-    """Write the rows as CSV; times in seconds, sizes in bytes."""
+    """Write the counts as CSV; times are in seconds, sizes in bytes."""
     from ..typed_json import to_json
     from ..watch.counts import csv_text
 
@@ -88,7 +88,7 @@ def metrics_export(store: Path, file: Any) -> None:
 @metrics.command("reset")
 @STORE
 def metrics_reset(store: Path) -> None:
-    """Count from nothing on; what Prometheus gets goes on as it was."""
+    """Set the counts to zero; the metrics for Prometheus do not change."""
     _counts(store, "reset")
 
 
@@ -121,12 +121,12 @@ def _lines(counts: MetricsResult) -> Iterator[str]:
 
 
 def _percent(share: float) -> str:
-    """As a percentage that is 100 only if nothing failed."""
+    """Format a share as a percentage; it is 100 only if nothing failed."""
     return "100 %" if share == 1 else f"{min(100 * share, 99.999):.3f} %"
 
 
 def _brief(seconds: float) -> str:
-    """A duration with a unit that suits it."""
+    """Format a duration with a suitable unit."""
     for unit, size in (("µs", 1e-6), ("ms", 1e-3)):
         if seconds < 999.5 * size:
             return f"{seconds / size:.3g} {unit}"

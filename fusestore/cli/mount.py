@@ -13,30 +13,32 @@ from .asking import ANY_PATH, STORE
 
 FORMATS = ("text", "json")
 EXIT_SECONDS = 60.0
-"""A daemon that has answered `stop` has this long to exit."""
+"""How long a daemon may take to exit after it has answered `stop`."""
 
 
 @click.command(short_help="Mount a store on a directory.")
 @STORE
 @click.argument("mountpoint", type=ANY_PATH)
 @click.option("--foreground", "-f", is_flag=True, help="Stay, and log to standard error.")
-@click.option("options", "-o", multiple=True, metavar="OPT[,OPT…]", help="Mount options, below.")
+@click.option("options", "-o", multiple=True, metavar="OPT[,OPT…]", help="Mount options, as above.")
 @click.option(
-    "--metrics", metavar="[HOST:]PORT", help="Serve metrics and a status page there, by HTTP."
+    "--metrics",
+    metavar="[HOST:]PORT",
+    help="Serve metrics and a status page here, by HTTP.",
 )
 @click.option(
     "--log-level",
     type=click.Choice(LEVELS),
     default="info",
     show_default=True,
-    help="Log from this level on; `fusestore log-level` changes it later.",
+    help="The lowest level to log; `fusestore log-level` changes it later.",
 )
 @click.option(
     "--log-format",
     type=click.Choice(FORMATS),
     default="text",
     show_default=True,
-    help="Lines for people, or one JSON object a line.",
+    help="Log plain lines, or one JSON object per line.",
 )
 @click.option("--ready-fd", type=int, hidden=True)
 def mount(
@@ -51,9 +53,9 @@ def mount(
 ) -> None:
     """Mount STORE on the directory MOUNTPOINT.
 
-    Returns when the mount answers; a daemon in the background serves it from
-    then on, and logs to the file that `fusestore status STORE` names.  A store
-    that lacks a region is mounted with a warning.
+    The command returns when the mount answers.  A daemon in the background serves
+    the mount, and logs to a file that `fusestore status STORE` names.  A store
+    that lacks a region mounts with a warning.
 
     \b
       fusestore mount ~/store ~/files
@@ -63,16 +65,17 @@ def mount(
 
     \b
     Options of -o:
-      ro            nothing can be changed
-      allow_other   other users may use the mount, as modes allow
-      writeback     the kernel collects small writes: faster, but what no
-                    fsync covered is lost when the daemon dies
-      noxattr       no extended attributes and ACLs: small writes are faster,
-                    with writeback several times
-      nonempty      MOUNTPOINT may have files; they are hidden meanwhile
-      accept_loss   give up newer commits that nodes which are not there may hold
-      metrics=[HOST:]PORT    as --metrics; off: not even if fusestore.toml says so
-      nosuid, nodev, noexec, noatime    as for mount(8); noatime is always so
+      ro            the mount is read-only
+      allow_other   other users may use the mount, as file modes allow
+      writeback     the kernel collects small writes: faster, but if the daemon
+                    dies, everything that no fsync covered can be lost
+      noxattr       extended attributes and ACLs are off: small writes are
+                    faster, with writeback several times faster
+      nonempty      MOUNTPOINT may contain files; the mount hides them
+      accept_loss   permanently give up newer commits that absent nodes may hold
+      metrics=[HOST:]PORT    the same as --metrics; metrics=off turns metrics off
+                    even if fusestore.toml turns them on
+      nosuid, nodev, noexec, noatime    as for mount(8); noatime is always on
     """
     from ..config.mount_options import MountOptions
     from ..config.store_config import load
@@ -98,9 +101,9 @@ def mount(
 def umount(mountpoint: Path) -> None:
     """Unmount the store on MOUNTPOINT.
 
-    Returns when everything is committed and the daemon has exited.  A mount
-    whose daemon died is cleared, with exit status 1: what it had not committed
-    (five seconds at most) is lost.
+    The command returns when everything is committed and the daemon has exited.
+    If the daemon had died, the command clears the mount and exits with status 1:
+    uncommitted changes (normally of the last five seconds) are lost.
 
     \b
       fusestore umount ~/files
@@ -121,8 +124,8 @@ def unmount(mountpoint: Path) -> None:
         raise UsageError(f"No store is mounted on {place}.")
     if mounts.clear_dead(place):
         raise NotHealthyError(
-            f"The daemon of {place} had died: the mount is cleared, and what was "
-            f"written in its last seconds without fsync may be lost."
+            f"The daemon of {place} had died: the mount is cleared.  Changes of its last "
+            f"seconds that no fsync covered may be lost."
         )
     client = ControlClient(there.store)
     try:
@@ -134,7 +137,7 @@ def unmount(mountpoint: Path) -> None:
         if pid:
             client.ask(StopRequest(os.fspath(place)))
         else:
-            mounts.unmount(place)  # Its daemon will commit and exit, even if it does not listen.
+            mounts.unmount(place)  # The daemon commits and exits, even if it does not listen.
     except UnansweredError:
         if _exited(daemon, 1.0):
             mounts.clear_dead(place)
@@ -146,13 +149,16 @@ def unmount(mountpoint: Path) -> None:
         raise
     if not _exited(daemon, EXIT_SECONDS):
         raise FusestoreError(
-            f"{place} is unmounted, but its daemon (process {pid}) has not exited "
+            f"{place} is unmounted, but its daemon (process {pid}) did not exit "
             f"within {EXIT_SECONDS:.0f} seconds."
         )
 
 
 def _watch(pid: int) -> int | None:
-    """A descriptor that becomes readable when the process exits; None: it has, or is not ours."""
+    """A descriptor that becomes readable when the process exits.
+
+    None if the process has exited, or cannot be watched.
+    """
     try:
         return os.pidfd_open(pid)
     except (OSError, ValueError):
@@ -160,7 +166,7 @@ def _watch(pid: int) -> int | None:
 
 
 def _exited(daemon: int | None, seconds: float) -> bool:
-    """Wait for the exit of the process; False when it still runs after `seconds`."""
+    """Wait until the process exits; False if it still runs after `seconds`."""
     if daemon is None:
         return True
     poller = select.poll()

@@ -1,8 +1,8 @@
-"""`mount.fusestore` and `umount.fusestore`: what mount(8) and umount(8) run for a store.
+"""`mount.fusestore` and `umount.fusestore`: the helpers of mount(8) and umount(8).
 
-They are found as /sbin/mount.fusestore and /sbin/umount.fuse.fusestore, so that
-`mount -t fusestore`, a line of /etc/fstab and `umount` work.  Exit statuses are
-those of mount(8).
+With links at /sbin/mount.fusestore and /sbin/umount.fuse.fusestore, `mount -t
+fusestore`, lines of /etc/fstab and `umount` work.  The exit statuses are those of
+mount(8).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MOUNT_FAILED = 32
 
 class _Helper(EndsInSentences):
     program = "mount.fusestore"
-    # A dead mount that was cleared (NotHealthyError) is unmounted, as was asked.
+    # A cleared dead mount (NotHealthyError) is unmounted: umount(8) succeeded.
     statuses = {UsageError: WRONG_USE, ConfigError: WRONG_USE, NotHealthyError: 0}  # noqa: RUF012
     failed = MOUNT_FAILED
 
@@ -35,10 +35,10 @@ _TYPE = click.option("-t", "kind", hidden=True, help="Ignored.")
 @STORE
 @click.argument("mountpoint", type=ANY_PATH)
 @click.option("options", "-o", multiple=True, metavar="OPT[,OPT…]", help="Mount options.")
-@click.option("sloppy", "-s", is_flag=True, help="Ignore options that there are not.")
-@click.option("fake", "-f", is_flag=True, help="Check everything, and do not mount.")
+@click.option("sloppy", "-s", is_flag=True, help="Ignore unknown options.")
+@click.option("fake", "-f", is_flag=True, help="Check everything, but do not mount.")
 @click.option("-n", "no_mtab", is_flag=True, help="Ignored.")
-@click.option("verbose", "-v", is_flag=True, help="Say what is done.")
+@click.option("verbose", "-v", is_flag=True, help="Report the mount.")
 @_TYPE
 def mount(
     store: Path,
@@ -53,8 +53,8 @@ def mount(
     """Mount STORE on the directory MOUNTPOINT, like `fusestore mount`.
 
     mount(8) runs this as /sbin/mount.fusestore.  The options are those of
-    `fusestore mount`; what only mount(8) and systemd understand (defaults,
-    noauto, nofail, user, _netdev, x-systemd.…) is ignored.
+    `fusestore mount`.  Options that only mount(8) and systemd understand
+    (defaults, noauto, nofail, user, _netdev, x-systemd.…) are ignored.
 
     \b
       mount -t fusestore /srv/store /srv/data -o allow_other
@@ -70,7 +70,7 @@ def mount(
     config = load(store)
     chosen = MountOptions.parse(of_fstab(options, sloppy=sloppy))
     if chosen.accept_loss:
-        raise UsageError("accept_loss is nothing to be said each time: use `fusestore mount`.")
+        raise UsageError("accept_loss is not allowed here: run `fusestore mount` with it once.")
     place = launch.prepare_mountpoint(config, mountpoint, chosen)
     if fake:
         return
@@ -82,8 +82,8 @@ def mount(
 
 @click.command(cls=_Helper, short_help="Unmount a store, for umount(8).")
 @click.argument("mountpoint", type=ANY_PATH)
-@click.option("force", "-f", is_flag=True, help="Cut the mount off, whatever becomes of it.")
-@click.option("lazy", "-l", is_flag=True, help="Unmount when nobody uses it any more.")
+@click.option("force", "-f", is_flag=True, help="Force the unmount, as umount(8) does.")
+@click.option("lazy", "-l", is_flag=True, help="Detach the mount now, as umount(8) does.")
 @click.option("-n", "no_mtab", is_flag=True, help="Ignored.")
 @click.option("-r", "read_only", is_flag=True, help="Ignored.")
 @click.option("-v", "verbose", is_flag=True, help="Ignored.")
@@ -97,11 +97,11 @@ def umount(
     verbose: bool,
     kind: str | None,
 ) -> None:
-    """Unmount the store on MOUNTPOINT; returns when everything is committed.
+    """Unmount the store on MOUNTPOINT; return when everything is committed.
 
     umount(8) runs this as /sbin/umount.fuse.fusestore.
     """
-    if force or lazy:  # the kernel knows how, and the daemon commits when it is told
+    if force or lazy:  # the kernel does it; the daemon commits when the mount ends
         flags = [*(["-f"] if force else []), *(["-l"] if lazy else [])]
         sys.exit(subprocess.run(["umount", "-i", *flags, "--", mountpoint]).returncode)
     from .mount import unmount

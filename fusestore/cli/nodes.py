@@ -39,9 +39,9 @@ _NODE = click.argument("node", shell_complete=complete_node)
 def node() -> None:
     """Add, drain, remove, replace and list the nodes of a store, mounted or not.
 
-    A region may have several nodes; each gets shards in proportion to its weight.
-    All goes on in the background of a mount, and may be killed at any moment: done
-    again, or mounted again, it goes on where it was.
+    A region can have several nodes; each gets shards in proportion to its weight.
+    On a mounted store the daemon moves shards in the background.  You can kill it
+    at any moment: moving continues when the store is mounted again.
 
     \b
       fusestore node add ~/store us-east-2 --region us-east-1 --path /mnt/disk2/node
@@ -51,11 +51,11 @@ def node() -> None:
     """
 
 
-@node.command("list", short_help="Show the nodes and what they hold.")
+@node.command("list", short_help="List the nodes and their shares.")
 @STORE
 @JSON
 def list_nodes(store: Path, as_json: bool) -> None:
-    """Show the nodes of STORE, what each holds, and what its share is."""
+    """List the nodes of STORE, the shards that each holds, and its share."""
     from ..serve.messages.nodes import NodesRequest
 
     result = do(store, NodesRequest(), as_json=as_json)
@@ -63,24 +63,24 @@ def list_nodes(store: Path, as_json: bool) -> None:
         print_lines(nodes_lines(result))
 
 
-@node.command(short_help="Let one more node take part.")
+@node.command(short_help="Add a node.")
 @STORE
 @click.argument("node")
 @click.option(
-    "--region", required=True, metavar="R", help="The region that it lies in; it may be a new one."
+    "--region", required=True, metavar="R", help="The region of the node, existing or new."
 )
 @click.option(
     "--path",
     type=ANY_PATH,
     metavar="P",
-    help="Its directory, new or empty; default: below STORE, by its name.",
+    help="The directory of the node, new or empty; default: STORE/NODE.",
 )
 @click.option(
     "--weight",
     type=float,
     default=1.0,
     show_default=True,
-    help="Its share of the region, in proportion to the weights of the others.",
+    help="Its share of new shards, relative to the weights of the region's other nodes.",
 )
 @QUIET
 @JSON
@@ -93,9 +93,9 @@ def add(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Let NODE take part in STORE: it gets the journal, then its part of new shards.
+    """Add NODE to STORE: it gets the journal, then its share of new shards.
 
-    What there is stays where it is until `fusestore rebalance`.
+    Existing shards stay where they are until you run `fusestore rebalance`.
     """
     from ..serve.messages.nodes import NodeAddRequest
 
@@ -103,23 +103,23 @@ def add(
     request = NodeAddRequest(node, region, os.fspath(place), weight)
     result = do(store, request, quiet=quiet, as_json=as_json)
     if not as_json:
-        click.echo(f"{node} at {result.path} is a node of region {region} now.")
-        click.echo(f"Give it its share of what there is: fusestore rebalance {store} start")
+        click.echo(f"{node} at {result.path} is now a node of region {region}.")
+        click.echo(f"Give it its share of existing shards: fusestore rebalance {store} start")
 
 
-@node.command(short_help="Give a node's shards to others.")
+@node.command(short_help="Move the shards of a node to other nodes.")
 @STORE
 @_NODE
-@click.option("--cancel", is_flag=True, help="Let it have shards again.")
-@click.option("--no-wait", is_flag=True, help="Return at once; it goes on in the background.")
+@click.option("--cancel", is_flag=True, help="Give the node new shards again.")
+@click.option("--no-wait", is_flag=True, help="Return at once, and drain in the background.")
 @QUIET
 @JSON
 def drain(store: Path, node: str, cancel: bool, no_wait: bool, quiet: bool, as_json: bool) -> None:
-    """Give NODE of STORE no new shards, and those that it has to the others of its region.
+    """Give NODE of STORE no new shards, and move its shards to other nodes of its region.
 
-    Each shard is read back and checked at its new place before it counts there.  Of a
-    node that is gone they are rebuilt.  Draining goes on when this command is
-    interrupted, and after a restart.
+    Each shard is read back and checked at its new place before it counts there.  If
+    NODE is gone, its shards are rebuilt from others.  Draining continues if you
+    interrupt this command, and after a restart.
     """
     from ..serve.messages.nodes import NodeDrainRequest
 
@@ -134,32 +134,33 @@ def drain(store: Path, node: str, cancel: bool, no_wait: bool, quiet: bool, as_j
 @_NODE
 @JSON
 def remove(store: Path, node: str, as_json: bool) -> None:
-    """Take NODE, which was drained, out of STORE, and delete what is left in its directory.
+    """Take the drained NODE out of STORE, and delete what is left in its directory.
 
-    Refused while anything needs it.
+    The command refuses while anything needs NODE.
     """
     from ..serve.messages.nodes import NodeRemoveRequest
 
     result = do(store, NodeRemoveRequest(node), as_json=as_json)
     if not as_json:
-        rest = "is empty" if result.emptied else "was not there, or could not be emptied"
-        click.echo(f"{node} is no node of {store} any more; {result.path} {rest}.")
+        rest = "is empty" if result.emptied else "was missing, or could not be emptied"
+        click.echo(f"{node} is no longer a node of {store}; {result.path} {rest}.")
 
 
 @click.command(short_help="Give each node its share.")
 @STORE
 @click.argument("action", type=click.Choice(["start", "status", "stop"]))
 @rate_option
-@click.option("--wait", is_flag=True, help="Return when it has ended or was stopped.")
+@click.option("--wait", is_flag=True, help="Return when the rebalance has ended or was stopped.")
 @QUIET
 @JSON
 def rebalance(
     store: Path, action: RebalanceAction, rate: float | None, wait: bool, quiet: bool, as_json: bool
 ) -> None:
-    """Move shards of STORE between the nodes of a region until each has its weight's share.
+    """Move shards within each region of STORE until each node has the share of its weight.
 
-    On a mounted store it runs in the background, gives way to users, and goes on
-    after a restart; one that is not mounted is rebalanced to the end at once.
+    On a mounted store, the rebalance runs in the background, gives way to users,
+    and continues after a restart.  On an unmounted store, the command returns when
+    the rebalance is complete.
 
     \b
       fusestore rebalance ~/store start --wait
@@ -178,7 +179,7 @@ _TO = click.Option(
     type=ANY_PATH,
     required=True,
     metavar="PATH",
-    help="Its new directory, new or empty.",
+    help="The directory to move it to, new or empty.",
 )
 node.add_command(
     click.Command(
@@ -186,14 +187,14 @@ node.add_command(
         callback=repair.callback,
         params=[_TO if parameter.name == "to" else parameter for parameter in repair.params],
         short_help="Move a node to another place.",
-        help="Rebuild NODE of STORE in the directory PATH, and keep it there: the same as "
-        "`fusestore repair STORE NODE --to PATH`.",
+        help="Rebuild NODE of STORE in the directory PATH, and use it there from then on.  "
+        "This is the same as `fusestore repair STORE NODE --to PATH`.",
     )
 )
 
 
 def nodes_lines(result: NodesResult) -> Iterator[str]:
-    """The nodes, what they hold and what they should."""
+    """List the nodes, what they hold, and their shares."""
     heads = ("NODE", "REGION", "WEIGHT", "STATE", "SHARDS", "HOLDS", "SHARE", "FREE", "PATH")
     rows = [
         (
@@ -223,17 +224,17 @@ def state_text(node: NodeStatus | NodeShare) -> str:
 
 
 def drain_line(store: str, result: NodeDrained) -> str:
-    """How far draining a node is."""
+    """Report the progress of draining a node."""
     name = result.node
     if not result.draining:
         return f"{name} gets shards again."
     if result.drained:
-        return f"{name} is drained: take it out with 'fusestore node remove {store} {name}'."
+        return f"{name} is drained: remove it with 'fusestore node remove {store} {name}'."
     return f"{name} is being drained: see 'fusestore node list {store}'."
 
 
 def rebalance_line(row: Rebalance) -> str:
-    """Where a rebalance stands, or how it ended."""
+    """Report the progress or the result of a rebalance."""
     if row.state == "never":
         return "This store was never rebalanced."
     moved = f"{row.shards:,} shards moved and checked, {bytes_text(row.size)}"

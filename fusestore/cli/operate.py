@@ -1,4 +1,4 @@
-"""The commands `config`, `log-level` and `service`: for whoever runs a store for years."""
+"""The commands `config`, `log-level` and `service`: long-term operation of a store."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from .asking import ANY_PATH, STORE, print_lines
 
 @click.group()
 def config() -> None:
-    """Look at the configuration of a store.
+    """Check the configuration of a store.
 
     \b
       fusestore config check ~/store
     """
 
 
-@config.command(short_help="Say all that is wrong with fusestore.toml.")
+@config.command(short_help="Report every mistake in fusestore.toml.")
 @STORE
 def check(store: Path) -> None:
-    """Say all that is wrong with the fusestore.toml of STORE, with the line of each.
+    """Report every mistake in the fusestore.toml of STORE, each with its line.
 
-    STORE may also be a file.  Nothing else is looked at: not the nodes, and not
-    whether their directories are there.
+    STORE may also be a file.  The command checks only this file: neither the nodes
+    nor their directories.
 
-    Exit status 0: it can be used; 2: it cannot.
+    Exit status 0: the file can be used; 2: it cannot.
 
     \b
       fusestore config check ~/store
@@ -60,11 +60,11 @@ def check(store: Path) -> None:
 # --- log-level ---------------------------------------------------------------
 
 
-@click.command("log-level", short_help="Change what a mounted store logs.")
+@click.command("log-level", short_help="Show or change the log level of a mounted store.")
 @STORE
 @click.argument("level", type=click.Choice(LEVELS), required=False)
 def log_level(store: Path, level: str | None) -> None:
-    """Have the daemon of STORE log from LEVEL on, until it is unmounted; print the level.
+    """Set the log level of the mounted STORE until it is unmounted; print the level.
 
     \b
       fusestore log-level ~/store debug
@@ -82,7 +82,7 @@ def log_level(store: Path, level: str | None) -> None:
 
 @click.group()
 def service() -> None:
-    """Have systemd mount a store at each boot.
+    """Make systemd mount a store at each boot.
 
     \b
       fusestore service install /srv/store /srv/data -o allow_other
@@ -91,10 +91,10 @@ def service() -> None:
     """
 
 
-_USER = click.option("--user", is_flag=True, help="For your own systemd, not the system's.")
+_USER = click.option("--user", is_flag=True, help="Use your own systemd, not that of the system.")
 
 
-@service.command(short_help="Write the units for a mount.")
+@service.command(short_help="Write the systemd units for a mount.")
 @STORE
 @click.argument("mountpoint", type=ANY_PATH)
 @click.option("options", "-o", multiple=True, metavar="OPT[,OPT…]", help="As for `mount`.")
@@ -103,11 +103,11 @@ _USER = click.option("--user", is_flag=True, help="For your own systemd, not the
 def install(
     store: Path, mountpoint: Path, options: tuple[str, ...], user: bool, only_print: bool
 ) -> None:
-    """Write what systemd needs to mount STORE on MOUNTPOINT at each boot.
+    """Write the systemd units that mount STORE on MOUNTPOINT at each boot.
 
-    They go to /etc/systemd/system, with --user to ~/.config/systemd/user.  It
-    may be run again at any time, for instance when a region has moved.  Nothing
-    is started or enabled: what it prints at the end does that.
+    They go to /etc/systemd/system, or with --user to ~/.config/systemd/user.  You
+    can run the command again at any time, for example after you move a region.  It
+    starts and enables nothing; it prints the commands that do.
 
     \b
       fusestore service install /srv/store /srv/data -o allow_other,nodev
@@ -123,7 +123,9 @@ def install(
     found = load(store)
     chosen = MountOptions.parse(options)
     if chosen.accept_loss:
-        raise UsageError("accept_loss is nothing to be said at each boot: use `fusestore mount`.")
+        raise UsageError(
+            "accept_loss is not allowed for a service: run `fusestore mount` with it once."
+        )
     place = mounts.locate(mountpoint)
     if mounts.find(place) is None:
         place = launch.prepare_mountpoint(found, mountpoint, chosen)
@@ -139,8 +141,10 @@ def install(
                 write_whole(path, text, 0o644)
                 click.echo(f"wrote {path}")
         except PermissionError as error:
-            who = "write to your home directory" if user else "be root, or use --user"
-            raise UsageError(f"{path} cannot be written: {who}.") from error
+            remedy = (
+                "your home directory must be writable" if user else "run as root, or use --user"
+            )
+            raise UsageError(f"{path} cannot be written: {remedy}.") from error
     if Path("/run/systemd/system").is_dir():
         systemd.control("daemon-reload")
     systemctl = "systemctl --user" if user else "systemctl"
@@ -149,16 +153,16 @@ def install(
     timer = _word(instance, "fusestore-scrub@", ".timer")
     click.echo(f"Scrub it every month:           {systemctl} enable --now {timer}")
     if user:
-        click.echo("Without your being logged in:   loginctl enable-linger")
+        click.echo("Keep it while you are away:     loginctl enable-linger")
 
 
-@service.command(short_help="Stop a mount, and forget its settings.")
+@service.command(short_help="Stop the service of a mount, and remove its settings.")
 @click.argument("mountpoint", type=ANY_PATH)
 @_USER
 def uninstall(mountpoint: Path, user: bool) -> None:
     """Stop and disable the service of MOUNTPOINT, and remove its settings.
 
-    The store stays as it is, and so do the units that all mounts share.
+    The store does not change.  The units that all mounts share stay installed.
 
     \b
       fusestore service uninstall /srv/data
@@ -178,22 +182,22 @@ def uninstall(mountpoint: Path, user: bool) -> None:
     )
     for file in own:
         file.unlink(missing_ok=True)
-        if not any(file.parent.iterdir()):  # what `systemctl edit` put there stays
+        if not any(file.parent.iterdir()):  # files that `systemctl edit` wrote stay
             file.parent.rmdir()
     systemd.control("daemon-reload")
 
 
 def _word(instance: str, before: str = "fusestore@", after: str = "") -> str:
-    """The name of a unit, as a shell takes it."""
+    """Return the name of a unit, quoted for a shell."""
     return shlex.quote(before + instance + after)
 
 
 def _program() -> Path:
-    """The absolute path of the program `fusestore`; UsageError when it is not installed."""
+    """Return the absolute path of the program `fusestore`; UsageError if it is not installed."""
     from ..errors import UsageError
 
     beside = Path(sys.executable).with_name("fusestore")
     found = str(beside) if beside.is_file() else shutil.which("fusestore")
     if found is None:
-        raise UsageError("The program fusestore is not installed: systemd could not start it.")
+        raise UsageError("The program fusestore is not installed, and systemd could not start it.")
     return Path(os.path.abspath(found))

@@ -1,4 +1,4 @@
-"""The commands `policy`, `recode` and `quota`: what holds for a directory of a mounted store."""
+"""The commands `policy`, `recode` and `quota`: settings of directories of a mounted store."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ _DIRECTORY = click.argument("directory", type=ANY_PATH)
 
 
 def _on_mount(path: Path, *, directory: bool = False) -> Mount:
-    """The mount of a store that a path is on; UsageError: elsewhere it would mean nothing."""
+    """Return the mount that contains a path; UsageError if no store is mounted there."""
     from ..errors import UsageError
     from ..system import mounts
 
     try:
         mount = mounts.containing(path)
     except OSError as error:
-        raise UsageError(f"{path} cannot be looked at: {error.strerror}.") from error
+        raise UsageError(f"{path} cannot be examined: {error.strerror}.") from error
     if mount is None:
         raise UsageError(f"{path} is not on a mount of a store.")
     if directory and not path.is_dir():
@@ -59,7 +59,7 @@ def _on_mount(path: Path, *, directory: bool = False) -> Mount:
 
 
 def _ask(path: Path, request_of: Callable[[int], Request[R]], *, directory: bool = False) -> R:
-    """Have the daemon of the mount that `path` is on do what is asked of its inode."""
+    """Send a request about the inode of `path` to the daemon of its mount."""
     from ..serve.control_client import ControlClient
 
     mount = _on_mount(path, directory=directory)
@@ -72,11 +72,11 @@ def _ask(path: Path, request_of: Callable[[int], Request[R]], *, directory: bool
 
 @click.group(short_help="Choose the code of new files.")
 def policy() -> None:
-    """Choose the code of new files, directory by directory.
+    """Choose the code of new files, for each directory.
 
-    A new file has the code of the nearest directory above it that was given one,
-    else the store's; files that exist keep theirs until `recode` changes it.
-    The same as the attribute user.fusestore.code.
+    A new file gets the code of the nearest directory above it that has one, or
+    else the code of the store.  Existing files keep their code until `recode`
+    changes it.  The attribute user.fusestore.code sets the same policy.
 
     \b
       fusestore policy set ~/files/archive 6+3
@@ -96,15 +96,15 @@ def policy_set(directory: Path, code: str) -> None:
 
     chosen = Code.parse(code)
     mount = _on_mount(directory, directory=True)
-    attribute(directory, POLICY_ATTRIBUTE)  # complains where there are none
+    attribute(directory, POLICY_ATTRIBUTE)  # fails if attributes are off
     try:
         os.setxattr(directory, CODE_ATTRIBUTE, str(chosen).encode())
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
         raise UsageError(
-            f"{directory} cannot have the code {chosen}: the loss of a region would lose data, "
-            f"which is refused unless {mount.store} was made with --allow-unsafe."
+            f"{directory} cannot have the code {chosen}: the loss of a region would lose data.  "
+            f"Only a store that was made with --allow-unsafe accepts such a code."
         ) from None
     _print_policy(directory, mount)
 
@@ -113,7 +113,10 @@ def policy_set(directory: Path, code: str) -> None:
 @PATH
 @JSON
 def policy_get(path: Path, as_json: bool) -> None:
-    """Print the code of new files below PATH (or of a file), its origin, and what it survives."""
+    """Print the code of new files below PATH, or of the file PATH.
+
+    The command also prints where the code was set, and which losses it survives.
+    """
     with answering(as_json):
         _print_policy(path, _on_mount(path), as_json)
 
@@ -121,7 +124,7 @@ def policy_get(path: Path, as_json: bool) -> None:
 @policy.command("clear")
 @_DIRECTORY
 def policy_clear(directory: Path) -> None:
-    """Let new files below DIRECTORY have the code of the directory above it again."""
+    """Make DIRECTORY inherit the code of the directory above it again."""
     from ..system.mounts import attribute
 
     mount = _on_mount(directory, directory=True)
@@ -145,10 +148,10 @@ def _print_policy(path: Path, mount: Mount, as_json: bool = False) -> None:
 
 @click.command(short_help="Give existing files another code.")
 @PATH
-@click.option("--to", metavar="K+M", help="The code; default: that of each file's directory.")
+@click.option("--to", metavar="K+M", help="The new code; default: that of each file's directory.")
 @rate_option
-@click.option("--background", is_flag=True, help="Return at once; `status` shows how far it is.")
-@click.option("--stop", is_flag=True, help="End what is running; what is done stays done.")
+@click.option("--background", is_flag=True, help="Return at once; `status` shows the progress.")
+@click.option("--stop", is_flag=True, help="Stop a running recoding; recoded files stay recoded.")
 @JSON
 @click.pass_context
 def recode(
@@ -162,13 +165,13 @@ def recode(
 ) -> None:
     """Give the file PATH, or all files below the directory PATH, another code.
 
-    Their store stays mounted, and the files in use: each reads what was last
-    written to it at every moment.  The daemon does it in the background, and
-    gives way to users; interrupting this command leaves it at it.  After a
-    restart it goes on by itself.  One can run at a time in a store.
+    The files stay in use, and every read returns the bytes that were last written.
+    Recoding runs in the daemon and gives way to users.  It continues if you
+    interrupt this command, and after a restart.  One recoding runs at a time in a
+    store.
 
-    Files with bytes that could not be read are named, with exit status 1; these
-    bytes stay as they are.
+    Exit status 1: some bytes could not be read.  The command names their files and
+    leaves these bytes as they are.
 
     \b
       fusestore policy set ~/files/archive 6+3
@@ -197,9 +200,9 @@ def recode(
 def quota() -> None:
     """Limit the bytes and the files (inodes of any kind) below a directory.
 
-    Bytes count as in `du`: holes do not, nor do parity and copies.  Quotas may lie
-    inside each other; what is below an inner one counts for the outer ones, too.
-    More is refused with EDQUOT ("Disk quota exceeded").
+    Bytes count as in `du`: holes, parity and copies do not count.  Quotas can be
+    nested: everything below an inner quota also counts for the outer ones.  An
+    operation that would exceed a quota fails with EDQUOT ("Disk quota exceeded").
 
     \b
       fusestore quota set ~/files/home/ann --bytes 20G --files 100000
@@ -209,7 +212,7 @@ def quota() -> None:
 
 
 def _limit(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
-    """A number, for bytes with a unit; `none` is no limit."""
+    """Parse a limit: a number, for bytes with a unit, or `none` for no limit."""
     from ..format.file_rows import NO_LIMIT
 
     if value is None or value.lower() == "none":
@@ -219,28 +222,28 @@ def _limit(context: click.Context, option: click.Parameter, value: str | None) -
         raise click.BadParameter(f"{value!r} is not {option.metavar}.")
     limit = int(float(found[1]) * 1024 ** (1 + _UNITS.index(found[2].upper()) if found[2] else 0))
     if limit >= NO_LIMIT:
-        raise click.BadParameter(f"{value!r} is too much.")
+        raise click.BadParameter(f"{value!r} is too large.")
     return limit
 
 
 @quota.command("set")
 @_DIRECTORY
 @click.option(
-    "--bytes", "bytes_max", callback=_limit, metavar="N[K|M|G|T|P]|none", help="1K: 1024."
+    "--bytes", "bytes_max", callback=_limit, metavar="N[K|M|G|T|P]|none", help="1K is 1024."
 )
-@click.option("--files", "files_max", callback=_limit, metavar="N|none", help="Inodes.")
+@click.option("--files", "files_max", callback=_limit, metavar="N|none", help="Number of inodes.")
 def quota_set(directory: Path, bytes_max: int | None, files_max: int | None) -> None:
-    """Limit what may lie below DIRECTORY; a limit that is not given stays as it is.
+    """Limit what may lie below DIRECTORY.  A limit that you do not name stays unchanged.
 
-    What is there is counted first, while it is used, and the limits are enforced
-    from then on; interrupting this command leaves the daemon at it.  A limit
-    below what there is refuses only what adds to it.
+    The daemon first counts the existing files, while they are in use, and enforces
+    the limits from then on.  It continues if you interrupt this command.  If a
+    limit is below the current use, only operations that add to the use are refused.
     """
     from ..errors import UsageError
     from ..serve.messages.files import QuotaRequest
 
     if bytes_max is None and files_max is None:
-        raise UsageError("Say a limit: --bytes, --files, or both.")
+        raise UsageError("Give a limit: --bytes, --files, or both.")
     request_of = partial(QuotaRequest, "set", bytes=bytes_max, files=files_max)
     _print_quotas(directory, _ask(directory, request_of, directory=True))
 
@@ -249,7 +252,7 @@ def quota_set(directory: Path, bytes_max: int | None, files_max: int | None) -> 
 @PATH
 @JSON
 def quota_get(path: Path, as_json: bool) -> None:
-    """Print the quotas that PATH counts for, the nearest first."""
+    """Print the quotas that apply to PATH, the nearest first."""
     from ..serve.messages.files import QuotaRequest
 
     with answering(as_json):
@@ -260,7 +263,7 @@ def quota_get(path: Path, as_json: bool) -> None:
 @quota.command("clear")
 @_DIRECTORY
 def quota_clear(directory: Path) -> None:
-    """Take the quota of DIRECTORY away."""
+    """Remove the quota of DIRECTORY."""
     from ..serve.messages.files import QuotaRequest
 
     result = _ask(directory, partial(QuotaRequest, "clear"), directory=True)
@@ -285,13 +288,13 @@ def _print_quotas(path: Path, result: QuotaResult, as_json: bool = False) -> Non
     if as_json:
         print_json(to_json(result))
     elif not result.quotas:
-        click.echo(f"No quota holds for {path}.")
+        click.echo(f"No quota applies to {path}.")
     else:
         print_lines(quota_lines(result.quotas))
 
 
 def policy_line(path: str, policy: dict[str, Any], mountpoint: str) -> str:
-    """A code, where it comes from, and what it survives."""
+    """Report a code, where it was set, and which losses it survives."""
     origin = "the default of the store"
     if policy["set_on"] is not None:
         origin = f"set on {mountpoint.rstrip('/')}{policy['set_on']}".rstrip("/")
@@ -303,7 +306,7 @@ def policy_line(path: str, policy: dict[str, Any], mountpoint: str) -> str:
 
 
 def recode_line(job: Recoding) -> str:
-    """How far a recoding is, or how it ended."""
+    """Report the progress or the result of a recoding."""
     to = job.to or "the policy of each directory"
     what = f"{job.path} to {to}: {bytes_text(job.recoded)} recoded"
     if job.state != "running":
@@ -312,7 +315,7 @@ def recode_line(job: Recoding) -> str:
     size = f"{bytes_text(job.size)} of {bytes_text(job.total)}"
     far = f"{job.files:,} of {job.total_files:,} files, {size} looked at"
     if job.waits_for:
-        return f"{what}, {far}; it waits: {job.waits_for}"
+        return f"{what}, {far}; waiting: {job.waits_for}"
     left = job.seconds_left
     return (
         f"{what}, {far}, {'time left unknown' if left is None else duration_text(left) + ' left'}"
@@ -320,7 +323,7 @@ def recode_line(job: Recoding) -> str:
 
 
 def quota_lines(quotas: Sequence[QuotaStatus]) -> Iterator[str]:
-    """A table of quotas; those that are not in force yet say so."""
+    """Format a table of quotas, with the state of each."""
 
     def most(limit: int | None, text: Callable[[int], str]) -> str:
         return "no limit" if limit is None else text(limit)

@@ -37,14 +37,14 @@ if TYPE_CHECKING:
     "--to",
     type=ANY_PATH,
     metavar="PATH",
-    help="Rebuild it in this directory, new or empty, and keep it there.",
+    help="Rebuild the node at PATH, new or empty, and use it there from then on.",
 )
 @click.option(
     "--discard-history",
     is_flag=True,
-    help="Give up the commits of another history that status says the node holds.",
+    help="Give up the commits of another history that status reports on NODE.",
 )
-@click.option("--dry-run", is_flag=True, help="Only say what there is to do.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @rate_option
 @QUIET
 @JSON
@@ -62,12 +62,15 @@ def repair(
 ) -> None:
     """Rebuild NODE of STORE from the other nodes, mounted or not.
 
-    For a node whose directory is gone, empty, or has lost or bad shards.  The
-    journal comes first, then the shards, those of the weakest stripes first.
-    Each shard is read back and checked before it counts; afterwards any other
-    region may go.  A repair that was killed goes on where it was.  What cannot
-    be rebuilt is named file by file, with exit status 1.  A node that holds
-    another history of the store is refused, unless that history is discarded.
+    Use this if the directory of NODE is gone or empty, or has lost or bad shards.
+    Repair begins with the journal.  Then come the shards, those of the weakest
+    stripes first.  Each shard is read back and checked before it counts; afterwards
+    you can lose any other region.  A repair that was killed continues where it was.
+
+    A node that holds another history of the store is refused, unless you discard
+    that history.
+
+    Exit status 1: something cannot be rebuilt.  The command names it file by file.
 
     \b
       fusestore repair ~/store us-east-1
@@ -97,7 +100,7 @@ def repair(
 
 
 def plan_lines(plan: RepairPlan) -> Iterator[str]:
-    """What a repair has to do."""
+    """Describe the plan of a repair."""
     yield (
         f"{plan.node} at {plan.path}: {plan.stripes:,} stripes, "
         f"{bytes_text(plan.bytes_to_check)} to check, {plan.shards_to_rebuild:,} shards "
@@ -107,13 +110,13 @@ def plan_lines(plan: RepairPlan) -> Iterator[str]:
         reads = ", ".join(f"{bytes_text(size)} from {name}" for name, size in plan.reads.items())
         yield f"  reads: {reads}"
     if plan.weak_stripes:
-        yield f"  first {plan.weak_stripes:,} stripes that lack shards elsewhere, too"
+        yield f"  first: {plan.weak_stripes:,} stripes that also lack other shards"
     if plan.hopeless_shards:
-        yield f"  {plan.hopeless_shards:,} shards cannot be rebuilt: too many others are gone"
+        yield f"  {plan.hopeless_shards:,} shards cannot be rebuilt: too many others are lost"
 
 
 def repair_line(node: str, done: RepairDone) -> str:
-    """What a repair did, and how fast."""
+    """Report the result and the speed of a repair."""
     line = (
         f"{node}: {done.shards_rebuilt:,} shards rebuilt and checked, "
         f"{bytes_text(done.bytes)} in {speed_text(done.bytes, done.seconds)}"

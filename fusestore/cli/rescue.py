@@ -1,4 +1,4 @@
-"""The commands `recover` and `fsck`: what to do when the metadata is gone or in doubt."""
+"""The commands `recover` and `fsck`: rebuilding and checking the metadata."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..serve.messages.safety import FsckResult
 
 
-@click.command(short_help="Make lost metadata anew from the nodes.")
+@click.command(short_help="Rebuild lost metadata from the nodes.")
 @STORE
 @click.option(
     "extra",
@@ -37,18 +37,19 @@ if TYPE_CHECKING:
     multiple=True,
     type=ANY_PATH,
     metavar="NODE_DIR",
-    help="A node that lies elsewhere than fusestore.toml says.  May be repeated.",
+    help="The directory of a node that fusestore.toml names elsewhere or not at all.  "
+    "May be repeated.",
 )
 @click.option(
     "--metadata",
     type=ANY_PATH,
     metavar="DIR",
-    help="Where the new metadata goes; default: where fusestore.toml says, or STORE/metadata.",
+    help="The directory of the new metadata; default: as in fusestore.toml, or STORE/metadata.",
 )
 @click.option(
     "--accept-loss",
     is_flag=True,
-    help="Go on without newer commits that nodes which are gone may have held.",
+    help="Permanently give up newer commits that absent nodes may hold.",
 )
 @click.option(
     "--history",
@@ -69,14 +70,14 @@ def recover(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Make the metadata of STORE anew from its nodes, to the last commit that counts.
+    """Rebuild the metadata of STORE from its nodes, up to the last acknowledged commit.
 
-    For a store whose metadata is gone, and perhaps a region and fusestore.toml
-    too.  The nodes are only read, and metadata that is there is not touched.
+    Use this if the metadata is lost.  A region and fusestore.toml may be lost as
+    well.  The command only reads the nodes, and never touches existing metadata.
     Afterwards mount the store, and repair the nodes that were missing.
 
-    Exit status 0: all files can be read; 1: some cannot, and are named; 3: it
-    was refused or failed, and nothing was changed.
+    Exit status 0: all files can be read; 1: some cannot, and the command names
+    them; 3: the command refused or failed, and changed nothing.
 
     \b
       fusestore recover ~/store
@@ -101,20 +102,20 @@ def recover(
         context.exit(1)
 
 
-@click.command(short_help="Check the metadata, and mend it.")
+@click.command(short_help="Check the metadata and mend it.")
 @STORE
-@click.option("--repair", is_flag=True, help="Mend what is found; the store must not be mounted.")
+@click.option("--repair", is_flag=True, help="Mend the findings; the store must not be mounted.")
 @JSON
 @click.pass_context
 def fsck(context: click.Context, store: Path, repair: bool, as_json: bool) -> None:
-    """Check that all tables of STORE's metadata agree with each other and with the nodes.
+    """Check all tables of STORE's metadata against each other and against the nodes.
 
-    A mounted store is checked as it is at one instant, while it goes on.  With
-    --repair what is found is mended: nothing is dropped, what has no place any
-    more goes to lost+found, and bytes that are nowhere become an error to read.
-    The bytes of shards are not read: that is what repair and reading do.
+    A mounted store is checked as it is at one instant, and stays in use.  --repair
+    mends the findings: it drops nothing.  Names, inodes and bytes that no longer
+    have a place go to lost+found, and bytes that are nowhere become a read error.
+    The command does not read the contents of shards; `scrub` does.
 
-    Exit status 0: nothing found; 1: something was found, mended or not.
+    Exit status 0: nothing was found; 1: something was found, mended or not.
 
     \b
       fusestore fsck ~/store
@@ -153,7 +154,7 @@ def _print_recovery(result: dict[str, Any]) -> None:
 
 
 def recovery_lines(result: dict[str, Any]) -> Iterator[str]:
-    """What was recovered, and from where."""
+    """Report what was recovered, and from which nodes."""
     speed = speed_text(result["journal_bytes"], result["seconds"])
     there = sum(node["found"] for node in result["nodes"])
     yield (

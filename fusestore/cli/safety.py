@@ -1,4 +1,4 @@
-"""The commands `scrub`, `risk` and `drill`: is the data safe, and is that true?"""
+"""The commands `scrub`, `risk` and `drill`: verifying that the data is safe."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def scrub(
 ) -> None:
     """Read and verify every shard and journal of STORE, and repair what fails.
 
-    On a mounted store it runs in the background, gives way to users, and goes on
-    where it was after a restart; one that is not mounted is scrubbed to the end
-    at once.  It also begins by itself when the last one is older than
-    `scrub_days` in fusestore.toml.
+    On a mounted store, the scrub runs in the background, gives way to users, and
+    continues after a restart.  On an unmounted store, the command returns when the
+    scrub is complete.  A mounted store also begins a scrub by itself, `scrub_days`
+    (in fusestore.toml) after the last one.
 
-    Exit status 0: nothing was found; 1: something was, and is repaired unless
-    it says otherwise, or could not be read.
+    Exit status 0: nothing was found; 1: something was found, or could not be read.
+    It is repaired unless the output reports otherwise.
 
     \b
       fusestore scrub ~/store start --wait
@@ -56,27 +56,35 @@ def scrub(
         context.exit(1)
 
 
-@click.command(short_help="Say what more losses the data would survive.")
+@click.command(short_help="Report how many more losses the data would survive.")
 @STORE
 @click.option(
     "--if-lost",
     multiple=True,
     metavar="REGION",
-    help="Suppose that this region is gone, too.  May be repeated.",
+    help="Assume that this region is lost, too.  May be repeated.",
 )
 @click.option("--model", is_flag=True, help="Add the expected losses of data a year.")
 @click.option(
-    "--disk-failures", type=float, default=0.015, show_default=True, help="A disk and year."
+    "--disk-failures",
+    type=float,
+    default=0.015,
+    show_default=True,
+    help="Failures a disk and year.",
 )
 @click.option(
-    "--region-losses", type=float, default=0.01, show_default=True, help="A region and year."
+    "--region-losses",
+    type=float,
+    default=0.01,
+    show_default=True,
+    help="Losses a region and year.",
 )
 @click.option(
     "--replace-hours",
     type=float,
     default=24.0,
     show_default=True,
-    help="From a failure to the beginning of its repair.",
+    help="Hours from a failure to the beginning of its repair.",
 )
 @JSON
 @click.pass_context
@@ -90,11 +98,12 @@ def risk(
     replace_hours: float,
     as_json: bool,
 ) -> None:
-    """Say how many more losses each stripe and file of STORE would survive now.
+    """Report how many more losses each stripe and file of STORE would survive now.
 
-    By shard and by region, from what is known without reading the shards:
-    `drill` and `scrub` read them.  Files that would be lost are named, with
-    exit status 1.
+    The report counts losses of shards and of regions.  It is computed from the
+    metadata: only `drill` and `scrub` read the shards.
+
+    Exit status 1: files would be lost.  The command names them.
 
     \b
       fusestore risk ~/store
@@ -115,15 +124,15 @@ def _share(_: click.Context, __: click.Parameter, value: str) -> float:
     try:
         share = float(value.removesuffix("%")) / 100
     except ValueError:
-        raise click.BadParameter(f"{value!r} is no percentage.") from None
+        raise click.BadParameter(f"{value!r} is not a percentage.") from None
     if not 0 < share <= 1:
         raise click.BadParameter("it must be above 0% and at most 100%.")
     return share
 
 
-@click.command(short_help="Try whether a region could be lost.")
+@click.command(short_help="Test whether a region could be lost.")
 @STORE
-@click.option("--lose", "region", required=True, metavar="REGION", help="Read without this one.")
+@click.option("--lose", "region", required=True, metavar="REGION", help="Read without this region.")
 @click.option(
     "--sample",
     default="10%",
@@ -132,7 +141,7 @@ def _share(_: click.Context, __: click.Parameter, value: str) -> float:
     metavar="N%",
     help="How much of the data to read.",
 )
-@click.option("--all", "everything", is_flag=True, help="Read all of it.")
+@click.option("--all", "everything", is_flag=True, help="Read all data.")
 @rate_option
 @QUIET
 @JSON
@@ -149,8 +158,9 @@ def drill(
 ) -> None:
     """Read STORE as if REGION were gone: decode a sample from the others, and verify it.
 
-    Nothing is changed, and a mount goes on.  Files that could not be read are
-    named, with exit status 1.
+    The command changes nothing, and the store stays in use.
+
+    Exit status 1: some files could not be read.  The command names them.
 
     \b
       fusestore drill ~/store --lose us-east-1
@@ -168,7 +178,7 @@ def drill(
 
 
 def scrub_line(scrub: Scrub) -> str:
-    """Where a scrub stands, or how it ended."""
+    """Report the progress or the result of a scrub."""
     from ..watch.health import finished_text, found_text, left_over_text
 
     if scrub.state == "never":
@@ -176,7 +186,7 @@ def scrub_line(scrub: Scrub) -> str:
     read = f"{scrub.shards:,} shards read and verified, {bytes_text(scrub.size)}"
     found = found_text(scrub)
     if scrub.skipped:
-        found += f", {scrub.skipped:,} of nodes that are not up skipped"
+        found += f", {scrub.skipped:,} shards skipped because their nodes are not up"
     if scrub.state != "done":
         stripes = f"{scrub.stripes:,} of {scrub.total:,} stripes"
         return f"{scrub.state}: {stripes}: {read}, {found}."
@@ -185,7 +195,7 @@ def scrub_line(scrub: Scrub) -> str:
 
 
 def risk_lines(risk: RiskResult) -> Iterator[str]:
-    """What could be lost."""
+    """Report how many more losses the data would survive."""
     without = f" without {', '.join(risk.if_lost)}" if risk.if_lost else ""
     if risk.lost_stripes:
         yield f"{len(risk.lost):,} files would be lost{without}."
@@ -194,7 +204,9 @@ def risk_lines(risk: RiskResult) -> Iterator[str]:
         yield f"Nothing is lost{without}, but one more region would take {count:,} files with it."
     else:
         least = min(map(int, risk.by_regions), default=0)
-        more = f"any {least} more regions may go" if least > 1 else "any one more region may go"
+        more = "any one more region may be lost"
+        if least > 1:
+            more = f"any {least} more regions may be lost"
         yield (
             f"Nothing is lost{without}, and {more}." if risk.stripes else "There is no data yet."
         )
@@ -212,7 +224,7 @@ def risk_lines(risk: RiskResult) -> Iterator[str]:
 
 
 def model_lines(model: LossModel) -> Iterator[str]:
-    """The expected losses a year, never of disks alone."""
+    """Report the expected losses of data a year, from disks and regions together."""
     how = "measured here" if model.measured else "assumed: nothing was repaired yet"
     yield (
         f"Expected losses of data a year, with {model.disk_failures_a_year:g} failures a disk, "
@@ -223,12 +235,12 @@ def model_lines(model: LossModel) -> Iterator[str]:
     for code, found in model.codes.items():
         yield (
             f"  {code}: {found.with_regions:.2g} (of disk failures alone "
-            f"{found.disks_only:.2g}); regions that may go: {found.regions_borne}"
+            f"{found.disks_only:.2g}); regions that may be lost: {found.regions_borne}"
         )
 
 
 def drill_line(drill: DrillResult) -> str:
-    """What a drill showed."""
+    """Report the result of a drill."""
     read = (
         f"{drill.stripes:,} stripes, {bytes_text(drill.bytes)}, read without "
         f"{drill.region} in {speed_text(drill.bytes, drill.seconds)}"
@@ -236,4 +248,4 @@ def drill_line(drill: DrillResult) -> str:
     if drill.failed_stripes:
         failed = f"{drill.failed_stripes:,} failed"
         return f"{drill.region} could not be lost now: {read}, {failed}."
-    return f"{drill.region} could be lost now: {read}, all right."
+    return f"{drill.region} could be lost now: {read}, all verified."

@@ -1,4 +1,4 @@
-"""The command `status`: how a store fares, once or again and again."""
+"""The command `status`: the state of a store, once or repeatedly."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 WATCH_SECONDS = 2.0
 
 _SCREEN, _BACK = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
-"""A screen of its own without a cursor, and the one before again."""
+"""Switch to the alternate screen without a cursor, and back."""
 _HOME, _LINE_END, _BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
 
 
-@click.command(short_help="Say whether a store is healthy.")
+@click.command(short_help="Report whether a store is healthy.")
 @STORE
 @JSON
 @click.option(
@@ -41,14 +41,14 @@ _HOME, _LINE_END, _BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
     flag_value=WATCH_SECONDS,
     type=click.FloatRange(min=0.1),
     metavar="[SECONDS]",
-    help=f"Look again every SECONDS ({WATCH_SECONDS:g} if left out), until Ctrl-C.",
+    help=f"Repeat the report every SECONDS (default: {WATCH_SECONDS:g}) until Ctrl-C.",
 )
 @click.pass_context
 def status(context: click.Context, store: Path, as_json: bool, seconds: float | None) -> None:
-    """Say how STORE fares: is all data safe, where is it mounted, what do its nodes hold.
+    """Report whether all data of STORE is safe, where STORE is mounted, and what its nodes hold.
 
-    Exit status 0: healthy; 1: not healthy; 3: it could not be found out.  With
-    --watch it is 0 once it is ended by Ctrl-C, and --json prints an object a line.
+    Exit status 0: healthy; 1: not healthy; 3: the command failed.  With --watch,
+    the status after Ctrl-C is 0, and --json prints one object per line.
 
     \b
       fusestore status ~/store
@@ -83,11 +83,11 @@ _NOT_MOUNTED = {
 
 @dataclass(frozen=True, slots=True)
 class StoreView:
-    """What is said of a store from inside, and what only its surroundings say."""
+    """The status of a store, and facts about its mount from outside."""
 
     status: Status
     dead_mount: str | None
-    """Where a daemon of it died."""
+    """The mount point that a dead daemon left."""
     log_file: str | None
 
     def json(self) -> Message:
@@ -108,7 +108,7 @@ def _look(config: StoreConfig) -> StoreView:
 
 
 def dead_mount(config: StoreConfig) -> str | None:
-    """Where a store that has no daemon is mounted all the same."""
+    """Return the mount point that a dead daemon of the store left, if any."""
     from ..system import mounts
 
     left = mounts.mounts_of(config.store)
@@ -116,18 +116,18 @@ def dead_mount(config: StoreConfig) -> str | None:
 
 
 def _log_file(config: StoreConfig, pid: int | None) -> str | None:
-    """Where the daemon with this number logs, or the next one will; None: to no file."""
+    """Return the log file of the daemon `pid`, or of the next daemon; None if it is no file."""
     from ..system import logs
 
     file = logs.destination(pid) if pid is not None else config.log_file
     return os.fspath(file) if file else None
 
 
-# --- again and again ---------------------------------------------------------
+# --- watching ----------------------------------------------------------------
 
 
 def _watch(config: StoreConfig, as_json: bool, seconds: float) -> None:
-    """Show the status until Ctrl-C, which is how this is meant to end."""
+    """Show the status until Ctrl-C, the normal way to end this."""
     screen = sys.stdout.isatty() and not as_json
     show: Callable[[list[str]], None] = _draw if screen else _print
     lines: list[str] = []
@@ -147,13 +147,13 @@ def _watch(config: StoreConfig, as_json: bool, seconds: float) -> None:
     finally:
         if screen:
             click.echo(_BACK, nl=False)
-            print_lines(lines)  # what was seen last stays
+            print_lines(lines)  # the last report stays visible
 
 
 def _looks(config: StoreConfig) -> Iterator[StoreView | FusestoreError]:
-    """The status, for ever; a store that is not mounted is opened for that only once.
+    """Yield the status without end; open an unmounted store only once.
 
-    A look that fails gives its error, and others follow.
+    If a request fails, yield its error and continue.
     """
     from ..serve.control_client import ControlClient
 
@@ -169,7 +169,7 @@ def _looks(config: StoreConfig) -> Iterator[StoreView | FusestoreError]:
 
 
 def _draw(lines: list[str]) -> None:
-    """Over what is on the screen, in one write, so that nothing flickers."""
+    """Overwrite the screen in one write, so that nothing flickers."""
     width, height = os.get_terminal_size(sys.stdout.fileno())
     head = f"{time.strftime('%H:%M:%S')}  (Ctrl-C ends)"
     shown = [printable(line)[:width] for line in [*lines[: height - 2], "", head][:height]]
@@ -180,13 +180,13 @@ def _print(lines: list[str]) -> None:
     print_lines([*lines, ""] if len(lines) > 1 else lines)
 
 
-# --- what is printed ---------------------------------------------------------
+# --- the report --------------------------------------------------------------
 
 
 def status_lines(view: StoreView, now: float | None = None) -> Iterator[str]:
-    """One screen; the first line is a sentence that says whether the data is safe.
+    """Format the report; its first line states whether the data is safe.
 
-    `now` is in seconds since the epoch, and the present by default.
+    `now` is in seconds since the epoch; by default it is the present time.
     """
     from ..watch.health import quarantine_text, repair_text, risk_text, scrub_text, verdict
 
@@ -224,7 +224,7 @@ def _mounted_text(view: StoreView) -> str:
     if mount is not None:
         return f"on {mount.mountpoint} by process {mount.pid}"
     if dead is not None:
-        return f"no; a daemon died on {dead}: mount it there again, or umount that"
+        return f"no; a dead daemon left a mount on {dead}: mount there again, or run umount"
     return "no"
 
 

@@ -1,4 +1,4 @@
-"""The versions of everything that takes part, for reports of problems."""
+"""The versions of all components, for problem reports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = ("pyfuse3", "lmdb", "trio", "cffi", "reedsolo", "xxhash")
 
 
 def versions() -> dict[str, str]:
-    """The versions by name; a library that is not there is `missing`."""
+    """Return the versions by name; the version of an absent library is `missing`."""
     import_module("..serve.operations", __package__)  # loads libfuse3
     erasure.self_check(erasure.Code(2, 1))  # loads ISA-L
     found = {"fusestore": __version__, "format": str(store_rows.FORMAT)}
@@ -33,7 +33,7 @@ def _package(name: str) -> str:
 
 
 def _library(name: str) -> str:
-    """The version in the name of the file that is mapped into this process."""
+    """Read the version from the name of the library file that this process maps."""
     maps = Path("/proc/self/maps").read_text(errors="replace")
     found = re.search(rf"/{name}\.so\.([0-9.]+)$", maps, re.M)
     return found[1] if found else "missing"

@@ -1,1 +1,1 @@
-"""What POSIX sees: names, contents, attributes, quotas, codes of directories."""
+"""The file system as POSIX defines it: names, contents, attributes, quotas, codes."""

@@ -4,11 +4,12 @@ Virtual attributes answer getxattr and are not listed, so that tools that copy
 attributes do not see them:
 
     user.fusestore.code        a directory's code for new files (settable); a file's code
-    user.fusestore.policy      JSON: that code, where it comes from, and what it bears; read-only
-    user.fusestore.layout      JSON: where each byte of a file lies; read-only
-    user.fusestore.layout.N    the same from the file's byte N on
+    user.fusestore.policy      JSON: that code, where it was set, and what it survives; read-only
+    user.fusestore.layout      JSON: the place of each byte of a file; read-only
+    user.fusestore.layout.N    the same from byte N of the file on
 
-A layout that would not fit an attribute has `next`, the byte to ask for next.
+A layout that is too long for an attribute ends with `next`, the N of the part that
+follows.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Attributes:
         self._allow_unsafe = allow_unsafe
 
     def get(self, ino: int, name: bytes) -> bytes:
-        """The value of an attribute; NoAttributeError."""
+        """Return the value of an attribute; NoAttributeError."""
         if name.startswith(VIRTUAL):
             return self._virtual(ino, name)
         self._check_namespace(name)
@@ -67,13 +68,13 @@ class Attributes:
         return value
 
     def names(self, ino: int) -> list[bytes]:
-        """The names of the stored attributes."""
+        """Return the names of the stored attributes."""
         prefix = file_rows.xattr_key(ino, b"")
         rows = self._log.engine.scan(prefix, keys.after(prefix))
         return [key[len(prefix) :] for key, _ in rows]
 
     def set(self, ino: int, name: bytes, value: bytes, *, may_keep_sgid: bool = True) -> None:
-        """Set an attribute; an access ACL changes the mode too.
+        """Set an attribute; an access ACL also changes the mode.
 
         `may_keep_sgid` is false for a caller who may not set set-group-id bits here.
         """
@@ -83,7 +84,7 @@ class Attributes:
         if name.startswith(VIRTUAL):
             raise NotPermittedError("This attribute cannot be set.")
         if len(value) > XATTR_BYTES_MAX:
-            raise AttributeTooLargeError(f"A value may have {XATTR_BYTES_MAX} bytes.")
+            raise AttributeTooLargeError(f"A value may have at most {XATTR_BYTES_MAX} bytes.")
         self._check_namespace(name)
         with self._log.transaction(grows=len(name) + len(value)) as txn:
             key = file_rows.xattr_key(ino, name)
@@ -95,7 +96,7 @@ class Attributes:
                     inode.mode &= ~stat.S_ISGID
             elif name == acl.DEFAULT:
                 if not stat.S_ISDIR(inode.mode):
-                    raise NotPermittedError("Only a directory has a default ACL.")
+                    raise NotPermittedError("Only a directory can have a default ACL.")
                 stored = value if acl.parse(value) else None
             if stored is not None and txn.get(key) is None:
                 taken = sum(len(known) + 1 for known in self.names(ino))
@@ -109,7 +110,7 @@ class Attributes:
                 txn.put(key, stored)
 
     def drop_capability(self, ino: int) -> None:
-        """What the kernel does before a file changes, unless it may not ask for attributes."""
+        """Remove a file's capability, as the kernel does before a change if attributes are on."""
         if self._log.engine.get(file_rows.xattr_key(ino, CAPABILITY)) is not None:
             self.remove(ino, CAPABILITY)
 
@@ -133,7 +134,7 @@ class Attributes:
     @staticmethod
     def _check_namespace(name: bytes) -> None:
         if not name.startswith(_NAMESPACES) and name not in (acl.ACCESS, acl.DEFAULT):
-            raise NotSupportedError("There are the namespaces user, trusted and security.")
+            raise NotSupportedError("Only the namespaces user, trusted and security exist.")
 
     def _inode(self, ino: int) -> Inode:
         value = self._log.engine.get(file_rows.inode_key(ino))
@@ -142,7 +143,7 @@ class Attributes:
         return Inode.decode(value)
 
     def parse_code(self, text: str) -> Code:
-        """A code that this store may use; InvalidError."""
+        """Parse a code that this store accepts; InvalidError."""
         try:
             code = Code.parse(text)
         except UsageError as error:
@@ -174,7 +175,7 @@ class Attributes:
         ).encode()
 
     def _policy(self, ino: int) -> dict[str, Any]:
-        """The code of new files below a directory, or of a file's new bytes."""
+        """Describe the code of new files below a directory, or of new bytes of a file."""
         code, origin = self._tree.policy(ino)
         regions = len(set(self._log.members.config.regions))
         return {
@@ -187,7 +188,10 @@ class Attributes:
         }
 
     def layout(self, ino: int, start: int, room: int | None) -> dict[str, Any]:
-        """Where the bytes of a file from `start` on lie, as far as fits `room` bytes of JSON."""
+        """Return the place of each byte of a file from `start` on.
+
+        The result ends early, with `next`, when it has about `room` bytes of JSON.
+        """
         inode = self._inode(ino)
         extents: list[dict[str, int]] = []
         stripes: dict[str, Any] = {}

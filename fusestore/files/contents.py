@@ -1,9 +1,9 @@
-"""File contents: which bytes of a file lie where, and what a write, truncate or removal does.
+"""File contents: extents, and how writes, truncations and removals change them.
 
-A write takes its bytes into a stripe and points extents at them; what lay
-there before is let go.  A truncation or removal of many extents is done in
-batches: a row of `trims` says what is left to do, and until it is done nothing
-else changes the file, so that old bytes can never come back.
+A write appends its bytes to a stripe, points extents at them, and releases the bytes
+that they replace.  A truncation or removal of many extents runs in batches.  A row of
+`trims` records the rest of the work.  Until it is complete, nothing else changes the
+file, so that old bytes can never reappear.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class Contents:
         self._reader = reader
         self._writer = writer
         self._tails: LeastRecentlyUsed[int, Extent] = LeastRecentlyUsed(log.limits.tail_extents_max)
-        """By inode the extent that was written last, for writes that go on behind it."""
+        """The last written extent of an inode, for writes that continue behind it."""
         self._trimming: dict[int, trio.Event] = {}
-        """By inode what is set once a truncation of many extents is done."""
+        """By inode, the event that is set when a truncation of many extents is complete."""
 
     # --- reading and writing -------------------------------------------------
 
     async def read(self, ino: int, offset: int, size: int) -> Data:
-        """Up to `size` bytes from `offset`; fewer only at the end of the file."""
+        """Read up to `size` bytes from `offset`; fewer only at the end of the file."""
         self._log.used_at = trio.current_time()
         value = self._log.engine.get(file_rows.inode_key(ino))
         if value is None:
@@ -55,13 +55,14 @@ class Contents:
         return await self._reader.read(ino, offset, min(offset + size, Inode.decode(value).size))
 
     async def write(self, ino: int, offset: int, data: Data, *, whole: bool = False) -> int:
-        """Write `data`; its length, less if a quota has room for whole blocks of it only.
+        """Write `data`, and return how many bytes were written.
 
-        With `whole` it is then refused instead.  NoSpaceError, QuotaError, ReadOnlyError.
+        If a quota has no room for all of `data`, the write ends at a block, or is refused if
+        `whole` is set.  NoSpaceError, QuotaError, ReadOnlyError.
         """
         end = offset + len(data)
         if end > FILE_BYTES_MAX:
-            raise FileTooLargeError(f"A file may have {FILE_BYTES_MAX} bytes.")
+            raise FileTooLargeError(f"A file may have at most {FILE_BYTES_MAX} bytes.")
         if not data:
             return 0
         self._log.used_at = trio.current_time()
@@ -91,7 +92,7 @@ class Contents:
     def _within_quota(
         self, txn: Transaction, ino: int, inode: Inode, offset: int, data: Data, whole: bool
     ) -> Data:
-        """As much of `data` as the quota has room for, which is charged for it; QuotaError."""
+        """Return the part of `data` that fits the quota, and charge the quota; QuotaError."""
         root, end, at = inode.quota_root, offset + len(data), offset
         left = quota.room(txn.get, root)
         extents = list(self._reader.extents(ino, offset, end)) if offset < inode.size else []
@@ -110,7 +111,7 @@ class Contents:
         return data if end == offset + len(data) else memoryview(data)[: end - offset]
 
     def _overwrite(self, ino: int, offset: int, data: Data) -> bool:
-        """Replace bytes that no commit holds yet, where they lie in memory."""
+        """Replace bytes in memory that no commit holds yet."""
         if not self._writer.can_overwrite:
             return False
         end = offset + len(data)
@@ -123,7 +124,7 @@ class Contents:
     def _point(
         self, txn: Transaction, ino: int, offset: int, stripe: int, at: int, length: int
     ) -> int:
-        """Point an extent at bytes of a stripe, or let the one before go on; the next offset."""
+        """Point an extent at bytes of a stripe, or extend the last one; return the next offset."""
         tail = self._tails.get(ino)
         if (
             tail is not None
@@ -139,7 +140,7 @@ class Contents:
         return extent.end
 
     def _cut(self, txn: Transaction, ino: int, inode: Inode, start: int, end: int) -> None:
-        """Let go of the file's bytes start <= i < end; `inode` is changed, not put."""
+        """Release the file's bytes start <= i < end; changes `inode`, not its row."""
         self._tails.discard(ino)
         low, at = file_rows.extent_key(ino, 0), file_rows.extent_key(ino, start)
         rows = list(txn.scan(file_rows.extent_key(ino, start + 1), file_rows.extent_key(ino, end)))
@@ -153,7 +154,7 @@ class Contents:
     def _cut_extent(
         txn: Transaction, ino: int, inode: Inode, extent: Extent, start: int, end: int
     ) -> None:
-        """Let go of what an extent has of start <= i < end; keep what it has on either side."""
+        """Release an extent's bytes start <= i < end; keep its other bytes."""
         gone = extent.part(start, end)
         if gone.length <= 0:
             return
@@ -171,7 +172,7 @@ class Contents:
     # --- recoding ------------------------------------------------------------
 
     async def settled(self, ino: int) -> None:
-        """Wait for a truncation of a file that is under way."""
+        """Wait for the end of a running truncation of a file."""
         while ino in self._trimming:
             await self._trimming[ino].wait()
 
@@ -181,16 +182,16 @@ class Contents:
         return row == extent.encode()
 
     def set_code(self, ino: int, code: Code) -> None:
-        """Give new bytes of a file another code; its times stay."""
+        """Set the code of new bytes of a file; its times do not change."""
         with self._log.transaction() as txn:
             inode = self._inode(txn, ino)
             inode.k, inode.m = code.k, code.m
             txn.put(file_rows.inode_key(ino), inode.encode())
 
     def recode(self, ino: int, code: Code, parts: list[tuple[Extent, Data | None]]) -> bool:
-        """Write what extents (in order) hold to stripes of a code; False if they have changed.
+        """Write the bytes of extents (in order) to stripes of a code; False if they have changed.
 
-        Bytes that are not given are in memory still.  NoSpaceError, StaleError.
+        Bytes that are not given are still in memory.  NoSpaceError, StaleError.
         """
         with self._log.transaction() as txn:
             inode = self._inode(txn, ino)
@@ -219,9 +220,9 @@ class Contents:
     # --- truncating ----------------------------------------------------------
 
     async def truncate(self, ino: int, size: int) -> None:
-        """Set a file's size; what is past it is let go, what is new is a hole."""
+        """Set a file's size: release bytes past it; new bytes are a hole."""
         if size > FILE_BYTES_MAX:
-            raise FileTooLargeError(f"A file may have {FILE_BYTES_MAX} bytes.")
+            raise FileTooLargeError(f"A file may have at most {FILE_BYTES_MAX} bytes.")
         await self.settled(ino)
         with self._log.transaction() as txn:
             inode = self._inode(txn, ino)
@@ -236,12 +237,12 @@ class Contents:
                 txn.put(file_rows.trim_key(ino), size.to_bytes(8, "little"))
                 self._trimming[ino] = trio.Event()
         if more:
-            # Even if the caller goes away: until it is done nobody can use the file.
+            # Complete this even if the caller is cancelled: the file cannot be used before.
             with trio.CancelScope(shield=True):
                 await self.trim(ino, size)
 
     def trim_batch(self, txn: Transaction, ino: int, inode: Inode, size: int) -> bool:
-        """Let go of some of what lies past `size`; whether there is more."""
+        """Release some of the bytes past `size`; return whether more are left."""
         self._tails.discard(ino)
         if size > 0:
             key = file_rows.extent_key(ino, size - 1)
@@ -257,7 +258,7 @@ class Contents:
         return len(rows) > self._limits.trim_batch
 
     async def trim(self, ino: int, size: int) -> None:
-        """Go on until nothing lies past `size`; the inode may be gone already."""
+        """Release all bytes past `size`; the inode may already be removed."""
         more = True
         while more:
             await trio.lowlevel.checkpoint()
@@ -288,4 +289,4 @@ class Contents:
 
 
 _GONE = Inode(0, 0, 0, 0, 0, 0, 0, 0, 0)
-"""Stands for an inode that was removed while its extents are still being let go."""
+"""Stands for a removed inode whose extents are still being released."""

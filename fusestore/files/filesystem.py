@@ -1,4 +1,4 @@
-"""The file system of an open store: names, attributes and contents put together."""
+"""The file system of an open store: names, attributes and contents."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .removal import Removal
 from .tree import Tree
 
 INODE_BYTES = 4096
-"""Of file data, for each inode that is guessed to be free."""
+"""Free bytes for each inode that `df -i` estimates to be free."""
 
 
 class FileSystem:
-    """What a face needs: the parts of the file system, and its size as a whole."""
+    """The parts of the file system, and its total size."""
 
     def __init__(self, store: Store, nursery: trio.Nursery) -> None:
         self.log = store.log
@@ -34,19 +34,19 @@ class FileSystem:
         self.commit = store.committer.commit
 
     async def begin(self) -> None:
-        """Make the root of a new store; end what the last mount left half done."""
+        """Make the root of a new store; complete the removals that the last mount left."""
         if not self.log.read_only:
             self.tree.make_root()
             await self.removal.resume()
 
     def go_on(self) -> None:
-        """Go on in the background with what the last mount did not end: counting, recoding."""
+        """Continue the counting of quotas and the recoding of the last mount in the background."""
         if not self.log.read_only:
             self.quotas.resume()
             self.recoder.resume()
 
     def space(self) -> tuple[int, int]:
-        """(total, free) bytes of file data in the store's default code, or as the root's quota."""
+        """Return (total, free) bytes of file data in the default code, within the root's quota."""
         total, free = self.log.members.usable(self.log.code)
         row = self.quotas.of_root()
         if row is not None and row.bytes_max < total:
@@ -54,7 +54,7 @@ class FileSystem:
         return total, free
 
     def inodes(self, free_bytes: int) -> tuple[int, int]:
-        """(total, free) inodes: as the root's quota says, or a guess from the free bytes."""
+        """Return (total, free) inodes by the root's quota, or estimated from the free bytes."""
         row = self.quotas.of_root()
         if row is not None and row.files_max != NO_LIMIT:
             return row.files_max, max(0, row.files_max - row.files_used)

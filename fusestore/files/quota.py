@@ -1,12 +1,12 @@
-"""What quotas count: the bytes and inodes below each directory that has one.
+"""Counting for quotas: the bytes and inodes below each directory with a quota.
 
-`Inode.quota_root` names the nearest directory with a quota (a directory's own, if
-it has one), and a quota's row names the next one above it.  What lies below
-counts for all of them: the bytes that extents hold, as in `du`, and inodes of any
-kind.  A file that was unlinked counts until it is removed.
+`Inode.quota_root` names the nearest directory with a quota; a directory with a quota
+names itself.  The row of a quota names the next quota above it.  An inode below
+counts for all of them.  Quotas count the bytes that extents hold, as in `du`, and
+inodes of any kind.  An unlinked file counts until it is removed.
 
-Everything here is part of a caller's transaction, so what is counted is as
-true as what is done.  A quota is enforced once it is counted (quota_roots.py).
+All functions work in the caller's transaction, so the counts change together with
+the tree.  A quota is enforced once it is counted (quota_roots.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..log.log import Transaction
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Bytes and inodes go from one quota to another, by its directory; 0 is none."""
+    """A move of bytes and inodes from one quota to another, named by directory; 0 is none."""
 
     old: int
     new: int
@@ -32,7 +32,7 @@ class Move:
 
 
 def chain(get: Callable[[bytes], bytes | None], root: int) -> dict[int, Quota]:
-    """The quotas that count what lies in `root`, by directory, the nearest first."""
+    """Return `root` and the quotas above it by directory, the nearest first."""
     rows: dict[int, Quota] = {}
     while root and root not in rows:
         value = get(file_rows.quota_key(root))
@@ -44,7 +44,7 @@ def chain(get: Callable[[bytes], bytes | None], root: int) -> dict[int, Quota]:
 
 
 def shift(txn: Transaction, *moves: Move, enforce: bool = True) -> None:
-    """Count what moves; QuotaError if a quota that is in force would be exceeded by it."""
+    """Count moves; QuotaError if they would exceed a quota in force."""
     rows: dict[int, Quota] = {}
     grown: dict[int, list[int]] = {}
     for move in moves:
@@ -72,7 +72,7 @@ def _check(row: Quota, size: int, files: int) -> None:
 
 
 def put(txn: Transaction, ino: int, row: Quota) -> None:
-    """Keep a row as long as it means something."""
+    """Write a row; delete it if the quota is gone and counts nothing."""
     if row.state is QuotaState.GONE and row.files_used == 0:
         txn.delete(file_rows.quota_key(ino))
     else:
@@ -80,12 +80,12 @@ def put(txn: Transaction, ino: int, row: Quota) -> None:
 
 
 def charge(txn: Transaction, root: int, size: int, files: int = 0) -> None:
-    """Count what came to be below `root`, or (negative) went; QuotaError."""
+    """Count new bytes and inodes below `root`, or removed ones if negative; QuotaError."""
     shift(txn, Move(0, root, size, files))
 
 
 def room(get: Callable[[bytes], bytes | None], root: int) -> int:
-    """The bytes that may still come to be below `root`."""
+    """Return how many more bytes may be stored below `root`."""
     rows = chain(get, root).values()
     left = [
         row.bytes_max - row.bytes_used
@@ -96,7 +96,7 @@ def room(get: Callable[[bytes], bytes | None], root: int) -> int:
 
 
 def counts_in(txn: Transaction, ino: int, inode: Inode) -> int:
-    """The directory whose quota an inode itself counts for."""
+    """Return the directory whose quota counts the inode itself."""
     if inode.quota_root != ino:
         return inode.quota_root
     value = txn.get(file_rows.quota_key(ino))
@@ -104,10 +104,10 @@ def counts_in(txn: Transaction, ino: int, inode: Inode) -> int:
 
 
 def crossing(txn: Transaction, ino: int, inode: Inode, new: int) -> list[Move]:
-    """What it takes for an inode to get a name in another quota; `inode` is changed, not put.
+    """Return the moves when an inode gets a name in another quota; changes `inode`, no row.
 
-    CrossesQuotaError for a directory and for a file with more names: all that is
-    below, or has a name elsewhere, would have to go along.
+    CrossesQuotaError for a directory, and for a file with several names: everything
+    below the directory, and every other name, would have to move, too.
     """
     old = counts_in(txn, ino, inode)
     if old == new:
@@ -121,7 +121,7 @@ def crossing(txn: Transaction, ino: int, inode: Inode, new: int) -> list[Move]:
 
 
 def leave(txn: Transaction, ino: int, inode: Inode) -> None:
-    """An inode that counts for a quota is removed, with all that it has."""
+    """Discount an inode that is removed, with its bytes, from its quota."""
     charge(txn, counts_in(txn, ino, inode), -inode.allocated, -1)
     if inode.quota_root == ino:
         value = txn.get(file_rows.quota_key(ino))

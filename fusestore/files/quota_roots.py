@@ -1,11 +1,11 @@
-"""Directories that are given a quota, or lose it, while the tree is in use.
+"""Setting and clearing quotas of directories while the tree is in use.
 
-All that lies below is walked through, a few inodes in a transaction, until each
-names the right directory in `Inode.quota_root`.  What is made meanwhile takes it
-from its parent; a file that is moved between what is done and what is not counts
-like with any other move.  Until the walk has ended no directory can be moved into
-or out of the tree (EXDEV): below it there may be some of both.  A walk that was
-cut short begins again at the next mount; what is done already costs it only a look.
+A walk visits all inodes below the directory, a few in each transaction, until each
+names the right directory in `Inode.quota_root`.  A new inode takes the value of its
+parent.  A file that moves between the visited and the other part is counted like any
+other move.  Until the walk has ended, no directory can be moved into or out of the
+tree (EXDEV), because it may contain inodes of both kinds.  An interrupted walk restarts
+at the next mount; it only looks at inodes that are already done.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class QuotaRoots:
         self._nursery = nursery
         self._running = False
         self._changed = trio.Event()
-        """Set, and made anew, when a walk has ended."""
+        """Set, and replaced, when a walk has ended."""
 
     # --- commands ------------------------------------------------------------
 
     def set(self, ino: int, bytes_max: int | None, files_max: int | None) -> None:
-        """Give a directory a quota, or change it; None leaves a limit as it is.
+        """Set or change the quota of a directory; None leaves a limit unchanged.
 
-        It is in force once what lies below is counted: see `wait`.
+        The quota is in force once the inodes below are counted: see `wait`.
         """
         with self._log.transaction(grows=64) as txn:
             inode = self._tree.inode(ino)
@@ -65,7 +65,7 @@ class QuotaRoots:
         self.resume()
 
     def clear(self, ino: int) -> None:
-        """Take a directory's quota away; UsageError when it has none."""
+        """Remove the quota of a directory; UsageError if it has none."""
         row = self._row(ino)
         if row is None or row.state in (QuotaState.CLEARING, QuotaState.GONE):
             raise UsageError(f"{self._tree.path(ino)} has no quota of its own.")
@@ -75,21 +75,21 @@ class QuotaRoots:
         self.resume()
 
     async def wait(self, ino: int) -> None:
-        """Return when what was begun for a directory's quota is done, or cannot be done now."""
+        """Return when the change of a directory's quota is complete, or has failed for now."""
         while self._running and (row := self._row(ino)) and row.state in _UNFINISHED:
             await self._changed.wait()
 
     def above(self, ino: int) -> list[dict[str, Any]]:
-        """The quotas that what lies below (or is) an inode counts for, the nearest first."""
+        """Return the quotas that apply to an inode and to inodes below it, the nearest first."""
         inode = self._tree.inode(ino)
         rows = quota.chain(self._log.engine.get, inode.quota_root)
         row = self._row(ino)
         if row is not None and ino not in rows and row.state is QuotaState.COUNTING:
-            rows = {ino: row, **rows}  # its counting has not begun yet
+            rows = {ino: row, **rows}  # counting has not begun yet
         return [self._message(root, row) for root, row in rows.items()]
 
     def all(self) -> list[dict[str, Any]]:
-        """All quotas, by path."""
+        """Return all quotas in the order of their paths."""
         rows = self._log.engine.scan(file_rows.QUOTAS_START, file_rows.QUOTAS_END)
         found = [(file_rows.decode_ino_key(key), Quota.decode(value)) for key, value in rows]
         messages = [self._message(*one) for one in found if one[1].state is not QuotaState.GONE]
@@ -106,7 +106,7 @@ class QuotaRoots:
         }
 
     def of_root(self) -> Quota | None:
-        """The quota of the whole tree, if it has one that is in force."""
+        """Return the quota of the root directory if it is in force."""
         row = self._row(ROOT)
         return row if row is not None and row.state is QuotaState.ACTIVE else None
 
@@ -117,7 +117,7 @@ class QuotaRoots:
     # --- the work ------------------------------------------------------------
 
     def resume(self) -> None:
-        """Go on with what is not done."""
+        """Start or continue the walks that are not complete."""
         self._fence()
         if not self._running:
             self._running = True
@@ -130,7 +130,7 @@ class QuotaRoots:
                 await self._walk(*unfinished[0])
                 self._tell()
         except FusestoreError as error:
-            log.error("A quota is not in force yet: %s The next mount goes on.", error)
+            log.error("A quota is not in force yet: %s The next mount will continue.", error)
         finally:
             self._running = False
             self._tell()
@@ -149,14 +149,14 @@ class QuotaRoots:
         self._tree.fenced = {ino for ino, _ in self._unfinished()}
 
     async def _walk(self, top: int, state: QuotaState) -> None:
-        """Let all below `top` name the quota that it counts for from now on."""
+        """Make each inode below `top` name the quota that counts it from now on."""
         with Walk(self._tree, top) as walk:
             if not self._begin(top, state):
                 return
             for step in walk.steps():
                 row, value = self._row(top), self._log.engine.get(file_rows.inode_key(top))
                 if row is None or row.state is not state or value is None:
-                    return  # it was changed, or removed, meanwhile
+                    return  # changed or removed meanwhile
                 with self._log.transaction() as txn:
                     self._take(txn, walk, Inode.decode(value).quota_root, step)
                 await trio.lowlevel.checkpoint()
@@ -169,7 +169,7 @@ class QuotaRoots:
                     quota.put(txn, top, row)
 
     def _begin(self, top: int, state: QuotaState) -> bool:
-        """Let the directory itself name its quota, or the one above; False when it is gone."""
+        """Make the directory itself name its quota, or the one above; False if it is gone."""
         with self._log.transaction() as txn:
             row, value = self._row(top), txn.get(file_rows.inode_key(top))
             if row is None:
@@ -193,7 +193,7 @@ class QuotaRoots:
     def _take(
         self, txn: Transaction, walk: Walk, root: int, entries: list[tuple[int, int]]
     ) -> None:
-        """Let some entries, and what will be made below them, count for `root`."""
+        """Make some entries, and new inodes below them, count for `root`."""
         moves: dict[int, list[int]] = defaultdict(lambda: [0, 0])
         for folder, ino in entries:
             value = txn.get(file_rows.inode_key(ino))

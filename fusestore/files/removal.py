@@ -1,7 +1,7 @@
-"""Removal: files that have no name and that nobody uses go, many at a time, and soon.
+"""Removal of files that have no name and are not in use, in batches.
 
-`unlink` leaves a row of `orphans`; what a file had is taken away here, when no more
-files come for a moment.  After a crash the next mount goes on.
+`unlink` leaves a row of `orphans`.  When no more files follow for a moment, the rows of
+a file are removed here.  After a crash the next mount continues.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Removal:
-    """Removes orphans, and ends removals and truncations that were left half done."""
+    """Removes orphans, and completes interrupted removals and truncations."""
 
     def __init__(self, log: Log, contents: Contents, nursery: trio.Nursery) -> None:
         self._log = log
@@ -32,9 +32,9 @@ class Removal:
         self._dead: list[int] = []
 
     def remove(self, ino: int) -> None:
-        """Remove an orphan that nobody uses any more, and all that it had, soon.
+        """Remove an orphan that is no longer in use, and all of its rows, soon.
 
-        Its row in `orphans` stays until then: after a crash the next mount does it.
+        Its row in `orphans` stays until then: after a crash the next mount removes it.
         """
         self._dead.append(ino)
         if len(self._dead) == 1:
@@ -42,11 +42,11 @@ class Removal:
 
     @property
     def removing(self) -> bool:
-        """Whether something is to be removed that is still there."""
+        """Whether an orphan still waits for its removal."""
         return bool(self._dead)
 
     async def _remove_soon(self) -> None:
-        """Remove what is dead, many at a time, once no more comes."""
+        """Remove the waiting orphans in batches, once no more follow."""
         while self._dead:
             count = len(self._dead)
             await trio.sleep(self._limits.removal_pause_seconds)
@@ -62,20 +62,20 @@ class Removal:
             try:
                 self._dead += self._remove(batch)
             except Exception:
-                log.exception("inodes could not be removed; the next mount does it")
+                log.exception("inodes could not be removed; the next mount will remove them")
             await trio.lowlevel.checkpoint()
         if self._log.broken:
             self._dead.clear()
 
     async def removed(self, pauses: int = 1) -> None:
-        """Return when what nobody uses any more is removed, what is just being let go, too."""
+        """Return when all orphans that are not in use are removed, including recent ones."""
         await trio.sleep(pauses * self._limits.removal_pause_seconds)
         await self._remove_all()
 
     def _remove(self, inos: Sequence[int]) -> Sequence[int]:
-        """Remove orphans, and all that they had, in one transaction; those that did not fit.
+        """Remove orphans and all of their rows in one transaction; return those that did not fit.
 
-        Extents past the first TRIM_BATCH of a file are removed later.
+        Extents of a file past the first `trim_batch` are removed later.
         """
         trims: list[int] = []
         left: Sequence[int] = []
@@ -89,7 +89,7 @@ class Removal:
                     continue
                 inode = Inode.decode(value)
                 if inode.nlink:
-                    log.error("Inode %d is to be removed, and has a name: run fsck.", ino)
+                    log.error("inode %d is not removed, because it has a name: run fsck", ino)
                     continue
                 prefix = file_rows.xattr_key(ino, b"")
                 for key, _ in list(txn.scan(prefix, keys.after(prefix))):
@@ -109,7 +109,7 @@ class Removal:
         return left
 
     async def resume(self) -> None:
-        """After a mount: end the trims, and remove the orphans, that were left behind."""
+        """Complete the trims and remove the orphans that the last mount left."""
         engine = self._log.engine
         for key, value in list(engine.scan(file_rows.TRIMS_START, file_rows.TRIMS_END)):
             if tables.readable(key, value):
@@ -118,7 +118,7 @@ class Removal:
                 if size == (Inode.decode(row).size if row is not None else 0):
                     await self._contents.trim(ino, size)
                 else:
-                    log.error("A trim of inode %d is not of its size: run fsck.", ino)
+                    log.error("a trim of inode %d does not match its size: run fsck", ino)
         rows = engine.scan(file_rows.ORPHANS_START, file_rows.ORPHANS_END)
         orphans: Sequence[int] = [
             file_rows.decode_ino_key(key) for key, value in rows if tables.readable(key, value)

@@ -1,8 +1,8 @@
 """Names and attributes: directories, links, modes, owners, times.
 
-Every method is synchronous and is one transaction: it checks everything first
-and changes afterwards, so an error leaves nothing behind.  Who may do what is
-for the kernel to check (`default_permissions`).
+Every method is synchronous and runs as one transaction.  It checks everything before
+it changes anything, so an error leaves no change.  The kernel checks permissions
+(`default_permissions`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from . import quota
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What setattr is to set; None leaves a field as it is; times in ns."""
+    """The fields that setattr sets; None leaves a field unchanged; times are in ns."""
 
     mode: int | None = None
     uid: int | None = None
@@ -54,14 +54,14 @@ class Tree:
         self._log = log
         self.limits = log.limits
         self._codes: LeastRecentlyUsed[int, Code] = LeastRecentlyUsed(log.limits.codes_cached_max)
-        """Codes that directories give to new files, as far as they were asked for."""
+        """Cached codes that directories give to new files."""
         self.fenced: set[int] = set()
-        """Directories that others cannot be moved into or out of, at any depth, for now."""
+        """Trees that directories cannot be moved into or out of for now, by their top."""
         self.on_move: list[Callable[[int], None]] = []
-        """Told of each inode that got another parent: who walks the tree may miss it."""
+        """Called with each inode that got another parent: a walk of the tree could miss it."""
 
     def make_root(self) -> None:
-        """Make the root directory of a new store; it belongs to who mounts it first."""
+        """Make the root directory of a new store; the user of the first mount owns it."""
         if self._log.engine.get(file_rows.inode_key(ROOT)) is None:
             now = time.time_ns()
             owner = os.getuid(), os.getgid()
@@ -71,16 +71,16 @@ class Tree:
     # --- looking -------------------------------------------------------------
 
     def inode(self, ino: int) -> Inode:
-        """The attributes of an inode; StaleError."""
+        """Return the attributes of an inode; StaleError."""
         value = self._log.engine.get(file_rows.inode_key(ino))
         if value is None:
             raise StaleError(f"There is no inode {ino}.")
         return Inode.decode(value)
 
     def lookup(self, parent: int, name: bytes) -> int | None:
-        """The inode that a directory has under a name, or None; `.` and `..` too."""
+        """Return the inode with a name in a directory, or None; accepts `.` and `..`."""
         if len(name) > NAME_BYTES_MAX:
-            raise NameTooLongError(f"A name may have {NAME_BYTES_MAX} bytes.")
+            raise NameTooLongError(f"A name may have at most {NAME_BYTES_MAX} bytes.")
         if name == b".":
             return parent
         if name == b"..":
@@ -89,20 +89,20 @@ class Tree:
         return file_rows.decode_name(value)[0] if value is not None else None
 
     def entries(self, ino: int, after: int) -> Iterator[tuple[int, int, bytes]]:
-        """(cookie, ino, name) of a directory's entries past the cookie `after`, in order."""
+        """Yield (cookie, ino, name) of a directory's entries past the cookie `after`, in order."""
         start = file_rows.listing_key(ino, max(after + 1, file_rows.FIRST_COOKIE))
         for key, value in self._log.engine.scan(start, file_rows.listing_key(ino + 1, 0)):
             yield file_rows.decode_listing(key, value)
 
     def target(self, ino: int) -> bytes:
-        """What a symbolic link points at; InvalidError when it is none."""
+        """Return the target of a symbolic link; InvalidError if it is not one."""
         value = self._log.engine.get(file_rows.target_key(ino))
         if value is None:
             raise InvalidError("Not a symbolic link.")
         return value
 
     def path(self, ino: int) -> str:
-        """A path of an inode from the root, for people; `?` where it cannot be told."""
+        """Return a path of an inode from the root for messages; `?` stands for unknown names."""
         parts: list[str] = []
         while ino != ROOT and len(parts) < 256:
             value = self._log.engine.get(file_rows.inode_key(ino))
@@ -115,7 +115,7 @@ class Tree:
         return "/" + "/".join(reversed(parts))
 
     def lies_below(self, ino: int, top: int) -> bool:
-        """Whether an inode is a directory, or was last given a name somewhere below it."""
+        """Return whether `ino` is `top`, or its parents lead to `top`."""
         while ino != top:
             value = self._log.engine.get(file_rows.inode_key(ino))
             if value is None or ino == ROOT:
@@ -124,7 +124,7 @@ class Tree:
         return True
 
     def policy(self, ino: int) -> tuple[Code, int]:
-        """The code of new files below a directory, and the directory that has it set; 0: none."""
+        """Return the code of new files below a directory, and the directory that sets it, or 0."""
         while True:
             inode = self.inode(ino)
             if inode.k:
@@ -134,7 +134,7 @@ class Tree:
             ino = inode.parent
 
     def code(self, ino: int) -> Code:
-        """The code of a file's new bytes; for a directory, of new files below it."""
+        """Return the code of new bytes of a file; for a directory, that of new files below it."""
         passed = []
         while (code := self._codes.get(ino)) is None:
             inode = self.inode(ino)
@@ -152,11 +152,11 @@ class Tree:
         return code
 
     def set_code(self, ino: int, code: Code | None) -> None:
-        """Set the code of a directory's new files, or inherit it again."""
+        """Set the code of new files below a directory; None makes it inherit again."""
         with self._log.transaction() as txn:
             inode = self._get(txn, ino)
             if not stat.S_ISDIR(inode.mode):
-                raise NotPermittedError("Only a directory's code can be set.")
+                raise NotPermittedError("Only the code of a directory can be set.")
             inode.k, inode.m = (code.k, code.m) if code else (0, 0)
             inode.ctime = time.time_ns()
             txn.put(file_rows.inode_key(ino), inode.encode())
@@ -166,7 +166,7 @@ class Tree:
 
     @staticmethod
     def note_code(txn: Transaction, code: Code) -> None:
-        """A code comes into use: `status` names those that do not bear the loss of a region."""
+        """Record that a code is in use: `status` names codes that do not survive a lost region."""
         known = store_rows.decode_codes(txn.get(store_rows.CODES_KEY))
         if code not in known:
             txn.put(store_rows.CODES_KEY, store_rows.encode_codes([*known, code]))
@@ -184,9 +184,9 @@ class Tree:
         rdev: int = 0,
         target: bytes | None = None,
     ) -> tuple[int, Inode]:
-        """Make an inode of any type under a new name; its number and attributes."""
+        """Make an inode of any type with a new name; return its number and attributes."""
         if target is not None and not 0 < len(target) <= TARGET_BYTES_MAX:
-            raise NameTooLongError(f"A link's target may have {TARGET_BYTES_MAX} bytes.")
+            raise NameTooLongError(f"A link target may have at most {TARGET_BYTES_MAX} bytes.")
         log = self._log
         with log.transaction(grows=len(name) + len(target or b"")) as txn:
             folder = self._folder(txn, parent)
@@ -228,7 +228,7 @@ class Tree:
         return ino, inode
 
     def link(self, ino: int, parent: int, name: bytes) -> Inode:
-        """Give an inode one more name; its attributes."""
+        """Give an inode one more name; return its attributes."""
         with self._log.transaction(grows=len(name)) as txn:
             folder = self._folder(txn, parent)
             self._check_new(txn, parent, name)
@@ -238,9 +238,9 @@ class Tree:
             if inode.nlink == 0:
                 raise NoEntryError("The file was deleted.")
             if inode.nlink >= LINKS_MAX:
-                raise TooManyLinksError(f"A file may have {LINKS_MAX} names.")
+                raise TooManyLinksError(f"A file may have at most {LINKS_MAX} names.")
             if inode.quota_root != folder.quota_root:
-                raise CrossesQuotaError("All names of a file have to lie in the same quota.")
+                raise CrossesQuotaError("All names of a file must be in the same quota.")
             now = time.time_ns()
             cookie = self._log.counters.next_cookie
             inode.nlink += 1
@@ -256,13 +256,16 @@ class Tree:
     # --- removing ------------------------------------------------------------
 
     def unlink(self, parent: int, name: bytes) -> tuple[int, Inode]:
-        """Remove a name of what is no directory; the inode, an orphan if it was the last."""
+        """Remove a name of an inode, not of a directory; return the inode.
+
+        After its last name the inode is an orphan.
+        """
         with self._log.transaction() as txn:
             folder = self._folder(txn, parent)
             ino, cookie = self._entry(txn, parent, name)
             inode = self._get(txn, ino)
             if stat.S_ISDIR(inode.mode):
-                raise IsDirectoryError("A directory is removed with rmdir.")
+                raise IsDirectoryError("Use rmdir to remove a directory.")
             now = time.time_ns()
             self._drop_name(txn, parent, name, cookie)
             self._drop_link(txn, ino, inode, now)
@@ -270,7 +273,7 @@ class Tree:
         return ino, inode
 
     def rmdir(self, parent: int, name: bytes) -> tuple[int, Inode]:
-        """Remove an empty directory; the inode, an orphan now."""
+        """Remove an empty directory; return the inode, now an orphan."""
         with self._log.transaction() as txn:
             folder = self._folder(txn, parent)
             ino, cookie = self._entry(txn, parent, name)
@@ -297,9 +300,9 @@ class Tree:
         *,
         replace: bool = True,
     ) -> tuple[int, Inode] | None:
-        """Move a name, over what is there unless `replace` is false.
+        """Rename an entry; replace an existing entry unless `replace` is false.
 
-        The inode that lost its name to it, or None.
+        Return the inode whose name was replaced, or None.
         """
         with self._log.transaction(grows=len(new_name)) as txn:
             folders = {parent: self._folder(txn, parent)}
@@ -325,9 +328,9 @@ class Tree:
                     return None
                 old = self._get(txn, there)
                 if directory and not stat.S_ISDIR(old.mode):
-                    raise NotDirectoryError("A directory cannot replace what is none.")
+                    raise NotDirectoryError("A directory can replace only a directory.")
                 if not directory and stat.S_ISDIR(old.mode):
-                    raise IsDirectoryError("What is no directory cannot replace one.")
+                    raise IsDirectoryError("Only a directory can replace a directory.")
                 if directory:
                     self._check_empty(there)
                     folders[new_parent].nlink -= 1
@@ -355,7 +358,7 @@ class Tree:
         return lost
 
     def exchange(self, parent: int, name: bytes, new_parent: int, new_name: bytes) -> None:
-        """Let two names, of any type, change places."""
+        """Exchange two entries of any type."""
         with self._log.transaction() as txn:
             folders = {parent: self._folder(txn, parent)}
             folders.setdefault(new_parent, self._folder(txn, new_parent))
@@ -395,7 +398,7 @@ class Tree:
     # --- attributes ----------------------------------------------------------
 
     def change(self, ino: int, change: Change) -> Inode:
-        """Set attributes; the inode as it is then."""
+        """Set attributes; return the changed inode."""
         with self._log.transaction() as txn:
             inode = self._get(txn, ino)
             if change.mode is not None:
@@ -416,7 +419,7 @@ class Tree:
             txn.put(file_rows.inode_key(ino), inode.encode())
         return inode
 
-    # --- parts of operations -------------------------------------------------
+    # --- shared steps --------------------------------------------------------
 
     def _moved(self, ino: int) -> None:
         for tell in self.on_move:
@@ -437,7 +440,7 @@ class Tree:
 
     def _check_new(self, txn: Transaction, parent: int, name: bytes) -> None:
         if len(name) > NAME_BYTES_MAX:
-            raise NameTooLongError(f"A name may have {NAME_BYTES_MAX} bytes.")
+            raise NameTooLongError(f"A name may have at most {NAME_BYTES_MAX} bytes.")
         if txn.get(file_rows.name_key(parent, name)) is not None:
             raise ExistsError("The name is taken.")
         if self._get(txn, parent).nlink == 0:
@@ -448,14 +451,14 @@ class Tree:
             raise NotEmptyError("The directory has entries.")
 
     def _check_outside(self, ino: int, place: int) -> None:
-        """InvalidError when the directory `place` is `ino` or lies below it."""
+        """Raise InvalidError if the directory `place` is `ino` or lies below it."""
         while place != ROOT:
             if place == ino:
                 raise InvalidError("A directory cannot be moved into itself.")
             place = self.inode(place).parent
 
     def _check_fences(self, parent: int, new_parent: int) -> None:
-        """CrossesQuotaError when a directory cannot be moved from one to the other now."""
+        """Raise CrossesQuotaError if a directory cannot be moved from one to the other now."""
         for top in self.fenced:
             if self.lies_below(parent, top) != self.lies_below(new_parent, top):
                 raise CrossesQuotaError("A quota is being counted or cleared: try again later.")

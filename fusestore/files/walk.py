@@ -1,8 +1,8 @@
-"""A walk through all that lies below a directory, in steps, while the tree changes.
+"""A walk through all inodes below a directory, in steps, while the tree changes.
 
-Nothing is missed: what is made meanwhile is listed in its turn, or lies in a directory
-that was already seen, where the caller's change holds for what is new; what is
-moved meanwhile is told by the tree, and comes again.
+The walk misses nothing.  A new entry is listed in its turn, or it lies in a directory
+that was already listed and inherits the caller's change from it.  The tree reports
+inodes that are moved, and the walk yields them again.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from .tree import Tree
 
 
 class Walk:
-    """Use as a context manager.
+    """A walk; use it as a context manager.
 
-    Who awaits before a step is done with may find entries of it moved, which come
-    again, or gone.
+    If the caller awaits while it handles a step, entries of the step may be moved or
+    removed meanwhile.  The walk yields moved entries again.
     """
 
     def __init__(self, tree: Tree, top: int) -> None:
         self._tree = tree
         self._top = top
         self._open: list[tuple[int, int]] = [(top, 0)]
-        """Directories that are being listed, and the last cookie; the deepest is the last."""
+        """Directories being listed, each with its last cookie; the deepest is the last."""
         self._moved: list[int] = []
 
     def __enter__(self) -> Self:
@@ -38,11 +38,11 @@ class Walk:
         self._tree.on_move.remove(self._moved.append)
 
     def enter(self, ino: int) -> None:
-        """List a directory, too, before what is left."""
+        """List a directory next."""
         self._open.append((ino, 0))
 
     def steps(self) -> Iterator[list[tuple[int, int]]]:
-        """(directory, inode) of some entries at a time; whoever takes them may `enter` them."""
+        """Yield (directory, inode) of some entries at a time; the caller may `enter` them."""
         while self._open or self._moved:
             if self._moved:
                 moved, self._moved[:] = self._moved[:], []
@@ -60,7 +60,10 @@ class Walk:
                 yield self._tree.inode(ino).parent, ino
 
     def files(self) -> Iterator[list[tuple[int, int]]]:
-        """The same for what is no directory, also if that is the top; directories are entered."""
+        """Enter all directories, and yield (directory, inode) of the other inodes.
+
+        If the top is not a directory, yield the top.
+        """
         try:
             top = self._tree.inode(self._top)
         except StaleError:

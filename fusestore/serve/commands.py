@@ -1,7 +1,7 @@
 """The commands of the control socket: each is a function of a context and a request.
 
-The same functions work for a daemon and for a command that opens a store itself.
-`handlers` is the one place where requests and results become JSON.
+A daemon and a command that opens a store itself run the same functions.  Only
+`handlers` converts requests and results from and to JSON.
 """
 
 from __future__ import annotations
@@ -69,25 +69,25 @@ R = TypeVar("R")
 
 
 class ServedMount(Protocol):
-    """What a daemon adds to an open store."""
+    """The mount of an open store that a daemon serves."""
 
     counts: LiveCounts
 
     def about(self) -> MountStatus:
-        """Where the store is mounted."""
+        """Describe the mount."""
 
     async def stop(self, mountpoint: str | None) -> None:
-        """Unmount, and return when everything is committed; UsageError when it is elsewhere."""
+        """Unmount, and return when everything is committed; UsageError if mounted elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a command works on."""
+    """The open store that a command works on, and its mount."""
 
     store: Store
     files: FileSystem
     progress: Progress = lambda message: None
-    """Told of where a command is, on the event loop."""
+    """Called on the event loop with the progress of a command."""
     mount: ServedMount | None = None
     """None: the store is not mounted."""
     alone: bool = False
@@ -95,20 +95,20 @@ class Context:
 
     @property
     def safety(self) -> Safety:
-        """What looks at all stripes of the store."""
+        """The calculations that cover all stripes of the store."""
         return Safety(self.store.log, self.store.reader, self.files.tree.path)
 
     @property
     def served(self) -> ServedMount:
-        """The mount; NotMountedError when there is none."""
+        """The mount; NotMountedError if there is none."""
         if self.mount is None:
             raise NotMountedError(f"The store {self.store.config.store} is not mounted.")
         return self.mount
 
     def waits(self, request: ScrubRequest | RebalanceRequest | NodeDrainRequest) -> bool:
-        """Whether a command that goes on in the background is waited for.
+        """Whether to wait for the end of a command that runs in the background.
 
-        It has to be when the store is closed after it.
+        This is necessary if the store is closed after the command.
         """
         return request.wait if not self.alone else not request.only_looks
 
@@ -117,7 +117,7 @@ class Context:
 
 
 async def status(context: Context, request: StatusRequest) -> Status:
-    """How the store fares, and its mount if there is one."""
+    """Report the state of the store, and of its mount if there is one."""
     return status_of(
         await context.store.status(),
         recode=from_json(Recoding, context.files.recoder.status()),
@@ -126,9 +126,9 @@ async def status(context: Context, request: StatusRequest) -> Status:
 
 
 async def fsck(context: Context, request: FsckRequest) -> FsckResult:
-    """Check the tables; UsageError when a store in use is to be mended."""
+    """Check the tables, and mend them if asked; UsageError if asked for a store in use."""
     if request.repair and not context.alone:
-        raise UsageError("The store is mounted: unmount it to have it mended.")
+        raise UsageError("The store is mounted: unmount it before you mend it.")
     found = await check_tables(context.store, repair=request.repair, at_rest=context.alone)
     return from_json(FsckResult, found)
 
@@ -137,7 +137,7 @@ async def fsck(context: Context, request: FsckRequest) -> FsckResult:
 
 
 async def repair(context: Context, request: RepairRequest) -> RepairResult:
-    """Say what rebuilding a node takes, and do it unless it is a dry run."""
+    """Plan the repair of a node, and run it unless this is a dry run."""
     repairer = context.store.repairer
     member = repairer.member(request.node)
     await context.store.healer.look_at(member)
@@ -158,7 +158,7 @@ async def repair(context: Context, request: RepairRequest) -> RepairResult:
 
 
 async def risk(context: Context, request: RiskRequest) -> RiskResult:
-    """Count what the stripes would survive, and add the expected losses if they are asked for."""
+    """Count how many losses the stripes would survive; add the expected losses if asked."""
     safety = context.safety
     found = await safety.risk(request.if_lost)
     if request.model is not None:
@@ -175,7 +175,7 @@ async def drill(context: Context, request: DrillRequest) -> DrillResult:
 
 
 async def scrub(context: Context, request: ScrubRequest) -> Scrub:
-    """Start, pause or resume a scrub, or say where it stands."""
+    """Start, pause or resume a scrub, or report its progress."""
     found = await context.store.scrubber.command(
         request.action,
         request.rate,
@@ -190,7 +190,7 @@ async def scrub(context: Context, request: ScrubRequest) -> Scrub:
 
 
 async def rebalance(context: Context, request: RebalanceRequest) -> Rebalance:
-    """Start or stop a rebalance, or say where it stands."""
+    """Start or stop a rebalance, or report its progress."""
     found = await context.store.rebalancer.command(
         request.action, request.rate, wait=context.waits(request), progress=context.progress
     )
@@ -198,12 +198,12 @@ async def rebalance(context: Context, request: RebalanceRequest) -> Rebalance:
 
 
 async def nodes(context: Context, request: NodesRequest) -> NodesResult:
-    """The nodes, what they hold, and what their shares are."""
+    """List the nodes, what they hold, and their shares."""
     return from_json(NodesResult, await context.store.topology.list())
 
 
 async def node_add(context: Context, request: NodeAddRequest) -> NodeAdded:
-    """Let one more node take part."""
+    """Add a node."""
     found = await context.store.topology.add(
         request.node, request.region, Path(request.path), request.weight, context.progress
     )
@@ -211,7 +211,7 @@ async def node_add(context: Context, request: NodeAddRequest) -> NodeAdded:
 
 
 async def node_drain(context: Context, request: NodeDrainRequest) -> NodeDrained:
-    """Give a node's shards to others, or stop doing that."""
+    """Start or cancel draining a node."""
     found = await context.store.topology.drain(
         request.node,
         cancel=request.cancel,
@@ -222,7 +222,7 @@ async def node_drain(context: Context, request: NodeDrainRequest) -> NodeDrained
 
 
 async def node_remove(context: Context, request: NodeRemoveRequest) -> NodeRemoved:
-    """Take a node that was drained out of the store."""
+    """Take a drained node out of the store."""
     return from_json(NodeRemoved, await context.store.topology.remove(request.node))
 
 
@@ -230,12 +230,15 @@ async def node_remove(context: Context, request: NodeRemoveRequest) -> NodeRemov
 
 
 async def layout(context: Context, request: LayoutRequest) -> LayoutResult:
-    """Where all of a file lies."""
+    """Return the place of each byte of a file."""
     return from_json(LayoutResult, context.files.attributes.layout(request.inode, 0, None))
 
 
 async def quota(context: Context, request: QuotaRequest) -> QuotaResult:
-    """Set or clear a quota, once that is in force; the quotas that hold, or all there are."""
+    """Set or clear a quota; return the quotas that apply to the inode, or all quotas.
+
+    Setting and clearing return when the change is in force.
+    """
     quotas, ino = context.files.quotas, request.inode
     if request.action == "set":
         quotas.set(ino, request.bytes, request.files)
@@ -249,7 +252,7 @@ async def quota(context: Context, request: QuotaRequest) -> QuotaResult:
 
 
 async def recode(context: Context, request: RecodeRequest) -> Recoding:
-    """Start or stop giving files another code; UsageError for one that is none."""
+    """Start or stop a recoding; UsageError for an invalid code."""
     recoder = context.files.recoder
     if request.stop:
         recoder.stop()
@@ -259,7 +262,7 @@ async def recode(context: Context, request: RecodeRequest) -> Recoding:
         except InvalidError as error:
             raise UsageError(str(error)) from None
         recoder.start(request.inode, code, request.rate)
-    await context.files.commit()  # what is answered goes on after a crash
+    await context.files.commit()  # an acknowledged recoding continues after a crash
     found = await recoder.wait(context.progress) if request.wait else recoder.status()
     return from_json(Recoding, found)
 
@@ -274,16 +277,16 @@ async def stop(context: Context, request: StopRequest) -> StopResult:
 
 
 async def log_level(context: Context, request: LogLevelRequest) -> LogLevelResult:
-    """Change the level of this process's log, if one is given, and say what it is."""
+    """Set the log level of this process, if one is given, and return the level."""
     if request.level:
         before = logs.get_level()
         logs.set_level(request.level)
-        log.warning("the log level is %s now, and was %s", logs.get_level(), before)
+        log.warning("the log level is now %s; it was %s", logs.get_level(), before)
     return LogLevelResult(logs.get_level())
 
 
 async def metrics(context: Context, request: MetricsRequest) -> MetricsResult:
-    """What was counted since the last reset, which may be now."""
+    """Return the counts since the last reset, after a reset if asked."""
     counts = context.served.counts
     if request.action == "reset":
         counts.reset()
@@ -296,7 +299,7 @@ async def metrics(context: Context, request: MetricsRequest) -> MetricsResult:
 
 @dataclass(frozen=True, slots=True)
 class _Command(Generic[Q, R]):
-    """A kind of request, and what does it."""
+    """A kind of request, and its function."""
 
     request: type[Q]
     run: Callable[[Context, Q], Awaitable[R]]
@@ -324,27 +327,27 @@ COMMANDS: dict[str, _Command[Any, Any]] = {
         _Command(MetricsRequest, metrics),
     )
 }
-"""By the name that a request has on the socket."""
+"""The commands by the name that a request has on the socket."""
 
 
 async def do(context: Context, request: Request[R]) -> R:
-    """Do a command in this process; FusestoreError."""
+    """Run a command in this process; FusestoreError."""
     result: R = await COMMANDS[request.command].run(context, request)
     return result
 
 
 def handlers(context: Context) -> dict[str, Handler]:
-    """All commands, as the control server has them: JSON in, JSON out."""
+    """Return all commands as the control server needs them: JSON in, JSON out."""
     return {name: partial(_handle, context, command) for name, command in COMMANDS.items()}
 
 
 async def _handle(
     context: Context, command: _Command[Any, Any], arguments: Message, progress: Progress
 ) -> Message:
-    """Do what a client asks; UsageError for fields that are not those of the request."""
+    """Run the request of a client; UsageError for fields that do not fit the request."""
     name = command.request.command
     try:
         request = from_json(command.request, arguments)
     except FieldError as error:
-        raise UsageError(f"The command {name!r} was asked wrongly: {error}.") from None
+        raise UsageError(f"The arguments of {name!r} are invalid: {error}.") from None
     return to_json(await do(replace(context, progress=progress), request))

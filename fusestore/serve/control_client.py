@@ -1,15 +1,15 @@
-"""Asking a store's daemon: the protocol of the control socket, and its client.
+"""The protocol of the control socket, and its client.
 
 A client connects, sends one line of JSON and gets lines of JSON:
 
     {"command": "repair", "arguments": {"node": "us-east-1"}}
                                         {"progress": {...}}     any number
-                                        {"alive": true}         when there is nothing to say
+                                        {"alive": true}         if there is no progress
                                         {"result": {...}}       or, as the last line,
                                         {"error": {"kind": "UsageError", "message": "..."}}
 
-Texts are ASCII with JSON escapes; a path's bytes that are no UTF-8 are lone
-surrogates, as in `os.fsdecode`.  A client that hangs up gives its command up.
+Texts are ASCII with JSON escapes.  Bytes of a path that are not UTF-8 are lone
+surrogates, as in `os.fsdecode`.  If the client hangs up, its command is cancelled.
 
 This module imports neither trio nor the store, so that a command starts fast.
 """
@@ -37,30 +37,30 @@ Progress = Callable[[Message], None]
 REQUEST_BYTES_MAX = 1 << 20
 """The longest line that a daemon reads."""
 ANSWER_BYTES_MAX = 1 << 26
-"""The longest line that a client reads: the layout of a large file is long."""
+"""The longest line that a client reads; the layout of a large file is long."""
 ALIVE_SECONDS = 5.0
-"""A daemon that works on a command says something at least this often."""
+"""A daemon that works on a command sends a line at least this often."""
 SILENCE_SECONDS = 60.0
-"""A client gives a daemon up that has said nothing for so long."""
+"""How long a client waits for a line before it gives up."""
 
 PEER = struct.Struct("3i")
-"""A SO_PEERCRED: process, user, group."""
+"""The value of SO_PEERCRED: process, user, group."""
 
 
 class UnansweredError(FusestoreError):
-    """A daemon took a request, and has not answered it."""
+    """A daemon accepted a request and did not answer it."""
 
 
 def socket_address(directory_fd: int) -> str:
-    """The address of the socket in an open directory, however long the directory's path.
+    """Return the address of the socket in an open directory with a path of any length.
 
-    A socket's address has room for 107 bytes.
+    An address has room for 107 bytes only.
     """
     return f"/proc/self/fd/{directory_fd}/{SOCKET_NAME}"
 
 
 def parse_peer(data: bytes) -> tuple[int, int]:
-    """Process number and user in a SO_PEERCRED: who connected, or who listens."""
+    """Return the process number and the user of the peer from a value of SO_PEERCRED."""
     pid, uid, _gid = PEER.unpack(data)
     return pid, uid
 
@@ -70,7 +70,7 @@ def _peer_pid(connection: socket.socket) -> int:
 
 
 def lock_holder(store: Path) -> int | None:
-    """The process that has the store locked, or crashed when it had."""
+    """Return the process that holds the store's lock, or crashed while it held the lock."""
     try:
         return int((store / LOCK_NAME).read_bytes())
     except (OSError, ValueError):
@@ -78,17 +78,17 @@ def lock_holder(store: Path) -> int | None:
 
 
 def encode(message: Message) -> bytes:
-    """A message as a line."""
+    """Encode a message as a line."""
     return json.dumps(message, separators=(",", ":")).encode("ascii") + b"\n"
 
 
 def error_message(error: FusestoreError) -> Message:
-    """The line that makes the client raise `error`."""
+    """Return the message that makes the client raise `error`."""
     return {"error": {"kind": type(error).__name__, "message": str(error)}}
 
 
 def error_of(kind: str, message: str) -> FusestoreError:
-    """The exception that `error_message` was made of; FusestoreError for an unknown kind."""
+    """Return the exception of an `error_message`; FusestoreError for an unknown kind."""
     found = getattr(errors, kind, None)
     if isinstance(found, type) and issubclass(found, FusestoreError):
         return found(message)
@@ -96,25 +96,25 @@ def error_of(kind: str, message: str) -> FusestoreError:
 
 
 class ControlClient:
-    """The commands of a store's daemon, one connection each."""
+    """A client of a store's daemon; it makes one connection for each command."""
 
     def __init__(self, store: Path, silence_seconds: float = SILENCE_SECONDS) -> None:
         self._store = store
         self._silence_seconds = silence_seconds
 
     def daemon(self) -> int:
-        """The process number of the daemon; NotMountedError when there is none."""
+        """Return the process number of the daemon; NotMountedError if there is none."""
         with self._connect() as connection:
             return _peer_pid(connection)
 
     def ask(self, request: Request[R], on_progress: Progress | None = None) -> R:
-        """Have the daemon do a command, and return its result; raises what `request` does."""
+        """Send a typed request, and return its typed result; raises the errors of `request`."""
         answer = self.request(request.command, to_json(request), on_progress)
         try:
             return from_json(result_of(type(request)), answer, exact=False)
         except FieldError as error:
             raise UnansweredError(
-                f"The daemon of {self._store} gave no proper answer: {error}."
+                f"The daemon of {self._store} sent an invalid answer: {error}."
             ) from error
 
     def request(
@@ -123,14 +123,14 @@ class ControlClient:
         arguments: Message | None = None,
         on_progress: Progress | None = None,
     ) -> Message:
-        """Have the daemon do `command`, and return its result.
+        """Send `command` to the daemon, and return its result.
 
-        Raises what the command raised; NotMountedError when nobody listens;
-        UnansweredError when the daemon is silent or ends before it has answered.
+        Raises the error of the command; NotMountedError if no daemon listens;
+        UnansweredError if the daemon is silent, or exits before it answers.
         """
         line = encode({"command": command, "arguments": arguments or {}})
         if len(line) > REQUEST_BYTES_MAX:
-            raise UsageError(f"The arguments of {command!r} are longer than a request may be.")
+            raise UsageError(f"The arguments of {command!r} are too long for a request.")
         with self._connect() as connection:
             pid = _peer_pid(connection)
             try:
@@ -145,15 +145,15 @@ class ControlClient:
                         on_progress(message["progress"])
             except TimeoutError:
                 raise UnansweredError(
-                    f"The daemon of {self._store} (process {pid}) has not answered "
+                    f"The daemon of {self._store} (process {pid}) did not answer "
                     f"for {self._silence_seconds:.0f} seconds."
                 ) from None
             except (OSError, ValueError, TypeError, LookupError) as error:
                 raise UnansweredError(
-                    f"The daemon of {self._store} (process {pid}) gave no proper answer: {error}."
+                    f"The daemon of {self._store} (process {pid}) sent an invalid answer: {error}."
                 ) from error
         raise UnansweredError(
-            f"The daemon of {self._store} (process {pid}) ended without an answer: see its log."
+            f"The daemon of {self._store} (process {pid}) exited without an answer: see its log."
         )
 
     def _connect(self) -> socket.socket:
@@ -171,13 +171,14 @@ class ControlClient:
         except PermissionError:
             connection.close()
             raise FusestoreError(
-                f"You may not ask the daemon of {self._store}: be its user, or root."
+                f"You may not connect to the daemon of {self._store}: "
+                "run the command as the daemon's user, or as root."
             ) from None
         except TimeoutError:
             connection.close()
             raise UnansweredError(
-                f"The daemon of {self._store} takes no requests (for "
-                f"{self._silence_seconds:.0f} seconds now)."
+                f"The daemon of {self._store} accepted no connection "
+                f"for {self._silence_seconds:.0f} seconds."
             ) from None
         except BaseException:
             connection.close()
@@ -189,11 +190,11 @@ class ControlClient:
         try:
             connection.sendall(line)
         except (BrokenPipeError, ConnectionResetError):
-            pass  # it may have said why before it hung up
+            pass  # the daemon may have sent the reason before it hung up
 
     @staticmethod
     def _messages(connection: socket.socket) -> Iterator[Message]:
-        """The lines that come, to the end; ValueError when they are not what they must be."""
+        """Yield the messages up to the end; ValueError if a line is invalid."""
         buffer = bytearray()
         while data := connection.recv(1 << 16):
             start = len(buffer)

@@ -1,12 +1,12 @@
-"""The daemon's side of a store: it alone has it open, and it answers commands.
+"""The lock of a store, and the server of the control socket.
 
-Who has a store open holds the lock on `STORE/fusestore.lock`.  If that is a
-daemon, it listens on `STORE/control.sock` (mode 0600), for root and for its own
-user; the protocol is in control_client.py.
+The process that has a store open holds the lock on `STORE/fusestore.lock`.  A
+daemon also listens on `STORE/control.sock` (mode 0600).  It obeys root and its own
+user.  The protocol is in control_client.py.
 
-A handler runs on the event loop like a file operation does.  It is cancelled
-when its client hangs up or the server ends, at any of its awaits; one that ends
-the daemon itself has to shield itself, and its answer is then sent.
+A handler runs on the event loop, like a file operation.  When its client hangs up
+or the server ends, it is cancelled at any of its awaits.  A handler that ends the
+daemon must shield itself; its answer is then sent.
 """
 
 from __future__ import annotations
@@ -43,18 +43,19 @@ from .control_client import (
 log = logging.getLogger(__name__)
 
 Handler = Callable[[Message, Progress], Awaitable[Message]]
-"""Does a command: takes its arguments and whom to tell of progress, returns the result.
+"""Runs a command: takes its arguments and a callback for progress, and returns the result.
 
-Progress is told without an await, on the event loop; a slow client gets only the newest.
+The callback runs on the event loop, without an await.  A slow client gets only the
+newest progress.
 """
 
 
-# --- one process a store -----------------------------------------------------
+# --- the lock ----------------------------------------------------------------
 
 
 @contextmanager
 def lock_store(store: Path) -> Iterator[None]:
-    """Hold the store alone; StoreBusyError, with the other's number, when it is in use."""
+    """Hold the lock of the store; StoreBusyError, with the holder's number, if it is in use."""
     file = store / LOCK_NAME
     try:
         fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -82,15 +83,15 @@ def lock_store(store: Path) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class ControlLimits:
-    """What a client may take from the daemon."""
+    """Limits on the clients of a daemon."""
 
     clients: int = 16
-    """Connections at a time."""
+    """Concurrent connections."""
     request_bytes: int = REQUEST_BYTES_MAX
     request_seconds: float = 10.0
-    """In which a client's request has to be there, from its connection on."""
+    """How long after it connects a client may take to send its request."""
     send_seconds: float = 10.0
-    """In which a client has to take a line."""
+    """How long a client may take to receive a line."""
     alive_seconds: float = ALIVE_SECONDS
 
 
@@ -110,10 +111,10 @@ class ControlServer:
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Listen in `directory` until cancelled; started once a client can connect.
+        """Listen in `directory` until cancelled; started when a client can connect.
 
-        A socket that is there already is taken for a dead daemon's: hold the
-        store's lock.  FusestoreError when it cannot listen.
+        The caller must hold the store's lock: an existing socket is replaced as that of a
+        dead daemon.  FusestoreError if it cannot listen.
         """
         fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -121,7 +122,7 @@ class ControlServer:
                 listener = trio.SocketListener(trio.socket.from_stdlib_socket(_listen(fd)))
             except OSError as error:
                 raise FusestoreError(
-                    f"{directory / SOCKET_NAME} cannot be listened on: {error.strerror}."
+                    f"The socket {directory / SOCKET_NAME} cannot be opened: {error.strerror}."
                 ) from error
             try:
                 async with trio.open_nursery() as nursery:
@@ -133,13 +134,13 @@ class ControlServer:
             os.close(fd)
 
     async def _serve_client(self, stream: trio.SocketStream) -> None:
-        """Serve one connection; nothing that goes wrong with it leaves here."""
+        """Serve one connection; its errors do not leave this function."""
         self._clients += 1
         connection = _Connection(stream, self._limits)
         try:
             if self._clients > self._limits.clients:
                 raise FusestoreError(
-                    f"The daemon has {self._limits.clients} clients already: try again later."
+                    f"The daemon already has {self._limits.clients} clients: try again later."
                 )
             _check_peer(stream)
             command, arguments = await connection.request()
@@ -166,13 +167,13 @@ class ControlServer:
             nursery.start_soon(connection.wait_hangup, nursery.cancel_scope)
             nursery.start_soon(connection.talk, nursery.cancel_scope)
             answer = await _outcome(handler, command, arguments, connection.tell)
-            # At once and shielded: a cancellation must not lose the answer to what was done.
+            # At once and shielded: a cancellation must not lose the answer to a finished command.
             await connection.send(answer)
             nursery.cancel_scope.cancel()
 
 
 async def _outcome(handler: Handler, command: str, arguments: Message, progress: Progress) -> bytes:
-    """The last line for a client: what the handler returned or raised."""
+    """Return the last line for a client: the result or the error of the handler."""
     try:
         line = encode({"result": await handler(arguments, progress)})
         if len(line) > ANSWER_BYTES_MAX:
@@ -182,23 +183,23 @@ async def _outcome(handler: Handler, command: str, arguments: Message, progress:
         cause = _single(error)
         if isinstance(cause, FusestoreError):
             return encode(error_message(cause))
-        log.exception("the command %r met an unexpected error", command)
-        unexpected = f"The daemon met an unexpected error in {command!r}: see its log."
+        log.exception("the command %r failed with an unexpected error", command)
+        unexpected = f"The command {command!r} failed unexpectedly: see the daemon's log."
         return encode(error_message(FusestoreError(unexpected)))
 
 
 def _single(error: Exception) -> Exception:
-    """What a nursery wrapped, if it is one exception."""
+    """Unwrap an exception from the groups of nurseries if it is the only one."""
     while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     return error
 
 
 class _Connection:
-    """A client: one request in, lines out.
+    """A connection: receives one request, and sends lines.
 
-    Lines are sent whole or the connection is given up: sending is shielded from
-    cancellation, under a deadline.
+    A line is sent as a whole, or the connection is given up: sending is shielded from
+    cancellation, and has a deadline.
     """
 
     def __init__(self, stream: trio.SocketStream, limits: ControlLimits) -> None:
@@ -209,7 +210,7 @@ class _Connection:
         self._progress: bytes | None = None
 
     async def request(self) -> tuple[str, Message]:
-        """The command and its arguments; UsageError when they are not what they must be."""
+        """Receive the command and its arguments; UsageError if they are invalid."""
         line = bytearray()
         with trio.move_on_after(self._limits.request_seconds) as scope:
             while b"\n" not in line:
@@ -219,7 +220,7 @@ class _Connection:
                 line += data
                 if len(line) > self._limits.request_bytes:
                     raise UsageError(
-                        f"A request may have {self._limits.request_bytes} bytes, not more."
+                        f"A request may have at most {self._limits.request_bytes} bytes."
                     )
         if scope.cancelled_caught:
             raise UsageError(f"No request came within {self._limits.request_seconds:g} seconds.")
@@ -227,18 +228,18 @@ class _Connection:
             message = json.loads(line)
             command, arguments = message["command"], message.get("arguments", {})
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-            raise UsageError("A request is one line of JSON with a command.") from None
+            raise UsageError("A request must be one line of JSON with a command.") from None
         if not isinstance(command, str) or not isinstance(arguments, dict):
-            raise UsageError("A request is a command's name and its arguments by name.")
+            raise UsageError("A request must have the name of a command, and arguments by name.")
         return command, arguments
 
     def tell(self, progress: Message) -> None:
-        """Have `talk` send this instead of what it has not yet sent."""
+        """Make `talk` send this progress; it replaces progress that is not yet sent."""
         self._progress = encode({"progress": progress})
         self._news.set()
 
     async def talk(self, scope: trio.CancelScope) -> None:
-        """Send progress as it comes, and a sign of life when none does, until cancelled."""
+        """Send progress as it comes, and else a sign of life, until cancelled."""
         while True:
             with trio.move_on_after(self._limits.alive_seconds):
                 await self._news.wait()
@@ -257,7 +258,7 @@ class _Connection:
         scope.cancel()
 
     async def send(self, line: bytes) -> bool:
-        """Send a line whole; False when the client is gone or does not take it in time."""
+        """Send a line as a whole; False if the client is gone, or too slow."""
         with trio.CancelScope(shield=True), trio.move_on_after(self._limits.send_seconds):
             async with self._sending:
                 try:
@@ -269,7 +270,7 @@ class _Connection:
 
 
 def _listen(directory_fd: int) -> socket.socket:
-    """A listening socket in an open directory; OSError when it cannot be."""
+    """Open a listening socket in an open directory; OSError."""
     address = socket_address(directory_fd)
     try:
         os.unlink(SOCKET_NAME, dir_fd=directory_fd)
@@ -277,7 +278,7 @@ def _listen(directory_fd: int) -> socket.socket:
         pass
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        # Linux gives the name the mode of the socket, so it never has another one.
+        # Linux gives the name the mode of the socket, so the name never has another mode.
         os.fchmod(listening.fileno(), 0o600)
         listening.bind(address)
         listening.listen(16)
@@ -295,8 +296,8 @@ def _forget(directory_fd: int) -> None:
 
 
 def _check_peer(stream: trio.SocketStream) -> None:
-    """UsageError unless the client is root or has the daemon's user."""
+    """Raise UsageError unless the client is root or the daemon's user."""
     data = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size)
     _pid, uid = parse_peer(data)
     if uid not in (0, os.geteuid()):
-        raise UsageError("Only root and the daemon's own user may give it commands.")
+        raise UsageError("The daemon obeys only root and its own user.")

@@ -1,7 +1,7 @@
 """The daemon: a store opened, mounted and served until it is unmounted.
 
-The order of a stop: the mount goes away, requests end, everything is
-committed and checkpointed, the answer goes to who asked, the process ends.
+The order of a stop: the mount is removed, requests end, everything is committed
+and checkpointed, the client gets its answer, the process exits.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .operations import TALLIES, Operations
 log = logging.getLogger(__name__)
 
 READY_SECONDS = 60.0
-"""A mount that was made answers within this time, or has failed."""
+"""A mount that does not answer within this time has failed."""
 
 
 async def serve(
@@ -46,9 +46,9 @@ async def serve(
     options: MountOptions,
     on_ready: Callable[[list[str]], None],
 ) -> None:
-    """Open the store, mount it, and serve until it is unmounted; then commit all and close.
+    """Open the store, mount it, and serve it until it is unmounted; then commit and close.
 
-    Calls `on_ready` with warnings once the mount answers.  FusestoreError.
+    Calls `on_ready` with warnings when the mount is made.  Raises FusestoreError.
     """
     with lock_store(config.store):
         try:
@@ -70,7 +70,7 @@ class _Daemon:
         self._manager = ServiceManager()
         self._mounted_at = time.time()
         self._url: str | None = None
-        """Of the status page."""
+        """The address of the status page."""
 
     async def run(self, on_ready: Callable[[list[str]], None]) -> None:
         self._manager.starting(f"Opening {self._config.store}")
@@ -113,7 +113,7 @@ class _Daemon:
                 outer.cancel_scope.cancel()
 
     def about(self) -> MountStatus:
-        """Where the store is mounted."""
+        """Describe the mount."""
         return MountStatus(
             mounted=True,
             mounted_at=self._mounted_at,
@@ -124,7 +124,7 @@ class _Daemon:
 
     @contextmanager
     def _monitoring(self, store: Store, nursery: trio.Nursery) -> Iterator[None]:
-        """Serve metrics and the status page, if that is wanted; FusestoreError."""
+        """Serve metrics and the status page if configured; FusestoreError."""
         address = self._options.metrics or self._config.metrics
         if not address or address == NO_METRICS:
             yield
@@ -156,9 +156,9 @@ class _Daemon:
         try:
             pyfuse3.init(operations, str(self._mountpoint), options)
         except RuntimeError as error:
-            what = "is /dev/fuse there, and may this user mount?"
+            what = "check that /dev/fuse exists, and that this user may mount."
             if self._options.allow_other and os.geteuid() != 0:
-                what = "is user_allow_other in /etc/fuse.conf, which allow_other needs?"
+                what = "allow_other needs the line user_allow_other in /etc/fuse.conf."
             raise FusestoreError(
                 f"{self._mountpoint} cannot be mounted ({error}): {what}"
             ) from error
@@ -169,7 +169,7 @@ class _Daemon:
             pyfuse3.close()
 
     async def stop(self, mountpoint: str | None) -> None:
-        """Unmount, and return when everything is committed; UsageError when it is elsewhere."""
+        """Unmount, and return when everything is committed; UsageError if mounted elsewhere."""
         if mountpoint not in (None, str(self._mountpoint)):
             raise UsageError(f"The store is mounted on {self._mountpoint}, not on {mountpoint}.")
         with trio.CancelScope(shield=True):
@@ -180,15 +180,15 @@ class _Daemon:
             raise unwrapped(error) if isinstance(error, ExceptionGroup) else error
 
     async def _read_further_ahead(self) -> None:
-        """Raise the kernel's read-ahead, once the first answer shows that it has set its own."""
+        """Raise the kernel's read-ahead after the first answer, when the kernel has set its own."""
         with contextlib.suppress(OSError):  # unmounted meanwhile
             await trio.to_thread.run_sync(os.statvfs, self._mountpoint, abandon_on_cancel=True)
             mounts.read_further_ahead(self._mountpoint, self._config.limits.read_ahead_bytes)
 
     async def _tell_ready(self, store: Store) -> None:
-        """Tell the service manager, if there is one, once the mount answers through the kernel.
+        """Notify the service manager, if there is one, when the mount answers through the kernel.
 
-        FusestoreError when it does not: the service has failed then.
+        FusestoreError if it does not answer: the service has failed then.
         """
         if not self._manager.listens:
             return
@@ -209,17 +209,17 @@ class _Daemon:
         self._manager.ready(status)
 
     async def _watch_signals(self) -> None:
-        """Unmount on SIGTERM and SIGINT, busy or not; until the daemon has ended."""
+        """Unmount on SIGTERM and SIGINT, busy or not, until the daemon exits."""
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async for number in signals:
                 if self._unmounted.is_set():
-                    log.info("%s: about to end already", signal.Signals(number).name)
+                    log.info("%s: already ending", signal.Signals(number).name)
                     continue
                 log.info("%s: unmounting", signal.Signals(number).name)
                 try:
                     await trio.to_thread.run_sync(mounts.unmount, self._mountpoint)
                 except FusestoreError as error:
-                    if self._unmounted.is_set():  # by somebody else, meanwhile
+                    if self._unmounted.is_set():  # unmounted meanwhile
                         continue
-                    log.warning("%s The daemon commits everything and ends all the same.", error)
+                    log.warning("%s The daemon commits everything and exits anyway.", error)
                     pyfuse3.terminate()

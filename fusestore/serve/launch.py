@@ -1,10 +1,9 @@
 """Starting a daemon, in this process or in the background.
 
-In the background the command starts itself again as a session of its own, with
-one pipe: through it the daemon says, in one line of JSON, that its mount
-answers, or why it will not.  Nothing else is inherited but standard output and
-error, which are the log.  Whatever fails after that ends the daemon and leaves
-nothing mounted.
+For a background daemon, the command runs itself in a new session, with one pipe.
+The daemon writes one line of JSON to the pipe: its mount answers, or the reason
+why it does not.  It inherits nothing else but standard output and error, which go
+to the log.  Any later failure ends the daemon and leaves nothing mounted.
 """
 
 from __future__ import annotations
@@ -31,22 +30,22 @@ log = logging.getLogger(__name__)
 
 READY_BYTES_MAX = 1 << 20
 END_SECONDS = 30.0
-"""A daemon that is to end has this long to commit; then it is killed."""
+"""How long a daemon that was told to end may take to commit before it is killed."""
 
 
 def prepare_mountpoint(config: StoreConfig, path: Path, options: MountOptions) -> Path:
-    """The absolute path of a mount point fit for the store; a dead mount of it is cleared.
+    """Return the absolute path of a mount point; clear a dead mount of the store there.
 
-    UsageError or StoreBusyError say why it is not fit.
+    Raises UsageError or StoreBusyError if the store cannot be mounted there.
     """
     place = mounts.locate(path)
     while there := mounts.find(place):
         if not mounts.is_dead(place):
             what = "This store" if there.store == config.store else f"The store {there.store}"
-            raise StoreBusyError(f"{what} is mounted on {place} already.")
+            raise StoreBusyError(f"{what} is already mounted on {place}.")
         if there.store != config.store:
             raise UsageError(
-                f"{place} is what a dead daemon of {there.store} left: "
+                f"A dead daemon of {there.store} left its mount on {place}: "
                 f"clear it with `fusestore umount {place}`."
             )
         mounts.clear_dead(place)
@@ -83,9 +82,9 @@ def run(
     style: str,
     ready_fd: int | None,
 ) -> None:
-    """Serve the store until it is unmounted; FusestoreError when it fails.
+    """Serve the store until it is unmounted; FusestoreError if this fails.
 
-    With `ready_fd` this is the daemon in the background.
+    With `ready_fd`, this process is the background daemon.
     """
     in_background = ready_fd is not None
     if ready_fd is not None:
@@ -132,7 +131,7 @@ def _say(fd: int, message: Message) -> None:
     try:
         os.write(fd, encode(message))
     except BrokenPipeError:
-        log.warning("the command that started this daemon is gone")
+        log.warning("the command that started this daemon has exited")
     finally:
         os.close(fd)
 
@@ -143,9 +142,10 @@ def _say(fd: int, message: Message) -> None:
 def start(
     config: StoreConfig, mountpoint: Path, options: MountOptions, level: str, style: str
 ) -> list[str]:
-    """Start a daemon in the background; returns its warnings once the mount answers.
+    """Start a daemon in the background; return its warnings when the mount answers.
 
-    Raises what stopped the daemon, or FusestoreError when the mount does not answer.
+    Raises the error that stopped the daemon, or FusestoreError if the mount does not
+    answer.
     """
     reading, writing = os.pipe()
     with open(reading, "rb") as pipe:
@@ -160,7 +160,7 @@ def start(
         except BaseException:
             _end(child, config, mountpoint)
             raise
-    child.returncode = 0  # It lives on, and is no longer this object's to watch.
+    child.returncode = 0  # The daemon keeps running; this object no longer watches it.
     return warnings
 
 
@@ -202,9 +202,9 @@ def _spawn(
 
 
 def environment() -> dict[str, str]:
-    """The environment for a program that has to find this very package from another directory."""
+    """Return an environment in which a program finds this package from any directory."""
     home = os.fspath(Path(__file__).resolve().parents[2])
-    ours = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")  # the service's, if it is one
+    ours = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")  # only for the service itself
     found = {name: value for name, value in os.environ.items() if name not in ours}
     if home not in (*site.getsitepackages(), site.getusersitepackages()):
         paths = [home, *filter(None, [found.get("PYTHONPATH")])]
@@ -213,13 +213,14 @@ def environment() -> dict[str, str]:
 
 
 def _wait_ready(config: StoreConfig, child: subprocess.Popen[bytes], line: bytes) -> list[str]:
-    """What the daemon said in its line: its warnings; raises the error that it had."""
+    """Parse the line of the daemon: return its warnings, or raise its error."""
     if not line:
         try:
             status = child.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
             raise FusestoreError(
-                f"The daemon said nothing, and still runs: see {config.log_file}."
+                f"The daemon closed its pipe without an answer, and still runs: "
+                f"see {config.log_file}."
             ) from None
         how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
         raise FusestoreError(f"The daemon {how} before it was ready: see {config.log_file}.")
@@ -231,7 +232,7 @@ def _wait_ready(config: StoreConfig, child: subprocess.Popen[bytes], line: bytes
 
 
 def _end(child: subprocess.Popen[bytes], config: StoreConfig, mountpoint: Path) -> None:
-    """End a daemon that did not get ready, and clear what it mounted."""
+    """End a daemon that did not become ready, and clear its mount."""
     if child.poll() is None:
         child.terminate()
     try:
@@ -246,7 +247,7 @@ def _end(child: subprocess.Popen[bytes], config: StoreConfig, mountpoint: Path) 
 
 @contextmanager
 def _ending_on_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP raise SystemExit meanwhile, so that the daemon is ended too."""
+    """Make SIGTERM and SIGHUP raise SystemExit, so that the daemon is ended, too."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)

@@ -1,7 +1,7 @@
-"""How often the kernel has been told of each inode, less what it has forgotten.
+"""The kernel's lookup count of each inode: replies with the inode, minus forgets.
 
-A dict of a million inodes takes 100 MB; here they take 4 bytes each, as their
-numbers lie close together.
+A dict of a million inodes takes 100 MB.  These counters take 4 bytes per inode,
+because inode numbers lie close together.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from array import array
 _SHIFT = 10
 _MASK = (1 << _SHIFT) - 1
 _USED = 1 << _SHIFT
-"""In each chunk the place behind its counters: how many of them are not zero."""
+"""The place behind the counters of a chunk: how many of them are not zero."""
 _EMPTY = array("I", bytes(4 * (_USED + 1)))
 
 
@@ -22,7 +22,7 @@ class Lookups:
         self._chunks: dict[int, array[int]] = {}
 
     def add(self, ino: int) -> None:
-        """The kernel is told of an inode once more."""
+        """Count one more reply with an inode."""
         chunk = self._chunks.get(ino >> _SHIFT)
         if chunk is None:
             chunk = self._chunks[ino >> _SHIFT] = _EMPTY[:]
@@ -31,7 +31,7 @@ class Lookups:
         chunk[ino & _MASK] += 1
 
     def forget(self, ino: int, count: int) -> bool:
-        """The kernel forgets `count` of them; whether that was all."""
+        """Subtract `count` replies with an inode; return whether none are left."""
         chunk = self._chunks.get(ino >> _SHIFT)
         if chunk is None or not chunk[ino & _MASK]:
             return True

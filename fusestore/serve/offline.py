@@ -1,4 +1,4 @@
-"""Commands on a store that is not mounted: it is opened, worked on, and closed."""
+"""Commands on an unmounted store: they open the store, work on it, and close it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ R = TypeVar("R")
 
 
 async def offline(config: StoreConfig, request: Request[R], progress: Progress) -> R:
-    """Do a command on a store that is not mounted; FusestoreError."""
+    """Run a command on an unmounted store; FusestoreError."""
     with lock_store(config.store):
         try:
-            # One that was never mounted has no journal to leave alone.
+            # A store that was never mounted has no journal that must stay unchanged.
             read_only = request.only_looks and (config.metadata / DATABASE).exists()
             async with (
                 open_store(config, read_only=read_only, background=not request.as_left) as store,
@@ -38,7 +38,7 @@ async def offline(config: StoreConfig, request: Request[R], progress: Progress) 
 
 
 def unwrapped(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The error to tell of, when nurseries have wrapped it."""
+    """Return the error to report from the groups that nurseries made."""
     if group.subgroup(KeyboardInterrupt) is not None:
         return KeyboardInterrupt()
     ours, others = group.split(FusestoreError)

@@ -1,9 +1,9 @@
-"""The FUSE face: decode a request, call down, build the reply, map errors to errno.
+"""The FUSE interface: decode a request, call the file system, build the reply.
 
-pyfuse3 ends the mount on any exception but FUSEError, so every handler is
-wrapped once: an error of the file system becomes its errno, anything else is
-logged with a traceback and answered with EIO.  File handles are inode numbers.
-Only this module and the daemon import pyfuse3.
+pyfuse3 ends the mount on any exception but FUSEError.  Therefore every handler is
+wrapped: an error of the file system becomes its errno; any other exception is logged
+with a traceback and answered with EIO.  File handles are inode numbers.  Only this
+module and the daemon import pyfuse3.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .lookups import Lookups
 log = logging.getLogger(__name__)
 
 CACHED_SECONDS = 300
-"""How long the kernel may keep names and attributes: nobody else changes them."""
+"""How long the kernel may cache names and attributes; they change only through this mount."""
 _BLOCK_BYTES = 4096
 _FOLDER_BYTES = 4096
 
@@ -61,14 +61,14 @@ ERRNO: dict[type[errors.FusestoreError], int] = {
 
 _Handler = TypeVar("_Handler", bound=Callable[..., Awaitable[Any]])
 _NOT_OFFERED = FUSEError(errno.ENOSYS)
-"""The kernel does not ask a second time."""
+"""After this answer the kernel does not send the request again."""
 
 TALLIES: Tallies = {}
-"""What this process has answered, by handler."""
+"""Counts of the requests that this process has answered, by handler."""
 
 
 def _answered(handler: _Handler) -> _Handler:
-    """Turn what a handler raises into an errno, and count what it does."""
+    """Turn the errors of a handler into an errno, and count its requests."""
     tally = TALLIES.setdefault(handler.__name__, Tally())
     add = tally.times.add
 
@@ -79,7 +79,7 @@ def _answered(handler: _Handler) -> _Handler:
             try:
                 return await handler(*args)
             except errors.QuotaError:
-                # What was deleted just now counts until it is removed.
+                # A deleted file counts until it is removed.
                 await args[0].remove_deleted()
                 return await handler(*args)
         except FUSEError as error:
@@ -93,7 +93,7 @@ def _answered(handler: _Handler) -> _Handler:
             tally.answered(number)
             raise FUSEError(number) from None
         except Exception:
-            log.exception("%s met an unexpected error", handler.__name__)
+            log.exception("%s failed with an unexpected error", handler.__name__)
             tally.answered(errno.EIO)
             raise FUSEError(errno.EIO) from None
         finally:
@@ -120,8 +120,8 @@ class Operations(pyfuse3.Operations):
         self._orphans: set[int] = set()
         """Inodes without a name that the kernel has not forgotten."""
         self._cut_short: set[int] = set()
-        """Files of which a write found a quota's room for a part: write(2) tells its caller,
-        but the kernel does not tell who wrote through a map, and fsync has to."""
+        """Files for which a quota cut a write short: write(2) reports this to its caller, but the
+        kernel does not report it for a write through a map, so fsync must."""
 
     # --- replies -------------------------------------------------------------
 
@@ -145,12 +145,12 @@ class Operations(pyfuse3.Operations):
         return entry
 
     def _entry(self, ino: int, inode: Inode) -> EntryAttributes:
-        """The reply that makes the kernel know an inode."""
+        """Build a reply that makes the kernel know an inode."""
         self._known.add(ino)
         return self._attr(ino, inode)
 
     def _lost(self, ino: int, inode: Inode) -> None:
-        """An inode lost a name: if it was the last, it goes when the kernel forgets it."""
+        """Handle the loss of a name; remove the inode after its last one, when not in use."""
         if inode.nlink == 0:
             if ino in self._known:
                 self._orphans.add(ino)
@@ -158,9 +158,9 @@ class Operations(pyfuse3.Operations):
                 self._removal.remove(ino)
 
     async def remove_deleted(self) -> None:
-        """Have removed what has no name and is not in use any more.
+        """Wait until inodes that have no name and are not in use are removed.
 
-        That it is not in use the kernel says a little later than that it has no name.
+        The kernel reports the end of the use a little later than the loss of the name.
         """
         for pauses in (1, 2, 4, 8, 16):
             if self._orphans or self._removal.removing:
@@ -329,14 +329,14 @@ class Operations(pyfuse3.Operations):
         return FileInfo(fh=inode, keep_cache=True)
 
     def _drop_set_id(self, ino: int, ctx: RequestContext) -> None:
-        """Another user changed the bytes: the kernel leaves this to us with O_TRUNC."""
+        """Drop set-id bits unless root truncates: with O_TRUNC the kernel leaves this to us."""
         mode = self._tree.inode(ino).mode
         bits = stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0)
         if ctx.uid != 0 and mode & bits:
             self._tree.change(ino, Change(mode=mode & ~bits))
 
     def _will_change(self, ino: int) -> None:
-        """Without attributes the kernel cannot take a changed file's capability away."""
+        """Drop the capability of a file that changes; without attributes the kernel cannot."""
         if not self._has_xattrs:
             self._attributes.drop_capability(ino)
 
@@ -356,7 +356,7 @@ class Operations(pyfuse3.Operations):
         return written
 
     async def flush(self, fh: int) -> None:
-        raise _NOT_OFFERED  # one request less for each close
+        raise _NOT_OFFERED  # saves one request for each close
 
     @_answered
     async def release(self, fh: int) -> None:
@@ -372,7 +372,7 @@ class Operations(pyfuse3.Operations):
     # --- extended attributes -------------------------------------------------
 
     def _need_xattrs(self) -> None:
-        """Without them the kernel does not ask for security.capability before each write."""
+        """Refuse if attributes are off, so that the kernel stops asking before each write."""
         if not self._has_xattrs:
             raise _NOT_OFFERED
 
@@ -400,7 +400,7 @@ class Operations(pyfuse3.Operations):
         self._need_xattrs()
         self._attributes.remove(inode, name)
 
-    # --- the whole -----------------------------------------------------------
+    # --- the file system -----------------------------------------------------
 
     @_answered
     async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:

@@ -2,14 +2,14 @@
 
     UNITS/fusestore@.service, fusestore-scrub@.service, fusestore-scrub@.timer
                                         the same for all mounts; from fusestore/serve/service/
-    UNITS/fusestore@.service.d/*.conf   what not every systemd can do
+    UNITS/fusestore@.service.d/*.conf   settings that not every systemd supports
     UNITS/fusestore@INSTANCE.service.d/store.conf, and the same for fusestore-scrub
-                                        what is mounted where, and the mounts that it needs
+                                        store, mount point, options, and required mounts
 
-UNITS is /etc/systemd/system, or below ~/.config for a user's own systemd.
-INSTANCE is the mount point as systemd-escape(1) writes it.  No environment file
-has the paths, as its name could not: systemd takes it for a pattern, in which
-the backslashes of INSTANCE mean something else.
+UNITS is /etc/systemd/system, or a directory below ~/.config for a user's own systemd.
+INSTANCE is the mount point as systemd-escape(1) writes it.  The paths cannot be in
+an environment file: systemd takes the name of such a file for a pattern, in which
+the backslashes of INSTANCE have another meaning.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SCRUB_TIMER = "fusestore-scrub@.timer"
 HARDENING = "fusestore@.service.d/hardening.conf"
 BACKOFF = "fusestore@.service.d/backoff.conf"
 BACKOFF_SINCE = 254
-"""The first version of systemd that knows what BACKOFF says."""
+"""The first version of systemd that supports the settings of BACKOFF."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,40 +43,40 @@ class Systemd:
 
     @classmethod
     def choose(cls, user: bool) -> Systemd:
-        """The user's own, or the system's."""
+        """Return the instance of the user, or that of the system."""
         if not user:
             return cls(Path("/etc/systemd/system"), user)
         home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
         return cls(home / "systemd/user", user)
 
     def control(self, *arguments: str) -> str:
-        """What `systemctl` prints; FusestoreError when it fails."""
+        """Run `systemctl`, and return its output; FusestoreError if it fails."""
         return _output("systemctl", *(["--user"] if self.user else []), *arguments)
 
     def version(self) -> int:
-        """The version of systemd."""
+        """Return the version of systemd."""
         found = re.search(r"\d+", self.control("--version"))
         return int(found[0]) if found else 0
 
     def own_files(self, instance: str) -> list[Path]:
-        """The drop-ins of one mount."""
+        """Return the paths of the drop-ins of one mount."""
         names = [name.replace("@", f"@{instance}") for name in (SERVICE, SCRUB_SERVICE)]
         return [self.units / f"{name}.d" / "store.conf" for name in names]
 
 
 def instance_of(mountpoint: Path) -> str:
-    """The name of the instance for a mount point."""
+    """Return the name of the instance for a mount point."""
     return _output("systemd-escape", "--path", "--", os.fspath(mountpoint)).rstrip("\n")
 
 
 def files(
     systemd: Systemd, program: Path, config: StoreConfig, mountpoint: Path, options: MountOptions
 ) -> dict[Path, str]:
-    """The text of every file that the service needs; UsageError for a path that cannot be."""
+    """Return the text of each file that the service needs; UsageError for an unusable path."""
     for path in (program, config.store, mountpoint, config.metadata):
         if re.search(r"[\x00-\x1f\x7f\udc80-\udcff]", os.fspath(path)):
             raise UsageError(
-                f"{os.fspath(path)!r} cannot stand in a unit: it has control characters, "
+                f"{os.fspath(path)!r} cannot be used in a unit: it has control characters, "
                 "or is not UTF-8."
             )
     shared = [SERVICE, SCRUB_SERVICE, SCRUB_TIMER]
@@ -92,13 +92,13 @@ def files(
 
 
 def _drop_in(config: StoreConfig, mountpoint: Path, options: MountOptions) -> str:
-    """What is mounted where; the store's own disk is required, those of its nodes are awaited."""
+    """Return the drop-in of a mount: it requires the store's disk, and waits for those of nodes."""
     needed = (config.store, config.metadata, mountpoint.parent)
     lines = ["[Unit]", "RequiresMountsFor=" + " ".join(_quoted(str(path)) for path in needed)]
     found = dict.fromkeys(_mount_of(node.path) for node in config.nodes)
     mounts = " ".join(_mount_unit(path) for path in found if path != Path("/"))
     if mounts:
-        lines += ["# A region that is away must not keep the others from being used."]
+        lines += ["# An absent region must not keep the others from use."]
         lines += [f"Wants={mounts}", f"After={mounts}"]
     values = {"STORE": config.store, "MOUNTPOINT": mountpoint, "OPTIONS": options}
     lines += ["", "[Service]"]
@@ -107,7 +107,7 @@ def _drop_in(config: StoreConfig, mountpoint: Path, options: MountOptions) -> st
 
 
 def _mount_of(path: Path) -> Path:
-    """The mount that a path is on."""
+    """Return the mount point of the file system that contains a path."""
     path = Path(os.path.realpath(path))
     while not os.path.ismount(path):
         path = path.parent
@@ -120,7 +120,7 @@ def _mount_unit(path: Path) -> str:
 
 
 def _quoted(text: str) -> str:
-    """One word of a setting in a unit file."""
+    """Quote one word of a setting in a unit file."""
     text = text.replace("%", "%%")
     if re.fullmatch(r"[\w/.,:=+@%-]+", text, re.ASCII):
         return text
@@ -133,7 +133,9 @@ def _output(*command: str) -> str:
             command, stdin=subprocess.DEVNULL, capture_output=True, check=True, text=True
         )
     except FileNotFoundError:
-        raise FusestoreError(f"The program {command[0]} is missing: is this systemd?") from None
+        raise FusestoreError(
+            f"The program {command[0]} is missing: services need systemd."
+        ) from None
     except subprocess.CalledProcessError as error:
         reason = error.stderr.strip() or f"exit status {error.returncode}"
         raise FusestoreError(f"`{' '.join(command)}` failed: {reason}.") from None

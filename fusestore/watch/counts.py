@@ -1,8 +1,8 @@
 """The counts of operations that outlive a mount: `STORE/metrics.json`, and its rows as CSV.
 
-The file is replaced whole every minute, and when the mount ends: a crash loses
-the counts of the last minute, and nothing else.  A mount that is read-only
-counts, too, but keeps nothing.
+The file is replaced as a whole every minute, and when the mount ends.  A crash
+loses only the counts of the last minute.  A read-only mount counts, too, but does
+not write the file.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ log = logging.getLogger(__name__)
 KEEP_SECONDS = 60.0
 FORMAT = 1
 SECONDS_MAX = 1 << 40
-"""No time is so late, and no mount so old."""
+"""All valid times and durations are below this."""
 COLUMNS = (
     *("operation", "count", "per_second", "bytes", "bytes_per_busy_second", "success_rate"),
     *("mean", "median", "p95", "p99"),
 )
-"""Of the CSV; what `errors` has by name is left to JSON."""
+"""The columns of the CSV; only JSON has `errors`."""
 
 
 class Counts:
-    """What was counted since the last reset."""
+    """The counts since the last reset."""
 
     def __init__(self, since: float, mounted_seconds: float, tallies: Tallies) -> None:
         self.since = since
-        """When it was reset, in seconds since the epoch."""
+        """The time of the reset, in seconds since the epoch."""
         self.mounted_seconds = mounted_seconds
         self.tallies = tallies
 
     @classmethod
     def read(cls, store: Path) -> Counts:
-        """What the file has; nothing when it is not there or not ours."""
+        """Read the counts from the file; empty if the file is missing or cannot be used."""
         file = store / COUNTS_NAME
         try:
             value = json.loads(file.read_bytes())
@@ -54,7 +54,7 @@ class Counts:
             tallies = {name: Tally.decode(row) for name, row in value["operations"].items()}
             since, seconds = float(value["since"]), float(value["mounted_seconds"])
             if not (0 <= since < SECONDS_MAX and 0 <= seconds < SECONDS_MAX):
-                raise ValueError("it has a time that is none")
+                raise ValueError("it has an invalid time")
             return cls(since, seconds, tallies)
         except FileNotFoundError:
             pass
@@ -66,11 +66,11 @@ class Counts:
             AttributeError,
             RecursionError,
         ) as error:
-            log.warning("%s cannot be used, counting begins anew: %s", file, error)
+            log.warning("%s cannot be used, and the counts restart at zero: %s", file, error)
         return cls(time.time(), 0.0, {})
 
     def write(self, store: Path) -> None:
-        """Replace the file, durably; OSError."""
+        """Replace the file durably; OSError."""
         value = {
             "format": FORMAT,
             "since": self.since,
@@ -80,7 +80,7 @@ class Counts:
         write_whole(store / COUNTS_NAME, json.dumps(value))
 
     def rows(self) -> dict[str, Any]:
-        """What `fusestore metrics summary --json` prints; times in seconds."""
+        """Return the fields of `fusestore metrics summary --json`; times are in seconds."""
         return {
             "since": self.since,
             "mounted_seconds": self.mounted_seconds,
@@ -89,10 +89,10 @@ class Counts:
 
 
 class LiveCounts:
-    """Adds what this mount counts to what the ones before it did."""
+    """The counts of this mount, added to those of earlier mounts."""
 
     def __init__(self, store: Path, tallies: Tallies, *, keeps: bool) -> None:
-        """`tallies` is what goes on counting; without `keeps` the file is only read."""
+        """`tallies` are the live counters of this mount; without `keeps` the file is only read."""
         self._store = store
         self._live = tallies
         self._keeps = keeps
@@ -102,26 +102,26 @@ class LiveCounts:
         self._writing = trio.Lock()
 
     def now(self) -> Counts:
-        """All that was counted since the last reset."""
+        """Return all counts since the last reset."""
         live = combined(self._live, self._before, -1)
         seconds = self._kept.mounted_seconds + time.monotonic() - self._began
         return Counts(self._kept.since, seconds, combined(self._kept.tallies, live))
 
     def reset(self) -> None:
-        """Count from nothing on."""
+        """Set the counts to zero."""
         self._kept = Counts(time.time(), 0.0, {})
         self._began = time.monotonic()
         self._before = combined(self._live, {})
 
     async def keep(self) -> None:
-        """Write the file, if it is to be; that it cannot be is only logged."""
+        """Write the file if this mount keeps counts; a failure is only logged."""
         if not self._keeps:
             return
         try:
             async with self._writing:
                 await trio.to_thread.run_sync(self.now().write, self._store)
         except OSError as error:
-            log.warning("The counts of operations cannot be kept: %s", error)
+            log.warning("the counts of operations cannot be written: %s", error)
 
     async def run(self) -> None:
         """Write the file every minute, until cancelled."""
@@ -131,7 +131,7 @@ class LiveCounts:
 
 
 def csv_text(rows: dict[str, Any]) -> str:
-    """The rows of a summary as CSV, with a line of names; times in seconds."""
+    """Format the rows of a summary as CSV, with a line of names; times are in seconds."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

@@ -1,4 +1,4 @@
-"""The metrics of a mount, as families of Prometheus, made of a look at its store."""
+"""The metrics of a mount, as metric families of Prometheus, made from an observation."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ BUCKETS_NS = (*(step * 10**decade for decade in range(4, 10) for step in (1, 2, 
 
 
 class Metrics:
-    """What `/metrics` answers: the families of a mount and of its process."""
+    """The answer of `/metrics`: the metric families of a mount and of its process."""
 
     def __init__(self, observe: Callable[[], Observation]) -> None:
-        """`observe` looks at the store, in the thread that asks."""
+        """`observe` returns an observation of the store; it runs in the caller's thread."""
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(_Families(observe))
         ProcessCollector(registry=self._registry)
 
     def answer(self, accept: str) -> Answer:
-        """All metrics, in the format that an Accept header asks for."""
+        """Return all metrics in the format that an Accept header requests."""
         try:
             encode, kind = choose_encoder(accept)
-        except TypeError:  # a version that is no number
+        except TypeError:  # the header has an invalid version
             encode, kind = choose_encoder("")
         return Answer(encode(self._registry), kind)
 
@@ -56,7 +56,7 @@ class _Families(Collector):
         for families in _FAMILIES:
             for family in families(seen):
                 yield family
-                time.sleep(0)  # the event loop comes first
+                time.sleep(0)  # gives way to the event loop
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
@@ -80,11 +80,13 @@ def _add(family: HistogramMetricFamily, labels: list[str], times: Histogram) -> 
 def _of_operations(seen: Observation) -> Iterator[Metric]:
     status, tallies = seen.status, seen.tallies
     times = _histogram(
-        "operation_duration_seconds", "From a request of the kernel to its answer.", "operation"
+        "operation_duration_seconds",
+        "Time from a request of the kernel to its answer.",
+        "operation",
     )
     errors = CounterMetricFamily(
         "fusestore_operation_errors",
-        "Requests answered with an error; EIO, ENOSPC and EROFS are the store's own.",
+        "Requests answered with an error; EIO, ENOSPC and EROFS are failures of the store.",
         labels=["operation", "error"],
     )
     for row in summary(tallies, 0):
@@ -94,14 +96,14 @@ def _of_operations(seen: Observation) -> Iterator[Metric]:
             errors.add_metric([name, error], count)
     yield times
     yield errors
-    yield _counter("read_bytes", "Bytes of files given to readers.", tallies["read"].size)
-    yield _counter("written_bytes", "Bytes of files taken from writers.", tallies["write"].size)
+    yield _counter("read_bytes", "Bytes of files read.", tallies["read"].size)
+    yield _counter("written_bytes", "Bytes of files written.", tallies["write"].size)
     yield _counter(
         "degraded_reads",
-        "Ranges that were decoded, as a shard was missing, late or bad.",
+        "Ranges decoded from other shards because a shard was missing, late or bad.",
         status.degraded_reads,
     )
-    yield _counter("failed_reads", "Reads that were answered with EIO.", status.failed_reads)
+    yield _counter("failed_reads", "Reads that failed with EIO.", status.failed_reads)
     yield _counter("rows_mended", "Wrong rows that were mended.", status.rows_mended)
     yield _counter("rows_in_doubt", "Wrong rows that only fsck can mend.", status.rows_in_doubt)
 
@@ -110,31 +112,31 @@ def _of_store(seen: Observation) -> Iterator[Metric]:
     status = seen.status
     yield InfoMetricFamily(
         "fusestore",
-        "The store and the program that serves it.",
+        "The store and the version of fusestore that serves it.",
         value={"version": __version__, "uuid": status.uuid, "code": status.code},
     )
     yield _gauge("healthy", "1: every node is up and nothing is missing.", status.healthy)
     yield _gauge(
-        "serving", "1: the mount serves as it was meant to; as /healthz.", health(status)[0]
+        "serving", "1: the mount works as intended; the same as /healthz.", health(status)[0]
     )
-    yield _gauge("read_only", "1: nothing can be changed.", status.read_only)
+    yield _gauge("read_only", "1: the mount is read-only.", status.read_only)
     yield _gauge(
         "regions_borne",
-        "How many more regions may certainly be lost; -1: files may be unreadable.",
+        "How many more regions can be lost for certain; -1: files may be unreadable.",
         status.regions_borne,
     )
     yield _gauge("files", "Inodes of any kind.", status.files)
     yield _gauge("file_bytes", "Bytes that files hold.", status.bytes)
-    yield _gauge("stripes", "Stripes that hold them.", status.stripes)
-    yield _gauge("size_bytes", "Bytes of files that the devices have room for.", status.bytes_total)
-    yield _gauge("free_bytes", "Bytes of files that will still fit.", status.bytes_free)
-    yield _gauge("metadata_bytes", "What the database takes.", status.metadata_bytes)
+    yield _gauge("stripes", "Stripes that hold these bytes.", status.stripes)
+    yield _gauge("size_bytes", "Room for bytes of files on the devices.", status.bytes_total)
+    yield _gauge("free_bytes", "Free room for bytes of files.", status.bytes_free)
+    yield _gauge("metadata_bytes", "Size of the metadata database.", status.metadata_bytes)
     yield _gauge(
-        "uncommitted_bytes", "Bytes of files that no commit covers.", status.uncommitted_bytes
+        "uncommitted_bytes", "Bytes of files that no commit covers yet.", status.uncommitted_bytes
     )
     yield _gauge("uncheckpointed_changes", "Changed rows that wait for the database.", seen.pending)
     entries = GaugeMetricFamily(
-        "fusestore_cache_entries", "What caches have in memory.", labels=["cache"]
+        "fusestore_cache_entries", "Entries of caches in memory.", labels=["cache"]
     )
     for name, count in seen.caches.items():
         entries.add_metric([name], count)
@@ -143,26 +145,25 @@ def _of_store(seen: Observation) -> Iterator[Metric]:
 
 def _of_commits(seen: Observation) -> Iterator[Metric]:
     committed_at = seen.status.last_commit_at
-    commits = _histogram("commit_duration_seconds", "From all being coded to all being flushed.")
+    commits = _histogram(
+        "commit_duration_seconds", "Time from coding the last stripe to flushing the last node."
+    )
     _add(commits, [], seen.commits)
     yield commits
-    checkpoints = _histogram("checkpoint_duration_seconds", "Writing the database.")
+    checkpoints = _histogram("checkpoint_duration_seconds", "Time to write the database.")
     _add(checkpoints, [], seen.checkpoints)
     yield checkpoints
     if committed_at is not None:
         yield _gauge(
             "last_commit_timestamp_seconds",
-            "When the last commit was durable.",
+            "Time at which the last commit became durable.",
             committed_at,
         )
 
 
 _NODE_GAUGES = {
-    "missing_shards": ("missing_shards", "Shards that the node lacks, and that are to be rebuilt."),
-    "bytes_used": (
-        "used_bytes",
-        "What the node takes on its device, as of when that was last asked.",
-    ),
+    "missing_shards": ("missing_shards", "Shards to rebuild on the node."),
+    "bytes_used": ("used_bytes", "Bytes of the device that the node takes, as last measured."),
     "bytes_free": ("free_bytes", "Room on the node's device."),
     "bytes_total": ("size_bytes", "Size of the node's device."),
 }
@@ -184,7 +185,7 @@ def _of_nodes(seen: Observation) -> Iterator[Metric]:
         yield gauge
     failures = CounterMetricFamily(
         "fusestore_checksum_failures",
-        "Reads whose bytes were not those that were written.",
+        "Reads that returned other bytes than were written.",
         labels=["node", "region"],
     )
     for node in nodes:
@@ -192,7 +193,7 @@ def _of_nodes(seen: Observation) -> Iterator[Metric]:
     yield failures
     flushes = _histogram(
         "node_flush_duration_seconds",
-        "The node's part of a commit; small ones, which flush all nodes at once, are left out.",
+        "Time to flush the node for a commit, except small commits that flush all nodes at once.",
         "node",
     )
     for name, times in seen.flushes:
@@ -210,36 +211,52 @@ def _of_repairs(seen: Observation) -> Iterator[Metric]:
     yield running
     if repair is not None:
         share = repair.done / repair.total if repair.total else 0.0
-        yield _gauge("repair_progress_ratio", "How much of its phase is done.", share)
+        yield _gauge("repair_progress_ratio", "Progress of the running phase.", share)
         if repair.eta_seconds is not None:
             yield _gauge(
-                "repair_eta_seconds", "When its phase should have ended.", repair.eta_seconds
+                "repair_eta_seconds",
+                "Estimated seconds until the running phase ends.",
+                repair.eta_seconds,
             )
     if repairs:
         seconds = sum(past.seconds for past in repairs)
         size = sum(past.bytes for past in repairs)
         yield _gauge(
-            "repair_mean_seconds", "MTTR: how long the last repairs took.", seconds / len(repairs)
+            "repair_mean_seconds",
+            "Mean time to repair (MTTR) of the last repairs.",
+            seconds / len(repairs),
         )
-        yield _gauge("repair_bytes_per_second", "How fast they were.", size / max(seconds, 1e-9))
-        yield _gauge("repair_last_timestamp_seconds", "When the last one ended.", repairs[-1].at)
+        yield _gauge(
+            "repair_bytes_per_second", "Speed of the last repairs.", size / max(seconds, 1e-9)
+        )
+        yield _gauge(
+            "repair_last_timestamp_seconds", "Time at which the last repair ended.", repairs[-1].at
+        )
 
 
 def _of_scrub(seen: Observation) -> Iterator[Metric]:
     scrub = seen.status.scrub
     yield _gauge("scrub_running", "1: a scrub runs.", scrub.state == "running")
     share = scrub.stripes / scrub.total if scrub.total else 0.0
-    yield _gauge("scrub_progress_ratio", "How much the scrub has read.", min(share, 1.0))
+    yield _gauge("scrub_progress_ratio", "Progress of the scrub.", min(share, 1.0))
     if scrub.eta_seconds is not None:
-        yield _gauge("scrub_eta_seconds", "When it should have ended.", scrub.eta_seconds)
+        yield _gauge(
+            "scrub_eta_seconds", "Estimated seconds until the scrub ends.", scrub.eta_seconds
+        )
     if scrub.state == "done":
-        yield _gauge("scrub_finished_timestamp_seconds", "When the last one ended.", scrub.finished)
+        yield _gauge(
+            "scrub_finished_timestamp_seconds",
+            "Time at which the last scrub ended.",
+            scrub.finished,
+        )
     yield _gauge(
         "scrub_found_shards",
-        "Shards and records found bad or gone by this or the last scrub.",
+        "Shards and records that the running or the last scrub found bad or missing.",
         scrub.found,
     )
-    yield _gauge("scrub_left_shards", "Shards that were still missing at its end.", scrub.left)
+    yield _gauge(
+        "scrub_left_shards", "Shards that were still missing at the end of the scrub.", scrub.left
+    )
 
 
 _FAMILIES = (_of_operations, _of_store, _of_commits, _of_nodes, _of_repairs, _of_scrub)

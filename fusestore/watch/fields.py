@@ -13,7 +13,7 @@ from ..typed_json import INLINE, OPTIONAL
 
 @dataclass(frozen=True, slots=True)
 class NodeStatus:
-    """A node, as of when it was last asked."""
+    """A node, as it was last observed."""
 
     name: str
     region: str
@@ -23,7 +23,7 @@ class NodeStatus:
     state: str
     in_sync: bool
     error: str
-    """Why it is not up, for people."""
+    """A sentence that explains why the node is not up; or empty."""
     bytes_used: int
     bytes_free: int
     bytes_total: int
@@ -33,18 +33,18 @@ class NodeStatus:
 
 @dataclass(frozen=True, slots=True)
 class RunningRepair:
-    """The repair under way."""
+    """The running repair."""
 
     node: str
     by_itself: bool
     phase: str
     unit: str
-    """Of `done` and `total`: bytes or shards."""
+    """The unit of `done` and `total`: bytes or shards."""
     done: int
     total: int
     seconds: float
     eta_seconds: float | None
-    """When its phase should end, if known."""
+    """Estimated seconds until the phase ends; None: unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,66 +59,67 @@ class PastRepair:
 
 @dataclass(frozen=True, slots=True)
 class Scrub:
-    """Where a scrub stands, or how the last one ended."""
+    """The progress of a scrub, or the result of the last one."""
 
     state: str
     """never, running, paused or done."""
     position: str
     end: str
-    """The keys of the next stripe, and past the last, in hexadecimal."""
+    """The key of the next stripe, and a key past the last stripe, in hexadecimal."""
     rate: float | None
-    """Bytes a second, None for as fast as users' own I/O allows."""
+    """Bytes a second; None: as fast as the I/O of users allows."""
     started: float
     finished: float
     stripes: int
     total: int
-    """Stripes read, and about how many there are."""
+    """Stripes read, and about how many exist."""
     shards: int
     size: int
     """Shards read and verified, and their bytes."""
     skipped: int
-    """Shards of nodes that were not up."""
+    """Shards skipped because their node was not up."""
     found: int
-    """Shards and records of journals that were bad or gone."""
+    """Shards and records of journals that were bad or missing."""
     left: int
-    """Shards that are still missing at the end."""
+    """Shards still missing at the end."""
     unread: int
     """Places of journals that no node could read."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScrubStatus(Scrub):
-    """A scrub, and how long it will take."""
+    """A scrub, and the estimated seconds until it ends."""
 
     eta_seconds: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Recoding:
-    """What is recoded, and how far."""
+    """The progress of a recoding, or the result of the last one."""
 
     state: str
     """never, running, stopped or done."""
     ino: int
-    """A file, or a directory with all below it."""
+    """A file, or a directory with all files below it."""
     path: str
-    """Where that was when it was started."""
+    """The path of `ino` at the start."""
     to: str
-    """The code; empty: that of new files in the directory of each file."""
+    """The new code; empty: for each file the policy of its directory."""
     rate: float | None
-    """Bytes of I/O a second, None for as fast as users' own I/O allows."""
+    """Bytes of I/O a second; None: as fast as the I/O of users allows."""
     started: float
     finished: float
     files: int
     total_files: int
     size: int
     total: int
-    """Files that were looked at, of how many, and the bytes that they hold."""
+    """Files looked at, all files, and the bytes that each group holds."""
     recoded: int
-    """Bytes that got another code, since it was started."""
+    """Bytes that got another code since the start."""
     unreadable: int
-    """Files with bytes that cannot be read; these keep their place."""
+    """Files with bytes that cannot be read; these bytes keep their place."""
     waits_for: str
+    """A sentence that explains why it waits; or empty."""
     seconds_left: float | None
     """None: unknown."""
     unreadable_files: tuple[str, ...]
@@ -150,7 +151,7 @@ class Status:
     """An open store."""
 
     summary: str = ""
-    """Whether the data is safe, in a sentence."""
+    """A sentence that states whether the data is safe."""
     healthy: bool
     """Every node is up, and nothing is missing."""
     store: str
@@ -159,7 +160,7 @@ class Status:
     unsafe_codes: tuple[str, ...]
     """Codes in use that do not survive the loss of a region."""
     regions_borne: int
-    """How many more regions may certainly be lost; -1: files may be unreadable."""
+    """How many more regions can be lost for certain; -1: files may be unreadable."""
     readable: bool
     read_only: bool
     error: str
@@ -182,7 +183,7 @@ class Status:
     rows_in_doubt: int
     repair: RunningRepair | None
     repairs: tuple[PastRepair, ...]
-    """The last ones, the newest at the end."""
+    """The last repairs, the newest at the end."""
     scrub: ScrubStatus
     nodes: tuple[NodeStatus, ...]
     quarantine: Quarantine | None = field(default=None, metadata=OPTIONAL)

@@ -1,4 +1,4 @@
-"""Whether a store is healthy, in sentences, from the fields of `status`."""
+"""Sentences about the health of a store, made from the fields of `status`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def status_of(
     recode: Recoding | None = None,
     mount: MountStatus | None = None,
 ) -> Status:
-    """The fields of `status`, summary included, from what a store reports."""
+    """Make the fields of `status`, including the summary, from the report of a store."""
     status = replace(from_json(Status, dict(report)), recode=recode, mount=mount)
     return replace(status, summary=verdict(status))
 
 
 def verdict(status: Status) -> str:
-    """Whether the data is safe, in a sentence."""
+    """Return a sentence that states whether the data is safe."""
     away = [node.name for node in status.nodes if node.state != "up"]
     missing = sum(node.missing_shards for node in status.nodes)
     problems = [text.rstrip(".") for text in (status.error, status.metadata_error) if text]
@@ -39,28 +39,28 @@ def verdict(status: Status) -> str:
         regions = _regions(status.regions_borne)
         return f"All data is safe: every node is up, and any {regions} may be lost."
     if status.healthy:
-        return f"All data is there, but {'; '.join(problems)}."
+        return f"All data is present, but {'; '.join(problems)}."
     return f"Not healthy: {'; '.join(problems) or 'see the log'}."
 
 
 def health(status: Status) -> tuple[bool, str]:
-    """Whether the mount serves as it was meant to, and a sentence about it.
+    """Return whether the mount works as intended, and a sentence about it.
 
-    A store that lost what its code bears serves; whether somebody has to act is
-    in the metrics.
+    A store also works as intended while its code covers its losses.  The metrics
+    show whether somebody must act.
     """
     for problem in (status.error, status.metadata_error):
         if problem:
             return False, problem
     if not status.readable:
-        return False, "Too few nodes are there: files cannot be read."
+        return False, "Too few nodes are available to read all files."
     if not status.read_only and status.bytes_free <= 0:
         return False, "The store is full: nothing can be written."
     return True, verdict(status)
 
 
 def risk_text(status: Status) -> str:
-    """What one more loss would mean."""
+    """Describe the effect of one more loss."""
     borne = status.regions_borne
     if borne > 0:
         return f"any {_regions(borne)} may be lost"
@@ -68,7 +68,7 @@ def risk_text(status: Status) -> str:
         return "the loss of one more region would lose data"
     if status.readable:
         return "some stripes may lack too many shards: 'fusestore risk' names their files"
-    return "too few nodes are there: files cannot be read"
+    return "too few nodes are available to read all files"
 
 
 def _regions(count: int) -> str:
@@ -76,7 +76,7 @@ def _regions(count: int) -> str:
 
 
 def repair_text(status: Status) -> str:
-    """What is being repaired, and how long that takes, or how the last repairs went."""
+    """Describe the running repair, or the last repairs."""
     running, repairs = status.repair, status.repairs
     if running is None:
         if not repairs:
@@ -95,10 +95,10 @@ def repair_text(status: Status) -> str:
 
 
 def scrub_text(status: Status) -> str:
-    """Where the scrub stands, or how the last one ended, in a few words."""
+    """Describe the running scrub, or the last one, in a few words."""
     scrub = status.scrub
     if scrub.state == "never":
-        return "never yet"
+        return "never run"
     if scrub.state == "done":
         return f"done {finished_text(scrub)}, {found_text(scrub)}{left_over_text(scrub)}"
     share = 100 * scrub.stripes // max(scrub.total, scrub.stripes, 1)
@@ -106,19 +106,19 @@ def scrub_text(status: Status) -> str:
 
 
 def finished_text(scrub: Scrub) -> str:
-    """When a scrub ended."""
+    """Format the time at which a scrub ended."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(scrub.finished))
 
 
 def found_text(scrub: Scrub) -> str:
-    """What a scrub has found."""
-    found = f"{scrub.found:,} bad or gone" if scrub.found else ""
+    """Describe the findings of a scrub."""
+    found = f"{scrub.found:,} bad or missing" if scrub.found else ""
     unread = f"{scrub.unread:,} places could not be read" if scrub.unread else ""
     return ", ".join(filter(None, (found, unread))) or "nothing found"
 
 
 def left_over_text(scrub: Scrub) -> str:
-    """What became of what a scrub has found, to be put behind that."""
+    """Describe the repair of the findings; the text follows `found_text`."""
     if scrub.left:
         return f", {scrub.left:,} still missing"
     return ", all repaired" if scrub.found else ""

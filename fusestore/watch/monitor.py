@@ -1,9 +1,8 @@
-"""Looks at a mounted store for whoever asks by HTTP, without holding up the event loop.
+"""Observes a mounted store for the web server, without blocking the event loop.
 
-The web server's threads ask here.  The event loop only copies counters and
-builds the fields of `status`; counting what is missing, and turning numbers into
-text, is done by the thread that asked.  All answers within a second share one
-look at the store.
+The threads of the web server call the monitor.  The event loop only copies counters
+and builds the fields of `status`.  The calling thread counts missing shards, and
+formats the text.  All answers within one second share one observation.
 """
 
 from __future__ import annotations
@@ -34,20 +33,20 @@ ANSWER_SECONDS = 5.0
 SHARED_SECONDS = 1.0
 SAMPLE_SECONDS = 2.0
 SAMPLES_MAX = 300
-"""What the charts of the status page show: ten minutes."""
+"""The samples that the charts of the status page show: ten minutes."""
 MEASURE_SECONDS_MIN = 5.0
 MEASURE_SHARE = 0.01
-"""Nodes are asked how much room they take at most so often, and for so much of the time: that
-looks at each segment."""
+"""The least pause between measurements of the nodes' room, and their largest share of the time:
+a measurement looks at each segment."""
 
 T = TypeVar("T")
 
 
 class Monitor:
-    """Looks at an open, mounted store; made on the event loop."""
+    """Observes an open, mounted store; must be made on the event loop."""
 
     def __init__(self, store: Store, tallies: Tallies, about: Callable[[], MountStatus]) -> None:
-        """`about` says where the store is mounted."""
+        """`about` describes the mount."""
         self._store = store
         self._tallies = tallies
         self._about = about
@@ -78,12 +77,12 @@ class Monitor:
         sizes = (tallies["read"].size, tallies["write"].size)
         self._samples.append((round(time.time(), 3), *sizes, operations))
 
-    # --- a look at the store ---------------------------------------------------
+    # --- observing -------------------------------------------------------------
 
     def observe(self) -> Observation:
-        """The store as it was at most a second ago; not on the event loop.
+        """Return the store as it was at most one second ago; not for the event loop.
 
-        FusestoreError when the loop does not answer in time.
+        FusestoreError if the event loop does not answer in time.
         """
         with self._looking:
             if self._last is None or time.monotonic() - self._last[0] > SHARED_SECONDS:
@@ -92,7 +91,7 @@ class Monitor:
             return self._last[1]
 
     def _ask(self, question: Callable[[], T]) -> T:
-        """Have the event loop answer."""
+        """Run a function on the event loop, and return its result."""
         future: Future[T] = Future()
 
         def answer() -> None:
@@ -110,7 +109,7 @@ class Monitor:
         except TimeoutError:
             future.cancel()
             raise FusestoreError(
-                f"The daemon has not answered within {ANSWER_SECONDS:.0f} seconds."
+                f"The daemon did not answer within {ANSWER_SECONDS:.0f} seconds."
             ) from None
 
     def _take(self, missing: dict[int, int]) -> Observation:
@@ -127,10 +126,10 @@ class Monitor:
             pending=store.log.engine.changed_keys,
         )
 
-    # --- what is served --------------------------------------------------------
+    # --- serving ---------------------------------------------------------------
 
     def routes(self) -> Mapping[str, Route]:
-        """The paths, and what answers them."""
+        """Return the function that answers each path."""
         return {
             "/": page,
             "/metrics": self._metrics.answer,

@@ -1,4 +1,4 @@
-"""What a look at a mounted store sees; metrics, health and the status page are made of it."""
+"""An observation of a mounted store: the source of metrics, health and the status page."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Observation:
     commits: Histogram
     checkpoints: Histogram
     flushes: list[tuple[str, Histogram]]
-    """By node."""
+    """Durations of flushes, by node."""
     caches: dict[str, int]
-    """Entries, by cache."""
+    """Numbers of entries, by cache."""
     pending: int
-    """Changes that the metadata database does not have yet."""
+    """Changes that wait for the metadata database."""

@@ -1,4 +1,4 @@
-"""The status page of a mount, and the JSON that it is drawn from."""
+"""The status page of a mount, and the JSON that it shows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from .web import Answer
 
 @cache
 def page(accept: str = "") -> Answer:
-    """The status page; it may run what it contains, and ask this server, and nothing else."""
+    """Return the status page.
+
+    Its security policy allows only its own scripts and styles, and requests to this server.
+    """
     text = (files(__package__) / "status.html").read_text("utf-8")
     allowed = {
         f"{tag}-src": " ".join(
@@ -45,7 +48,7 @@ def page(accept: str = "") -> Answer:
 
 
 def page_fields(seen: Observation, samples: Sequence[tuple[float, ...]]) -> Answer:
-    """What the page shows: the fields of `status`, sentences, operations, and its charts."""
+    """Return the data of the page: the fields of `status`, sentences, operations, and samples."""
     value = {
         **to_json(seen.status),
         "now": time.time(),

@@ -1,9 +1,9 @@
-"""A small HTTP server in threads of its own: fixed paths, GET and HEAD, nothing else.
+"""A small HTTP server in its own threads: fixed paths, only GET and HEAD.
 
-A client gets CLIENT_SECONDS from its connection to the end of the answer, and
-there are no more than CLIENTS_MAX of them.  What listens on the loopback alone
-answers only who calls it by a name of the loopback, so that a web page cannot
-have a browser ask it under a name of the page's own (DNS rebinding).
+A connection lasts at most CLIENT_SECONDS, and there are at most CLIENTS_MAX.  A
+server on the loopback address answers only requests for a name of the loopback.
+Otherwise a web page could read it through a browser under a name of its own (DNS
+rebinding).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _ALWAYS = {
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a path answers with."""
+    """The answer to a request."""
 
     body: bytes
     kind: str = "text/plain; charset=utf-8"
@@ -49,9 +49,9 @@ class Answer:
 
 
 Route = Callable[[str], Answer]
-"""Answers a request with this Accept header; in any thread.
+"""Answers a request with this Accept header, in any thread.
 
-A FusestoreError is answered with 503 and its sentence.
+The answer to a FusestoreError is 503 with its message.
 """
 
 
@@ -65,7 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET  # noqa: N815
 
     def do_POST(self) -> None:
-        text = b"Only GET and HEAD are answered here.\n"
+        text = b"This server answers only GET and HEAD.\n"
         refused = Answer(text, status=HTTPStatus.METHOD_NOT_ALLOWED, headers={"Allow": "GET, HEAD"})
         self._send(refused)
 
@@ -73,19 +73,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> Answer:
         if self.server.local and not is_loopback(self.headers.get("Host", "")):
-            text = b"Call this by the name of the loopback, for example localhost.\n"
+            text = b"Use a name of the loopback address, for example localhost.\n"
             return Answer(text, status=HTTPStatus.FORBIDDEN)
         route = self.server.routes.get(self.path.partition("?")[0])
         if route is None:
             paths = " ".join(self.server.routes)
-            return Answer(f"There is only: {paths}\n".encode(), status=HTTPStatus.NOT_FOUND)
+            return Answer(f"The paths are: {paths}\n".encode(), status=HTTPStatus.NOT_FOUND)
         try:
             return route(self.headers.get("Accept", ""))
         except FusestoreError as error:
             return Answer(f"{error}\n".encode(), status=HTTPStatus.SERVICE_UNAVAILABLE)
         except Exception:
             log.exception("%s could not be answered", self.path)
-            text = b"An unexpected error: see the log of the daemon.\n"
+            text = b"Unexpected error: see the daemon's log.\n"
             return Answer(text, status=HTTPStatus.INTERNAL_SERVER_ERROR)
 
     def _send(self, answer: Answer) -> None:
@@ -117,7 +117,7 @@ class _Server(ThreadingHTTPServer):
         super().__init__(address, _Handler)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # HTTPServer would look its own name up
+        socketserver.TCPServer.server_bind(self)  # HTTPServer would look up its own name
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if len(self._since) >= CLIENTS_MAX:
@@ -136,23 +136,23 @@ class _Server(ThreadingHTTPServer):
                 try:
                     request.shutdown(socket.SHUT_RDWR)
                 except OSError:
-                    pass  # it has just ended
+                    pass  # the connection has just ended
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log.debug("a client of the status page went away: %s", sys.exception())
+        log.debug("a client of the status page disconnected: %s", sys.exception())
 
 
 class WebServer:
-    """Serves paths from its creation until it is closed."""
+    """A server that runs from its creation until it is closed."""
 
     def __init__(self, host: str, port: int, routes: Mapping[str, Route]) -> None:
-        """Listen; port 0 is one that is free.  FusestoreError when it cannot listen."""
+        """Listen; port 0 means any free port.  FusestoreError if it cannot listen."""
         try:
             self._server = _Server(host, port, routes)
         except (OSError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise FusestoreError(
-                f"{_joined(host, port)} cannot be listened on: {reason}."
+                f"The server cannot listen on {_joined(host, port)}: {reason}."
             ) from error
         self.url = f"http://{_joined(host, self._server.server_address[1])}/"
         self._thread = threading.Thread(
@@ -161,7 +161,7 @@ class WebServer:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop listening; blocks for POLL_SECONDS at most."""
+        """Stop listening; blocks for at most POLL_SECONDS."""
         self._server.shutdown()
         self._server.server_close()
 
@@ -171,7 +171,7 @@ def _joined(host: str, port: int) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether the value of a Host header, or an address, is this machine's own loopback."""
+    """Return whether a Host header or an address names the loopback of this machine."""
     name = host.strip().lower()
     if name.startswith("["):
         name = name[1:].partition("]")[0]

@@ -1,6 +1,6 @@
-"""What the commands of the control socket are asked, and what they answer.
+"""Requests and results of the commands of the control socket.
 
-`typed_json` makes the JSON of both.  Sizes are in bytes, rates in bytes a second,
-None for as fast as users' own I/O allows.  Nothing heavy is imported here: commands
+`typed_json` converts both to JSON.  Sizes are in bytes.  Rates are in bytes a second;
+None is as fast as the I/O of users allows.  Imports here are light, so that commands
 start fast.
 """

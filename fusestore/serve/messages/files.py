@@ -1,4 +1,4 @@
-"""Files and directories: what these commands are asked, and what they answer."""
+"""Requests and results of the commands for files and directories."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .request import Request
 
 
 class ExtentPlace(TypedDict):
-    """Where a range of a file lies."""
+    """The place of a range of a file."""
 
     offset: int
     length: int
@@ -20,7 +20,7 @@ class ExtentPlace(TypedDict):
 
 
 class ShardPlace(TypedDict):
-    """Where a shard lies."""
+    """The place of a shard."""
 
     index: int
     node: str
@@ -31,7 +31,7 @@ class ShardPlace(TypedDict):
 
 
 class StripePlace(TypedDict):
-    """A stripe, and where its shards lie."""
+    """A stripe, and the places of its shards."""
 
     length: int
     shard_length: int
@@ -41,20 +41,20 @@ class StripePlace(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class LayoutResult:
-    """Where a file lies."""
+    """The place of each byte of a file."""
 
     code: str
     size: int
     extents: tuple[ExtentPlace, ...]
     stripes: dict[str, StripePlace]
-    """By number."""
+    """The stripes by number."""
     next: int | None = field(default=None, metadata=OPTIONAL)
-    """The first byte that is not told of; None: that is all."""
+    """The offset at which the next part begins; None: this is the last part."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayoutRequest(Request[LayoutResult]):
-    """Where does a file lie?"""
+    """Ask for the place of each byte of a file."""
 
     command = "layout"
     inode: int
@@ -62,7 +62,7 @@ class LayoutRequest(Request[LayoutResult]):
 
 @dataclass(frozen=True, slots=True)
 class QuotaStatus:
-    """A quota, and what is used of it."""
+    """A quota and its current use."""
 
     path: str
     state: str
@@ -75,31 +75,31 @@ class QuotaStatus:
 
 @dataclass(frozen=True, slots=True)
 class QuotaResult:
-    """The quotas that were asked for."""
+    """The requested quotas."""
 
     quotas: tuple[QuotaStatus, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class QuotaRequest(Request[QuotaResult]):
-    """Set or clear the quota of a directory, or say which hold for it, or which there are."""
+    """Set or clear the quota of a directory; or ask which apply to an inode, or for all."""
 
     command = "quota"
     action: Literal["set", "clear", "get", "list"]
     inode: int
     bytes: int | None = None
     files: int | None = None
-    """Limits; None: as it is."""
+    """Limits; None: unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecodeRequest(Request[Recoding]):
-    """Give a file, or all below a directory, another code; or end that."""
+    """Give a file, or all files below a directory, another code; or stop a recoding."""
 
     command = "recode"
     inode: int
     to: str | None = None
-    """None: the code of new files in the directory of each."""
+    """The new code; None: for each file the policy of its directory."""
     rate: float | None = None
     stop: bool = False
     wait: bool = False

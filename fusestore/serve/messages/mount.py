@@ -1,4 +1,4 @@
-"""A store and its daemon: what these commands are asked, and what they answer."""
+"""Requests and results of the commands for a store and its daemon."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .request import LookRequest, Request
 
 @dataclass(frozen=True, slots=True)
 class StatusRequest(LookRequest[Status]):
-    """How does the store fare?"""
+    """Ask for the state of the store."""
 
     command = "status"
 
@@ -23,23 +23,23 @@ class StopResult:
 
 @dataclass(frozen=True, slots=True)
 class StopRequest(Request[StopResult]):
-    """Unmount, commit everything and end."""
+    """Unmount, commit everything and exit."""
 
     command = "stop"
     mountpoint: str | None = None
-    """Where it has to be mounted; None: anywhere."""
+    """The mount point to unmount; None: any."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogLevelResult:
-    """The level of the daemon's log."""
+    """The log level of the daemon."""
 
     level: str
 
 
 @dataclass(frozen=True, slots=True)
 class LogLevelRequest(Request[LogLevelResult]):
-    """Change the level of the daemon's log, if one is given."""
+    """Ask for the log level of the daemon, and change it if one is given."""
 
     command = "log_level"
     level: str | None = None
@@ -47,7 +47,7 @@ class LogLevelRequest(Request[LogLevelResult]):
 
 @dataclass(frozen=True, slots=True)
 class OperationCounts:
-    """What became of a kind of operation."""
+    """Counts, durations and results of a kind of operation."""
 
     operation: str
     count: int
@@ -65,7 +65,7 @@ class OperationCounts:
 
 @dataclass(frozen=True, slots=True)
 class MetricsResult:
-    """What was counted since the last reset."""
+    """The counts since the last reset."""
 
     since: float
     """Seconds since the epoch."""
@@ -78,7 +78,7 @@ MetricsAction = Literal["summary", "reset"]
 
 @dataclass(frozen=True, slots=True)
 class MetricsRequest(Request[MetricsResult]):
-    """What was counted?  Or count from nothing on."""
+    """Ask for the counts, or set them to zero."""
 
     command = "metrics"
     action: MetricsAction = "summary"

@@ -1,4 +1,4 @@
-"""Nodes and their shares: what these commands are asked, and what they answer."""
+"""Requests and results of the commands for nodes and their shares."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .request import LookRequest, Request
 
 @dataclass(frozen=True, slots=True)
 class Rebalance:
-    """Where a rebalance stands, or how the last one ended."""
+    """The progress of a rebalance, or the result of the last one."""
 
     state: str
     """never, running, stopped or done."""
@@ -23,9 +23,9 @@ class Rebalance:
     size: int
     """Shards moved, and their bytes."""
     total: int
-    """About how many bytes there are to move."""
+    """About how many bytes must be moved."""
     error: str
-    """Why nothing can be moved now though there is something to move, for people."""
+    """A sentence that explains why shards to be moved cannot be moved now; or empty."""
 
 
 RebalanceAction = Literal["start", "status", "stop"]
@@ -33,23 +33,23 @@ RebalanceAction = Literal["start", "status", "stop"]
 
 @dataclass(frozen=True, slots=True)
 class RebalanceRequest(Request[Rebalance]):
-    """Start or stop a rebalance, or say where it stands."""
+    """Start or stop a rebalance, or ask for its progress."""
 
     command = "rebalance"
     action: RebalanceAction
     rate: float | None = None
     wait: bool = False
-    """Answer when it has ended or was stopped."""
+    """Answer when the rebalance has ended or was stopped."""
 
     @property
     def only_looks(self) -> bool:
-        """Whether it only asks where the rebalance stands."""
+        """Whether it only asks for the progress."""
         return self.action == "status"
 
 
 @dataclass(frozen=True, slots=True)
 class NodeShare:
-    """A node, what it holds, and what it should."""
+    """A node, what it holds, and its share."""
 
     name: str
     region: str
@@ -67,24 +67,24 @@ class NodeShare:
 
 @dataclass(frozen=True, slots=True)
 class NodesResult:
-    """The nodes, and how even they are."""
+    """The nodes, and how far they are off their shares."""
 
     nodes: tuple[NodeShare, ...]
     off_balance: float
-    """By what share of its own share a node is off at most."""
+    """The largest deviation of a node from its share, as a fraction of that share."""
     rebalance: Rebalance
 
 
 @dataclass(frozen=True, slots=True)
 class NodesRequest(LookRequest[NodesResult]):
-    """Which nodes are there, and what do they hold?"""
+    """Ask for the nodes and what they hold."""
 
     command = "nodes"
 
 
 @dataclass(frozen=True, slots=True)
 class NodeAdded:
-    """A node that takes part now."""
+    """A node that was added."""
 
     node: str
     region: str
@@ -94,7 +94,7 @@ class NodeAdded:
 
 @dataclass(frozen=True, slots=True)
 class NodeAddRequest(Request[NodeAdded]):
-    """Let one more node take part."""
+    """Add a node."""
 
     command = "node_add"
     node: str
@@ -105,29 +105,29 @@ class NodeAddRequest(Request[NodeAdded]):
 
 @dataclass(frozen=True, slots=True)
 class NodeDrained:
-    """How far draining a node is."""
+    """The progress of draining a node."""
 
     node: str
     draining: bool
     drained: bool
     bytes: int | None = field(default=None, metadata=OPTIONAL)
-    """Moved off it; None: draining was cancelled."""
+    """Bytes moved off the node; None: draining was cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeDrainRequest(Request[NodeDrained]):
-    """Give a node's shards to others."""
+    """Start or cancel draining a node."""
 
     command = "node_drain"
     node: str
     cancel: bool = False
     wait: bool = True
-    """Answer when it has none any more."""
+    """Answer when the node has no shards left."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeRemoved:
-    """A node that takes part no more."""
+    """A node that was removed."""
 
     node: str
     path: str
@@ -136,7 +136,7 @@ class NodeRemoved:
 
 @dataclass(frozen=True, slots=True)
 class NodeRemoveRequest(Request[NodeRemoved]):
-    """Take a node that was drained out of the store."""
+    """Take a drained node out of the store."""
 
     command = "node_remove"
     node: str

@@ -1,4 +1,4 @@
-"""A request: it names its command, and the type of the result."""
+"""The base of all requests: a request names its command, and the type of the result."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ R = TypeVar("R")
 
 
 class Request(Generic[R]):
-    """What a command is asked; its result is an R."""
+    """A request to run a command; the result is an R."""
 
     __slots__ = ()
     command: ClassVar[str]
     as_left: ClassVar[bool] = False
-    """Whether it sees a store as it was left: nothing goes on in a store opened for it."""
+    """Whether the command needs an unmounted store as it was left, without background work."""
 
     @property
     def only_looks(self) -> bool:
-        """Whether it does not change the store."""
+        """Whether the request does not change the store."""
         return False
 
 
 def result_of(kind: type[Request[R]]) -> type[R]:
-    """The type of the result of a kind of request."""
+    """Return the type of the result of a kind of request."""
     (base,) = kind.__orig_bases__  # type: ignore[attr-defined]
     return cast("type[R]", get_args(base)[0])
 
 
 class LookRequest(Request[R]):
-    """A request that does not change the store, whatever it asks."""
+    """A request that never changes the store."""
 
     __slots__ = ()
 

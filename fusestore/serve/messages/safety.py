@@ -1,4 +1,4 @@
-"""Checking and repairing: what these commands are asked, and what they answer."""
+"""Requests and results of the commands that check and repair."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .request import LookRequest, Request
 
 @dataclass(frozen=True, slots=True)
 class FsckResult:
-    """What is wrong with the tables, in sentences."""
+    """The findings of a check of the tables, as sentences."""
 
     clean: bool
     findings: tuple[str, ...]
     left: tuple[str, ...]
-    """What was not mended."""
+    """The findings that were not mended."""
     files: int
     stripes: int
     """How many were checked."""
@@ -26,7 +26,7 @@ class FsckResult:
 
 @dataclass(frozen=True, slots=True)
 class FsckRequest(Request[FsckResult]):
-    """Check the tables, and mend them if asked; not of a mounted store."""
+    """Check the tables, and mend those of an unmounted store if asked."""
 
     command = "fsck"
     as_left = True
@@ -34,30 +34,30 @@ class FsckRequest(Request[FsckResult]):
 
     @property
     def only_looks(self) -> bool:
-        """Whether nothing is to be mended."""
+        """Whether it only checks."""
         return not self.repair
 
 
 @dataclass(frozen=True, slots=True)
 class RepairPlan:
-    """What repairing a node takes."""
+    """The plan of a repair."""
 
     node: str
     path: str
     stripes: int
     weak_stripes: int
-    """Those that lack shards elsewhere, too."""
+    """Stripes that also lack other shards."""
     shards_to_rebuild: int
     bytes_to_rebuild: int
     bytes_to_check: int
     hopeless_shards: int
     reads: dict[str, int]
-    """Bytes, by region."""
+    """Bytes to read, by region."""
 
 
 @dataclass(frozen=True, slots=True)
 class RepairDone:
-    """What a repair did."""
+    """The result of a repair."""
 
     node: str
     shards_rebuilt: int
@@ -70,7 +70,7 @@ class RepairDone:
 
 @dataclass(frozen=True, slots=True)
 class RepairResult:
-    """What there was to do, and what was done: None after a dry run."""
+    """The plan of a repair, and its result: None after a dry run."""
 
     plan: RepairPlan
     done: RepairDone | None = field(default=None, metadata=INLINE)
@@ -90,20 +90,20 @@ class RepairRequest(Request[RepairResult]):
 
     @property
     def only_looks(self) -> bool:
-        """Whether only the plan is wanted."""
+        """Whether it only asks for the plan."""
         return self.dry_run
 
 
 @dataclass(frozen=True, slots=True)
 class ModelRates:
-    """What the model of losses assumes."""
+    """The assumptions of the model of losses."""
 
     disk_failures: float
-    """A disk and year."""
+    """Failures per disk and year."""
     region_losses: float
-    """A region and year."""
+    """Losses per region and year."""
     replace_hours: float
-    """From a failure to the beginning of its repair."""
+    """Hours from a failure to the beginning of its repair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +117,14 @@ class CodeLosses:
 
 @dataclass(frozen=True, slots=True)
 class LossModel:
-    """The expected losses of data a year, and what they were computed from."""
+    """The expected losses of data a year, and the assumptions."""
 
     disk_failures_a_year: float
     region_losses_a_year: float
     replace_hours: float
     repair_bytes_a_second: float
     measured: bool
-    """Whether that is how fast repairs of this store were; else it is assumed."""
+    """Whether repairs of this store had that speed; otherwise it is assumed."""
     repair_seconds: float
     codes: dict[str, CodeLosses]
 
@@ -150,7 +150,7 @@ class RiskResult:
 
 @dataclass(frozen=True, slots=True)
 class RiskRequest(LookRequest[RiskResult]):
-    """Count what the stripes would survive, without some regions."""
+    """Count how many more losses the stripes would survive, without some regions."""
 
     command = "risk"
     if_lost: tuple[str, ...] = ()
@@ -159,14 +159,14 @@ class RiskRequest(LookRequest[RiskResult]):
 
 @dataclass(frozen=True, slots=True)
 class DrillResult:
-    """What reading without a region showed."""
+    """The result of reading without a region."""
 
     region: str
     stripes: int
     bytes: int
     seconds: float
     seed: int
-    """Of the sample."""
+    """The seed of the sample."""
     failed_stripes: int
     lost: tuple[str, ...]
     """The paths of files."""
@@ -187,15 +187,15 @@ ScrubAction = Literal["start", "pause", "resume", "status"]
 
 @dataclass(frozen=True, slots=True)
 class ScrubRequest(Request[Scrub]):
-    """Start, pause or resume a scrub, or say where it stands."""
+    """Start, pause or resume a scrub, or ask for its progress."""
 
     command = "scrub"
     action: ScrubAction
     rate: float | None = None
     wait: bool = False
-    """Answer when it has ended or is paused."""
+    """Answer when the scrub has ended or is paused."""
 
     @property
     def only_looks(self) -> bool:
-        """Whether it only asks where the scrub stands."""
+        """Whether it only asks for the progress."""
         return self.action == "status"
