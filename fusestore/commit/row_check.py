@@ -26,7 +26,8 @@ from ..format.store_rows import LogState
 from ..format.tables import TABLES
 from ..limits import Limits
 from ..log.journal_scan import read_journals
-from ..metadata.engine import Engine, View
+from ..metadata.engine import Engine
+from ..metadata.view import View
 from ..nodes.base import Node
 from .load_tables import load_tables
 

@@ -13,70 +13,48 @@ goes past a row that does not match (BadRowError).  What is in memory is not ver
 
 Everything but `write` runs on the event loop and is not to be interleaved with
 an await; a scan must be read to its end, or dropped, before the next change.
-Only this module imports lmdb.
+Only this module and `view` import lmdb.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import struct
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 from weakref import WeakSet
 
 import lmdb
-from sortedcontainers import SortedList
 
 from ..errors import (
-    BadRowError,
-    DamagedMetadataError,
     FencedError,
     MetadataError,
     StoreBusyError,
 )
 from ..format import tables
 from ..format.records import Changes
-from ..format.row_sums import CHECKSUM_BYTES, RowSums, seal, unseal
-from ..format.tables import TABLES
+from ..format.row_sums import CHECKSUM_BYTES, RowSums, seal
 from ..limits import DEFAULTS, Limits
 from ..system import linux, locks
 from .pages import check_pages
+from .view import (
+    SUMS,
+    ChangedRows,
+    View,
+    damaged,
+    decode_sums,
+    merged_rows,
+    rows_below,
+    value_of,
+    verified_rows,
+)
 
 DATABASE, DATABASE_LOCK = "data.mdb", "lock.mdb"
 """What LMDB makes in the directory."""
-ROWS, SUMS = b"rows", b"sums"
-"""In the environment's unnamed database: the database of the rows, and the row of their sums."""
-
-
-class _Table(dict[bytes, bytes | None]):
-    """Changed keys and their values; sorted only when somebody asks for an order."""
-
-    __slots__ = ("_fresh", "_order")
-
-    def __init__(self, changes: Changes | None = None) -> None:
-        super().__init__(changes or {})
-        self._order: SortedList[bytes] = SortedList()
-        self._fresh: list[bytes] = list(self)
-
-    def take(self, changes: Changes) -> None:
-        """Add changes."""
-        for key in changes:
-            if key not in self:
-                self._fresh.append(key)
-        self.update(changes)
-
-    def irange(
-        self, start: bytes, end: bytes, inclusive: tuple[bool, bool], reverse: bool = False
-    ) -> Iterator[bytes]:
-        """Keys from start to end, in order."""
-        if self._fresh:
-            self._order.update(self._fresh)
-            self._fresh = []
-        keys: Iterator[bytes] = self._order.irange(start, end, inclusive, reverse)
-        return keys
+ROWS = b"rows"
+"""In the environment's unnamed database: the name of the database of the rows."""
 
 
 class Engine:
@@ -100,8 +78,8 @@ class Engine:
         self._guard = guard
         self._lock = self._own(owner, shared=read_only)
         self.limits = limits
-        self._active = _Table()
-        self._frozen: _Table | None = None
+        self._active = ChangedRows()
+        self._frozen: ChangedRows | None = None
         self._to_recount = False
         self._views: WeakSet[View] = WeakSet()
         """Those that are open: threads may be reading them."""
@@ -211,22 +189,22 @@ class Engine:
             stored = self._txn.get(key)
         except lmdb.Error as error:
             raise damaged(error) from error
-        return None if stored is None else _value(key, stored)
+        return None if stored is None else value_of(key, stored)
 
     def scan(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
         """Keys and values with start <= key < end, in order."""
         overlays = [self._active] if self._frozen is None else [self._active, self._frozen]
-        return _merged(overlays, self._txn, start, end)
+        return merged_rows(overlays, self._txn, start, end)
 
     def scan_stored(self, start: bytes, end: bytes) -> list[tuple[bytes, bytes]]:
         """What the last checkpoint holds of start <= key < end."""
-        return list(_verified(self._txn, start, end, None))
+        return list(verified_rows(self._txn, start, end, None))
 
     def view(self, prefix: bytes = b"") -> View:
         """The rows whose keys start with `prefix` as they are now, for a thread; close it soon."""
         overlays = [self._active] if self._frozen is None else [self._active, self._frozen]
         try:
-            parts = [_part(overlay, prefix) for overlay in overlays]
+            parts = [rows_below(overlay, prefix) for overlay in overlays]
             return View(parts, self._begin(), self._main, self._views)
         except lmdb.Error as error:
             raise MetadataError(f"The metadata in {self._directory}: {error}.") from error
@@ -241,7 +219,7 @@ class Engine:
                     best = other
             stored = self._last_stored(end)
             if stored is not None and stored[0] >= start and (best is None or stored[0] > best):
-                return stored[0], _value(*stored)
+                return stored[0], value_of(*stored)
             if best is None:
                 return None
             value = self.get(best)
@@ -291,7 +269,7 @@ class Engine:
         """Set the changes so far aside for a checkpoint; later ones are kept apart."""
         if self._frozen is not None:
             raise RuntimeError("a checkpoint is under way")
-        self._frozen, self._active = self._active, _Table()
+        self._frozen, self._active = self._active, ChangedRows()
 
     def amend(self, changes: Changes) -> None:
         """Add to the changes that were set aside; what came later stays newer.
@@ -339,7 +317,7 @@ class Engine:
 
     def _sums(self, txn: lmdb.Transaction[bytes]) -> RowSums:
         """What the last checkpoint has counted; where that rotted, what there is."""
-        sums = _decode_sums(txn.get(SUMS, db=self._main))
+        sums = decode_sums(txn.get(SUMS, db=self._main))
         if sums is None:
             self._to_recount = True
         return sums or RowSums()
@@ -379,111 +357,6 @@ class Engine:
         return (self._directory / DATABASE).stat().st_blocks * 512
 
 
-class View:
-    """The rows as they were at one instant; for one thread, any one.
-
-    While it is open the database keeps the pages that it needs.
-    """
-
-    def __init__(
-        self,
-        overlays: Sequence[_Table],
-        txn: lmdb.Transaction[bytes],
-        main: Any,
-        views: WeakSet[View],
-    ) -> None:
-        self._overlays, self._txn, self._main, self._views = overlays, txn, main, views
-        self.passes_over: set[bytes] | None = None
-        """Where set, rows that do not match their checksum are added, and count as not there."""
-        views.add(self)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._txn.abort()
-        self._views.discard(self)
-
-    def get(self, key: bytes) -> bytes | None:
-        """The value of a key, or None."""
-        for overlay in self._overlays:
-            if key in overlay:
-                return overlay[key]
-        found = self.stored(key)
-        return None if found is None else _value_if_good(key, found, self.passes_over)
-
-    def scan(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """Keys and values with start <= key < end, in order."""
-        return _merged(self._overlays, self._txn, start, end, self.passes_over)
-
-    # --- the database alone --------------------------------------------------
-
-    def has_changed(self, key: bytes) -> bool:
-        """Whether a row was changed since the last checkpoint."""
-        return any(key in overlay for overlay in self._overlays)
-
-    def stored(self, key: bytes) -> bytes | None:
-        """What the database has of a row: its value and its checksum, not verified."""
-        try:
-            return self._txn.get(key)
-        except lmdb.Error as error:
-            raise damaged(error) from error
-
-    def all_stored(self) -> Iterator[tuple[bytes, bytes]]:
-        """What the database has of all rows, in order, not verified."""
-        return _stored(self._txn, b"", b"\xff")
-
-    def sums(self) -> RowSums | None:
-        """What the last checkpoint has counted; None where that cannot be read."""
-        try:
-            return _decode_sums(self._txn.get(SUMS, db=self._main))
-        except lmdb.Error as error:
-            raise damaged(error) from error
-
-
-def damaged(error: lmdb.Error) -> DamagedMetadataError:
-    """What is said of a database that LMDB cannot read."""
-    return DamagedMetadataError(
-        f"The metadata database is damaged ({error}): unmount, move the metadata away and run "
-        "'fusestore recover'."
-    )
-
-
-def bad_row(key: bytes) -> BadRowError:
-    """What is said of a row that does not match its checksum."""
-    table = TABLES[key[:1]].name if key[:1] in TABLES else "super"
-    return BadRowError(
-        f"Row {key.hex()} of {table} in the metadata does not match its checksum: "
-        "run 'fusestore fsck --repair'."
-    )
-
-
-def _value(key: bytes, stored: bytes) -> bytes:
-    """The value of a stored row; BadRowError."""
-    value = unseal(key, stored)
-    if value is None:
-        raise bad_row(key)
-    return value
-
-
-def _value_if_good(key: bytes, stored: bytes, passes_over: set[bytes] | None) -> bytes | None:
-    """The same; where bad rows are passed over, None."""
-    value = unseal(key, stored)
-    if value is None:
-        if passes_over is None:
-            raise bad_row(key)
-        passes_over.add(key)
-    return value
-
-
-def _decode_sums(stored: bytes | None) -> RowSums | None:
-    value = unseal(SUMS, stored) if stored is not None else None
-    try:
-        return RowSums.decode(value) if value is not None else None
-    except struct.error:
-        return None
-
-
 def _change(
     txn: lmdb.Transaction[bytes],
     puts: list[tuple[bytes, bytes]],
@@ -513,83 +386,6 @@ def _change(
                 more[key[0]] -= number(old[-CHECKSUM_BYTES:], "big")
     for letter in rows.keys() | more.keys():
         sums.change(bytes([letter]), rows[letter], more[letter])
-
-
-def _stored(
-    txn: lmdb.Transaction[bytes], start: bytes, end: bytes
-) -> Iterator[tuple[bytes, bytes]]:
-    """What the database has of start <= key < end, not verified."""
-    try:
-        cursor = txn.cursor()
-        if not cursor.set_range(start):
-            return
-        for key, stored in cursor:
-            if key >= end:
-                return
-            yield key, stored
-    except lmdb.Error as error:
-        raise damaged(error) from error
-
-
-def _verified(
-    txn: lmdb.Transaction[bytes], start: bytes, end: bytes, passes_over: set[bytes] | None
-) -> Iterator[tuple[bytes, bytes]]:
-    """The rows of the database with start <= key < end."""
-    for key, stored in _stored(txn, start, end):
-        value = _value_if_good(key, stored, passes_over)
-        if value is not None:
-            yield key, value
-
-
-def _merged(
-    overlays: Sequence[_Table],
-    txn: lmdb.Transaction[bytes],
-    start: bytes,
-    end: bytes,
-    passes_over: set[bytes] | None = None,
-) -> Iterator[tuple[bytes, bytes]]:
-    """Rows of the database below the overlays, of which the first is the newest."""
-    walks: list[list[Any]] = []
-    for overlay in overlays:
-        keys = overlay.irange(start, end, (True, False))
-        first = next(keys, None)
-        if first is not None:
-            walks.append([first, keys, overlay])
-    if not walks:
-        yield from _verified(txn, start, end, passes_over)
-        return
-    stored = _stored(txn, start, end)
-    below = next(stored, None)
-    while walks or below is not None:
-        # The first of the walks (the newest) wins where keys are equal.
-        key = min(walk[0] for walk in walks) if walks else None
-        if below is not None and (key is None or below[0] < key):
-            value = _value_if_good(*below, passes_over)
-            if value is not None:
-                yield below[0], value
-            below = next(stored, None)
-            continue
-        if below is not None and below[0] == key:
-            below = next(stored, None)
-        value = None
-        found = False
-        for walk in list(walks):
-            if walk[0] == key:
-                if not found:
-                    value, found = walk[2][key], True
-                walk[0] = next(walk[1], None)
-                if walk[0] is None:
-                    walks.remove(walk)
-        if value is not None and key is not None:
-            yield key, value
-
-
-def _part(overlay: _Table, prefix: bytes) -> _Table:
-    """A copy of the keys of a table that start with `prefix`."""
-    if not prefix:
-        return _Table(overlay)
-    end = (int.from_bytes(prefix, "big") + 1).to_bytes(len(prefix), "big")
-    return _Table({key: overlay[key] for key in overlay.irange(prefix, end, (True, False))})
 
 
 def _before(key: bytes) -> bytes:

@@ -22,7 +22,7 @@ from ..format.stripe_rows import SegmentState, Stripe
 from ..log.log import Log
 from ..members.member import Member
 from ..members.opening import shard_sizes
-from ..metadata.engine import View
+from ..metadata.view import View
 
 ShardAt = tuple[int, int, int]
 """Where the record of a shard begins in its segment, its stripe, and its index."""

@@ -21,7 +21,7 @@ from ..format.placement import check_region_rule
 from ..log.log import Log
 from ..members.member import Member
 from ..members.standing import State
-from ..metadata.engine import View
+from ..metadata.view import View
 from ..read.reader import Reader
 from ..repair.repairer import Repairer
 from ..repair.scrub import Scrubber
