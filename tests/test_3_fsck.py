@@ -30,11 +30,12 @@ from fusestore.errors import LostError, UsageError
 from fusestore.files.filesystem import FileSystem
 from fusestore.format import file_rows, stripe_rows
 from fusestore.format.file_rows import ROOT, Extent, Inode
-from fusestore.format.records import Run
+from fusestore.format.records import HEADER_BYTES, Run
 from fusestore.format.stripe_rows import Stripe
 from fusestore.limits import STRIPE_BYTES
 from fusestore.metadata.engine import Engine
 from fusestore.nodes.directory import segment_path
+from fusestore.repair.risk import Safety
 from fusestore.rescue import fsck_mend
 from fusestore.rescue.fsck import fsck
 from fusestore.rescue.fsck_findings import Fix
@@ -264,12 +265,14 @@ async def test_bytes_that_are_nowhere_are_an_error_and_no_zeros(config: StoreCon
     async with opened(config) as one:
         before = await read_all(one)
 
-    def drop(rows: Rows) -> int:
-        victim = max(key for key in rows if key[:1] == b"S")
-        del rows[victim]
-        return stripe_rows.decode_stripe_key(victim)
+    def drop(rows: Rows) -> Stripe:
+        return Stripe.decode(rows.pop(max(key for key in rows if key[:1] == b"S")))
 
-    edit(config, drop)
+    for place in edit(config, drop).shards:  # its shards say nothing, too
+        path = config.nodes[place.node - 1].path / segment_path(Run.SHARDS, place.segment)
+        with path.open("r+b") as file:
+            file.seek(place.offset - HEADER_BYTES)
+            file.write(bytes(HEADER_BYTES))
     async with mended(config) as one:
         after = await read_all(one)
     lost = [path for path in before if after[path] is None]
@@ -511,3 +514,32 @@ async def test_any_damage_is_mended(
             await one.put("new", b"n" * 2_000_000)
         assert (await check(hurt))["findings"] == [], seed
         shutil.rmtree(target)
+
+
+# --- what agrees and cannot be read ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["segments", "owed", "cut", "away"])
+async def test_files_that_cannot_be_read_are_not_clean(config: StoreConfig, how: str) -> None:
+    """All tables agree, and too few shards are on the nodes: whatever became of them."""
+    assert (await check(config))["clean"] is True
+    for node in config.nodes[:2]:
+        if how == "away":
+            node.path.rename(node.path.with_name(f"away-{node.name}"))
+            continue
+        for segment in (node.path / "shards").iterdir():
+            if how == "cut":
+                os.truncate(segment, 64)
+            else:
+                segment.unlink()
+    if how == "owed":  # a mount notes what is gone, and has nothing to rebuild it from
+        async with opened(config) as one:
+            for _ in range(3):
+                one.store.comeback.wake()
+                await trio.testing.wait_all_tasks_blocked(0.02)
+    async with open_store(config, read_only=True) as store, trio.open_nursery() as nursery:
+        done = await fsck(store, repair=False, at_rest=True)
+        assert done["clean"] is False
+        assert "fewer shards than it takes" in done["unreadable"][0]
+        safety = Safety(store.log, store.reader, FileSystem(store, nursery).tree.path)
+        assert how == "cut" or (await safety.risk([]))["lost"] != []

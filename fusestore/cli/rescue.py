@@ -125,8 +125,8 @@ def fsck(context: click.Context, store: Path, repair: bool, as_json: bool) -> No
 
     result = do(store, FsckRequest(repair), as_json=as_json)
     if not as_json:
-        print_lines([*result.findings, _verdict(result, repair)])
-    if result.findings:
+        print_lines([*result.findings, *result.unreadable, _verdict(result, repair)])
+    if not result.clean:
         context.exit(1)
 
 
@@ -135,8 +135,10 @@ def _verdict(result: FsckResult, repair: bool) -> str:
     about = f"{result.files:,} files and {result.stripes:,} stripes checked"
     if result.lost_bytes:
         about += f", {result.lost_bytes:,} bytes known to be lost"
-    if not count:
+    if result.clean:
         return f"Clean: {about}."
+    if not count:
+        return f"The tables agree, and not all files can be read: {about}."
     if result.left:
         how = "not all could be mended" if repair else "mend them with --repair, unmounted"
         return f"{count:,} findings, {how}: {about}."

@@ -40,7 +40,7 @@ def scrub(
     scrub is complete.  A mounted store also begins a scrub by itself, `scrub_days`
     (in fusestore.toml) after the last one.
 
-    Exit status 0: nothing was found; 1: something was found, or could not be read.
+    Exit status 0: nothing was found; 1: something was found, or was not read.
     It is repaired unless the output reports otherwise.
 
     \b
@@ -52,7 +52,7 @@ def scrub(
     result = do(store, ScrubRequest(action, rate, wait), quiet=quiet, as_json=as_json)
     if not as_json:
         click.echo(scrub_line(result))
-    if result.found or result.unread:
+    if result.found or result.unread or result.skipped:
         context.exit(1)
 
 
@@ -185,8 +185,6 @@ def scrub_line(scrub: Scrub) -> str:
         return "This store was never scrubbed."
     read = f"{scrub.shards:,} shards read and verified, {bytes_text(scrub.size)}"
     found = found_text(scrub)
-    if scrub.skipped:
-        found += f", {scrub.skipped:,} shards skipped because their nodes are not up"
     if scrub.state != "done":
         stripes = f"{scrub.stripes:,} of {scrub.total:,} stripes"
         return f"{scrub.state}: {stripes}: {read}, {found}."

@@ -149,7 +149,9 @@ class Scrubber:
         """Seconds until the next scrub by schedule."""
         if not self._every_days or self.scrub.state == "paused":
             return float("inf")
-        return max(0.0, self.scrub.finished + self._every_days * DAY_SECONDS - time.time())
+        # A scrub that skipped nodes is soon made again: their shards are unverified.
+        days = 1 if self.scrub.skipped else self._every_days
+        return max(0.0, self.scrub.finished + days * DAY_SECONDS - time.time())
 
     async def _walk(self) -> None:
         scrub = self.scrub

@@ -13,6 +13,7 @@ their exact order:
     extents    each lies in a file and in a stripe; owners, live bytes    fsck_extents
     quotas     each counts what lies in it                                fsck_quotas
     stripes    each shard has a place; segments count what lies in them   fsck_stripes
+    readable   enough shards of each stripe are on the nodes              fsck_readable
     counters   of the whole store                                         this module
 
 The phases of mending (fsck_findings.Phase; the fixes are fsck_mend.Mender):
@@ -37,7 +38,8 @@ from typing import Any
 import trio
 
 from ..errors import MetadataError, ReplayError
-from ..format import tables
+from ..format import stripe_rows, tables
+from ..format.stripe_rows import Stripe
 from ..format.tables import TABLES
 from ..store.store import Store
 from .fsck_extents import ExtentCheck
@@ -47,6 +49,7 @@ from .fsck_lost_stripes import lost_stripes
 from .fsck_mend import Mender
 from .fsck_names import NameCheck
 from .fsck_quotas import QuotaCheck
+from .fsck_readable import unreadable
 from .fsck_stripes import StripeCheck
 from .fsck_view import StoreView, view_store
 
@@ -75,9 +78,10 @@ async def fsck(store: Store, *, repair: bool, at_rest: bool) -> dict[str, Any]:
     if settled and not store.log.read_only:
         await _end_doubt(store)
     return {
-        "clean": not found,
+        "clean": not found and not checked.unreadable,
         "findings": list(found),
         "left": [*hindrance, *([] if repair else wrong), *map(str, checked.findings)],
+        "unreadable": checked.unreadable,
         "files": checked.files,
         "stripes": checked.stripes,
         "lost_bytes": checked.lost_bytes,
@@ -136,13 +140,16 @@ class Checked:
     stripes: int
     lost_bytes: int
     """Bytes of files that are nowhere; they are an error to read."""
+    unreadable: list[str]
+    """What cannot be read although the tables agree."""
 
 
 async def _check(store: Store, at_rest: bool) -> Checked:
     """Check the store as it is at this instant, in a thread."""
     async with view_store(store.log, at_rest=at_rest) as view:
         checked = await trio.to_thread.run_sync(check_tables, view)
-    lost = await trio.to_thread.run_sync(lost_stripes, store.log, checked.findings)
+    found = await trio.to_thread.run_sync(lost_stripes, store.log, checked.findings)
+    lost = [one for one in found if not _has_row(store, *one.arguments)]
     if not lost:
         return checked
     numbers = {one.arguments[0] for one in lost}
@@ -152,6 +159,14 @@ async def _check(store: Store, at_rest: bool) -> Checked:
         if one.fix != "lose_extent" or one.arguments[1].stripe not in numbers
     ]
     return replace(checked, findings=[*lost, *others])
+
+
+def _has_row(store: Store, number: int, row: Stripe) -> bool:
+    """Whether a stripe has this row already, but for where its shards lie."""
+    value = store.log.engine.get(stripe_rows.stripe_key(number))
+    if value is None or not Stripe.has_form(value):
+        return False
+    return replace(Stripe.decode(value), shards=row.shards) == row
 
 
 def check_tables(view: StoreView) -> Checked:
@@ -180,7 +195,8 @@ def check_tables(view: StoreView) -> Checked:
         stripes.segments(),
         _counters(view, names, inodes, extents, stripes),
     )
-    return Checked(list(findings), inodes.files, stripes.count, extents.lost_bytes)
+    listed = list(findings)
+    return Checked(listed, inodes.files, stripes.count, extents.lost_bytes, unreadable(view))
 
 
 def _rows(view: StoreView) -> Iterator[Finding]:

@@ -235,13 +235,13 @@ class Mender:
     # --- stripes -------------------------------------------------------------
 
     def put_stripe(self, number: int, row: Stripe) -> None:
-        """A stripe has lost its row and gets it back; shards that lie nowhere are owed."""
+        """A stripe gets the row that its shards have; shards that lie nowhere are owed."""
         if self._txn.get(stripe_rows.stripe_key(number)) is None:
-            self._txn.put(stripe_rows.stripe_key(number), row.encode())
             self._txn.stripes += 1
-            for index, place in enumerate(row.shards):
-                if not place.written:
-                    self.owe(place.node, number, index)
+        self._txn.put(stripe_rows.stripe_key(number), row.encode())
+        for index, place in enumerate(row.shards):
+            if not place.written:
+                self.owe(place.node, number, index)
 
     def add_owner(self, ino: int, extent: Extent) -> None:
         """A stripe names all files that have bytes in it."""

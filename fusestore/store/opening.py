@@ -114,7 +114,9 @@ async def open_store(
             store = Store(config, state, nursery)
             store.comeback.damaged = replayed.damaged
             _adopt_tails(store)
-            if not read_only:
+            if read_only:
+                await _note_lost_segments(members)
+            else:
                 await _begin_epoch(store)
                 nursery.start_soon(store.committer.run)
             try:
@@ -141,6 +143,16 @@ async def open_store(
         if refused:  # what was made for nothing must not stand in the way of `recover`
             for name in (DATABASE, DATABASE_LOCK):
                 (config.metadata / name).unlink(missing_ok=True)
+
+
+async def _note_lost_segments(members: Members) -> None:
+    """A segment that is gone from its node counts for nothing, for a reader as well."""
+    for member in members.all:
+        if not member.out_of_use:
+            try:
+                member.shards.note_present(await member.call(member.node.segments, Run.SHARDS))
+            except NodeError as error:
+                member.fail(error)
 
 
 async def _close_nodes(members: Members | None) -> None:

@@ -114,7 +114,8 @@ def found_text(scrub: Scrub) -> str:
     """Describe the findings of a scrub."""
     found = f"{scrub.found:,} bad or missing" if scrub.found else ""
     unread = f"{scrub.unread:,} places could not be read" if scrub.unread else ""
-    return ", ".join(filter(None, (found, unread))) or "nothing found"
+    skipped = f"{scrub.skipped:,} shards skipped (their nodes are not up)" if scrub.skipped else ""
+    return ", ".join(filter(None, (found or "nothing found", unread, skipped)))
 
 
 def left_over_text(scrub: Scrub) -> str:

@@ -18,6 +18,8 @@ class FsckResult:
     findings: tuple[str, ...]
     left: tuple[str, ...]
     """The findings that were not mended."""
+    unreadable: tuple[str, ...]
+    """What cannot be read although the tables agree; no change of them mends this."""
     files: int
     stripes: int
     """How many were checked."""

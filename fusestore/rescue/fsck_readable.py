@@ -1,0 +1,37 @@
+"""fsck: stripes of which fewer shards are on the nodes than it takes to read them.
+
+The tables may all agree while files cannot be read.  No fix of rows brings shards back,
+so this is reported, and is not a finding that can be mended.
+"""
+
+from __future__ import annotations
+
+from ..format import stripe_rows
+from ..format.records import HEADER_BYTES
+from ..format.stripe_rows import ShardPlace, Stripe
+from .fsck_view import StoreView
+
+
+def unreadable(view: StoreView) -> list[str]:
+    """A sentence about the stripes that lack too many shards, if there are any."""
+    owed = {stripe_rows.decode_missing_key(key) for key, _ in view.table(b"M")}
+    count = 0
+    for key, value in view.table(b"S"):
+        number, row = stripe_rows.decode_stripe_key(key), Stripe.decode(value)
+        good = sum(
+            (place.node, number, index) not in owed and _is_there(view, place, row.shard_length)
+            for index, place in enumerate(row.shards)
+        )
+        count += good < row.code.k
+    if not count:
+        return []
+    away = [name for node, name in view.nodes.items() if node not in view.segment_bytes]
+    why = f" while {', '.join(away)} cannot be read" if away else ""
+    what = f"{count:,} stripes have fewer shards than it takes to read them{why}"
+    return [f"unreadable: {what}; 'fusestore risk' names their files"]
+
+
+def _is_there(view: StoreView, place: ShardPlace, length: int) -> bool:
+    """Whether the segment of a shard is on its node, and long enough to hold it."""
+    size = view.segment_bytes.get(place.node, {}).get(place.segment, 0)
+    return place.written and place.offset >= HEADER_BYTES and place.offset + length <= size
