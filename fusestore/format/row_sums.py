@@ -28,9 +28,7 @@ def seal(key: bytes, value: bytes) -> bytes:
 def unseal(key: bytes, stored: bytes) -> bytes | None:
     """The value of a stored row; None when it does not match its checksum."""
     value = stored[:-CHECKSUM_BYTES]
-    if len(stored) >= CHECKSUM_BYTES and stored.endswith(xxh3_64_digest(key + value, len(key))):
-        return value
-    return None
+    return value if stored.endswith(xxh3_64_digest(key + value, len(key))) else None
 
 
 @dataclass(slots=True)
