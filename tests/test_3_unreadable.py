@@ -139,6 +139,39 @@ async def test_bad_sectors_at_different_places_are_no_hindrance_to_recover(
     assert await read(config) == files
 
 
+@pytest.mark.parametrize("lost", [False, True])
+async def test_a_record_that_no_node_can_read_as_a_whole_is_put_together(
+    config: StoreConfig, tmp_path: Path, bad: BadSectors, lost: bool
+) -> None:
+    """One long record, and a bad sector in it on each node, at different places."""
+    async with opened(config) as one:
+        files = {f"f{i}": bytes([i + 1]) * 2000 for i in range(12)}
+        for name, data in files.items():
+            await one.put(name, data)
+        await one.store.committer.commit()
+        copy_tree(config.store, tmp_path / "crash")
+    crash = load(tmp_path / "crash")
+    for node in range(3):
+        path, offset, header = max(journal_records(crash, node), key=lambda r: r[2].record_length)
+        assert header.record_length > 5 * SECTOR
+        first = offset // SECTOR + 1 + node
+        bad.add(path, first * SECTOR, (first + 1) * SECTOR)
+    if lost:
+        forget(crash)
+        recovered(crash)
+    async with opened(crash) as one:
+        assert await read_files(one) == files
+        await healthy(one)
+        await one.store.rejoin.mend_journal(one.store.log.members.all[0])
+        await one.store.rejoin.mend_journal(one.store.log.members.all[1])
+        found = await scrubbed(one)
+        assert found["unread"] == 0
+    shutil.rmtree(crash.nodes[2].path)
+    forget(crash)
+    recovered(crash)
+    assert await read(crash) == files
+
+
 async def test_a_damaged_segment_is_mended_after_the_mount(
     config: StoreConfig, bad: BadSectors
 ) -> None:

@@ -113,7 +113,11 @@ def finished_text(scrub: Scrub) -> str:
 def found_text(scrub: Scrub) -> str:
     """Describe the findings of a scrub."""
     found = f"{scrub.found:,} bad or missing" if scrub.found else ""
-    unread = f"{scrub.unread:,} places could not be read" if scrub.unread else ""
+    unread = (
+        f"{scrub.unread:,} {'place' if scrub.unread == 1 else 'places'} could not be read"
+        if scrub.unread
+        else ""
+    )
     return ", ".join(filter(None, (found, unread))) or "nothing found"
 
 
