@@ -40,7 +40,8 @@ class Lineage:
             why = "it was restored from an old copy, perhaps one of another history"
         return (
             f"{what}: {why}. Nothing of it is used or overwritten, and nothing is freed anywhere "
-            f"meanwhile. 'fusestore repair {store} {name} --discard-history' gives these commits up."
+            f"meanwhile. 'fusestore repair {store} {name} --discard-history' gives these "
+            "commits up."
         )
 
 
