@@ -73,6 +73,14 @@ class AbsentNode:
         """See Node."""
         self._refuse()
 
+    def set_aside(self, run: Run, segment: int) -> None:
+        """See Node."""
+        self._refuse()
+
+    def drop_aside(self) -> None:
+        """See Node."""
+        self._refuse()
+
     def space(self) -> Space:
         """See Node."""
         self._refuse()

@@ -123,6 +123,12 @@ class Node(Protocol):
         One that is not there is no error.  After a crash it may be there again.
         """
 
+    def set_aside(self, run: Run, segment: int) -> None:
+        """Take a segment away, and keep its bytes where no other method finds them."""
+
+    def drop_aside(self) -> None:
+        """Remove all that was set aside."""
+
     def space(self) -> Space:
         """Room on the device."""
 

@@ -23,6 +23,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 
 from typing_extensions import Buffer
@@ -52,6 +53,8 @@ _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)
 _NOT_TO_BE_WRITTEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EMLINK)
 """What may still be read: such a file system or file, or a file with several names."""
 _FOLDERS = {Run.JOURNAL: ("journal", "log"), Run.SHARDS: ("shards", "seg")}
+_KEPT = ".kept"
+"""Behind the name of a segment that was set aside, and before a number."""
 _STRAYS_NAMED_MAX = 10
 
 
@@ -389,6 +392,25 @@ class DirectoryNode:
             with contextlib.suppress(FileNotFoundError):
                 self._folder(run).unlink(_segment_name(run, segment))
             self._open.discard((run, segment))
+
+    def set_aside(self, run: Run, segment: int) -> None:
+        """See Node."""
+        name = _segment_name(run, segment)
+        with self._errors(f"set {segment_path(run, segment)} aside"), self._lock:
+            folder = self._folder(run)
+            taken = {entry.name for entry in folder.entries()}
+            kept = next(n for n in (f"{name}{_KEPT}{i}" for i in count(1)) if n not in taken)
+            self._open.discard((run, segment))
+            folder.replace(name, kept)
+
+    def drop_aside(self) -> None:
+        """See Node."""
+        with self._errors("remove what was set aside"):
+            for run in Run:
+                folder = self._folder(run)
+                for name in [entry.name for entry in folder.entries()]:
+                    if _KEPT in name and segment_number(name.partition(_KEPT)[0], _FOLDERS[run][1]):
+                        folder.unlink(name)
 
     def space(self) -> Space:
         """See Node."""

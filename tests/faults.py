@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 from typing_extensions import Buffer
@@ -91,10 +91,12 @@ class BadSectors:
 
     def __init__(self) -> None:
         self._bad: list[tuple[int, int, int, int]] = []
+        self._kept: list[BinaryIO] = []
         self._patches = pytest.MonkeyPatch()
 
     def add(self, path: Path, start: int, end: int) -> None:
         """Let start <= i < end of a file be unreadable."""
+        self._kept.append(path.open("rb"))  # else another file may get the inode's number
         about = path.stat()
         self._bad.append((about.st_dev, about.st_ino, start, end))
 
@@ -126,6 +128,8 @@ class BadSectors:
 
     def __exit__(self, *_: object) -> None:
         self._patches.undo()
+        for file in self._kept:
+            file.close()
 
 
 class SlowNode:

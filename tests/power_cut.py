@@ -454,7 +454,7 @@ def read_disks(config: StoreConfig) -> Tape:
         disk = disks[node.name] = Disk(identity.read_bytes() if identity.exists() else None)
         for run in Run:
             folder = (node.path / segment_path(run, 1)).parent
-            for path in folder.glob("*.*") if folder.exists() else ():
+            for path in folder.glob("*.[ls][oe]g") if folder.exists() else ():
                 disk.files[run, int(path.stem)] = File(bytearray(path.read_bytes()))
     metadata = config.metadata / "data.mdb"
     return Tape(disks, metadata.read_bytes() if metadata.exists() else None)
@@ -619,6 +619,17 @@ class RecordedNode:
         self._operate("write")
         self.node.replace(run, segment, content)
         self._note(Replaced(self.name, (run, segment), bytes(content)))
+
+    def set_aside(self, run: Run, segment: int) -> None:
+        """Take a segment away."""
+        self._operate("delete")
+        self.node.set_aside(run, segment)
+        self._note(Deleted(self.name, (run, segment)))
+
+    def drop_aside(self) -> None:
+        """Remove what was set aside, which is not on the tape."""
+        self._operate("delete")
+        self.node.drop_aside()
 
     def delete(self, run: Run, segment: int) -> None:
         """Remove a segment."""

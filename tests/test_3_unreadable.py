@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -137,6 +139,39 @@ async def test_bad_sectors_at_different_places_are_no_hindrance_to_recover(
     result = recovered(config)
     assert (result["files"], result["lost"], result["dropped"]) == (len(files) + 1, [], [])
     assert await read(config) == files
+
+
+@pytest.mark.parametrize("lost", [False, True])
+async def test_a_record_that_no_node_can_read_as_a_whole_is_put_together(
+    config: StoreConfig, tmp_path: Path, bad: BadSectors, lost: bool
+) -> None:
+    """One long record, and a bad sector in it on each node, at different places."""
+    async with opened(config) as one:
+        files = {f"f{i}": bytes([i + 1]) * 2000 for i in range(12)}
+        for name, data in files.items():
+            await one.put(name, data)
+        await one.store.committer.commit()
+        copy_tree(config.store, tmp_path / "crash")
+    crash = load(tmp_path / "crash")
+    for node in range(3):
+        path, offset, header = max(journal_records(crash, node), key=lambda r: r[2].record_length)
+        assert header.record_length > 5 * SECTOR
+        first = offset // SECTOR + 1 + node
+        bad.add(path, first * SECTOR, (first + 1) * SECTOR)
+    if lost:
+        forget(crash)
+        recovered(crash)
+    async with opened(crash) as one:
+        assert await read_files(one) == files
+        await healthy(one)
+        await one.store.rejoin.mend_journal(one.store.log.members.all[0])
+        await one.store.rejoin.mend_journal(one.store.log.members.all[1])
+        found = await scrubbed(one)
+        assert found["unread"] == 0
+    shutil.rmtree(crash.nodes[2].path)
+    forget(crash)
+    recovered(crash)
+    assert await read(crash) == files
 
 
 async def test_a_damaged_segment_is_mended_after_the_mount(
@@ -291,21 +326,33 @@ async def test_recover_that_finds_shards_and_no_commits_is_a_failure(config: Sto
     assert not has_metadata(config)
 
 
+UNREADABLE = """
+import sys
+from pathlib import Path
+from faults import BadSectors
+from fusestore.__main__ import main
+with BadSectors() as bad:
+    for path in Path(sys.argv[2]).glob("*/journal/*.log"):
+        bad.add(path, 0, 1 << 30)
+    main()
+"""
+
+
 async def test_the_command_fails_with_a_sentence(config: StoreConfig) -> None:
     await lived(config)
     forget(config)
-    moved = []
-    for node in config.nodes:
-        for path in (node.path / "journal").iterdir():
-            moved.append((path, path.rename(path.with_suffix(".moved"))))
-            path.mkdir()  # what cannot be read
-    done = command(config)
+    done = subprocess.run(
+        [sys.executable, "-c", UNREADABLE, "recover", config.store],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert (done.returncode, has_metadata(config)) == (3, False), done
     assert "Make what cannot be read readable" in done.stderr
     assert "accept" not in done.stderr
-    for path, hidden in moved:
-        path.rmdir()
-        hidden.rename(path)
     assert command(config).returncode == 0
 
 
@@ -472,6 +519,31 @@ async def test_accepted_losses_keep_what_was_given_up(
         kept = (await store.status())["quarantine"]
         assert kept is not None
         assert kept["why"] == "losses were accepted"
+
+
+async def test_the_journal_of_a_history_that_was_given_up_is_set_aside(tmp_path: Path) -> None:
+    """It comes back while the history is in doubt; it goes when fsck has found nothing."""
+    config = make(tmp_path / "store", "1+2")
+    await write(config, made("base", "a"))
+    copy_tree(config.store, tmp_path / "other")
+    other = load(tmp_path / "other")
+    await write(other, made("theirs", "theirs"))
+    shutil.rmtree(config.nodes[2].path)
+    forget(config)
+    recovered(config, accept_loss=True)
+    await write(config, made("ours", "ours"))
+    copy_tree(other.nodes[2].path, config.nodes[2].path)
+    folder = config.nodes[2].path / "journal"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    async with opened(config) as one:
+        await healthy(one)
+        for name, data in before.items():
+            assert (folder / f"{name}.kept1").read_bytes() == data
+        assert (await fsck(one.store, repair=False, at_rest=False))["clean"]
+        with trio.fail_after(10):
+            while any(".kept" in path.name for path in folder.iterdir()):  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        assert await read_files(one) == made("base", "a") | made("ours", "ours")
 
 
 # --- segments that are put in the place of others

@@ -82,6 +82,7 @@ class Reclaimer:
             await trio.lowlevel.checkpoint()
         for member in self._log.members.writable:
             try:
+                await member.call(member.node.drop_aside)
                 for segment in self.strays.pop(member.id, ()):
                     if await self._is_left_over(member, segment):
                         await member.call(member.node.delete, Run.SHARDS, segment)

@@ -63,6 +63,8 @@ class Entry:
     """The row of a finished metadata dump, if the commit names one."""
     holders: set[str] = field(default_factory=set)
     """Names of the nodes that hold it intact."""
+    put_together: bytes | None = None
+    """The payload, when no node can read all of it."""
     given_up: list[GivenUp] = field(default_factory=list)
     """The histories that were given up, if the record says so."""
 
@@ -88,6 +90,8 @@ class Entry:
 
     def payload(self) -> bytes:
         """Its payload, from whichever node still has it; ReplayError."""
+        if self.put_together is not None:
+            return self.put_together
         for node, segment, offset in self.places:
             try:
                 data = node.read(Run.JOURNAL, segment, offset, self.header.payload_length)

@@ -3,16 +3,19 @@
 A segment is read in pieces.  A piece that fails is read again in halves, down to a
 block.  A block that cannot be read is noted, and reads as zeros here, so that the scan
 goes on at the next record.  Such a block is *unknown*; where a segment ends, or is not
-there, nothing is.
+there, nothing is.  A record that no node can read as a whole is put together from what
+each can read: the payloads are equal on all.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
+
+from typing_extensions import Buffer
 
 from ..errors import (
     FormatError,
@@ -63,6 +66,7 @@ def read_journals(
     `unreadable`.
     """
     found = Journals()
+    whole: list[tuple[str, Node]] = []
     for name, node in nodes:
         reader = _SegmentReader(name, node)
         try:
@@ -76,6 +80,10 @@ def read_journals(
         for lost in reader.unreadable:
             log.warning("%s", lost.error)
         found.unreadable += reader.unreadable
+        if name not in found.failed and not reader.gave_up:
+            whole.append((name, node))
+    for segment in sorted({lost.segment for lost in found.unreadable}):
+        _put_together(found, store, whole, segment)
     return found
 
 
@@ -87,6 +95,11 @@ class _SegmentReader:
     node: Node
     unreadable: list[Unreadable] = field(default_factory=list)
     _failed: int = 0
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether the rest of the node is not tried any more."""
+        return self._failed >= BLOCKS_TRIED_MAX
 
     def read(self, place: Place) -> bytearray:
         """A segment, with zeros where it cannot be read; NodeError when the node is gone."""
@@ -141,7 +154,7 @@ class _SegmentReader:
 
     def _pieces(self, segment: int, start: int, end: int) -> Iterator[tuple[int, bytes]]:
         """(offset, bytes) of what can be read of start <= i < end."""
-        if self._failed >= BLOCKS_TRIED_MAX:
+        if self.gave_up:
             self._note(segment, start, end, f"Node {self.name} cannot be read at too many places.")
             return
         try:
@@ -168,9 +181,16 @@ class _SegmentReader:
 
 
 def _index_segment(found: Journals, place: Place, reader: _SegmentReader) -> None:
-    segment = place.segment
     data = reader.read(place)
     found.size += len(data)
+    _index_records(found, place, reader.node, data)
+
+
+def _index_records(
+    found: Journals, place: Place, node: Node, data: Buffer, *, held: bool = True
+) -> None:
+    """Add the records of a segment; not `held`: the node cannot read them by itself."""
+    segment = place.segment
     for offset, header, payload in records(place, data):
         entry: Entry | None
         if header.kind is Kind.COMMIT:
@@ -188,8 +208,45 @@ def _index_segment(found: Journals, place: Place, reader: _SegmentReader) -> Non
                 entry.given_up = _given_up(decode_changes(payload))
         else:
             continue
-        entry.places.append((reader.node, segment, offset + HEADER_BYTES))
-        entry.holders.add(place.node)
+        if held:
+            entry.places.append((node, segment, offset + HEADER_BYTES))
+            entry.holders.add(place.node)
+        elif not entry.places:
+            entry.places.append((node, segment, offset + HEADER_BYTES))
+            entry.put_together = bytes(payload)
+
+
+def _put_together(
+    found: Journals, store: UUID, nodes: Sequence[tuple[str, Node]], segment: int
+) -> None:
+    """Find the records of a damaged segment that only several nodes together can read."""
+    readers = {name: _SegmentReader(name, node) for name, node in nodes}
+    images: dict[str, bytearray] = {}
+    for name, reader in readers.items():
+        try:
+            with costs_only(name):
+                images[name] = reader.read(Place(store, name, Run.JOURNAL, segment))
+        except NodeError as error:
+            log.info("%s", error)
+    bad = {
+        name: {
+            block
+            for lost in readers[name].unreadable
+            for block in range(lost.start, min(lost.end or 0, len(image)), _BLOCK_BYTES)
+        }
+        for name, image in images.items()
+    }
+    for name, image in images.items():
+        whole = image[:]
+        for block in bad[name]:
+            for other in images:
+                part = images[other][block : block + _BLOCK_BYTES]
+                if block not in bad[other] and len(part) == len(whole[block:][:_BLOCK_BYTES]):
+                    whole[block : block + _BLOCK_BYTES] = part
+                    break
+        _index_records(
+            found, Place(store, name, Run.JOURNAL, segment), readers[name].node, whole, held=False
+        )
 
 
 def _commit_entry(header: Header, payload: memoryview) -> Entry | None:

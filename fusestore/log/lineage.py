@@ -39,8 +39,9 @@ class Lineage:
             what = f"It holds commits {first} to {last}, and the journals here begin later"
             why = "it was restored from an old copy, perhaps one of another history"
         return (
-            f"{what}: {why}. Nothing of it is used or overwritten. "
-            f"'fusestore repair {store} {name} --discard-history' gives these commits up."
+            f"{what}: {why}. Nothing of it is used or overwritten, and nothing is freed anywhere "
+            f"meanwhile. 'fusestore repair {store} {name} --discard-history' gives these "
+            "commits up."
         )
 
 

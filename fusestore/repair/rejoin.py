@@ -128,7 +128,8 @@ class Rejoin:
         if member.in_sync:
             return
         if member.standing.holds == NEVER_WHOLE:  # what it has may be of another history
-            await member.call(_drop_journals, member.node, sys.maxsize)
+            drop = _set_journals_aside if self._log.doubt else _drop_journals
+            await member.call(drop, member.node, sys.maxsize)
         if member.late_segment:  # a new file, which no late write knows
             await member.call(member.node.delete, Run.JOURNAL, member.late_segment)
             member.late_segment = 0
@@ -180,3 +181,9 @@ def _drop_journals(node: Node, before: int) -> None:
     for segment in node.segments(Run.JOURNAL):
         if segment < before:
             node.delete(Run.JOURNAL, segment)
+
+
+def _set_journals_aside(node: Node, before: int) -> None:
+    for segment in node.segments(Run.JOURNAL):
+        if segment < before:
+            node.set_aside(Run.JOURNAL, segment)

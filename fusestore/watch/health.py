@@ -113,7 +113,8 @@ def finished_text(scrub: Scrub) -> str:
 def found_text(scrub: Scrub) -> str:
     """Describe the findings of a scrub."""
     found = f"{scrub.found:,} bad or missing" if scrub.found else ""
-    unread = f"{scrub.unread:,} places could not be read" if scrub.unread else ""
+    places = "place" if scrub.unread == 1 else "places"
+    unread = f"{scrub.unread:,} {places} could not be read" if scrub.unread else ""
     skipped = f"{scrub.skipped:,} shards skipped (their nodes are not up)" if scrub.skipped else ""
     return ", ".join(filter(None, (found or "nothing found", unread, skipped)))
 
