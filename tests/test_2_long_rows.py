@@ -64,7 +64,7 @@ async def test_it_is_refused_as_a_whole_and_the_log_goes_on(
         await one.put("good", b"good" * 1000)
         await one.checkpoint()
         files = one.store.log.counters.files
-        with pytest.raises(RowTooLargeError, match="the metadata takes 511 and 65536"):
+        with pytest.raises(RowTooLargeError, match="at most 511 and 65536"):
             operation(one)
         if operation is not recode:
             assert one.store.log.counters.files == files

@@ -1,4 +1,4 @@
-"""Who a node is: `node.toml` says which store and which node a directory belongs to."""
+"""The identity of a node: `node.toml` names the store and the node of a directory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IDENTITY_BYTES_MAX = 4096
 
 @dataclass(frozen=True, slots=True)
 class NodeIdentity:
-    """What `node.toml` says: which node of which store a directory is."""
+    """The contents of `node.toml`: the store and the node of a directory."""
 
     store: UUID
     node: str
@@ -29,7 +29,7 @@ class NodeIdentity:
     incarnation: UUID
     """Changes when a node restarts from nothing."""
     version: int
-    """Of the format of the journals and shards in the directory."""
+    """The format of the journals and shards in the directory."""
 
 
 def read_identity(path: Path) -> NodeIdentity:
@@ -67,11 +67,11 @@ def read_identity(path: Path) -> NodeIdentity:
 
 
 def write_identity(path: Path, identity: NodeIdentity) -> None:
-    """Write `node.toml` in the node directory `path`, durably; OSError when it cannot be."""
+    """Write `node.toml` in the node directory `path` durably; OSError if this fails."""
     import tomlkit
 
     document = tomlkit.document()
-    document.add(tomlkit.comment("Which node of which store this directory is: do not edit."))
+    document.add(tomlkit.comment("The store and the node of this directory.  Do not edit."))
     document.add("format", tomlkit.item(identity.version))
     document.add("store", tomlkit.item(str(identity.store)))
     document.add("node", tomlkit.item(identity.node))

@@ -1,6 +1,6 @@
-"""The state of a node: what it can be used for, and how that changes.
+"""The state of a node: its permitted uses, and the transitions.
 
-Only the methods of `Standing` change any of it; everything else asks.
+Only the methods of `Standing` change the state.
 
     state       reads  shards  commits  meaning
     up          yes    yes     yes      in sync: it holds every commit
@@ -9,7 +9,7 @@ Only the methods of `Standing` change any of it; everything else asks.
     suspect     no     no      no       it failed or was late; it is tried again by itself
     foreign     no     no      no       its journal is of another history; an operator decides
     down        no     no      no       it is gone, is another node, or failed repeatedly
-    removed     no     no      no       it is no node of the store any more
+    removed     no     no      no       it is no longer a node of the store
 
     transition  from                                 to
     opened      down                                 behind
@@ -23,8 +23,8 @@ Only the methods of `Standing` change any of it; everything else asks.
     failed      up, rebuilding, behind               suspect; down if it is gone
     removed     all but removed                      removed
 
-A node that is out of use may fail once more, when calls that were under way end;
-this changes nothing.  Any other transition is a bug, and raises InvariantError.
+A node that is out of use may fail again when running calls end; this changes nothing.
+Any other transition is a bug, and raises InvariantError.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ..limits import Limits
 
 
 class State(StrEnum):
-    """What a node can be used for."""
+    """The states of a node."""
 
     UP = "up"
     REBUILDING = "rebuilding"
@@ -52,7 +52,7 @@ _OUT_OF_USE = (State.SUSPECT, State.FOREIGN, State.DOWN, State.REMOVED)
 
 
 class Standing:
-    """The state of one node; times are those of trio's clock."""
+    """The state of one node; times are by trio's clock."""
 
     __slots__ = (
         "_limits",
@@ -78,14 +78,14 @@ class Standing:
         self.checksum = 0
         """Of that commit; 0: not known."""
         self.doubted = False
-        """It lacks commits, so all its shards have to be looked at."""
+        """It lacks commits, so all its shards must be checked."""
         self.error = ""
         """Why the node is not up, for people."""
         self.unread = False
         """It is not up since it could not be read: what it holds is unknown, not gone."""
         self._slow_until = 0.0
         self._suspicions = 0
-        """How often in a row it could not be brought back."""
+        """How often in a row the node could not be brought back."""
         self._retry_at: float | None = None
         self._retry_wait = 0.0
 
@@ -93,25 +93,25 @@ class Standing:
 
     @property
     def in_sync(self) -> bool:
-        """Whether it holds every commit; a commit is acknowledged when all such have flushed it."""
+        """Whether it holds every commit; an acknowledged commit is flushed on all such nodes."""
         return self.state is State.UP
 
     @property
     def writable(self) -> bool:
-        """Whether shards can be written there."""
+        """Whether shards can be written to it."""
         return self.state in (State.UP, State.REBUILDING)
 
     @property
     def out_of_use(self) -> bool:
-        """Whether nothing is asked of it; any other node is open."""
+        """Whether the store does not use it; any other node is open."""
         return self.state in _OUT_OF_USE
 
     def is_slow(self, now: float) -> bool:
-        """Whether it is read only if others will not do."""
+        """Return whether it is read only if other nodes do not suffice."""
         return now < self._slow_until
 
     def is_due(self, now: float) -> bool:
-        """Whether to try it again; a node that has just failed is left alone for a while."""
+        """Return whether to retry it; a node that has just failed is left alone for a while."""
         if self._retry_at is None:
             self._retry_at = now + self._limits.retry_seconds_min
         return now >= self._retry_at
@@ -121,16 +121,16 @@ class Standing:
     def _go(self, transition: str, to: State, *allowed: State) -> None:
         if self.state not in allowed:
             raise InvariantError(
-                f"Node {self._name} is {self.state}: the transition '{transition}' cannot be."
+                f"Node {self._name} is {self.state}: the transition '{transition}' is impossible."
             )
         self.state = to
 
     def opened(self) -> None:
-        """Its directory is open; what it lacks is still to be seen."""
+        """Its directory is open; its missing data is not known yet."""
         self._go("opened", State.BEHIND, State.DOWN)
 
     def refused(self, error: Exception) -> None:
-        """It could not be opened, or not be taken in."""
+        """It could not be opened, or could not be brought back."""
         gone = isinstance(error, NodeIdentityError)
         to = State.DOWN if gone else self.state
         self._go("refused", to, State.SUSPECT, State.DOWN, State.FOREIGN)
@@ -152,7 +152,7 @@ class Standing:
         self.error, self.unread = problem, False
 
     def entered(self) -> None:
-        """New shards go there from now on, while repair brings back what it lacks."""
+        """It gets new shards from now on, while repair rebuilds the data that it lacks."""
         self._go(
             "entered",
             State.REBUILDING,
@@ -172,7 +172,7 @@ class Standing:
         self._suspicions, self._retry_at, self._retry_wait = 0, None, 0.0
 
     def failed(self, error: Exception) -> bool:
-        """It is out of use; whether it was not before."""
+        """It is out of use; return whether it was in use before."""
         if self.out_of_use:
             return False
         gone = isinstance(error, NodeIdentityError)
@@ -183,7 +183,7 @@ class Standing:
         return True
 
     def removed(self) -> None:
-        """It is no node of the store any more."""
+        """It is no longer a node of the store."""
         allowed = tuple(state for state in State if state is not State.REMOVED)
         self._go("removed", State.REMOVED, *allowed)
 
@@ -199,7 +199,7 @@ class Standing:
             self.holds, self.checksum = commit, checksum
 
     def found(self, commit: int) -> None:
-        """Its journal reaches this commit: with fewer than it held, everything is in doubt."""
+        """Its journal reaches this commit; if this is less than it held, all data is in doubt."""
         self.doubted = commit < self.holds
 
     def never_whole(self) -> None:
@@ -207,13 +207,13 @@ class Standing:
         self.holds, self.checksum, self.doubted = NEVER_WHOLE, 0, True
 
     def looked_through(self) -> None:
-        """All its shards have been looked at."""
+        """All its shards have been checked."""
         self.doubted = False
 
-    # --- patience ------------------------------------------------------------
+    # --- delays --------------------------------------------------------------
 
     def answered_late(self, now: float) -> None:
-        """A read took too long: others are read for a while, if they will do."""
+        """A read took too long: other nodes are read for a while, if they suffice."""
         self._slow_until = now + self._limits.slow_seconds
 
     def leave_alone(self, now: float) -> None:

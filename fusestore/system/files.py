@@ -1,4 +1,4 @@
-"""Files and directories that survive a crash: replaced whole, durable with their names."""
+"""Crash-safe changes of files and directories."""
 
 from __future__ import annotations
 
