@@ -82,8 +82,8 @@ class Limits:
     """Address space reserved for the metadata database; the file grows as needed."""
     metadata_preallocate_bytes: int = 8 * MIB
     rows_examined_at_mount_max: int = 250_000
-    """Rows of the metadata that a mount verifies before it answers, at 2 µs each; with more it
-    verifies what it needs, and scrubs verify the rest."""
+    """Rows of the metadata that a mount verifies before it answers, at 2 µs each.  If there are
+    more, it verifies only the rows that it needs, and scrubs verify the rest."""
     reclaim_batch: int = 256
     """Shards that are punched out in one thread call and one transaction."""
     catch_up_shards_max: int = 64

@@ -134,5 +134,5 @@ def test_nodes_that_do_not_fit_one_row_are_refused(tmp_path: Path) -> None:
     assert check_places(tmp_path / "s", tmp_path / "m", nodes(64)) is None
     problem = check_places(tmp_path / "s", tmp_path / "m", nodes(200))
     assert problem is not None
-    assert "have fewer nodes" in problem
+    assert "use fewer nodes" in problem
     assert len(json.dumps([str(node.path) for node in nodes(200)])) > VALUE_BYTES_MAX

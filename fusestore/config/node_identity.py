@@ -16,7 +16,7 @@ from ..system.strict_toml import Table
 IDENTITY_NAME = "node.toml"
 IDENTITY_VERSION = 1
 IDENTITY_BYTES_MAX = 4096
-"""What `write_identity` writes takes a tenth of this."""
+"""The longest file that is read; `write_identity` writes a tenth of this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class NodeIdentity:
 def read_identity(path: Path) -> NodeIdentity:
     """Read the identity of the node directory `path`.
 
-    NodeIdentityError when the directory or file is missing or foreign, NodeError when the
+    NodeIdentityError if the directory or the file is missing or foreign, NodeError if the
     file cannot be read.
     """
 

@@ -130,8 +130,8 @@ def _too_long(nodes: Sequence[NodeConfig]) -> str | None:
     if length <= VALUE_BYTES_MAX:
         return None
     return (
-        f"The names and places of {len(nodes)} nodes take {length:,} bytes, and a store has "
-        f"{VALUE_BYTES_MAX:,} for them: shorten them, or have fewer nodes."
+        f"The names and paths of {len(nodes)} nodes take {length:,} bytes, but a store has "
+        f"only {VALUE_BYTES_MAX:,}: shorten them, or use fewer nodes."
     )
 
 

@@ -41,11 +41,11 @@ class RowSums:
     tables: dict[bytes, tuple[int, int]] = field(default_factory=dict)
 
     def add(self, key: bytes, stored: bytes) -> None:
-        """Count a stored row."""
+        """Add a stored row to the sums."""
         self.change(key[:1], 1, int.from_bytes(stored[-CHECKSUM_BYTES:], "big"))
 
     def change(self, letter: bytes, more_rows: int, more: int) -> None:
-        """A table has more rows, or fewer, and another sum."""
+        """Add to the number of rows and to the sum of a table; both may be negative."""
         rows, total = self.tables.get(letter, (0, 0))
         self.tables[letter] = rows + more_rows, (total + more) & _MASK
 

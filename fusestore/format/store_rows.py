@@ -79,7 +79,7 @@ class LogState:
     """Later commits are in this journal segment or a later one."""
 
     doubt: str = ""
-    """Why something may be needed that no table names: it is kept until fsck was clean."""
+    """Why data that no table names may be needed: it is kept until fsck finds nothing."""
 
     def encode(self) -> bytes:
         """The row's value."""
@@ -95,15 +95,15 @@ class LogState:
 
 
 class CommitId(NamedTuple):
-    """Which commit: two histories of a store have commits of the same numbers."""
+    """The identity of a commit: two histories of a store have commits with the same numbers."""
 
     number: int
     checksum: int
-    """Of its payload; 0: not known."""
+    """The checksum of its payload; 0: not known."""
 
 
 class GivenUp(NamedTuple):
-    """Commits after `commit` of epochs before `epoch` were given up: they are void."""
+    """The end of a history: commits after `commit` in epochs before `epoch` are void."""
 
     commit: int
     epoch: int
@@ -115,7 +115,7 @@ def encode_given_up(ends: Sequence[GivenUp]) -> bytes:
 
 
 def decode_given_up(value: bytes | None) -> list[GivenUp]:
-    """Histories that were given up; without the row none."""
+    """Decode the ends of histories that were given up; none without the row."""
     return [GivenUp(*end) for end in json.loads(value)] if value else []
 
 
@@ -137,11 +137,11 @@ class NodeRow:
     weight: float = 1.0
     draining: bool = False
     checksum: int = 0
-    """Of the commit `holds`; 0: not known."""
+    """The checksum of the commit `holds`; 0: not known."""
 
 
 def encode_nodes(rows: list[NodeRow]) -> bytes:
-    """What is usual goes without saying: weights of 1, nodes that are not drained."""
+    """Encode the rows of all nodes; defaults (weight 1, not draining) are omitted."""
     usual = {"weight": 1.0, "draining": False, "checksum": 0}
     return json.dumps(
         [

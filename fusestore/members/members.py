@@ -134,7 +134,7 @@ class Members:
 
     @property
     def foreign(self) -> list[Member]:
-        """Those that hold another history; what that may need is freed nowhere."""
+        """The nodes with another history; data that this history may need is not freed."""
         return [member for member in self.all if member.state is State.FOREIGN]
 
     @property

@@ -84,9 +84,9 @@ class ShardSegments:
         self.lost = living.difference(on_disk)
 
     def begin_after(self, on_disk: Iterable[int]) -> None:
-        """Go on in a segment that neither the node nor any row has.
+        """Continue in a segment that neither the node nor any row has.
 
-        Numbers that the store cannot have come to do not count.
+        Numbers that the store cannot have reached do not count.
         """
         known = [0, self.current, *self.states]
         self.current = max(known + reachable(on_disk, known)) + 1

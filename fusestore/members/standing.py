@@ -4,10 +4,10 @@ Only the methods of `Standing` change the state.
 
     state       reads  shards  commits  meaning
     up          yes    yes     yes      in sync: it holds every commit
-    rebuilding  yes    yes     no       repair brings back what it lacks
-    behind      yes    no      no       open; not looked at yet, or the mount is read-only
-    suspect     no     no      no       it failed or was late; it is tried again by itself
-    foreign     no     no      no       its journal is of another history; an operator decides
+    rebuilding  yes    yes     no       it gets the data that it lacks
+    behind      yes    no      no       open; not checked yet, or the mount is read-only
+    suspect     no     no      no       it failed or was late; the store retries it by itself
+    foreign     no     no      no       its journal has another history; an operator decides
     down        no     no      no       it is gone, is another node, or failed repeatedly
     removed     no     no      no       it is no longer a node of the store
 
@@ -76,13 +76,13 @@ class Standing:
         self.holds = holds
         """The last commit that the node is known to have flushed."""
         self.checksum = 0
-        """Of that commit; 0: not known."""
+        """The checksum of that commit; 0: not known."""
         self.doubted = False
         """It lacks commits, so all its shards must be checked."""
         self.error = ""
-        """Why the node is not up, for people."""
+        """A sentence that explains why the node is not up; or empty."""
         self.unread = False
-        """It is not up since it could not be read: what it holds is unknown, not gone."""
+        """The node could not be read: its data is unknown, not gone."""
         self._slow_until = 0.0
         self._suspicions = 0
         """How often in a row the node could not be brought back."""
@@ -146,7 +146,7 @@ class Standing:
         self.error = self.error or "It missed some commits."
 
     def set_apart(self, problem: str) -> None:
-        """Its journal is of another history: nothing of it is used, or overwritten, by itself."""
+        """Its journal has another history: the store neither uses nor overwrites it by itself."""
         allowed = (State.BEHIND, State.SUSPECT, State.DOWN, State.FOREIGN)
         self._go("set_apart", State.FOREIGN, *allowed)
         self.error, self.unread = problem, False
@@ -190,7 +190,7 @@ class Standing:
     # --- what it holds -------------------------------------------------------
 
     def recorded(self, holds: int, checksum: int = 0) -> None:
-        """The log knows the last commit that it flushed."""
+        """The log contains the last commit that it flushed."""
         self.holds, self.checksum = holds, checksum
 
     def flushed(self, commit: int, checksum: int = 0) -> None:
@@ -203,7 +203,7 @@ class Standing:
         self.doubted = commit < self.holds
 
     def never_whole(self) -> None:
-        """It may lack anything, whatever its journal says, until it has joined."""
+        """It may lack any data, whatever its journal contains, until it has joined."""
         self.holds, self.checksum, self.doubted = NEVER_WHOLE, 0, True
 
     def looked_through(self) -> None:

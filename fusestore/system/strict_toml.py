@@ -18,9 +18,9 @@ from uuid import UUID
 from ..errors import ConfigError
 
 FILE_BYTES_MAX = 1 << 18
-"""A file longer than this is not one of ours."""
+"""The longest file that is read."""
 PARSED_MAX = 1 << 20
-"""So many characters are parsed again to find the lines of mistakes."""
+"""How many characters are parsed again to find the lines of mistakes."""
 SHOWN_MAX = 80
 """How many characters of a value a message shows."""
 
@@ -56,9 +56,9 @@ class _File:
 def _statements(text: str) -> dict[Keys, int]:
     """Return for each value the line of the statement that first names it.
 
-    tomllib does not tell.  A statement ends on the first line with which it is TOML: each
-    is parsed by itself, and belongs to the table that the last header named.  A file with
-    statements of so many lines that this takes long is not looked through to its end.
+    tomllib does not report lines.  A statement ends on the first line that makes it valid
+    TOML.  Each statement is parsed alone, and belongs to the table of the last header.  If
+    long statements make this slow, the search stops early.
     """
     found: dict[Keys, int] = {}
     counts: Counter[str] = Counter()
@@ -74,7 +74,7 @@ def _statements(text: str) -> dict[Keys, int]:
         try:
             values = tomllib.loads(statement)
         except tomllib.TOMLDecodeError:
-            continue  # in the middle of a statement
+            continue  # the statement is not complete
         if statement.lstrip().startswith("["):
             above = ()
             for key, value in values.items():
@@ -82,7 +82,7 @@ def _statements(text: str) -> dict[Keys, int]:
                     above = (key, counts[key])
                     counts[key] += 1
                     found.setdefault((key,), start)
-                elif counts[key]:  # [key.inner], of the last table of an array
+                elif counts[key]:  # [key.inner], in the last table of an array
                     above = (key, counts[key] - 1, *value)
                 else:
                     above = (key,)
@@ -124,12 +124,12 @@ class Table:
 
     @classmethod
     def read(cls, file: Path) -> Table:
-        """Read a file; FileNotFoundError or NotADirectoryError, ConfigError for all else."""
+        """Read a file; FileNotFoundError, NotADirectoryError, or ConfigError for other errors."""
         return cls.load(file, lambda: open(file, "rb"), FILE_BYTES_MAX)
 
     @classmethod
     def load(cls, file: Path, opened: Callable[[], BinaryIO], most: int) -> Table:
-        """Read the file that `opened` opens, of `most` bytes; errors as of `read`."""
+        """Read the file that `opened` opens, up to `most` bytes; errors as for `read`."""
         try:
             with opened() as stream:
                 data = stream.read(most + 1)
@@ -138,7 +138,7 @@ class Table:
         except OSError as error:
             raise ConfigError(f"{file} cannot be read: {error.strerror or error}.") from error
         if len(data) > most:
-            raise ConfigError(f"{file} is longer than {most} bytes: it is not ours.")
+            raise ConfigError(f"{file} is longer than {most} bytes: it is no file of fusestore.")
         try:
             text = data.decode().replace("\r\n", "\n")
         except UnicodeDecodeError as error:

@@ -129,7 +129,7 @@ def _header(at: Place, data: bytes, offset: int) -> Header | None:
 
 
 def header_at(log: Log, member: Member, segment: int, offset: int) -> Header | None:
-    """In a thread: the header of the record whose payload lies at an offset; NodeError."""
+    """Return the header of the record with its payload at an offset; NodeError; in a thread."""
     start = offset - HEADER_BYTES
     try:
         data = member.node.read(Run.SHARDS, segment, start, HEADER_BYTES)
@@ -139,7 +139,7 @@ def header_at(log: Log, member: Member, segment: int, offset: int) -> Header | N
 
 
 def is_whole(member: Member, segment: int, offset: int, header: Header) -> bool:
-    """In a thread: whether the payload at an offset is what its header says; NodeError."""
+    """Return whether the payload at an offset matches its header; NodeError; in a thread."""
     try:
         data = member.node.read(Run.SHARDS, segment, offset, header.payload_length)
     except NodeLacksError:
@@ -148,9 +148,10 @@ def is_whole(member: Member, segment: int, offset: int, header: Header) -> bool:
 
 
 def headers(log: Log, member: Member, segment: int) -> Iterator[tuple[int, Header]]:
-    """In a thread: (payload offset, header) of each shard's record in a segment; NodeError.
+    """Yield (payload offset, header) of each shard's record in a segment; NodeError.
 
-    Payloads are not read, but where a header is not where the one before ends.
+    Payloads are read only if a header is not at the end of the previous record.  Runs in a
+    thread.
     """
     at = log.shards(member.name, segment)
     try:
@@ -168,7 +169,7 @@ def headers(log: Log, member: Member, segment: int) -> Iterator[tuple[int, Heade
 
 
 def _next_header(member: Member, at: Place, start: int, size: int) -> int:
-    """The offset of the next header from `start` on; the size of the segment without one."""
+    """Return the offset of the next header from `start` on, or the size of the segment."""
     while start < size:
         piece = member.node.read(Run.SHARDS, at.segment, start, min(STRIPE_BYTES, size - start))
         for offset in _magics(piece):
@@ -179,7 +180,7 @@ def _next_header(member: Member, at: Place, start: int, size: int) -> int:
 
 
 def _magics(data: bytes) -> Iterator[int]:
-    """Offsets at which a record might begin; that of the data is a multiple of 64."""
+    """Yield the offsets at which a record may begin; `data` begins at a multiple of 64."""
     found = data.find(MAGIC)
     while found >= 0:
         if found % RECORD_ALIGN_BYTES == 0:
