@@ -1,8 +1,8 @@
-"""Everything that can go wrong, as one tree of exceptions.
+"""All errors of fusestore, as one tree of exceptions.
 
-The message of each is one sentence for the person who meets it: what, where,
-what to do.  A face (FUSE, command line, control socket) maps a class to its
-errno or exit status in one table; nobody else does.
+Each message is a sentence for the user: what failed, where, and the remedy.  Each
+interface (FUSE, command line, control socket) maps classes to errnos or exit statuses in
+one table.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ class FusestoreError(Exception):
 
 
 class InvariantError(Exception):
-    """Something is so that can never be: a bug.  Nothing may be built, or freed, on it."""
+    """An impossible state: a bug.  Nothing may be rebuilt or freed because of it."""
 
 
 class UsageError(FusestoreError):
-    """The caller asked for something that makes no sense; nothing was changed."""
+    """The request is invalid; nothing was changed."""
 
 
 class ConfigError(FusestoreError):
-    """`fusestore.toml` or a node's `node.toml` cannot be used as it is."""
+    """`fusestore.toml` or a node's `node.toml` cannot be used."""
 
 
 class StoreBusyError(FusestoreError):
@@ -29,7 +29,7 @@ class StoreBusyError(FusestoreError):
 
 
 class FencedError(FusestoreError):
-    """Another daemon has taken the store over: nothing more is written or acknowledged."""
+    """Another daemon has taken over the store: nothing more is written or acknowledged."""
 
 
 class NotMountedError(FusestoreError):
@@ -37,14 +37,14 @@ class NotMountedError(FusestoreError):
 
 
 class NotHealthyError(FusestoreError):
-    """The command ran, and what it found is not as it should be."""
+    """The command ran, and found a problem."""
 
 
 # --- storage -----------------------------------------------------------------
 
 
 class FormatError(FusestoreError):
-    """Bytes on disk are not what the format says they must be."""
+    """Bytes on disk do not match the format."""
 
 
 class TruncatedError(FormatError):
@@ -52,11 +52,11 @@ class TruncatedError(FormatError):
 
 
 class BadMagicError(FormatError):
-    """There is no record where one was looked for."""
+    """There is no record at the expected place."""
 
 
 class UnknownVersionError(FormatError):
-    """A record or store was written by a version that this one does not know."""
+    """A record or store has a format that this version does not know."""
 
 
 class ChecksumError(FormatError):
@@ -64,7 +64,7 @@ class ChecksumError(FormatError):
 
 
 class NodeError(FusestoreError):
-    """A node could not do what it was asked to."""
+    """A node failed a request."""
 
 
 class NodeBusyError(NodeError):
@@ -72,11 +72,11 @@ class NodeBusyError(NodeError):
 
 
 class NodeIdentityError(NodeError):
-    """A node's directory is not there, or is not the node it should be."""
+    """The directory of a node is missing, or belongs to another node."""
 
 
 class NodeLacksError(NodeError):
-    """A node does not hold what it was asked for; asking again would not help."""
+    """A node does not hold the requested data; a retry would not help."""
 
 
 class NodeTimeoutError(NodeError):
@@ -88,11 +88,11 @@ class NodeFullError(NodeError):
 
 
 class MetadataError(FusestoreError):
-    """The metadata database could not do what it was asked to."""
+    """The metadata database failed a request."""
 
 
 class DamagedMetadataError(MetadataError):
-    """The metadata database is damaged; its rows can be made anew from the journals."""
+    """The metadata database is damaged; its rows can be rebuilt from the journals."""
 
 
 class BadRowError(DamagedMetadataError):
@@ -100,14 +100,14 @@ class BadRowError(DamagedMetadataError):
 
 
 class ReplayError(FusestoreError):
-    """The journals do not allow a mount without losing what was acknowledged."""
+    """The journals do not allow a mount without a loss of acknowledged data."""
 
 
 # --- the file system: each of these has exactly one errno --------------------
 
 
 class FileSystemError(FusestoreError):
-    """The base of what a system call on the mount can be answered with."""
+    """The base of all errors that a system call on the mount can return."""
 
 
 class NoEntryError(FileSystemError):
@@ -115,7 +115,7 @@ class NoEntryError(FileSystemError):
 
 
 class StaleError(FileSystemError):
-    """There is no such inode any more."""
+    """The inode no longer exists."""
 
 
 class ExistsError(FileSystemError):
@@ -127,7 +127,7 @@ class NotDirectoryError(FileSystemError):
 
 
 class IsDirectoryError(FileSystemError):
-    """A directory cannot be used so."""
+    """The operation is not possible on a directory."""
 
 
 class NotEmptyError(FileSystemError):
@@ -139,27 +139,27 @@ class NameTooLongError(FileSystemError):
 
 
 class TooManyLinksError(FileSystemError):
-    """The inode has as many hard links as it may."""
+    """The inode has the maximum number of hard links."""
 
 
 class RowTooLargeError(FileSystemError):
-    """A row would be longer than the metadata database takes."""
+    """A row would be too long for the metadata database."""
 
 
 class FileTooLargeError(FileSystemError):
-    """The offset is past the largest file size."""
+    """The offset exceeds the largest file size."""
 
 
 class InvalidError(FileSystemError):
-    """The argument makes no sense here."""
+    """The argument is invalid."""
 
 
 class NotPermittedError(FileSystemError):
-    """The operation is not allowed on this inode, for anyone."""
+    """No user may perform the operation on this inode."""
 
 
 class NotSupportedError(FileSystemError):
-    """fusestore does not offer this."""
+    """fusestore does not support the operation."""
 
 
 class NoAttributeError(FileSystemError):
@@ -167,27 +167,27 @@ class NoAttributeError(FileSystemError):
 
 
 class AttributeTooLargeError(FileSystemError):
-    """The attribute, or the list of attribute names, is past the limit."""
+    """The attribute, or the list of attribute names, exceeds the limit."""
 
 
 class NoSpaceError(FileSystemError):
-    """The store, less its reserve, is full."""
+    """The store is full, except for its reserve."""
 
 
 class QuotaError(FileSystemError):
-    """The quota of a directory does not allow any more below it."""
+    """The operation would exceed the quota of a directory."""
 
 
 class CrossesQuotaError(FileSystemError):
-    """A directory, or a file with several names, cannot go from one quota to another."""
+    """A directory, or a file with several names, cannot move from one quota to another."""
 
 
 class ReadOnlyError(FileSystemError):
-    """The mount is read-only, because it was asked to be or had to become so."""
+    """The mount is read-only, by an option or after a failure."""
 
 
 class LostError(FileSystemError):
-    """Too many shards of a stripe are missing or bad: the bytes cannot be had now."""
+    """Too many shards of a stripe are missing or bad: the bytes cannot be read now."""
 
 
 class NotDurableError(FileSystemError):

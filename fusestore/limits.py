@@ -1,7 +1,7 @@
-"""The numbers that bound fusestore, each with its unit and its reason.
+"""The limits of fusestore, each with its unit and its reason.
 
-The constants are part of the format or of POSIX.  `Limits` can be chosen: an open store is
-handed one object of them with its configuration, and everything in it asks that object.
+The constants are part of the format or of POSIX.  The values of `Limits` can be changed:
+an open store gets one object with its configuration, and uses only this object.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 KIB = 1 << 10
 MIB = 1 << 20
 STRIPE_BYTES = MIB
-"""File data that one stripe takes: the largest write request of the kernel."""
+"""File data in one stripe: the largest write request of the kernel."""
 BLOCK_BYTES = 16 * KIB
-"""What one checksum covers: the least that a read has to fetch and verify."""
+"""The bytes of one checksum: the least that a read must fetch and verify."""
 SHARD_ALIGN_BYTES = 64
 """Shards are padded to this, the width of a vector register and a cache line."""
 SHARDS_MAX = 64
-"""k + m of a code."""
+"""The largest k + m of a code."""
 OWNERS_PER_ROW_MAX = 2000
 """Keeps a row of `owners` below VALUE_BYTES_MAX."""
 RECORD_ALIGN_BYTES = 64
@@ -40,121 +40,121 @@ assert OWNERS_PER_ROW_MAX * 24 < VALUE_BYTES_MAX
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What an open store keeps to; the defaults suit machines from a small board upwards."""
+    """The limits of an open store; the defaults suit small boards and larger machines."""
 
     stripe_bytes: int = STRIPE_BYTES
-    """File data that a new stripe takes."""
+    """File data in a new stripe."""
     shard_segment_bytes: int = SHARD_SEGMENT_BYTES
     """A shard segment is rolled once it is at least this long."""
     stripe_owners_max: int = 8192
-    """Extents in one stripe; a stripe is sealed when it has as many."""
+    """Extents in one stripe; a stripe with this many is sealed."""
     journal_segment_bytes: int = 8 * MIB
     """A journal segment is rolled once it is at least this long."""
     shard_preallocate_bytes: int = 4 * MIB
     """Room that is allocated in one step ahead of the end of a segment."""
     journal_ahead_bytes: int = MIB
-    """Zeros that are written in one step behind the journal's end: what then takes their place is
-    flushed twice as fast as what makes a file longer."""
+    """Zeros that are written in one step behind the journal's end: records that overwrite them are
+    flushed twice as fast as records that extend a file."""
     open_segments_max: int = 128
-    """Descriptors that a node keeps for reading."""
+    """Descriptors that a node keeps open for reading."""
     tail_bytes_max: int = 32 * KIB
-    """New bytes of an open stripe that travel in the COMMIT record instead of sealing it."""
+    """New bytes of an open stripe that a COMMIT record stores, so that the stripe is not sealed."""
     commit_seconds_max: float = 5.0
     direct_record_bytes_max: int = 64 * KIB
-    """Records of commits that may take the short way to the journals."""
+    """Records of commits that may be written to the journals without a thread."""
     unflushed_bytes_max: int = 64 * MIB
-    """File bytes accepted and not yet committed; a commit starts at half of it."""
+    """File bytes accepted and not yet committed; a commit begins at half of this."""
     seals_max: int = 8
     """Stripes being coded and written at a time; each holds one buffer."""
     hop_changes_min: int = 500
-    """Changes of a commit from which on encoding them is worth a thread hop."""
+    """A commit with at least this many changes is encoded in a thread."""
     checkpoint_seconds_max: float = 10.0
     checkpoint_changes_max: int = 10_000
     """Changed keys that wait in memory for the metadata database."""
     dump_journal_bytes_min: int = 8 * MIB
-    """Journal since the last metadata dump below which no new one is made."""
+    """How much journal there must be since the last metadata dump before the next one."""
     dump_piece_bytes: int = 256 * KIB
     dump_step_keys: int = 200
-    """Keys that a metadata dump reads before it lets the next request run: about a millisecond."""
+    """Keys that a metadata dump reads before it yields to requests: about a millisecond."""
     reserve_bytes: int = 32 * MIB
     """Kept free on every device for commits, deletes and checkpoints."""
     map_bytes: int = 1 << 40
     """Address space reserved for the metadata database; the file grows as needed."""
     metadata_preallocate_bytes: int = 8 * MIB
     rows_examined_at_mount_max: int = 250_000
-    """Rows of the metadata that a mount verifies before it answers, at 2 µs each; with more it
-    verifies what it needs, and scrubs verify the rest."""
+    """Rows of the metadata that a mount verifies before it answers, at 2 µs each.  If there are
+    more, it verifies only the rows that it needs, and scrubs verify the rest."""
     reclaim_batch: int = 256
-    """Shards that are punched out in one thread hop and one transaction."""
+    """Shards that are punched out in one thread call and one transaction."""
     catch_up_shards_max: int = 64
-    """Shards that a node may lack to be brought back before the mount answers."""
+    """A node that lacks at most this many shards is brought back before the mount answers."""
     node_seconds_max: float = 30.0
-    """How long a node may take for a write or a flush before it is given up."""
+    """How long a node may take for a write or a flush before the store stops using it."""
     read_seconds_max: float = 3.0
     """How long a node may take for a read before others are read instead."""
     slow_seconds: float = 30.0
-    """How long a node that was too slow is then not read, if others will do."""
+    """How long a node is not read after a slow read, if others suffice."""
     sample_seconds: float = 0.25
-    """How old the free space of a node may be, and how long ago its directory was looked at as a
-    whole, when a commit is appended without a thread."""
+    """The greatest age of a node's free space, and of the last check of its directory, for a commit
+    that is appended without a thread."""
     read_now_bytes_max: int = 64 * KIB
-    """Reads that are first tried from the page cache; longer ones may find a part of it there."""
+    """Reads that first try the page cache; of longer reads, only a part may be in it."""
     node_threads_max: int = 12
-    """Calls of one node at a time, so that one that hangs cannot take all threads."""
+    """Concurrent calls of one node, so that a node that hangs cannot use all threads."""
     suspicions_max: int = 3
-    """Failed attempts to bring a node back after which it is called down."""
+    """After this many failed attempts to bring a node back, its state is down."""
     probe_seconds: float = 10.0
-    """How often nodes that are away are looked for."""
+    """How often the store looks for absent nodes."""
     retry_seconds_min: float = 5.0
     retry_seconds_max: float = 600.0
-    """How long a node that failed while it was brought back is left alone."""
+    """How long a node is left alone after a failed attempt to bring it back."""
     repair_batch: int = 16
     """Stripes that repair rebuilds between two flushes."""
     scrub_note_seconds: float = 10.0
-    """How often a scrub notes where it stands."""
+    """How often a scrub records its progress."""
     repair_scan_rows: int = 256
     repairs_kept_max: int = 20
-    """Repairs whose size and time are remembered."""
+    """Past repairs whose size and time are kept."""
     background_busy_rate: int = 32 * MIB
-    """Bytes a second of I/O that repair, healing and scrubbing do while users read or write."""
+    """Bytes a second of I/O by repair, healing and scrubs while users read or write."""
     users_away_seconds: float = 1.0
-    """After the last read or write of a file the background may do as it likes."""
+    """This long after the last read or write of a file, background I/O has no limit."""
     tail_extents_max: int = 1024
-    """Files whose last written extent is remembered."""
+    """Files whose last written extent is cached."""
     removal_batch: int = 32
     """Deleted files whose rows one transaction removes."""
     removal_pause_seconds: float = 0.01
     removals_max: int = 10_000
-    """Deleted files wait until none came for so long, or until there are so many."""
+    """Deleted files wait until no more follow for this long, or until there are this many."""
     trim_batch: int = 256
     """Extents that one transaction removes."""
     walk_batch: int = 128
-    """Entries of a directory that one step of a walk through a tree takes."""
+    """Entries of a directory in one step of a walk through a tree."""
     quota_block_bytes: int = 4 * KIB
     """A write that a quota cuts short ends at a multiple of this, a page of the kernel."""
     recode_bytes: int = 4 * MIB
     recode_extents: int = 128
-    """What one transaction of a recoding gives new places: smaller files go over in one."""
+    """The most that one transaction recodes; smaller files are recoded in one transaction."""
     recode_retry_seconds: float = 5.0
-    """How long a recoding waits for room, or for a node, before it tries again."""
+    """How long a recoding waits for room, or for a node, before it retries."""
     recode_note_seconds: float = 5.0
-    """How often a recoding notes how far it is."""
+    """How often a recoding records its progress."""
     codes_cached_max: int = 10_000
-    """Directories whose code for new files is remembered."""
+    """Directories whose code for new files is cached."""
     stripes_cached_max: int = 512
-    """Decoded rows of stripes that reads keep."""
+    """Decoded rows of stripes that reads cache."""
     read_ahead_bytes: int = 512 * KIB
-    """What the kernel reads ahead of a file that is read in order, if it lets us say so."""
+    """The kernel's read-ahead for files that are read in order, if it can be set."""
     fuse_tasks_max: int = 32
-    """Requests served at a time; each keeps a buffer of a write request's size."""
+    """Concurrent requests; each keeps a buffer with the size of a write request."""
     metadata_row_bytes: int = 1024
-    """What an operation on names or attributes is counted as, its values aside."""
+    """The assumed size of an operation on names or attributes, without its values."""
     metadata_share: int = 16
-    """File bytes that a byte of the metadata device must at least serve."""
+    """File bytes for each byte on the metadata device that must be free."""
 
     @property
     def between_commits_bytes(self) -> int:
-        """More than is accepted before a commit looks how much room there is."""
+        """An upper bound of the bytes that are accepted before a commit measures the room."""
         return 2 * self.unflushed_bytes_max
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
-"""Counting operations: how many, how long each took, what became of it.
+"""Counts, durations and results of operations.
 
-`Tally.add` runs once a request on the event loop and costs well under a
-microsecond; everything that thinks about the numbers works on copies of them.
+`Histogram.add` runs once per request on the event loop, and costs well under a
+microsecond.  All evaluation works on copies.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ BOUNDS_NS: tuple[int, ...] = (
     *(round(1000 * step) * 10**decade for decade in range(_DECADES) for step in _RENARD),
     1000 * 10**_DECADES,
 )
-"""Upper ends of the buckets, in ns: 20 a decade (ISO 3, R20) from 1 µs to 100 s; then one more.
+"""Upper ends of the buckets, in ns: 20 per decade (ISO 3, R20) from 1 µs to 100 s; then one more.
 
-A percentile that is read from them is off by 6 % at most.
+A percentile computed from them is off by at most 6 %.
 """
 
 FAILURES = {errno.EIO, errno.ENOSPC, errno.EROFS, errno.ETIMEDOUT}
-"""Answers that say that the store could not; all other errors are what the caller asked for."""
+"""Errors that are failures of the store; other errors are answers to the request."""
 
 
 class Histogram:
@@ -47,31 +47,32 @@ class Histogram:
 
     @property
     def count(self) -> int:
-        """How many durations there were."""
+        """The number of durations."""
         return sum(self.counts)
 
     @property
     def seconds(self) -> float:
-        """All durations together."""
+        """The sum of all durations."""
         return self.total_ns / 1e9
 
     def plus(self, other: Histogram, sign: int = 1) -> Histogram:
-        """What both have counted; with -1, what `other` has not."""
+        """Return the sum of both; with the sign -1, the difference."""
         result = Histogram()
         result.counts = list(map(add if sign == 1 else sub, self.counts, other.counts))
         result.total_ns = self.total_ns + sign * other.total_ns
         return result
 
     def copy(self) -> Histogram:
-        """What was counted until now."""
+        """Return a copy."""
         result = Histogram()
         result.counts, result.total_ns = self.counts.copy(), self.total_ns
         return result
 
     def percentile(self, share: float) -> float:
-        """Seconds that a share of the durations did not exceed, interpolated in its bucket.
+        """Return the seconds that a share of the durations did not exceed.
 
-        0.0 when there were none; what is longer than the last bound counts as that.
+        The result is interpolated in its bucket.  0.0 if there are no durations; longer ones
+        than the last bound count as the last bound.
         """
         left = share * self.count
         low = 0
@@ -83,13 +84,13 @@ class Histogram:
         return BOUNDS_NS[-1] / 1e9 if self.count else 0.0
 
     def cumulated(self, bounds_ns: Iterable[int]) -> list[int]:
-        """How many did not exceed each of some of the bounds, which must be in BOUNDS_NS."""
+        """Return the number of durations up to each bound, which must be in BOUNDS_NS."""
         ends = [bisect_left(BOUNDS_NS, bound) + 1 for bound in bounds_ns]
         return [sum(self.counts[:end]) for end in ends]
 
 
 class Tally:
-    """What became of one kind of operation."""
+    """The counts of one kind of operation."""
 
     __slots__ = ("errors", "size", "times")
 
@@ -98,14 +99,14 @@ class Tally:
         self.size = 0
         """Bytes of file data read or written."""
         self.errors: dict[int, int] = {}
-        """By errno: how often that was the answer."""
+        """How often each errno was the answer."""
 
     def answered(self, number: int) -> None:
-        """An operation ended with an error."""
+        """Count an operation that ended with an error."""
         self.errors[number] = self.errors.get(number, 0) + 1
 
     def copy(self) -> Tally:
-        """What was counted until now."""
+        """Return a copy."""
         result = Tally()
         result.times, result.size = self.times.copy(), self.size
         result.errors = dict(self.errors)
@@ -113,11 +114,11 @@ class Tally:
 
     @property
     def failures(self) -> int:
-        """Operations that the store could not do."""
+        """The number of operations that the store failed."""
         return sum(count for number, count in self.errors.items() if number in FAILURES)
 
     def plus(self, other: Tally, sign: int = 1) -> Tally:
-        """What both have counted; with -1, what `other` has not."""
+        """Return the sum of both; with the sign -1, the difference."""
         result = self.copy()
         result.times = self.times.plus(other.times, sign)
         result.size += sign * other.size
@@ -126,7 +127,7 @@ class Tally:
         return result
 
     def encode(self) -> dict[str, Any]:
-        """As JSON."""
+        """Encode as JSON."""
         return {
             "counts": {str(i): count for i, count in enumerate(self.times.counts) if count},
             "total_ns": self.times.total_ns,
@@ -136,7 +137,7 @@ class Tally:
 
     @classmethod
     def decode(cls, value: Mapping[str, Any]) -> Self:
-        """From JSON; LookupError, TypeError or ValueError when it is none of ours."""
+        """Decode from JSON; LookupError, TypeError or ValueError if it is invalid."""
         result = cls()
         for index, count in value["counts"].items():
             result.times.counts[_count(int(index))] = _count(count)
@@ -147,7 +148,7 @@ class Tally:
 
 def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 1 << 63:
-        raise ValueError("it has a count that is none")
+        raise ValueError("it has an invalid count")
     return value
 
 
@@ -156,13 +157,13 @@ Tallies = dict[str, Tally]
 
 
 def combined(one: Tallies, other: Tallies, sign: int = 1) -> Tallies:
-    """What both have counted; with -1, what `other` has not."""
+    """Return the sum of both; with the sign -1, the difference."""
     names = [*one, *(name for name in other if name not in one)]
     return {name: one.get(name, Tally()).plus(other.get(name, Tally()), sign) for name in names}
 
 
 def summary(tallies: Tallies, mounted_seconds: float) -> list[dict[str, Any]]:
-    """One row an operation that happened, the most frequent first; all times in seconds."""
+    """Return a row for each operation that occurred, most frequent first; times in seconds."""
     rows = []
     for name, tally in sorted(tallies.items(), key=lambda item: -item[1].times.count):
         times = tally.times

@@ -1,4 +1,4 @@
-"""How numbers, times and tables read: what all commands print with."""
+"""Formatting of numbers, times and tables for all commands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Row = Sequence[str]
 
 
 def bytes_text(count: int) -> str:
-    """A number of bytes with a unit: `5.6 GiB`."""
+    """Format a number of bytes with a unit: `5.6 GiB`."""
     if count < 1024:
         return f"{count} B"
     size, unit = float(count), "B"
@@ -20,12 +20,12 @@ def bytes_text(count: int) -> str:
 
 
 def speed_text(size: int, seconds: float) -> str:
-    """How long so many bytes took, and how fast that was: `2.0 s (51.2 MB/s)`."""
+    """Format the time that `size` bytes took, and the speed: `2.0 s (51.2 MB/s)`."""
     return f"{seconds:.1f} s ({size / 1e6 / max(seconds, 1e-9):.1f} MB/s)"
 
 
 def duration_text(seconds: float) -> str:
-    """A time in the two largest units that tell: `3 min 20 s`."""
+    """Format a time in its two largest units: `3 min 20 s`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -39,7 +39,7 @@ def duration_text(seconds: float) -> str:
 
 
 def table_lines(rows: Sequence[Row], right: Sequence[int] = ()) -> Iterator[str]:
-    """Rows of equal length as aligned columns; those numbered in `right` to the right."""
+    """Align rows of equal length in columns; the columns in `right` are right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         cells = [
@@ -50,7 +50,7 @@ def table_lines(rows: Sequence[Row], right: Sequence[int] = ()) -> Iterator[str]
 
 
 def printable(text: str) -> str:
-    """A line as a terminal may get it: names of files can have any characters."""
+    """Escape unprintable characters of a line for a terminal: names of files can have any."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

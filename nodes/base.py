@@ -1,30 +1,28 @@
-"""What the log needs of a place that keeps data: the contract of every kind of node.
+"""The contract of every kind of node: a place that keeps segments.
 
-A node keeps two runs of segments, journal and shards.  The log chooses their
-numbers, 1 <= n < 2**32, and all offsets; offsets, lengths and sizes are in bytes.
-A segment is rolled at the size that `Limits` names, and its last record may reach
-past that.
+A node keeps two runs of segments, journal and shards.  The log chooses their numbers,
+1 <= n < 2**32, and all offsets.  Offsets, lengths and sizes are in bytes.  A segment is
+rolled at the size that `Limits` sets; its last record may extend past that size.
 
 **Writing.** A segment is written forward, with two exceptions.  Records of a journal
-overwrite zeros that were written behind its end.  Repair writes at places that were
-written before, with the bytes that belong there; a node that cannot do so (an
-object store) writes the segment anew.  Bytes are readable once `write` has
-returned.  They, and the segment itself, are durable once a `flush` has returned
-that was called after that.  The order in which unflushed bytes become durable is
-not defined.
+overwrite zeros that were written behind its end.  Repair rewrites existing places with
+the bytes that belong there.  A node that cannot do this (an object store) rewrites the
+whole segment.  Bytes are readable when `write` has returned.  A later `flush` makes them
+durable, and the segment itself.  The order in which unflushed bytes become durable is not
+defined.
 
-**Errors.** Methods raise NodeError and nothing else.  NodeFullError: there is no
-room.  NodeLacksError: the node does not have the segment, or not all of the bytes;
-it is sound otherwise.  NodeIdentityError, of `check` alone: this is not the node any
-more.  A `write` that fails may have left some of its bytes; a `flush` that fails may
-have made some durable.
+**Errors.** Methods raise only NodeError.  NodeFullError: there is no room.
+NodeLacksError: the node lacks the segment, or some of the bytes, but is otherwise sound.
+NodeIdentityError, only from `check`: the node is gone, or another has taken its place.
+A failed `write` may have written some of its bytes.  A failed `flush` may have made some
+bytes durable.
 
-**Threads.** All methods but `read_now`, `opened` and `close` may block for any time,
-and are called in threads, several at a time.  Concurrent writes go to different
-ranges.  `read_now`, `opened` and `close` are called on the event loop.  They return
-at once, even while another thread hangs in the node.  A call that takes too long is
-abandoned, not ended: it may still go on, and write, when the node is closed and
-another object for the same place is in use.
+**Threads.** All methods except `read_now`, `opened` and `close` may block for any time,
+and are called in threads, several at a time.  Concurrent writes go to different ranges.
+`read_now`, `opened` and `close` are called on the event loop.  They return at once, even
+while another thread hangs in the node.  A call that takes too long is abandoned, not
+ended: it may still run, and write, after the node is closed and another object for the
+same place is in use.
 """
 
 from __future__ import annotations
@@ -40,74 +38,74 @@ from ..format.records import Run
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """Room on the device that a node lies on, in bytes."""
+    """Room on the device of a node, in bytes."""
 
     device: int
-    """Nodes with the same number share the room."""
+    """The number of the device; nodes with the same number share the room."""
     total: int
     free: int
 
 
 class Segment(Protocol):
-    """A segment that is open as a file; stays so as long as it is referred to."""
+    """A segment that is open as a file, as long as this object is referenced."""
 
     fd: int
     """Open for reading, and for writing unless the node is read-only."""
 
 
 class Node(Protocol):
-    """A place that keeps segments; the module says what holds for all methods."""
+    """A place that keeps segments; the docstring of the module applies to all methods."""
 
     def check(self) -> None:
-        """Raise NodeError unless the node is still there, still itself, and lost nothing in use.
+        """Raise NodeError unless the node is present and unchanged, and has all files in use.
 
-        NodeIdentityError when it is gone, or another has taken its place.
+        NodeIdentityError if it is gone, or another node has taken its place.
         """
 
     def segments(self, run: Run) -> list[int]:
-        """Numbers of the segments of a run, in ascending order."""
+        """Return the numbers of the segments of a run, in ascending order."""
 
     def write(self, run: Run, segment: int, offset: int, buffers: Sequence[Buffer]) -> None:
         """Write all buffers, one after the other, from `offset` on.
 
-        Makes the segment if there is none.  The buffers are not kept.  NodeFullError.
+        Makes the segment if it does not exist.  Does not keep the buffers.  NodeFullError.
         """
 
     def read(self, run: Run, segment: int, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes; zeros where nothing was written before the segment's end.
+        """Read exactly `length` bytes; zeros for unwritten ranges before the segment's end.
 
-        NodeLacksError when the segment ends before that, or is not there.
+        NodeLacksError if the segment is too short, or is missing.
         """
 
     def read_back(self, run: Run, segment: int, offset: int, length: int) -> bytes:
-        """Flush the segment, then read from the medium as far as caches can be passed by.
+        """Flush the segment, then read from the medium as far as caches can be bypassed.
 
-        Exactly `length` bytes; NodeLacksError as of `read`.
+        Reads exactly `length` bytes; NodeLacksError as in `read`.
         """
 
     def read_now(self, run: Run, segment: int, offset: int, length: int) -> bytes | None:
-        """Exactly `length` bytes if that takes no waiting, else None; never raises."""
+        """Read exactly `length` bytes if this does not block, else None; never raises."""
 
     def opened(self, run: Run, segment: int) -> Segment | None:
-        """The segment, if it is an open file that may be used directly; never raises."""
+        """Return the segment if it is an open file that may be used directly; never raises."""
 
     def size(self, run: Run, segment: int) -> int:
-        """Bytes up to a segment's end, without what is allocated ahead; NodeLacksError."""
+        """Return the size of a segment, without room allocated ahead; NodeLacksError."""
 
     def flush(self, run: Run, segments: Sequence[int]) -> None:
-        """Make durable what was written to these segments; NodeLacksError when one is not there."""
+        """Make written bytes of these segments durable; NodeLacksError if one is missing."""
 
     def truncate(self, run: Run, segment: int, size: int) -> None:
-        """End a finished segment at `size`, and give back what lies or is allocated behind that.
+        """End a finished segment at `size`, and release all room behind it.
 
         NodeLacksError.
         """
 
     def punch(self, segment: int, offset: int, length: int) -> None:
-        """Give back the room of a freed payload in a shard segment, as far as the node can.
+        """Release the room of a freed payload in a shard segment, as far as the node can.
 
-        Each of its bytes reads as before or as zero from then on; no other byte changes.  A
-        segment that is not there is no error.
+        Afterwards each of its bytes reads as before or as zero; no other byte changes.  A
+        missing segment is not an error.
         """
 
     def replace(self, run: Run, segment: int, content: Buffer) -> None:
@@ -118,9 +116,9 @@ class Node(Protocol):
         """
 
     def delete(self, run: Run, segment: int) -> None:
-        """Remove a segment; a read under way still ends well.
+        """Remove a segment; running reads still succeed.
 
-        One that is not there is no error.  After a crash it may be there again.
+        A missing segment is not an error.  After a crash the segment may exist again.
         """
 
     def set_aside(self, run: Run, segment: int) -> None:
@@ -130,13 +128,13 @@ class Node(Protocol):
         """Remove all that was set aside."""
 
     def space(self) -> Space:
-        """Room on the device."""
+        """Return the room on the device."""
 
     def bytes_used(self) -> int:
-        """Bytes of the device that the segments take, with what is allocated ahead.
+        """Return the bytes of the device that the segments take, with room allocated ahead.
 
-        Looks at each segment.
+        This examines each segment.
         """
 
     def close(self) -> None:
-        """Give up descriptors; nothing is flushed."""
+        """Close descriptors; this flushes nothing."""

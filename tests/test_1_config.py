@@ -79,7 +79,7 @@ def test_paths_below_the_store_are_relative_so_that_it_can_be_moved(tmp_path: Pa
 
 def test_the_file_is_for_people(tmp_path: Path) -> None:
     text = (make_store(tmp_path / "s").store / "fusestore.toml").read_text()
-    assert text.startswith("# A fusestore store")
+    assert text.startswith("# The configuration of a fusestore store")
     assert re.search(r'^code = "2\+1" # ', text, re.M)
     assert 'path = "us-east-1"' in text
 
@@ -108,7 +108,7 @@ def test_refuses_a_store_that_is_not_empty(tmp_path: Path) -> None:
 
 def test_refuses_a_store_that_is_one_already(tmp_path: Path) -> None:
     make_store(tmp_path / "s")
-    refused(tmp_path / "s", match="is a store already")
+    refused(tmp_path / "s", match="is already a store")
 
 
 def test_refuses_a_file_for_a_store(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_refuses_bad_names(tmp_path: Path, name: str) -> None:
 
 def test_refuses_a_name_twice(tmp_path: Path) -> None:
     regions = [("x", None), ("y", None), ("x", tmp_path / "x")]
-    refused(tmp_path / "s", regions, match="'x' is named 2 times")
+    refused(tmp_path / "s", regions, match="'x' is given 2 times")
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_refuses_a_name_twice(tmp_path: Path) -> None:
 )
 def test_refuses_codes_that_break_the_region_rule(tmp_path: Path, code: Code, regions: int) -> None:
     names: list[tuple[str, Path | None]] = [(f"r{i}", None) for i in range(regions)]
-    refused(tmp_path / "s", names, code, match="losing a region would lose data.*--allow-unsafe")
+    refused(tmp_path / "s", names, code, match="would lose data.*--allow-unsafe")
     assert make_store(tmp_path / "s", names, code, allow_unsafe=True).allow_unsafe
     assert configuration.load(tmp_path / "s").code == code
 
@@ -237,7 +237,7 @@ def store(tmp_path: Path) -> Path:
         (
             "format = 1",
             "format = 2",
-            "format is 2, and this fusestore knows 1: use a newer fusestore",
+            "format is 2, but this fusestore knows only 1: use a newer one",
         ),
         ("format = 1", "", "format is missing"),
         ("format = 1", 'format = "1"', "format must be a whole number"),
@@ -245,22 +245,22 @@ def store(tmp_path: Path) -> Path:
         ("uuid = ", 'uuid = "x" #', "uuid must be a UUID"),
         ('code = "2+1"', 'code = "two"', "code cannot be used"),
         ('code = "2+1"', "code = 3", "code must be text"),
-        ('code = "2+1"', 'code = "3+1"', "losing a region would lose data"),
+        ('code = "2+1"', 'code = "3+1"', "the loss of a region would lose data"),
         ("allow_unsafe = false", "allow_unsafe = 1", "allow_unsafe must be true or false"),
         ('name = "us-west-1"', 'nome = "us-west-1"', "node 2: name is missing"),
         ('region = "us-west-1"', 'region = "a/b"', "node 2: region cannot be used"),
-        ('name = "us-west-1"', 'name = "us-east-1"', "node 2: name is 'us-east-1', like"),
+        ('name = "us-west-1"', 'name = "us-east-1"', "node 2: name is 'us-east-1', the"),
         ('path = "us-west-1"', 'path = "us-east-1"', "both at"),
         ('path = "us-west-1"', 'path = "metadata/x"', "nested"),
         ('path = "us-west-1"', 'path = ""', "holds the store"),
-        ('path = "us-west-1"', 'path = "a\\u0000"', "node 2: path has a zero byte"),
-        ("[[node]]", "[[nodes]]", "node must be there"),
+        ('path = "us-west-1"', 'path = "a\\u0000"', "node 2: path contains a zero byte"),
+        ("[[node]]", "[[nodes]]", "node must occur"),
         ("metadata =", "limit = 1\nmetadata =", "limit is not a key"),
         ("metadata =", "metadata", "not valid TOML"),
         ("scrub_days = 30", "scrub_days = " + "9" * 5000, "a number is too long"),
         ("scrub_days = 30", "scrub_days = 0x" + "f" * 9000, ":10: scrub_days must be a number"),
         ("code = ", "code = 0x" + "f" * 9000 + " #", ":6: code must be text"),
-        ("format = 1", "format = 0x" + "f" * 9000, ":4: format is a number of thousands of digits"),
+        ("format = 1", "format = 0x" + "f" * 9000, ":4: format is a number with thousands"),
         ("uuid = ", 'uuid = "' + "x" * 500 + '" #', "x…"),
         ("metadata =", ".".join("a" * 99) + " = 1\nmetadata =", ":8: a is not a key"),
         ("metadata =", 'metrics = "' + "9" * 5000 + '"\nmetadata =', ":8: metrics cannot be used"),

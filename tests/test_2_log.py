@@ -976,7 +976,7 @@ async def test_nothing_is_acknowledged_after_a_commit_that_met_a_bug(
                 patch.setattr(JournalWriter, "append", fail)
                 with pytest.raises(ZeroDivisionError):
                     await one.store.committer.commit()
-            with pytest.raises(NotDurableError, match="mount it again"):
+            with pytest.raises(NotDurableError, match="mount the store again"):
                 await one.store.committer.commit()
     assert ended.group_contains(NotDurableError)  # nor was it when the store was closed
     async with opened(config) as one:

@@ -64,7 +64,7 @@ async def test_it_is_refused_as_a_whole_and_the_log_goes_on(
         await one.put("good", b"good" * 1000)
         await one.checkpoint()
         files = one.store.log.counters.files
-        with pytest.raises(RowTooLargeError, match="the metadata takes 511 and 65536"):
+        with pytest.raises(RowTooLargeError, match="at most 511 and 65536"):
             operation(one)
         if operation is not recode:
             assert one.store.log.counters.files == files
@@ -134,5 +134,5 @@ def test_nodes_that_do_not_fit_one_row_are_refused(tmp_path: Path) -> None:
     assert check_places(tmp_path / "s", tmp_path / "m", nodes(64)) is None
     problem = check_places(tmp_path / "s", tmp_path / "m", nodes(200))
     assert problem is not None
-    assert "have fewer nodes" in problem
+    assert "use fewer nodes" in problem
     assert len(json.dumps([str(node.path) for node in nodes(200)])) > VALUE_BYTES_MAX

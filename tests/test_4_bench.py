@@ -160,8 +160,8 @@ def test_a_workload_that_fails_is_told_and_others_go_on(
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"only": ("big",)}, "There is no workload 'big'; there are large, overwrite,"),
-        ({"only": ("repair",)}, "The workload repair is for stores of its own: leave DIR out."),
+        ({"only": ("big",)}, "There is no workload 'big'; the workloads are large, "),
+        ({"only": ("repair",)}, "The workload repair needs a temporary store: omit DIR."),
         ({"only": ("many",)}, "The workload many needs --files-in-store."),
         ({"plot": Path("x.pdf")}, "x.pdf cannot be plotted: its name must end with .png or .svg."),
         ({"json_file": Path("/absent/x")}, "/absent/x cannot be written: No such file or dir"),
@@ -210,7 +210,7 @@ def test_a_child_that_fails_or_hangs_does_not_hold_us_up() -> None:
         isolated(lambda: os.stat("/absent"), lambda: None)
     with pytest.raises(FusestoreError, match="was killed"):
         isolated(lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: None)
-    with pytest.raises(FusestoreError, match="did not end within"):
+    with pytest.raises(FusestoreError, match="did not finish within"):
         isolated(lambda: time.sleep(600), lambda: None, 0.1)
 
 
@@ -324,7 +324,7 @@ def test_a_full_directory_is_told_in_one_sentence(place: Path) -> None:
         )
         assert done.returncode == 3
         assert done.stdout == ""
-        assert done.stderr.startswith(f"fusestore: {place} has 16 MiB free, and these workloads ")
+        assert done.stderr.startswith(f"fusestore: {place} has 16 MiB free, but these workloads ")
         assert done.stderr.count("\n") == 1
 
         scale = replace(TINY, large_mib=64)

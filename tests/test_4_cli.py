@@ -843,7 +843,7 @@ def test_a_degraded_store_mounts_with_a_warning(fakes: Fakes) -> None:
         ("dies", "The daemon ended with status 9 before it was ready: see "),
         ("dies mounted", "The daemon ended with status 9 before it was ready: see "),
         ("crashes", "The daemon ended with status 3 before it was ready: see "),
-        ("lies", "The daemon says that it is ready, and "),
+        ("lies", "The daemon reports that it is ready, but "),
     ],
 )
 def test_never_mounted_and_dead(fakes: Fakes, kind: str, reason: str) -> None:
@@ -926,7 +926,7 @@ def test_a_busy_mount_names_who_uses_it_and_stays(fakes: Fakes) -> None:
         result = fakes.run("umount", fakes.mountpoint)
         user.kill()
     assert result.returncode == 3
-    assert f"{fakes.mountpoint} is busy: sleep (process {user.pid}) has files" in result.stderr
+    assert f"{fakes.mountpoint} is busy: in use by sleep (process {user.pid})" in result.stderr
     assert os.path.ismount(fakes.mountpoint)
     assert fakes.run("umount", fakes.mountpoint).returncode == 0
 

@@ -672,7 +672,7 @@ def test_addresses(text: str, address: tuple[str, int]) -> None:
 
 @pytest.mark.parametrize("text", ["", ":80", "x", "a:b", "a:70000", "::1:80", "1:-1", "1:²"])
 def test_what_is_no_address(text: str, config: StoreConfig) -> None:
-    with pytest.raises(UsageError, match="is no address for metrics"):
+    with pytest.raises(UsageError, match="is not an address for metrics"):
         MountOptions.parse([f"metrics={text}"])
     if text:
         file = config.store / "fusestore.toml"

@@ -75,10 +75,10 @@ def test_all_mistakes_are_told_at_once_each_with_its_line(config: StoreConfig) -
     assert result.exit_code == 2
     expected = [
         ('code = "7"', "code cannot be used: '7' is not a code"),
-        ("spare_shards", "spare_shards must be a whole number, and is [1]"),
-        ("scrub_days", "scrub_days must be a number from 0 to 36500, and is 99999"),
+        ("spare_shards", "spare_shards must be a whole number, but is [1]"),
+        ("scrub_days", "scrub_days must be a number from 0 to 36500, but is 99999"),
         ("paht", "node 2: paht is not a key that fusestore knows"),
-        ('name = "us-east-1"', "node 3: name is 'us-east-1', like that of another node"),
+        ('name = "us-east-1"', "node 3: name is 'us-east-1', the name of another node"),
     ]
     lines = result.stderr.splitlines()
     assert len(lines) == len(expected)
@@ -116,8 +116,8 @@ def test_an_impossible_code_and_a_missing_key_have_lines(config: StoreConfig) ->
         (b"format = 1\n\nx = = 2\n", ":3: not valid TOML: Invalid value."),
         (b"format = 1\n# \xff\n", ":2: not valid TOML: it is not UTF-8."),
         (b'format = 1\nx = "', ":2: not valid TOML: "),
-        (b"# new\nformat = 7\n", ":2: format is 7, and this fusestore knows 1: use a newer"),
-        (b"format = 0\n", ":1: format is 0, and there is only 1."),
+        (b"# new\nformat = 7\n", ":2: format is 7, but this fusestore knows only 1: use a newer"),
+        (b"format = 0\n", ":1: format must be 1, but is 0."),
     ],
 )
 def test_what_cannot_be_read_at_all(config: StoreConfig, text: bytes, message: str) -> None:
@@ -186,7 +186,7 @@ def test_nodes_of_a_newer_format_are_not_used(config: StoreConfig) -> None:
     for node in config.nodes:
         file = node.path / "node.toml"
         file.write_text(file.read_text().replace("format = 1", "format = 2"))
-    with pytest.raises(FusestoreError, match=r"format is 2, and this fusestore knows 1: use a new"):
+    with pytest.raises(FusestoreError, match="format is 2, but this fusestore knows only 1"):
         opened(config)
 
 

@@ -101,7 +101,7 @@ async def test_a_manager_that_is_gone_does_no_harm(
 ) -> None:
     told = ServiceManager({"NOTIFY_SOCKET": os.fspath(tmp_path / "gone")})
     told.ready(str)
-    assert "the service manager cannot be told 'READY=1'" in caplog.text
+    assert "'READY=1' could not be sent to the service manager" in caplog.text
 
 
 def test_a_directory_that_is_no_mount_does_not_answer_for_one(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Measuring file systems side by side: `fusestore bench`, also as `tools/bench`.
 
-`workloads` and `store_workloads` say what is measured, `targets` where (a store
-of its own, the null daemon, any directory), `rounds` how often and in which
-order, `report` and `plot` how it reads.
+`workloads` and `store_workloads` define the measurements.  `targets` defines the file
+systems: a temporary store, the null daemon, any directory.  `rounds` defines how often
+and in which order to measure.  `report` and `plot` format the results.
 """

@@ -1,6 +1,6 @@
-"""Work in processes of its own, so that a file system that hangs or a signal cannot hold us up.
+"""Work in child processes, so that neither a hanging file system nor a signal blocks the parent.
 
-Children are forked: a parent has no threads.
+Children are forked; this is safe because the parent has no threads.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ Result = TypeVar("Result")
 
 POLL_SECONDS = 0.05
 END_SECONDS = 1.0
-"""A child that has answered has this long to end by itself."""
+"""How long a child may take to exit after its answer."""
 _FORK = multiprocessing.get_context("fork")
 
 
 def isolated(
     work: Callable[[], Result], watch: Callable[[], None], seconds_max: float | None = None
 ) -> Result:
-    """What `work` returns, or raises, in a child; meanwhile `watch` is called again and again.
+    """Run `work` in a child, and return its result or raise its error; poll `watch` meanwhile.
 
-    FusestoreError when the child ends without an answer, or takes longer than `seconds_max`.
+    FusestoreError if the child exits without an answer, or takes longer than `seconds_max`.
     """
     with _child(work, leads=True) as receiver:
         deadline = time.monotonic() + (seconds_max or float("inf"))
         while not receiver.poll(POLL_SECONDS):
             watch()
             if time.monotonic() > deadline:
-                raise FusestoreError(f"it did not end within {seconds_max:.0f} seconds.")
+                raise FusestoreError(f"it did not finish within {seconds_max:.0f} seconds.")
         watch()
         return _received(receiver)[1]  # type: ignore[no-any-return]
 
 
 def together(works: Sequence[Callable[[], Result]]) -> tuple[float, list[Result]]:
-    """Run all at the same time, each in a child; seconds from the start to the end of the last."""
+    """Run all at the same time, each in a child; return the total seconds and the results."""
     gate, opener = os.pipe()
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(open(opener, "wb", buffering=0))
@@ -65,11 +65,11 @@ def together(works: Sequence[Callable[[], Result]]) -> tuple[float, list[Result]
 
 
 def _received(receiver: Connection) -> tuple[float, Any]:
-    """When a child had done its work, and what came out."""
+    """Return the time at which a child finished, and its result."""
     try:
         end, fine, value = receiver.recv()
     except EOFError:
-        raise FusestoreError("the process that measured was killed.") from None
+        raise FusestoreError("the measuring process was killed.") from None
     if not fine:
         raise value
     return end, value
@@ -77,9 +77,9 @@ def _received(receiver: Connection) -> tuple[float, Any]:
 
 @contextlib.contextmanager
 def _child(work: Callable[[], Any], leads: bool = False) -> Iterator[Connection]:
-    """A child that works, and where its answer will come; at the end it is killed.
+    """Start a child, and yield the connection for its answer; kill the child at the end.
 
-    One that leads a process group takes all that it started with it.
+    If it leads a process group, all processes that it started are killed, too.
     """
     receiver, sender = _FORK.Pipe(duplex=False)
 
@@ -101,7 +101,7 @@ def _child(work: Callable[[], Any], leads: bool = False) -> Iterator[Connection]
             process.start()
             sender.close()
             if leads:
-                with contextlib.suppress(OSError):  # whoever of the two comes first
+                with contextlib.suppress(OSError):  # either process may do this first
                     os.setpgid(process.pid or 0, process.pid or 0)
         yield receiver
         process.join(END_SECONDS)

@@ -1,4 +1,4 @@
-"""Signals that end a benchmark: at once while it measures, afterwards while it cleans up."""
+"""Signals that end a benchmark: at once during a measurement, later during a clean-up."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def caught() -> Iterator[None]:
-    """Let each signal that would end this process raise KeyboardInterrupt."""
+    """Make each signal that would end this process raise KeyboardInterrupt."""
     before = {number: signal.signal(number, _on_signal) for number in _SIGNALS}
     try:
         yield
@@ -33,7 +33,7 @@ def caught() -> Iterator[None]:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Put a signal off to the end: what is done here is done whole."""
+    """Defer signals until the body is complete."""
     global _depth, _pending
     _depth += 1
     try:

@@ -1,4 +1,4 @@
-"""A figure that a workload reached, and what it can be held against."""
+"""A figure of a workload, with its limit and its goal."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from enum import Enum
 
 
 class Limit(Enum):
-    """What bounds a rate."""
+    """The limit of a rate."""
 
     WRITTEN = "the disk less parity, or the null daemon"
-    """The least of raw × k / (k + m) and null."""
+    """The lesser of raw × k / (k + m) and null."""
     READ = "the disk or the null daemon"
-    """The least of raw and null."""
+    """The lesser of raw and null."""
     NULL = "the null daemon"
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What a store ought to reach at least: a rate, or so many times the rate of a target."""
+    """The least that a store should reach: a rate, or a multiple of the rate of a target."""
 
     least: float
     times: str | None = None
-    """A target's name."""
+    """The name of that target."""
 
     def __str__(self) -> str:
         return f"{self.least:g} × {self.times}" if self.times else f"{self.least:,.0f}"
@@ -40,5 +40,5 @@ class Measured:
 
     @property
     def is_rate(self) -> bool:
-        """Whether more is better."""
+        """Whether a larger figure is better."""
         return self.unit.endswith("/s")

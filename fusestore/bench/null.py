@@ -1,9 +1,9 @@
-"""The pyfuse3 ceiling: a file system in memory that does nothing but answer.
+"""The upper limit of pyfuse3: a file system in memory that only answers requests.
 
-No coding, no metadata store, no durability: what it reaches is the most that any
-pyfuse3 daemon could on this machine, and a store is measured as a share of it.
-Bytes past the first MiB of a file are dropped when written and read as zeros, so
-that not this daemon's memory is what is measured.
+It has no coding, no metadata store and no durability.  No pyfuse3 daemon on this machine
+can be faster, so results of a store are given as shares of it.  Bytes past the first MiB
+of a file are dropped, and read as zeros, so that the measurement does not depend on the
+memory of this daemon.
 
     python -m fusestore.bench.null MOUNTPOINT      prints "ready" when it is mounted
 """
@@ -25,9 +25,9 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 from ..limits import MIB
 
 KEPT_BYTES_MAX = MIB
-"""What is kept of each file."""
+"""How many bytes of each file are kept."""
 CACHED_SECONDS = 300
-"""As long as a store lets the kernel keep names and attributes."""
+"""How long the kernel may cache names and attributes; the same as for a store."""
 _ZEROS = memoryview(bytes(2 * MIB))
 _FREE_BLOCKS = 1 << 30
 
@@ -197,7 +197,7 @@ class NullOperations(pyfuse3.Operations):
         size = max(0, min(size, node.size - off))
         if off + size <= len(node.data):
             return bytes(memoryview(node.data)[off : off + size])
-        return _ZEROS[:size]  # type: ignore[return-value]  # any buffer will do
+        return _ZEROS[:size]  # type: ignore[return-value]  # any buffer works
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         node, end = self._nodes[fh], off + len(buf)
@@ -222,7 +222,7 @@ class NullOperations(pyfuse3.Operations):
 
 
 def main(mountpoint: str) -> None:
-    """Mount, say so, and serve until it is unmounted."""
+    """Mount, print "ready", and serve until unmounted."""
     options = {*pyfuse3.default_options, "fsname=null", "subtype=fusestore-null"}
     pyfuse3.init(NullOperations(), mountpoint, options)
     try:

@@ -1,7 +1,7 @@
-"""A plot of a benchmark: for each figure one bar a target, as a share of the limit.
+"""A plot of a benchmark: for each figure one bar per target, as a share of the limit.
 
-Figures that have no limit are left out, unless none has: then a bar is the share
-of the best target, or of the target with the least when less is better.
+Figures without a limit are omitted.  If no figure has a limit, a bar is the share of the
+best target.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from .report import value_text
 
 FORMATS = (".png", ".svg")
 SHARE_SHOWN_MAX = 1.5
-"""Bars are cut there: a disk's cache may be many times as fast as any daemon."""
+"""The longest bar: the cache of a disk may be many times as fast as any daemon."""
 COLOURS = ("#1f6f8b", "#c8c8c8", "#e3a857", "#8a6fa8", "#7fa86f", "#b85c5c")
 
 
 def check(path: Path) -> None:
-    """UsageError when nothing can be plotted to `path`; so that it is known beforehand."""
+    """Raise UsageError if a plot cannot be written to `path`; call this before measuring."""
     if path.suffix.lower() not in FORMATS:
         raise UsageError(f"{path} cannot be plotted: its name must end with .png or .svg.")
     if importlib.util.find_spec("matplotlib") is None:
@@ -76,7 +76,7 @@ def write(path: Path, records: Sequence[dict[str, Any]], title: str, names: Sequ
 
 
 def _shares(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], float | None]:
-    """The length of each bar by workload, figure and target."""
+    """Return the length of each bar by workload, figure and target."""
     limited = any(record["share_of_limit"] for record in records)
     best: dict[tuple[str, str], float] = {}
     for record in records:

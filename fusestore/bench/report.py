@@ -1,4 +1,4 @@
-"""How a benchmark reads: a table as it goes, JSON and CSV for machines."""
+"""Reports of a benchmark: a table while it runs, JSON and CSV for programs."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What is reported of whom; the first target is the one that counts."""
+    """The report on some targets; the others are compared with the first one."""
 
     targets: Sequence[Target]
     disk_share: float
-    """How much of what is written to the disk is not parity."""
+    """The share of data, without parity, in the bytes written to the disk."""
 
     @property
     def names(self) -> list[str]:
-        """The targets' names, the one that counts first."""
+        """The names of the targets."""
         return [target.name for target in self.targets]
 
     def has_limits(self) -> bool:
-        """Whether any target says what could be reached."""
+        """Whether the targets include a limit (raw or null)."""
         return not {"raw", "null"}.isdisjoint(self.names[1:])
 
     def _goal_met(self, row: Row, target: str) -> bool | None:
-        """Goals are for stores, and only the first target may be one that counts."""
+        """Return whether a goal is met; goals apply only to the first target if it is a store."""
         first = self.targets[0]
         return row.goal_met(target) if first.name == target and first.daemon else None
 
@@ -71,10 +71,10 @@ class Report:
                 line += f"  goal {row.goal} {'✓' if met else '✗'}"
             yield line.rstrip()
 
-    # --- for machines --------------------------------------------------------
+    # --- for programs --------------------------------------------------------
 
     def records(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        """One record for each figure and target, with the values of each round."""
+        """Return one record for each figure and target, with the values of each round."""
         return [
             {
                 "workload": row.workload,
@@ -99,29 +99,29 @@ class Report:
 
 
 def number_text(value: float) -> str:
-    """Three digits, or more before the point; counts as they are."""
+    """Format a number with three significant digits; print counts in full."""
     if value >= 100 or value == int(value):
         return f"{value:,.0f}"
     return f"{value:#.3g}" if value >= 0.1 else f"{value:.2g}"
 
 
 def cut(name: str) -> str:
-    """A target's name for the head of a column."""
+    """Shorten the name of a target for the head of a column."""
     return name if len(name) <= 10 else name[:9] + "…"
 
 
 def ratio_columns(name: str) -> int:
-    """The width of the column that has the first target's ratio to this one."""
+    """Return the width of the column with the ratio of the first target to this one."""
     return max(8, len(cut(name)) + 4)
 
 
 def value_text(record: dict[str, Any]) -> str:
-    """The median of a record, with its unit."""
+    """Format the median of a record with its unit."""
     return f"{number_text(record['median'])} {record['unit']}"
 
 
 def bar(share: float) -> str:
-    """A bar of so much of its full length."""
+    """Draw a bar with a share of its full length."""
     eighths = round(max(0.0, min(share, 1.0)) * BAR_COLUMNS * 8)
     full, rest = divmod(eighths, 8)
     return ("█" * full + (_EIGHTHS[rest] if rest else "")).ljust(BAR_COLUMNS, "·")
@@ -136,5 +136,5 @@ def write_csv(path: Path, records: Sequence[dict[str, Any]]) -> None:
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Write all that is known of a run."""
+    """Write all results of a run."""
     path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,10 +1,10 @@
-"""How often what is measured, in which order, and what comes out of the rounds.
+"""The rounds of a benchmark: their number, their order, and their evaluation.
 
-Memory that a virtual machine touches for the first time is slow, and so is the
-first of anything: memory is touched before, and the first round does not count.
-In each round every target has its turn, another one first each time, so that
-what changes on the machine changes for all.  A figure is the median of its rounds,
-and the ratio of two targets the median of the ratios of each round.
+The first use of memory in a virtual machine is slow, and so is the first run of anything.
+Therefore memory is touched beforehand, and the first round does not count.  In each round
+every target runs once, each time beginning with another target, so that changes of the
+machine affect all.  A figure is the median of its rounds.  The ratio of two targets is
+the median of their ratios in each round.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from .watching import MemoryWatch, memory_mib
 from .workloads import Place, Run
 
 RUN_SECONDS_MAX = 900.0
-"""A run that takes longer is given up: something hangs."""
+"""A run that takes longer hangs, and is given up."""
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Something to be measured."""
+    """A workload, and how to run it."""
 
     name: str
     run: Run
     own: bool = False
-    """It makes stores of its own, once a round."""
+    """It makes its own stores, once per round."""
     once: bool = False
-    """It takes so long that one round must do, which counts; and only if it is asked for."""
+    """It takes long: it runs only on request, for one round, which counts."""
 
 
 WORKLOADS = (
@@ -72,20 +72,20 @@ class Row:
     limit: Limit | None = None
     goal: Goal | None = None
     values: dict[str, list[float]] = field(default_factory=dict)
-    """By target; each has the same number of rounds."""
+    """The values of each round by target; all targets have the same number of rounds."""
 
     def median(self, target: str) -> float:
-        """The figure of a target."""
+        """Return the figure of a target."""
         return statistics.median(self.values[target])
 
     def ratio(self, target: str, other: str) -> float | None:
-        """How many times the figure of another a target has."""
+        """Return the ratio of the figures of two targets."""
         pairs = zip(self.values.get(target, ()), self.values.get(other, ()), strict=False)
         ratios = [one / two for one, two in pairs if two > 0]
         return statistics.median(ratios) if ratios else None
 
     def share(self, target: str, disk_share: float) -> float | None:
-        """How much of its limit a target reaches; `disk_share` of the disk is not parity."""
+        """Return the share of its limit that a target reaches; `disk_share` of writes is data."""
         raw = self.ratio(target, "raw") if self.limit is not Limit.NULL else None
         if raw is not None and self.limit is Limit.WRITTEN:
             raw /= disk_share
@@ -93,7 +93,7 @@ class Row:
         return max(shares) if self.limit and shares else None
 
     def goal_met(self, target: str) -> bool | None:
-        """Whether a target reaches the goal; None when that cannot be said."""
+        """Return whether a target reaches the goal; None if this is unknown."""
         if self.goal is None or target not in self.values:
             return None
         if self.goal.times is None:
@@ -104,7 +104,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A workload that a target did not get through."""
+    """A workload that failed on a target."""
 
     workload: str
     target: str
@@ -122,13 +122,13 @@ class Session:
     scale: Scale
     tarball: Path
     disk: Path | None
-    """A scratch directory where stores may be made: None when none are asked for."""
+    """A directory for temporary stores; None if there are none."""
     files_in_store: int | None
     report_progress: Callable[[str], None]
     failures: list[Failure] = field(default_factory=list)
 
     def measure(self, chosen: Sequence[Workload]) -> Iterator[list[Row]]:
-        """The rows of one workload after the other, then those of the daemons."""
+        """Yield the rows of one workload after the other, then those of the daemons."""
         warm_memory(self.scale.warm_mib)
         watches = {target.name: MemoryWatch(target.daemon) for target in self.targets}
         for workload in chosen:
@@ -168,7 +168,7 @@ class Session:
         self.failures.append(Failure(workload.name, target.name, reason))
 
     def _run(self, workload: Workload, target: Target, watch: MemoryWatch) -> list[Measured]:
-        """One run, in an empty directory that is gone afterwards."""
+        """Run a workload once, in a new directory that is removed afterwards."""
         if workload.own:
             assert self.disk is not None
             return list(workload.run(Place(self.disk, self.scale, self.tarball)))
@@ -186,7 +186,7 @@ class Session:
 
         try:
             found = isolated(work, watch.look, None if workload.once else RUN_SECONDS_MAX)
-        except Exception:  # not an interruption: then the target goes, with all that is in it
+        except Exception:  # after an interruption, the whole target is removed
             clear()
             raise
         clear()
@@ -196,7 +196,7 @@ class Session:
 def collect(
     rows: dict[str, Row], workload: Workload, target: Target, found: Sequence[Measured]
 ) -> None:
-    """Add what one run found."""
+    """Add the results of one run."""
     for each in found:
         row = rows.setdefault(
             each.figure,
@@ -206,7 +206,7 @@ def collect(
 
 
 def memory_rows(targets: Sequence[Target], watches: dict[str, MemoryWatch]) -> Iterator[Row]:
-    """What the daemons took at most, over all workloads."""
+    """Yield the peak memory of the daemons over all workloads."""
     anonymous = Row("daemon", "memory of the daemon, most RssAnon", "MiB", False)
     resident = Row("daemon", "memory of the daemon, VmHWM", "MiB", False)
     for target in targets:
@@ -221,7 +221,7 @@ def memory_rows(targets: Sequence[Target], watches: dict[str, MemoryWatch]) -> I
 
 
 def warm_memory(mib: int) -> None:
-    """Touch memory once, and give it back; less when less is there."""
+    """Touch memory once and free it; less if less is available."""
     available = 0
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):

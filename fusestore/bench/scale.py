@@ -1,4 +1,4 @@
-"""How much each workload does in one round."""
+"""The amount of work of each workload in one round."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Scale:
     rounds: int = 5
     """Rounds that count, after one that does not."""
     warm_mib: int = 2048
-    """Memory that is touched once before anything is measured."""
+    """Memory that is touched once before the measurements."""
     large_mib: int = 512
-    """The file that is written and read in sequence, and read at random."""
+    """The size of the file that is written and read in sequence, and read at random."""
     random_reads: int = 1000
     overwritten_mib: int = 64
-    """The file whose blocks are overwritten."""
+    """The size of the file whose blocks are overwritten."""
     synced_writes: int = 300
     small_files: int = 2000
     tree_files: int = 1500
@@ -29,25 +29,25 @@ class Scale:
     documents_per_client: int = 20
     clients_at_once: tuple[int, ...] = (1, 2, 4, 8)
     parallel_mib: int = 256
-    """All files together that clients write and read at once."""
+    """The total size of the files that clients write and read at once."""
     sizes: tuple[int, ...] = tuple(1000 * 10**power for power in range(7))
     """Sizes of files, in bytes: 1 KB to 1 GB."""
     size_total_bytes: int = 32 * MIB
     size_files_max: int = 200
-    """As many files of a size as make up the total, at least one, at most so many."""
+    """The greatest number of files of one size; fewer if they reach the total, at least one."""
     stall_seconds: float = 20.0
     """How long writes are timed while the daemon makes checkpoints."""
     damaged_mib: int = 512
-    """What is in a store that loses a region."""
+    """The data in a store that loses a region."""
     small_write_mib: int = 64
-    """What is written in pieces of 4 KiB, with and without the options that help."""
+    """The data that is written in pieces of 4 KiB, with and without faster mount options."""
     memory_mib: int = 512
-    """What is written to a store whose nodes are in memory."""
+    """The data that is written to a store whose nodes are in memory."""
     files_before: int = 10_000
     """Files in the store for the first of two measurements with many files."""
 
     def bytes_max(self, workloads: Iterable[str]) -> int:
-        """The most file data that one run of any of these has on a file system at a time."""
+        """Return the most file data that one run of these workloads stores at a time."""
         needed = {
             "large": self.large_mib * MIB,
             "parallel": self.parallel_mib * MIB,

@@ -1,4 +1,4 @@
-"""One run of the benchmark, from its options to its reports."""
+"""A run of the benchmark, from its options to its reports."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from .surroundings import file_system, surroundings
 from .targets import Target
 
 ROOM_FACTOR = 8
-"""Own stores need so many times the room of the largest workload: parity, what is freed later."""
+"""Temporary stores need this many times the room of the largest workload, for parity and for
+room that is freed later."""
 ROOM_BYTES_MIN = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What was asked for."""
+    """The options of the command."""
 
     directory: Path | None = None
     against: tuple[Path, ...] = ()
@@ -43,18 +44,20 @@ class Options:
     plot: Path | None = None
 
     def scale(self) -> Scale:
-        """How much to do."""
+        """The amount of work."""
         scale = QUICK if self.quick else FULL
         return replace(scale, rounds=self.rounds) if self.rounds else scale
 
     def workloads(self) -> list[Workload]:
-        """What to measure; UsageError for what there is not."""
+        """Return the chosen workloads; UsageError for unknown or unsuitable ones."""
         known = {workload.name: workload for workload in WORKLOADS}
         for name in self.only:
             if name not in known:
-                raise UsageError(f"There is no workload {name!r}; there are {', '.join(known)}.")
+                raise UsageError(
+                    f"There is no workload {name!r}; the workloads are {', '.join(known)}."
+                )
             if known[name].own and self.directory is not None:
-                raise UsageError(f"The workload {name} is for stores of its own: leave DIR out.")
+                raise UsageError(f"The workload {name} needs a temporary store: omit DIR.")
         if "many" in self.only and self.files_in_store is None:
             raise UsageError("The workload many needs --files-in-store.")
         chosen = []
@@ -67,9 +70,9 @@ class Options:
         return chosen
 
     def check(self) -> None:
-        """UsageError when what was asked for cannot be, so that it is known beforehand."""
+        """Raise UsageError for impossible options, before anything is measured."""
         if self.directory is not None and self.disk is not None:
-            raise UsageError("--disk is for a store of its own: leave it out, or DIR.")
+            raise UsageError("--disk is only for a temporary store: omit --disk, or DIR.")
         for path in (self.directory, self.disk, *self.against):
             if path is not None and not path.is_dir():
                 raise UsageError(f"{path} is not a directory.")
@@ -86,9 +89,9 @@ class Options:
 
 
 def run(options: Options, echo: Callable[[str], None], scale: Scale | None = None) -> None:
-    """Measure, print a table with `echo`, and write what was asked for.
+    """Measure, print a table with `echo`, and write the requested files.
 
-    UsageError before anything was done; FusestoreError when a workload failed.
+    UsageError before anything is measured; FusestoreError if a workload failed.
     """
     chosen = options.workloads()
     options.check()
@@ -113,7 +116,7 @@ def run(options: Options, echo: Callable[[str], None], scale: Scale | None = Non
     _write(options, rows, reported, about, scale, session)
     if session.failures:
         count = len(session.failures)
-        raise FusestoreError(f"{count} of the workloads' runs failed, as said above.")
+        raise FusestoreError(f"{count} of the workloads' runs failed; see above.")
 
 
 def _measure(
@@ -134,7 +137,7 @@ def _measure(
 def _targets(
     options: Options, disk: Path, needed: int, stack: contextlib.ExitStack
 ) -> Iterator[Target]:
-    """What is measured, ready to be; `needed`: the bytes of the largest workload."""
+    """Prepare and yield the targets; `needed` is the bytes of the largest workload."""
     taken = {"fusestore", "raw", "null"}
     if options.directory is None:
         targets.check_room(disk, ROOM_BYTES_MIN + ROOM_FACTOR * needed)
@@ -146,7 +149,7 @@ def _targets(
         name = path.resolve().name or "/"
         name = str(path.resolve()) if name in taken else name
         if name in taken:
-            raise UsageError(f"{path} is named twice.")
+            raise UsageError(f"{path} is given twice.")
         taken.add(name)
         targets.check_room(path, ROOM_BYTES_MIN + 2 * needed)
         yield stack.enter_context(targets.directory(path, name))
@@ -155,7 +158,7 @@ def _targets(
 
 
 def _disk_share(store: Path | None) -> float:
-    """How much of what a store writes is data, not parity; 1 for what is no store."""
+    """Return the share of data, without parity, in the writes of a store; 1 if it is no store."""
     if store is None:
         return 1.0
     code = load(store).code
@@ -187,7 +190,7 @@ def _head(about: dict[str, str], reported: Report) -> Iterator[str]:
 
 
 def _progress(text: str) -> None:
-    """Say on a terminal what is being done; on one line, which goes away."""
+    """Show the current step on a terminal, on one temporary line."""
     if sys.stderr.isatty():
         sys.stderr.write(f"\r\033[K{text}")
         sys.stderr.flush()

@@ -1,8 +1,8 @@
-"""What only stores are measured in: lost regions, repair, checkpoints, many files.
+"""Workloads for stores only: lost regions, repair, checkpoints, many files.
 
-Most make stores of their own, so that they are not spoilt for others.  These run
-in the benchmark's own process, which makes and removes stores; all that touches
-their files is done in a child.
+Most of them make their own stores, so that they do not affect other workloads.  These
+run in the process of the benchmark, which makes and removes stores.  Only children touch
+the files of the stores.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from .workloads import BLOCK_BYTES, Place, Run, drop_caches, read_whole, seconds
 REGION = "us-east-1"
 MEMORY = Path("/dev/shm")
 CHURN_BATCH = 500
-"""Files that are made between two syncs."""
+"""How many files are created between two syncs."""
 FILES_PER_DIRECTORY = 1000
 
 
 def in_child(work: Callable[[], float]) -> float:
-    """How long work in a child took, as it says itself."""
+    """Run work in a child, and return the seconds that the child reports."""
     return isolated(work, lambda: None)
 
 
 def all_of(run: Run, place: Place) -> list[Measured]:
-    """What a workload in a child measures."""
+    """Run a workload in a child, and return its figures."""
     return isolated(lambda: list(run(place)), lambda: None)
 
 
 def renamed(circumstance: str, found: Iterable[Measured]) -> Iterator[Measured]:
-    """The figures of a workload under circumstances for which there are no limits."""
+    """Rename the figures of a workload under special conditions, and drop limits and goals."""
     for each in found:
         yield replace(each, figure=f"{circumstance}: {each.figure}", limit=None, goal=None)
 
 
 def degraded(place: Place) -> Iterator[Measured]:
-    """Read what was written before a region was lost, and write without it."""
+    """Read files that were written before the loss of a region, and write without it."""
     scale = place.scale
     mib, reads, block = scale.damaged_mib, scale.random_reads, os.urandom(MIB)
     with own_store(place.top) as store:
@@ -79,7 +79,7 @@ def degraded(place: Place) -> Iterator[Measured]:
 
 
 def repair(place: Place) -> Iterator[Measured]:
-    """Rebuild a region whose directory is gone, mounted."""
+    """Rebuild a lost region of a mounted store."""
     mib, block = place.scale.damaged_mib, os.urandom(MIB)
     with own_store(place.top) as store:
         in_child(lambda: seconds(lambda: write_large(store.mountpoint / "large", mib, block)))
@@ -97,7 +97,7 @@ def repair(place: Place) -> Iterator[Measured]:
 
 
 def writeback(place: Place) -> Iterator[Measured]:
-    """Write a file in pieces of 4 KiB, with and without the options that help."""
+    """Write a file in pieces of 4 KiB, with and without faster mount options."""
     mib, block = place.scale.small_write_mib, os.urandom(BLOCK_BYTES)
 
     def write(path: Path) -> None:
@@ -116,7 +116,7 @@ def writeback(place: Place) -> Iterator[Measured]:
 
 
 def memory(place: Place) -> Iterator[Measured]:
-    """The large file in a store whose nodes and metadata are in memory (/dev/shm)."""
+    """Run `large` in a store whose nodes and metadata are in memory (/dev/shm)."""
     check_room(MEMORY, 3 * place.scale.memory_mib * MIB)
     with own_store(MEMORY) as store:
         there = replace(
@@ -131,7 +131,7 @@ def memory(place: Place) -> Iterator[Measured]:
 def checkpoints(place: Place) -> Iterator[Measured]:
     """Time writes of 4 KiB while another process creates files as fast as it can.
 
-    It syncs them from time to time: a commit that finds many changes makes a checkpoint.
+    That process syncs from time to time: a commit with many changes makes a checkpoint.
     """
     path, block = place.top / "stalled", os.urandom(BLOCK_BYTES)
     write_large(path, 1, os.urandom(MIB))
@@ -170,7 +170,7 @@ def checkpoints(place: Place) -> Iterator[Measured]:
 
 
 def many(place: Place) -> Iterator[Measured]:
-    """The small files in a store that has 10,000 files, and again when it has many more."""
+    """Run `small` in a store with 10,000 files, and again with many more files."""
     assert place.files_in_store is not None
     there = 0
     for wanted in (place.scale.files_before, place.files_in_store):

@@ -1,4 +1,4 @@
-"""What figures depend on: the machine, its software and the file systems measured."""
+"""The conditions of a run: the machine, its software and its file systems."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .workloads import drop_caches
 
 
 def surroundings() -> dict[str, str]:
-    """What every figure of a run depends on, by name."""
+    """Return the conditions of a run by name."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -25,14 +25,14 @@ def surroundings() -> dict[str, str]:
         "CPU": f"{processor()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores",
         "memory": f"{memory:.1f} GiB",
         "load": f"{os.getloadavg()[0]:.2f} before the start",
-        "caches": "dropped before what is called cold"
+        "caches": "dropped before each cold measurement"
         if drop_caches()
-        else "NOT dropped, which needs root: what is called cold may come from memory",
+        else "NOT dropped (this needs root): cold reads may come from memory",
     }
 
 
 def processor() -> str:
-    """The name that the processor gives itself."""
+    """Return the model name of the processor."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
@@ -40,7 +40,7 @@ def processor() -> str:
 
 
 def file_system(path: Path) -> str:
-    """Type and device of the file system that `path` is on."""
+    """Return the type and the device of the file system that contains `path`."""
     resolved = path.resolve()
     best, answer = Path("/"), "unknown"
     for entry in parse_entries(MOUNTINFO.read_bytes()):

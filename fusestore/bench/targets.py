@@ -1,7 +1,7 @@
-"""Where workloads run: a store of its own, the null daemon, any directory.
+"""The targets of workloads: a temporary store, the null daemon, any directory.
 
-Each makes one directory, and on leaving takes it away with all that is in it,
-mounts and daemons included, however the benchmark ends.
+Each target makes one directory.  At the end it removes this directory with its contents,
+mounts and daemons, however the benchmark ends.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from . import interrupts
 from .surroundings import file_system
 
 COMMAND_SECONDS_MAX = 600.0
-"""For one command of fusestore: a repair of a full-size store among them."""
+"""How long one command of fusestore may take, including a repair of a full-size store."""
 END_SECONDS_MAX = 30.0
-"""For a daemon to end when its mount has gone."""
+"""How long a daemon may take to exit after its mount is gone."""
 _numbers = itertools.count(1)
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A file system to be measured."""
+    """A file system to measure."""
 
     name: str
     top: Path
-    """A directory that is the benchmark's alone."""
+    """A directory that only the benchmark uses."""
     about: str
-    """File system and device."""
+    """A description: file system and device."""
     daemon: int | None = None
-    """The process that serves it, if one is known."""
+    """The process that serves it, if known."""
     store: Path | None = None
-    """The store that it is, if it was made for the benchmark."""
+    """The store, if it was made for the benchmark."""
 
 
 # --- directories -------------------------------------------------------------
@@ -53,9 +53,9 @@ class Target:
 
 @contextlib.contextmanager
 def scratch(directory: Path) -> Iterator[Path]:
-    """A new directory below `directory`, taken away at the end with all that is mounted in it.
+    """Make a directory below `directory`; at the end remove it and unmount all mounts in it.
 
-    UsageError when it cannot be made.
+    UsageError if it cannot be made.
     """
     top = directory.resolve() / f"fusestore-bench-{os.getpid()}-{next(_numbers)}"
     try:
@@ -73,35 +73,35 @@ def scratch(directory: Path) -> Iterator[Path]:
 
 
 def _detach(mountpoint: Path) -> None:
-    """Take a mount away that could not be unmounted as it should: its daemon ends by itself."""
+    """Detach a mount that could not be unmounted normally; its daemon exits by itself."""
     subprocess.run(["fusermount3", "-u", "-z", "--", mountpoint], capture_output=True)
 
 
 def working_directory() -> Path:
-    """Where a store of its own is made: in the directory for temporary files, if on a disk."""
+    """Return the default directory for temporary stores: that of temporary files, if on a disk."""
     directory = Path(tempfile.gettempdir())
     return Path("/var/tmp") if file_system(directory).startswith("tmpfs") else directory
 
 
 def check_room(directory: Path, needed: int) -> None:
-    """FusestoreError unless so many bytes are free there."""
+    """Raise FusestoreError unless `needed` bytes are free in a directory."""
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise FusestoreError(
-            f"{directory} has {free >> 20:,} MiB free, and these workloads need "
-            f"{needed >> 20:,}: free some, or choose less with --quick or --only."
+            f"{directory} has {free >> 20:,} MiB free, but these workloads need "
+            f"{needed >> 20:,} MiB: free some room, or choose less with --quick or --only."
         )
 
 
 @contextlib.contextmanager
 def directory(path: Path, name: str) -> Iterator[Target]:
-    """Any directory, whatever file system it is on."""
+    """A directory on any file system."""
     with scratch(path) as top:
         yield Target(name, top, file_system(top), _daemon_of(top))
 
 
 def _daemon_of(path: Path) -> int | None:
-    """The daemon of the store that a directory is on, if it is on one that may be asked."""
+    """Return the daemon of the store that contains a directory, if there is one that answers."""
     mount = mounts.containing(path)
     if mount is None:
         return None
@@ -115,36 +115,36 @@ def _daemon_of(path: Path) -> int | None:
 
 
 class OwnStore:
-    """A store with three regions, made for one purpose."""
+    """A temporary store with three regions."""
 
     def __init__(self, top: Path) -> None:
         self.path = top / "store"
         self.mountpoint = top / "files"
 
     def make(self) -> None:
-        """Make and mount it."""
+        """Make the store and mount it."""
         self.mountpoint.mkdir()
         fusestore("mkfs", str(self.path))
 
     def mount(self, *options: str) -> None:
-        """Mount it, with options as of -o."""
+        """Mount the store, with options as for -o."""
         flags = ["-o", ",".join(options)] if options else []
         fusestore("mount", *flags, str(self.path), str(self.mountpoint))
 
     def umount(self) -> None:
-        """Unmount it; everything is committed then."""
+        """Unmount the store; then everything is committed."""
         fusestore("umount", str(self.mountpoint))
 
     def daemon(self) -> int:
-        """The process that serves it."""
+        """Return the process that serves the store."""
         return ControlClient(self.path).daemon()
 
     def lose(self, region: str) -> None:
-        """Delete all that a region has."""
+        """Delete all data of a region."""
         shutil.rmtree(self.path / region)
 
     def repair(self, region: str) -> dict[str, Any]:
-        """Rebuild a region, and say what `fusestore repair --json` does."""
+        """Rebuild a region, and return the result of `fusestore repair --json`."""
         answer = json.loads(fusestore("repair", str(self.path), region, "--quiet", "--json"))
         assert isinstance(answer, dict)
         return answer
@@ -152,7 +152,7 @@ class OwnStore:
 
 @contextlib.contextmanager
 def own_store(disk: Path, *options: str) -> Iterator[OwnStore]:
-    """A store that exists only here, mounted with `options`."""
+    """Make a store, mounted with `options`; remove it at the end."""
     with scratch(disk) as top:
         store = OwnStore(top)
         store.make()
@@ -165,9 +165,9 @@ def own_store(disk: Path, *options: str) -> Iterator[OwnStore]:
 
 
 def fusestore(*arguments: str) -> str:
-    """What a command of fusestore prints; FusestoreError with its complaint when it fails.
+    """Run a command of fusestore, and return its output; FusestoreError if it fails.
 
-    It is not interrupted, so that no daemon comes about whom nobody knows.
+    The command is not interrupted, so that no unknown daemon remains.
     """
     with interrupts.deferred():
         try:
@@ -182,7 +182,7 @@ def fusestore(*arguments: str) -> str:
             )
         except subprocess.TimeoutExpired:
             raise FusestoreError(
-                f"fusestore {arguments[0]} has not ended within {COMMAND_SECONDS_MAX:.0f} seconds."
+                f"fusestore {arguments[0]} did not finish within {COMMAND_SECONDS_MAX:.0f} seconds."
             ) from None
     if done.returncode:
         complaint = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["no reason given"]
@@ -192,12 +192,12 @@ def fusestore(*arguments: str) -> str:
     return done.stdout
 
 
-# --- the ceiling -------------------------------------------------------------
+# --- the null daemon ---------------------------------------------------------
 
 
 @contextlib.contextmanager
 def null_daemon(disk: Path) -> Iterator[Target]:
-    """The null daemon, mounted: see null.py."""
+    """Mount the null daemon (see null.py)."""
     with scratch(disk) as top:
         mountpoint = top / "null"
         mountpoint.mkdir()
@@ -223,7 +223,7 @@ def _null_process(mountpoint: Path) -> Iterator[int]:
             assert daemon.stderr is not None
             ready = daemon.stdout.readline() == "ready\n"
         if not ready:
-            reason = daemon.stderr.read().strip().splitlines() or ["it ended"]
+            reason = daemon.stderr.read().strip().splitlines() or ["it exited"]
             raise FusestoreError(f"The null daemon could not be mounted: {reason[-1]}")
         yield daemon.pid
     finally:

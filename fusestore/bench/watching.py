@@ -1,4 +1,4 @@
-"""What a daemon takes of the machine: memory and CPU, as /proc/PID tells (proc(5))."""
+"""Memory and CPU time of a daemon, from /proc/PID (proc(5))."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..limits import KIB
 
 
 def cpu_seconds(process: int | None) -> float | None:
-    """User and system time of a process; None when there is none."""
+    """Return the user and system time of a process; None if there is no process."""
     if process is None:
         return None
     try:
@@ -21,7 +21,7 @@ def cpu_seconds(process: int | None) -> float | None:
 
 
 def memory_mib(process: int, field: str) -> float | None:
-    """A field of /proc/PID/status, as `VmHWM`; None when the process has gone."""
+    """Return a field of /proc/PID/status, such as `VmHWM`; None if the process has exited."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
@@ -34,12 +34,12 @@ def memory_mib(process: int, field: str) -> float | None:
 
 @dataclass(slots=True)
 class MemoryWatch:
-    """The most anonymous memory that a process was seen with."""
+    """The peak of the observed anonymous memory of a process."""
 
     process: int | None
     most_mib: float = 0.0
 
     def look(self) -> None:
-        """Look once."""
+        """Observe the process once."""
         if self.process is not None:
             self.most_mib = max(self.most_mib, memory_mib(self.process, "RssAnon") or 0.0)

@@ -1,8 +1,8 @@
-"""What is measured on any file system: each workload works in an empty directory.
+"""Workloads for any file system; each works in an empty directory.
 
-Cold means after `sync` and dropping the kernel's caches, which needs root; the
-head of a report says when that could not be done.  Access patterns are the same
-in every run and on every file system.
+Cold means after `sync` and after dropping the kernel's caches.  This needs root; the head
+of a report states whether it was possible.  Access patterns are the same in every run and
+on every file system.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from .watching import cpu_seconds
 BLOCK_BYTES: Final = 4 * KIB
 SEED: Final = 20_240
 READ_SHARE: Final = 0.1
-"""Of what clients do with documents."""
+"""The share of reads in the operations on documents."""
 DOCUMENTS: Final = 10
-"""Of each client; those that are there are overwritten."""
+"""The number of documents of each client; existing ones are overwritten."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a workload runs, and with what."""
+    """The place and the inputs of a workload."""
 
     top: Path
-    """An empty directory of its own."""
+    """An empty directory for the workload."""
     scale: Scale
     tarball: Path
-    """A source tree."""
+    """A tarball of a source tree."""
     daemon: int | None = None
-    """The process that serves the file system, if one is known."""
+    """The process that serves the file system, if known."""
     store: Path | None = None
-    """The store that the directory is on, if it is one's own."""
+    """The store that contains the directory, if it was made for the benchmark."""
     files_in_store: int | None = None
-    """How many files to measure many files with."""
+    """The number of files for the workload `many`."""
 
 
 Run = Callable[[Place], Iterator[Measured]]
@@ -80,7 +80,7 @@ def large(place: Place) -> Iterator[Measured]:
 
 
 def cpu(what: str, before: float | None, after: float | None, mib: int) -> Iterator[Measured]:
-    """The CPU time of the daemon for what was written or read, if there is a daemon."""
+    """Report the CPU time of the daemon for written or read data, if there is a daemon."""
     if before is not None and after is not None:
         yield Measured(f"daemon's CPU, a GiB {what}", "s", (after - before) * KIB / mib)
 
@@ -137,7 +137,7 @@ def tree(place: Place) -> Iterator[Measured]:
     """Unpack a source tree, and search it cold."""
     unpacked = place.top / "tree"
     unpacked.mkdir()
-    place.tarball.read_bytes()  # from memory, whatever disk it is on
+    place.tarball.read_bytes()  # so that it is read from memory
     listing = command("tar", "--list", "--file", str(place.tarball))
     count = listing.count("\n")
     elapsed = seconds(lambda: unpack(place.tarball, unpacked))
@@ -203,7 +203,7 @@ def sizes(place: Place) -> Iterator[Measured]:
 
 
 def parallel(place: Place) -> Iterator[Measured]:
-    """Write and read files by 1, 2, 4 and 8 processes at once, the same bytes in all."""
+    """Write and read files with 1, 2, 4 and 8 processes at once, the same bytes in total."""
     block = os.urandom(MIB)
     for clients in place.scale.clients_at_once:
         mib = max(1, place.scale.parallel_mib // clients)
@@ -219,7 +219,7 @@ def parallel(place: Place) -> Iterator[Measured]:
 
 
 def documents(place: Place) -> Iterator[Measured]:
-    """30 clients with documents of 100 KB to 1.5 MB: 10 % read, 90 % written whole and synced."""
+    """30 clients with documents of 100 KB to 1.5 MB: 10 % reads, 90 % whole, synced writes."""
     scale = place.scale
 
     def client(number: int, top: Path = place.top) -> tuple[int, list[float]]:
@@ -252,7 +252,7 @@ def documents(place: Place) -> Iterator[Measured]:
     yield from latency(f"{name}: write, fsync", latencies, ("median", "p99", "max"))
 
 
-# --- the parts ---------------------------------------------------------------
+# --- steps of workloads ------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -266,14 +266,14 @@ def opened(path: Path, flags: int) -> Iterator[int]:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long `work` takes."""
+    """Return how long `work` takes, in seconds."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def timed(work: Callable[[int], object], count: int) -> list[float]:
-    """How long each of `count` calls takes, in seconds."""
+    """Return how long each of `count` calls takes, in seconds."""
     return [seconds(partial(work, number)) for number in range(count)]
 
 
@@ -295,14 +295,14 @@ def latency(
 
 
 def random_offsets(seed: int, file_bytes: int, count: int) -> Iterator[int]:
-    """Offsets of blocks in a file, the same ones in every run."""
+    """Yield random offsets of blocks in a file, the same in every run."""
     for _ in range(count):
         seed = (1103515245 * seed + 12345) & 0x7FFFFFFF
         yield seed % (file_bytes // BLOCK_BYTES) * BLOCK_BYTES
 
 
 def write_large(path: Path, mib: int, block: bytes) -> None:
-    """Write so many MiB, and sync them."""
+    """Write `mib` MiB, and sync them."""
     with open(path, "wb", buffering=0) as file:
         for _ in range(mib):
             file.write(block)
@@ -310,7 +310,7 @@ def write_large(path: Path, mib: int, block: bytes) -> None:
 
 
 def read_whole(path: Path) -> int:
-    """Read a file to its end; how long it is."""
+    """Read a file to its end; return its length."""
     buffer, total = bytearray(MIB), 0
     with open(path, "rb", buffering=0) as file:
         while got := file.readinto(buffer):
@@ -331,12 +331,12 @@ def unpack(tarball: Path, top: Path) -> None:
 
 
 def search(top: Path) -> None:
-    """Search all files below for what is in none of them."""
+    """Search all files below `top` for a text that none of them contains."""
     command("grep", "-rc", "zzzznot" + "there", str(top), fine=(0, 1))
 
 
 def command(*arguments: str, fine: Sequence[int] = (0,)) -> str:
-    """The output of a program; FusestoreError with what it complains of."""
+    """Run a program, and return its output; FusestoreError with its message if it fails."""
     done = subprocess.run(
         arguments, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
     )
@@ -347,7 +347,7 @@ def command(*arguments: str, fine: Sequence[int] = (0,)) -> str:
 
 
 def size_text(size: int) -> str:
-    """A round number of bytes: 10 KB."""
+    """Format a round number of bytes: 10 KB."""
     for unit in ("B", "KB", "MB"):
         if size < 1000:
             return f"{size} {unit}"
@@ -356,7 +356,7 @@ def size_text(size: int) -> str:
 
 
 def drop_caches() -> bool:
-    """Make the kernel forget what it has read; False if that is not allowed."""
+    """Drop the kernel's caches; False if this is not allowed."""
     os.sync()
     try:
         Path("/proc/sys/vm/drop_caches").write_text("3\n")

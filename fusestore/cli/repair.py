@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 @click.option(
     "--discard-history",
     is_flag=True,
-    help="Give up the commits of another history that status reports on NODE.",
+    help="Permanently give up the commits of the other history that `status` reports on NODE.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @rate_option
@@ -67,8 +67,8 @@ def repair(
     stripes first.  Each shard is read back and checked before it counts; afterwards
     you can lose any other region.  A repair that was killed continues where it was.
 
-    A node that holds another history of the store is refused, unless you discard
-    that history.
+    The command refuses a node that holds another history of the store, unless you
+    discard that history with --discard-history.
 
     Exit status 1: something cannot be rebuilt.  The command names it file by file.
 

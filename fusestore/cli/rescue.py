@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     "--history",
     default="",
     metavar="NODE",
-    help="Of two histories that part, recover the one that NODE holds, and give up the other.",
+    help="If the nodes hold two histories, recover that of NODE, and give up the other.",
 )
 @QUIET
 @JSON

@@ -1,1 +1,1 @@
-"""`fusestore.toml` and the identity of a node; making a store."""
+"""`fusestore.toml`, the identity of nodes, mount options, and making a store."""

@@ -1,8 +1,7 @@
-"""Making a store: check everything first, then make it, `fusestore.toml` last.
+"""Making a store: check everything, then make it, `fusestore.toml` last.
 
-So a store that has a `fusestore.toml` is whole, and one that could not be
-finished leaves nothing behind but what was there before.  The metadata
-database is made by the first mount.
+Therefore a store that has a `fusestore.toml` is complete.  After a failure, everything
+that was made is removed.  The first mount makes the metadata database.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ from .store_config_write import write_store_config
 log = logging.getLogger(__name__)
 
 REGIONS = ("us-east-1", "us-west-1", "eu-west-1")
-"""The regions of a store for which none were named."""
+"""The default regions of a store."""
 CODE = Code(2, 1)
-"""The code of a store for which none was named."""
+"""The default code of a store."""
 JOURNAL_DIRECTORY = "journal"
 SHARDS_DIRECTORY = "shards"
 
 _HARMLESS = {"lost+found"}
-"""What a new file system may hold and still counts as empty."""
+"""Entries that an empty directory may contain, because a new file system has them."""
 
 
 def make_store(
@@ -51,10 +50,10 @@ def make_store(
 ) -> StoreConfig:
     """Make a store in the directory `store`, with one node in each of `regions`.
 
-    A region is a name and a directory; without a directory it lies below
-    `store`, by its name.  No regions: the default three.  Directories must be
-    missing or empty.  UsageError when something is refused, FusestoreError
-    when the system refuses; either way nothing is changed.
+    A region is a name and a directory; the default is a directory below `store` with its
+    name.  Without regions, the default three are made.  Directories must be missing or
+    empty.  UsageError if an argument is refused, FusestoreError if the system fails; in
+    both cases nothing is changed.
     """
     chosen = regions or [(name, None) for name in REGIONS]
     config = _plan(store, chosen, code, metadata, allow_unsafe)
@@ -66,7 +65,7 @@ def make_store(
     _check_owners(config)
     problem = check_region_rule(code, config.regions)
     if problem and not allow_unsafe:
-        raise UsageError(f"{problem} Choose another code, or say --allow-unsafe.")
+        raise UsageError(f"{problem} Choose another code, or use --allow-unsafe.")
     try:
         with _undone_on_failure() as made:
             _make(config, made)
@@ -94,26 +93,26 @@ def _plan(
     return StoreConfig(store, uuid4(), code, allow_unsafe, place, nodes)
 
 
-# --- what is refused ---------------------------------------------------------
+# --- checking ----------------------------------------------------------------
 
 
 def _check_names(chosen: Sequence[str]) -> None:
     for name in chosen:
         problem = names.check_name(name)
         if problem is None and chosen.count(name) > 1:
-            problem = f"Region {name!r} is named {chosen.count(name)} times: once is enough."
+            problem = f"Region {name!r} is given {chosen.count(name)} times: give it once."
         if problem:
             raise UsageError(problem)
 
 
 def _check_empty(config: StoreConfig) -> None:
     if os.path.exists(config.store / names.CONFIG_NAME):
-        raise UsageError(f"{config.store} is a store already: mount it, or choose another place.")
+        raise UsageError(f"{config.store} is already a store: mount it, or choose another place.")
     for node in config.nodes:
         if os.path.lexists(node.path / IDENTITY_NAME):
             raise UsageError(
                 f"{node.path} already belongs to a store{_whose(node.path)}: choose another "
-                f"place for region {node.name}, or empty it yourself if its data may go."
+                f"place for region {node.name}, or empty it yourself if you do not need its data."
             )
     places = [("The store", config.store), ("The metadata directory", config.metadata)]
     places += [(f"Region {node.name}'s directory", node.path) for node in config.nodes]
@@ -128,7 +127,8 @@ def _check_empty(config: StoreConfig) -> None:
             raise UsageError(f"{what} {path} cannot be read: {error.strerror}.") from error
         if found:
             raise UsageError(
-                f"{what} {path} is not empty (it has {found[0]!r}): choose an empty or new one."
+                f"{what} {path} is not empty (it contains {found[0]!r}): "
+                "choose an empty or new directory."
             )
 
 
@@ -147,7 +147,7 @@ def _check_owners(config: StoreConfig) -> None:
 
 
 def check_owner(store: Path, path: Path) -> None:
-    """Refuse a place of `store` inside another store, or inside one of its nodes; UsageError."""
+    """Raise UsageError for a place of `store` inside another store or inside one of its nodes."""
     for above in path.parents:
         if above == store:
             break
@@ -160,7 +160,7 @@ def check_owner(store: Path, path: Path) -> None:
             )
 
 
-# --- what is made ------------------------------------------------------------
+# --- making ------------------------------------------------------------------
 
 
 def _make(config: StoreConfig, made: list[Path]) -> None:
@@ -180,7 +180,7 @@ def _make(config: StoreConfig, made: list[Path]) -> None:
 
 
 def _make_directory(path: Path, made: list[Path]) -> None:
-    """Make a directory (0700) and those above it, durable with their names."""
+    """Make a directory (mode 0700) and its missing parents, durable with their names."""
     if path.is_dir():
         return
     if not path.parent.is_dir():
@@ -192,7 +192,7 @@ def _make_directory(path: Path, made: list[Path]) -> None:
 
 @contextmanager
 def _undone_on_failure() -> Iterator[list[Path]]:
-    """Yield a list of paths to note; if the body fails, those are removed, newest first."""
+    """Yield a list for paths that are made; if the body fails, remove them, newest first."""
     made: list[Path] = []
     try:
         yield made
@@ -204,5 +204,5 @@ def _undone_on_failure() -> Iterator[list[Path]]:
                 else:
                     path.unlink(missing_ok=True)
             except OSError as error:
-                log.warning("%s could not be removed again: %s", path, error)
+                log.warning("%s could not be removed after a failure: %s", path, error)
         raise

@@ -1,4 +1,4 @@
-"""The options of a mount: what `-o` says, and what the kernel gets of it."""
+"""The mount options: the values of `-o`, and the options for the kernel."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _OF_FSTAB_WITH_VALUES = ("x-", "X-", "comment=", "user=", "uhelper=", "helper=")
 
 
 def of_fstab(values: Iterable[str], *, sloppy: bool) -> list[str]:
-    """The options that are not for mount(8) and systemd only; `sloppy`: that `parse` knows."""
+    """Remove the options that only mount(8) and systemd use; with `sloppy` also unknown options."""
     options = [option.strip() for option in ",".join(values).split(",")]
     left = [
         option
@@ -47,7 +47,7 @@ def of_fstab(values: Iterable[str], *, sloppy: bool) -> list[str]:
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """(host, port) of `HOST:PORT`, `[IPV6]:PORT` or, on the loopback, `PORT`; UsageError."""
+    """Parse `HOST:PORT`, `[IPV6]:PORT`, or `PORT` on the loopback, as (host, port); UsageError."""
     host, colon, port = text.rpartition(":")
     if not colon:
         host = LOOPBACK
@@ -57,36 +57,36 @@ def parse_address(text: str) -> tuple[str, int]:
         host = ""
     if not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65_535:
         raise UsageError(
-            f"{text!r} is no address for metrics: use HOST:PORT, or PORT for this machine alone."
+            f"{text!r} is not an address for metrics: use HOST:PORT, or PORT for this machine only."
         )
     return host, int(port)
 
 
 @dataclass(frozen=True, slots=True)
 class MountOptions:
-    """How a store is mounted: what `-o` says."""
+    """The options of a mount, as given with `-o`."""
 
     read_only: bool = False
     allow_other: bool = False
-    """Others than the daemon's user may use the mount, as far as modes allow."""
+    """Other users than the daemon's may use the mount, as file modes allow."""
     writeback: bool = False
-    """The kernel collects small writes; it loses them when the daemon dies."""
+    """The kernel collects small writes; they are lost if the daemon dies."""
     noxattr: bool = False
-    """There are no extended attributes and ACLs: what small writes cost is halved."""
+    """Extended attributes and ACLs are off: small writes cost half as much."""
     nonempty: bool = False
-    """The mount may cover what the directory has."""
+    """The mount may hide existing files of the directory."""
     accept_loss: bool = False
-    """Commits that nodes which are not there may hold are given up."""
+    """Newer commits that absent nodes may hold are given up permanently."""
     metrics: str = ""
-    """Where to serve metrics (`parse_address`), or `off`; empty: as the store is configured."""
+    """The address of metrics (`parse_address`), or `off`; empty: as the store is configured."""
     switches: tuple[str, ...] = ()
-    """Of nosuid, nodev, noexec."""
+    """The chosen ones of nosuid, nodev and noexec."""
 
     @classmethod
     def parse(cls, values: Iterable[str]) -> MountOptions:
-        """Read the values of `-o`, each a list with commas; UsageError for what is unknown.
+        """Parse the values of `-o`, each a list with commas; UsageError for unknown options.
 
-        Of two that contradict each other, the later one counts.
+        If two options contradict each other, the later one counts.
         """
         chosen: dict[str, bool] = {}
         metrics = ""
@@ -105,7 +105,7 @@ class MountOptions:
                     parse_address(metrics)
             elif option not in _IGNORED:
                 known = ", ".join(sorted(_OWN | set(_SWITCHES) | {"rw", "noatime", _METRICS}))
-                raise UsageError(f"There is no mount option {option!r}; there are {known}.")
+                raise UsageError(f"There is no mount option {option!r}; the options are {known}.")
         return cls(
             read_only=chosen.get("ro", False),
             allow_other=chosen.get("allow_other", False),
@@ -119,10 +119,10 @@ class MountOptions:
 
     @property
     def kernel(self) -> tuple[str, ...]:
-        """The options as the kernel gets them; a mount never keeps times of reading.
+        """The options for the kernel; a mount never keeps access times.
 
-        libfuse takes nosuid and nodev for granted, other file systems do not:
-        root, who alone may, says otherwise.
+        libfuse sets nosuid and nodev by default, unlike other file systems.  Only root can
+        turn them off, and does so here.
         """
         switches = list(self.switches)
         if os.geteuid() == 0:
@@ -135,7 +135,7 @@ class MountOptions:
         )
 
     def __str__(self) -> str:
-        """The options as `parse` reads them."""
+        """Format the options for `parse`."""
         own = [("ro", self.read_only), ("allow_other", self.allow_other)]
         own += [("writeback", self.writeback), ("noxattr", self.noxattr)]
         own += [("nonempty", self.nonempty), ("accept_loss", self.accept_loss)]

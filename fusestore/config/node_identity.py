@@ -1,4 +1,4 @@
-"""Who a node is: `node.toml` says which store and which node a directory belongs to."""
+"""The identity of a node: `node.toml` names the store and the node of a directory."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..system.strict_toml import Table
 IDENTITY_NAME = "node.toml"
 IDENTITY_VERSION = 1
 IDENTITY_BYTES_MAX = 4096
-"""What `write_identity` writes takes a tenth of this."""
+"""The longest file that is read; `write_identity` writes a tenth of this."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeIdentity:
-    """What `node.toml` says: which node of which store a directory is."""
+    """The contents of `node.toml`: the store and the node of a directory."""
 
     store: UUID
     node: str
@@ -29,13 +29,13 @@ class NodeIdentity:
     incarnation: UUID
     """Changes when a node restarts from nothing."""
     version: int
-    """Of the format of the journals and shards in the directory."""
+    """The format of the journals and shards in the directory."""
 
 
 def read_identity(path: Path) -> NodeIdentity:
     """Read the identity of the node directory `path`.
 
-    NodeIdentityError when the directory or file is missing or foreign, NodeError when the
+    NodeIdentityError if the directory or the file is missing or foreign, NodeError if the
     file cannot be read.
     """
 
@@ -67,11 +67,11 @@ def read_identity(path: Path) -> NodeIdentity:
 
 
 def write_identity(path: Path, identity: NodeIdentity) -> None:
-    """Write `node.toml` in the node directory `path`, durably; OSError when it cannot be."""
+    """Write `node.toml` in the node directory `path` durably; OSError if this fails."""
     import tomlkit
 
     document = tomlkit.document()
-    document.add(tomlkit.comment("Which node of which store this directory is: do not edit."))
+    document.add(tomlkit.comment("The store and the node of this directory.  Do not edit."))
     document.add("format", tomlkit.item(identity.version))
     document.add("store", tomlkit.item(str(identity.store)))
     document.add("node", tomlkit.item(identity.node))

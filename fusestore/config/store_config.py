@@ -1,10 +1,10 @@
-"""What a store is, as its `fusestore.toml` says: read here, written by store_config_write.py.
+"""Reading `fusestore.toml`, the configuration of a store (written by store_config_write.py).
 
     STORE/fusestore.toml    regions, nodes, the default code; for people to read and edit
     STORE/fusestore.lock    locked while a process has the store open; holds its number
-    STORE/control.sock      where the daemon listens (control_server.py)
-    STORE/fusestore.log     what a daemon in the background says
-    STORE/metrics.json      what operations were counted (counts.py)
+    STORE/control.sock      the socket of the daemon (control_server.py)
+    STORE/fusestore.log     the log of a background daemon
+    STORE/metrics.json      counts of operations (counts.py)
 
 Only this module knows these names.
 """
@@ -49,33 +49,33 @@ class NodeConfig:
     name: str
     region: str
     path: Path
-    """Absolute."""
+    """An absolute path."""
     weight: float = 1.0
-    """How much of its region's shards it gets, in proportion to the others there."""
+    """Its share of the region's shards, relative to the weights of the region's other nodes."""
     draining: bool = False
-    """It gets no new shards, and gives away what it has."""
+    """The node gets no new shards, and its shards move to other nodes."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoreConfig:
-    """All that `fusestore.toml` says, with absolute paths."""
+    """The contents of `fusestore.toml`, with absolute paths."""
 
     store: Path
     uuid: UUID
     code: Code
-    """The code of new files, unless their directory has one of its own."""
+    """The code of new files, unless their directory has its own."""
     allow_unsafe: bool
-    """Codes that would not survive the loss of a region are taken."""
+    """Codes that do not survive the loss of a region are accepted."""
     metadata: Path
     nodes: tuple[NodeConfig, ...]
     spare_shards: int = 0
-    """Shards more than k that each new stripe must find a place for."""
+    """How many shards more than k must find a place in each new stripe."""
     scrub_days: int = 30
-    """A scrub begins by itself when the last one ended so long ago; 0: never."""
+    """A scrub begins by itself this many days after the last one; 0: never."""
     metrics: str = ""
-    """Where a mount serves metrics and the status page, as in `parse_address`; empty: nowhere."""
+    """The address for metrics and the status page (`parse_address`); empty: none."""
     limits: Limits = field(default=DEFAULTS, compare=False)
-    """Not in the file: what everything in the open store keeps to."""
+    """The limits of the open store; not in the file."""
 
     @property
     def regions(self) -> tuple[str, ...]:
@@ -85,11 +85,11 @@ class StoreConfig:
 
     @property
     def log_file(self) -> Path:
-        """Where a daemon in the background logs to."""
+        """The log file of a background daemon."""
         return self.store / LOG_NAME
 
     def node(self, name: str) -> NodeConfig:
-        """The node called `name`; UsageError when there is none."""
+        """Return the node called `name`; UsageError if there is none."""
         for node in self.nodes:
             if node.name == name:
                 return node
@@ -98,29 +98,30 @@ class StoreConfig:
 
 
 def check_name(name: str) -> str | None:
-    """Say in a sentence why a region or node cannot be called `name`, or None."""
+    """Return a sentence that explains why a region or node cannot be called `name`, or None."""
     if not _NAME.fullmatch(name):
         return (
             f"{name!r} is not a name for a region: "
-            "use up to 63 letters, digits, dots, dashes and underscores, a letter or digit first."
+            "use up to 63 letters, digits, dots, dashes and underscores, beginning with a letter "
+            "or digit."
         )
     if name in _RESERVED:
-        return f"A region cannot be called {name!r}: the store has a file of that name."
+        return f"A region cannot be called {name!r}: the store has a file with this name."
     return None
 
 
 def check_places(store: Path, metadata: Path, nodes: Sequence[NodeConfig]) -> str | None:
-    """Say in a sentence which two of the store's places are equal or nested, or None.
+    """Return a sentence about two equal or nested places of the store, or None.
 
-    Symbolic links are resolved.  Nodes and metadata may lie below the store.  All nodes
-    are one row of the metadata: more than that takes is said, too.
+    Symbolic links are resolved.  Nodes and metadata may lie below the store.  All nodes are
+    one row of the metadata; a sentence also reports that this row would be too long.
     """
     problem = next((what for _, what in _conflicts(store, metadata, nodes)), None)
     return problem or _too_long(nodes)
 
 
 def _too_long(nodes: Sequence[NodeConfig]) -> str | None:
-    """Say that the row of all nodes would be longer than a row may be, or None."""
+    """Return a sentence if the row of all nodes would be too long, or None."""
     rows = [
         NodeRow(0xFFFF, n.name, n.region, str(n.path), False, NEVER_WHOLE, n.weight, True)
         for n in nodes
@@ -129,15 +130,15 @@ def _too_long(nodes: Sequence[NodeConfig]) -> str | None:
     if length <= VALUE_BYTES_MAX:
         return None
     return (
-        f"The names and places of {len(nodes)} nodes take {length:,} bytes, and a store has "
-        f"{VALUE_BYTES_MAX:,} for them: shorten them, or have fewer nodes."
+        f"The names and paths of {len(nodes)} nodes take {length:,} bytes, but a store has "
+        f"only {VALUE_BYTES_MAX:,}: shorten them, or use fewer nodes."
     )
 
 
 def _conflicts(
     store: Path, metadata: Path, nodes: Sequence[NodeConfig]
 ) -> Iterator[tuple[int, str]]:
-    """Each place that cannot be where it is: the number of its node, or -1; and why not."""
+    """Yield each conflicting place: the index of its node, or -1 for the metadata; the reason."""
     store = Path(os.path.realpath(store))
     places = [("the metadata", Path(os.path.realpath(metadata)))]
     places += [(f"region {node.name}", Path(os.path.realpath(node.path))) for node in nodes]
@@ -150,11 +151,11 @@ def _conflicts(
                 problems.append(f"{what} and {other} are both at {path}")
             elif path.is_relative_to(there) or there.is_relative_to(path):
                 problems.append(f"{what} at {path} and {other} at {there} are nested")
-        yield from ((i - 1, f"{problem}: each needs a place of its own.") for problem in problems)
+        yield from ((i - 1, f"{problem}: each needs its own place.") for problem in problems)
 
 
 def load(store: Path) -> StoreConfig:
-    """Read the configuration of the store in the directory `store`; ConfigError if it is bad."""
+    """Read the configuration of the store in the directory `store`; ConfigError."""
     file = Path(os.path.realpath(store)) / CONFIG_NAME
     config, problems = examine(file)
     if len(problems) > 1:
@@ -166,10 +167,10 @@ def load(store: Path) -> StoreConfig:
 
 
 def examine(file: Path) -> tuple[StoreConfig, list[str]]:
-    """What a `fusestore.toml` says, and all that is wrong with it, as `FILE:LINE: sentence`.
+    """Read a `fusestore.toml`; return its contents and its mistakes as `FILE:LINE: sentence`.
 
-    What is wrong is replaced by something.  ConfigError when it is no TOML, or
-    of a format that this version does not know.
+    Other values replace wrong ones.  ConfigError if the file is not TOML, or has a format that
+    this version does not know.
     """
     store = file.parent
     try:
@@ -196,7 +197,7 @@ def examine(file: Path) -> tuple[StoreConfig, list[str]]:
     table.end()
     for i, (node, row) in enumerate(zip(nodes, rows, strict=True)):
         if node.name in (earlier.name for earlier in nodes[:i]):
-            row.bad("name", f"is {node.name!r}, like that of another node: each needs its own")
+            row.bad("name", f"is {node.name!r}, the name of another node: each needs its own")
     sound = [(node, row) for node, row in zip(nodes, rows, strict=True) if row.is_good()]
     for i, problem in _conflicts(store, config.metadata, [node for node, _ in sound]):
         place, key = (sound[i][1], "path") if i >= 0 else (table, "metadata")

@@ -1,6 +1,6 @@
-"""Writing `fusestore.toml`: what a person wrote in it, and no change touches, stays.
+"""Writing `fusestore.toml`: comments and unchanged values stay as they are.
 
-The file is replaced whole, never edited in place: a crash leaves the old one or
+The file is replaced as a whole, never edited in place.  A crash leaves the old file or
 the new one.
 """
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def write_store_config(config: StoreConfig) -> None:
-    """Write `fusestore.toml` as a whole, durably; ConfigError when it cannot be.
+    """Write `fusestore.toml` durably; ConfigError if this fails.
 
-    Of one that is there, comments and all that is not changed stay as they are.
+    Comments and unchanged values of an existing file stay as they are.
     """
     import tomlkit
 
@@ -39,13 +39,13 @@ def write_store_config(config: StoreConfig) -> None:
 
 
 def _new(config: StoreConfig) -> TOMLDocument:
-    """A file without nodes."""
+    """Make a file without nodes."""
     import tomlkit
 
     document = tomlkit.document()
     for line in (
-        "A fusestore store: how new files are coded, and where its regions keep their shards.",
-        "Relative paths start at this file's directory.  Unmount the store before changing it.",
+        "The configuration of a fusestore store.",
+        "Relative paths start at this file's directory.  Unmount the store before you edit it.",
     ):
         document.add(tomlkit.comment(line))
     document.add(tomlkit.nl())
@@ -55,22 +55,26 @@ def _new(config: StoreConfig) -> TOMLDocument:
     document.add("code", code.comment("of new files: data shards + parity shards"))
     unsafe = tomlkit.item(config.allow_unsafe)
     document.add(
-        "allow_unsafe", unsafe.comment("true: take codes that do not survive the loss of a region")
+        "allow_unsafe",
+        unsafe.comment("true: accept codes that do not survive the loss of a region"),
     )
     document.add("metadata", tomlkit.item(_text(config.store, config.metadata)))
     spare = tomlkit.item(config.spare_shards)
     document.add(
-        "spare_shards", spare.comment("new data is refused unless so many shards more than needed")
+        "spare_shards",
+        spare.comment("each new stripe needs places for k shards and this many more"),
     )
     days = tomlkit.item(config.scrub_days)
-    document.add("scrub_days", days.comment("everything is read and verified so often; 0: never"))
+    document.add(
+        "scrub_days", days.comment("a scrub begins this many days after the last one; 0: never")
+    )
     if config.metrics:
         document.add("metrics", tomlkit.item(config.metrics))
     return document
 
 
 def _sync_nodes(document: TOMLDocument, config: StoreConfig) -> None:
-    """Make the `[[node]]` tables say what the configuration does, and touch nothing else."""
+    """Update the `[[node]]` tables to the configuration, and change nothing else."""
     import tomlkit
 
     rows: Any = document.setdefault("node", tomlkit.aot())
@@ -97,12 +101,12 @@ def _sync_nodes(document: TOMLDocument, config: StoreConfig) -> None:
 
 
 def _text(store: Path, path: Path) -> str:
-    """A path as the file has it: relative where it lies below the store."""
+    """Format a path for the file: relative if it lies below the store."""
     text = os.fspath(path.relative_to(store) if path.is_relative_to(store) else path)
     try:
         text.encode()
     except UnicodeEncodeError:
         raise ConfigError(
-            f"{path!r} is not UTF-8, and cannot stand in {CONFIG_NAME}: use another path."
+            f"{path!r} is not UTF-8, and cannot be in {CONFIG_NAME}: use another path."
         ) from None
     return text

@@ -1,1 +1,1 @@
-"""Every byte that is stored: records, rows, codes, where shards go. No I/O."""
+"""The format of every stored byte: records, rows, codes, placement of shards. No I/O."""

@@ -1,10 +1,9 @@
-"""POSIX access control lists, in the form in which the kernel keeps them.
+"""POSIX access control lists, in the format of the kernel.
 
-The kernel checks access (`default_permissions`) and hands an ACL over as the
-extended attribute `system.posix_acl_access` or `system.posix_acl_default`.
-What is left to a file system is arithmetic between an ACL and a mode, and this
-module is all of it: what setting an ACL does to the mode, what a chmod does to
-the ACL, and what a new inode inherits.
+The kernel checks access (`default_permissions`), and passes an ACL as the extended
+attribute `system.posix_acl_access` or `system.posix_acl_default`.  The file system only
+keeps ACLs and modes consistent.  This module does this: it changes the mode when an ACL
+is set, changes the ACL after a chmod, and computes the ACLs of a new inode.
 
 The form is that of `linux/posix_acl_xattr.h`, little-endian: a u32 version (2),
 then for each entry a u16 tag, a u16 permission (rwx as 4, 2, 1) and a u32 id.
@@ -36,7 +35,7 @@ PERMISSIONS: Final = 0o777
 
 
 class Tag(enum.IntEnum):
-    """Whom an entry speaks of."""
+    """The kind of an entry."""
 
     USER_OBJ = 0x01
     USER = 0x02
@@ -69,16 +68,16 @@ Acl = tuple[Entry, ...]
 
 
 def parse(value: bytes) -> Acl:
-    """The entries of an ACL's bytes, checked; () for a list without entries.
+    """Parse and check an ACL; () for a list without entries.
 
-    Raises InvalidError for another version, a size that is no whole number of
-    entries, and whatever `validate` refuses.
+    Raises InvalidError for another version, a size that is not a whole number of entries,
+    and every list that `validate` refuses.
     """
     if len(value) < HEADER.size or (len(value) - HEADER.size) % ENTRY.size:
         raise InvalidError(f"An ACL cannot have {len(value)} bytes.")
     (version,) = HEADER.unpack_from(value)
     if version != VERSION:
-        raise InvalidError(f"An ACL of version {version} is not known here, only {VERSION} is.")
+        raise InvalidError(f"An ACL must have version {VERSION}, but has {version}.")
     entries = []
     for number, permission, identity in ENTRY.iter_unpack(value[HEADER.size :]):
         try:
@@ -93,7 +92,7 @@ def parse(value: bytes) -> Acl:
 
 
 def format(acl: Acl) -> bytes:
-    """The bytes of an ACL, as `parse` reads them."""
+    """Encode an ACL for `parse`."""
     entries = (ENTRY.pack(entry.tag, entry.permission, entry.id) for entry in acl)
     return HEADER.pack(VERSION) + b"".join(entries)
 
@@ -101,8 +100,8 @@ def format(acl: Acl) -> bytes:
 def validate(acl: Acl) -> None:
     """Raise InvalidError unless the ACL is well-formed (`posix_acl_valid`).
 
-    That is: owner, owning group and other exactly once, at most one mask, a mask
-    where anybody is named, all in the fixed order, no permission but rwx.
+    It needs owner, owning group and other exactly once, at most one mask, a mask if it names
+    a user or group, the fixed order, and no permissions but rwx.
     """
     tags = [entry.tag for entry in acl]
     for entry in acl:
@@ -112,7 +111,7 @@ def validate(acl: Acl) -> None:
             raise InvalidError("An ACL entry for a named user or group needs a valid id.")
     ranks = [_RANK[tag] for tag in tags]
     if ranks != sorted(ranks):
-        raise InvalidError("The entries of the ACL are not in the order they must have.")
+        raise InvalidError("The entries of the ACL are in the wrong order.")
     for tag in (Tag.USER_OBJ, Tag.GROUP_OBJ, Tag.OTHER):
         if tags.count(tag) != 1:
             raise InvalidError(f"An ACL needs exactly one entry {tag.name}.")
@@ -122,15 +121,14 @@ def validate(acl: Acl) -> None:
 
 
 def access_to_mode(value: bytes, mode: int) -> tuple[int, bytes | None]:
-    """The mode after the access ACL `value` was set on an inode with `mode`.
+    """Return the mode after the access ACL `value` is set on an inode with `mode`.
 
-    The owner, other and group bits follow the ACL, where the group bits are the
-    mask's if there is one; all else in `mode` stays.  The second result is what
-    is to be stored: None if the mode says it all (`posix_acl_equiv_mode`).  An
-    ACL without entries takes the stored one away and leaves the mode alone.
+    The owner, group and other bits follow the ACL; the group bits are those of the mask if
+    there is one.  The other bits of `mode` do not change.  The second result is the ACL to
+    store, or None if the mode is equivalent (`posix_acl_equiv_mode`).  An ACL without
+    entries removes the stored ACL and does not change the mode.
 
-    Whether the set-group-id bit must go depends on who asks, and is not decided
-    here.  Raises InvalidError.
+    The caller decides whether the set-group-id bit must be dropped.  Raises InvalidError.
     """
     acl = parse(value)
     if not acl:
@@ -142,10 +140,10 @@ def access_to_mode(value: bytes, mode: int) -> tuple[int, bytes | None]:
 
 
 def chmod(value: bytes, mode: int) -> bytes:
-    """The stored access ACL `value` after a chmod to `mode` (`__posix_acl_chmod`).
+    """Return the stored access ACL `value` after a chmod to `mode` (`__posix_acl_chmod`).
 
-    The owner's and the other's entry follow the mode; its group bits become the
-    mask's where there is one, else the owning group's.  Raises InvalidError.
+    The entries of owner and other follow the mode.  Its group bits set the mask if there is
+    one, or else the owning group.  Raises InvalidError.
     """
     acl = parse(value)
     shares = _shares(acl, mode)
@@ -155,12 +153,12 @@ def chmod(value: bytes, mode: int) -> bytes:
 def inherit(
     default: bytes, mode: int, is_directory: bool
 ) -> tuple[int, bytes | None, bytes | None]:
-    """What a new inode gets below a directory whose default ACL is `default`.
+    """Return mode and ACLs of a new inode below a directory with the default ACL `default`.
 
-    `mode` is what the maker asked for, the umask *not* applied.  The result is
-    the inode's mode, its access ACL (None if the mode says it all) and its own
-    default ACL (directories only): `posix_acl_create`.  The access ACL is the
-    default one, less what the mode does not grant; the mode loses what the ACL
+    `mode` is the requested mode; the umask is *not* applied.  The result is the mode of the
+    inode, its access ACL (None if the mode is equivalent) and its own default ACL
+    (directories only), as in `posix_acl_create`.  The access ACL is the default ACL without
+    the permissions that `mode` does not grant.  The mode loses the permissions that the ACL
     does not grant.  A symbolic link inherits nothing.  Raises InvalidError.
     """
     acl = parse(default)
@@ -175,7 +173,7 @@ def inherit(
 
 
 def _shares(acl: Acl, mode: int) -> dict[Tag, int]:
-    """The tags of `acl` that stand for a part of a mode, with that part of `mode`."""
+    """Map the tags of `acl` that correspond to bits of a mode to these bits of `mode`."""
     group = Tag.MASK if any(entry.tag is Tag.MASK for entry in acl) else Tag.GROUP_OBJ
     return {Tag.USER_OBJ: mode >> 6 & 7, group: mode >> 3 & 7, Tag.OTHER: mode & 7}
 

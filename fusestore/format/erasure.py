@@ -1,10 +1,10 @@
-"""The erasure code: k data shards, m parity shards, any k of which give the stripe back.
+"""The erasure code: k data shards and m parity shards; any k of them restore the stripe.
 
-reedsolo defines the code and ISA-L applies it.  The parity matrix is what
-`reedsolo.RSCodec(m)` answers to unit vectors (field GF(2^8), polynomial 0x11d,
-reedsolo's default); `ec_encode_data` of ISA-L then multiplies by any matrix, and
-`gf_invert_matrix` inverts those that shards are rebuilt by.  For k = 1 the parity
-rows are all ones, so that replicas are plain copies.
+reedsolo defines the code, and ISA-L computes it.  The parity matrix consists of the
+parities of `reedsolo.RSCodec(m)` for unit vectors (field GF(2^8), polynomial 0x11d, the
+default of reedsolo).  `ec_encode_data` of ISA-L multiplies by a matrix, and
+`gf_invert_matrix` inverts the matrices that rebuild shards.  For k = 1 the parity rows
+are all ones, so that replicas are plain copies.
 """
 
 from __future__ import annotations
@@ -36,41 +36,41 @@ _ffi.cdef(
 Matrix = list[list[int]]
 
 _building = threading.RLock()
-"""Held while tables are made: reedsolo swaps global tables between its codecs."""
+"""Held while tables are built: the codecs of reedsolo share global tables."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Code:
-    """k data shards and m parity shards a stripe; `2+1` in text."""
+    """k data shards and m parity shards per stripe; written `2+1`."""
 
     k: int
     m: int
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `K+M`; UsageError when it is not a code that can be built."""
+        """Parse `K+M`; UsageError if it is not a possible code."""
         found = re.fullmatch(r"([1-9][0-9]?)\+(0|[1-9][0-9]?)", text.strip())
         if not found:
-            raise UsageError(f"{text!r} is not a code: write it K+M, like 2+1 or 4+2.")
+            raise UsageError(f"{text!r} is not a code: write it as K+M, for example 2+1 or 4+2.")
         code = cls(int(found[1]), int(found[2]))
         if code.n > SHARDS_MAX:
             raise UsageError(f"code {code} has more than {SHARDS_MAX} shards.")
         if code.m == 0 and code.k > 1:
-            raise UsageError(f"code {code} has no parity; only 1+0 may go without.")
+            raise UsageError(f"code {code} has no parity; only 1+0 may have none.")
         return code
 
     @property
     def n(self) -> int:
-        """Shards of a stripe, k + m."""
+        """The number of shards of a stripe, k + m."""
         return self.k + self.m
 
     @property
     def is_possible(self) -> bool:
-        """Whether it is one that `parse` would give."""
+        """Whether `parse` could return this code."""
         return 0 < self.k < self.n <= SHARDS_MAX or self.n == self.k == 1
 
     def shard_length(self, stripe_length: int) -> int:
-        """Bytes of each shard of a stripe of `stripe_length` > 0 bytes: padded to 64."""
+        """Return the bytes of each shard of a stripe of `stripe_length` > 0 bytes, padded to 64."""
         step = self.k * SHARD_ALIGN_BYTES
         return (stripe_length + step - 1) // step * SHARD_ALIGN_BYTES
 
@@ -90,7 +90,7 @@ def _isal() -> Any:
 
 @cache
 def generator(code: Code) -> Matrix:
-    """The n × k matrix that makes a stripe's shards of its data shards."""
+    """Return the n × k matrix that maps the data shards of a stripe to all of its shards."""
     rows = [[int(i == j) for j in range(code.k)] for i in range(code.k)]
     if code.k == 1:
         return rows + [[1] for _ in range(code.m)]
@@ -106,17 +106,17 @@ def _flat(matrix: Matrix) -> bytes:
 
 
 def _inverse(matrix: Matrix) -> Matrix:
-    """The inverse of a square matrix over GF(2^8); ValueError when it has none."""
+    """Return the inverse of a square matrix over GF(2^8); ValueError if it is singular."""
     size = len(matrix)
     inverse = bytearray(size * size)
-    work = bytearray(_flat(matrix))  # is destroyed
+    work = bytearray(_flat(matrix))  # gf_invert_matrix destroys it
     if _isal().gf_invert_matrix(_ffi.from_buffer(work), _ffi.from_buffer(inverse), size):
         raise ValueError("a singular matrix has no inverse")
     return [list(inverse[start : start + size]) for start in range(0, size * size, size)]
 
 
 def _product(left: Matrix, right: Matrix) -> Matrix:
-    """The product of two matrices over GF(2^8)."""
+    """Return the product of two matrices over GF(2^8)."""
     length = len(right[0])
     rows = [bytearray(length) for _ in left]
     _apply(_expand(left), length, [bytes(row) for row in right], rows)
@@ -124,7 +124,7 @@ def _product(left: Matrix, right: Matrix) -> Matrix:
 
 
 def _expand(matrix: Matrix) -> Any:
-    """ISA-L's multiplication tables for a matrix: 32 bytes an element."""
+    """Return ISA-L's multiplication tables for a matrix: 32 bytes per element."""
     rows, k = len(matrix), len(matrix[0])
     tables = _ffi.new("unsigned char[]", 32 * rows * k)
     _isal().ec_init_tables(k, rows, _ffi.from_buffer(_flat(matrix)), tables)
@@ -174,7 +174,7 @@ def _apply(tables: Any, length: int, inputs: Sequence[Buffer], outputs: Sequence
 def encode(code: Code, length: int, data: Sequence[Buffer], parity: Sequence[Buffer]) -> None:
     """Fill the m buffers `parity` from the k buffers `data`, `length` bytes of each.
 
-    Releases the GIL while it works.
+    Releases the GIL meanwhile.
     """
     if code.m:
         _apply(_encode_tables(code), length, data, parity)
@@ -185,8 +185,8 @@ def rebuild(
 ) -> dict[int, bytearray]:
     """Compute the shards `wanted` (by index) from any k of `present`.
 
-    The code works byte by byte, so the buffers may be the same range of each
-    shard instead of whole shards; `length` is the range's.
+    The code works byte by byte, so the buffers may hold the same range of each shard
+    instead of whole shards; `length` is the length of the buffers.
     """
     chosen = tuple(sorted(present)[: code.k])
     if len(chosen) < code.k:
@@ -198,15 +198,15 @@ def rebuild(
 
 
 def self_check(code: Code) -> None:
-    """Make ready to code; FusestoreError when ISA-L does not do what reedsolo does.
+    """Prepare a code; FusestoreError if ISA-L and reedsolo disagree about it.
 
-    Every code is checked so before its first use, whoever asks first.
+    Every code is checked this way before its first use.
     """
     _encode_tables(code)
 
 
 def _check(code: Code, tables: Any) -> None:
-    """Compare one small stripe with reedsolo itself."""
+    """Compare one small stripe with the result of reedsolo."""
     data = [bytes((7 * i + 31 * j + 1) & 0xFF for j in range(64)) for i in range(code.k)]
     parity = [bytearray(64) for _ in range(code.m)]
     if code.m:

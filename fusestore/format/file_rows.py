@@ -1,6 +1,6 @@
-"""Rows about files: inodes, names, extents, attributes, quotas, and what is owed to files.
+"""Rows of files: inodes, names, extents, attributes, quotas, and pending removals.
 
-One function a key, one dataclass a value; `tables` has the list of all tables.
+There is one function per key, and one dataclass per value.  `tables` lists all tables.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .keys import QQ, Q
 Ino = NewType("Ino", int)
 ROOT = Ino(1)
 FIRST_COOKIE = 16
-"""Cookies below belong to `.` and `..`."""
+"""The first cookie of an entry; `.` and `..` have smaller cookies."""
 
 
 @dataclass(slots=True)
@@ -28,19 +28,19 @@ class Inode:
     nlink: int
     size: int
     allocated: int
-    """Bytes that extents of this inode hold; holes excluded."""
+    """Bytes that extents of this inode hold, without holes."""
     atime: int
     mtime: int
     ctime: int
     rdev: int = 0
     generation: int = 0
     parent: int = 0
-    """A directory's parent; for others the directory that it was last linked in."""
+    """The parent of a directory; for other inodes the directory of the newest name."""
     quota_root: int = 0
-    """The nearest directory with a quota, for a directory itself included; 0: none."""
+    """The nearest directory with a quota, which may be this directory itself; 0: none."""
     k: int = 0
     m: int = 0
-    """The code of new bytes, for a directory of new files; 0+0 is the store's default."""
+    """The code of new bytes, or of new files below a directory; 0+0: inherited."""
 
     _STRUCT = struct.Struct("<IIIIQQqqqQIQQBB")
 
@@ -107,7 +107,7 @@ def decode_listing(key: bytes, value: bytes) -> tuple[int, int, bytes]:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """`length` bytes of a file at `offset` lie at `stripe_offset` of `stripe`."""
+    """The place of `length` bytes of a file from `offset` on, in a stripe."""
 
     offset: int
     length: int
@@ -118,7 +118,7 @@ class Extent:
 
     @property
     def end(self) -> int:
-        """The offset of the first byte after it."""
+        """The file offset of the first byte after the extent."""
         return self.offset + self.length
 
     def encode(self) -> bytes:
@@ -131,7 +131,7 @@ class Extent:
         return cls(Q.unpack_from(key, 9)[0], *cls._STRUCT.unpack(value))
 
     def part(self, start: int, end: int) -> Extent:
-        """The extent of what it has of the file's bytes start <= i < end."""
+        """Return the part of the extent with the file's bytes start <= i < end."""
         first = max(start, self.offset)
         return Extent(
             first,
@@ -168,7 +168,7 @@ def trim_key(ino: int) -> bytes:
 
 
 def decode_ino_key(key: bytes) -> Ino:
-    """The inode of a row of `orphans`, `trims`, `quotas` or `inodes`."""
+    """Return the inode of a row of `orphans`, `trims`, `quotas` or `inodes`."""
     return Ino(Q.unpack_from(key, 1)[0])
 
 
@@ -176,29 +176,29 @@ NO_LIMIT = (1 << 64) - 1
 
 
 class QuotaState(IntEnum):
-    """How far a quota is from being in force, or from being gone."""
+    """The stages of a quota, from being set to being removed."""
 
     COUNTING = 1
-    """What lies below its directory is being counted; it is not enforced yet."""
+    """The inodes below its directory are being counted; it is not enforced yet."""
     ACTIVE = 2
     CLEARING = 3
-    """What lies below its directory is being given back to the quota above."""
+    """The inodes below its directory are being returned to the quota above."""
     GONE = 4
-    """Kept for files without a name in its directory, until the last of them is removed."""
+    """The quota is cleared, but still counts unnamed files until the last one is removed."""
 
 
 @dataclass(slots=True)
 class Quota:
-    """What may lie below a directory, and what does; that directory itself does not count."""
+    """The limits of a directory, and the use of them; the directory itself does not count."""
 
     bytes_max: int = NO_LIMIT
     files_max: int = NO_LIMIT
     bytes_used: int = 0
-    """What extents of the files below hold, those below inner quotas included."""
+    """Bytes that extents of files below hold, including those below inner quotas."""
     files_used: int = 0
     """Inodes of any kind."""
     outer: int = 0
-    """The next directory above with a quota, which this one's use counts for, too; 0: none."""
+    """The next directory above with a quota, which also counts this use; 0: none."""
     state: QuotaState = QuotaState.COUNTING
 
     _STRUCT = struct.Struct("<QQqqQB")
@@ -230,4 +230,4 @@ def quota_key(ino: int) -> bytes:
 
 
 NUMBER_MAX = (1 << 63) - 1
-"""Of inodes and cookies: what the kernel takes."""
+"""The largest number of an inode or cookie that the kernel accepts."""

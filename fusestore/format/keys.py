@@ -1,4 +1,4 @@
-"""How numbers are packed into keys: big-endian, so that keys sort by number."""
+"""Packing of numbers into keys: big-endian, so that keys sort by number."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ HIQ = struct.Struct(">HIQ")
 
 
 def after(prefix: bytes) -> bytes:
-    """The least key that is greater than all that start with `prefix`."""
+    """Return the least key that is greater than all keys with this prefix."""
     return (int.from_bytes(prefix, "big") + 1).to_bytes(len(prefix), "big")

@@ -1,15 +1,14 @@
-"""Which node gets which shard: evenly over the regions, within a region by weight.
+"""Placement of shards on nodes: evenly over the regions, by weight within a region.
 
-The region rule: no region may hold more than m shards of a stripe, so that any
-one region can be lost.  Shards go round the regions, which turn with the stripe.
-In a region a stripe's shards go to the nodes that come first in a weighted
-rendezvous (Thaler and Ravishankar 1998; weights as in Schindelhauer and Schomaker
-2005): each node draws a number h from the hash of the stripe and its name, and
-the greatest -w / ln(h) wins.  So a node that is added takes its part from all
-others, and nothing moves between those.
+The region rule: no region may hold more than m shards of a stripe, so that any one
+region can be lost.  Shards go round-robin to the regions; the first region rotates with
+the stripe.  Within a region, weighted rendezvous hashing orders the nodes (Thaler and
+Ravishankar 1998; weights as in Schindelhauer and Schomaker 2005).  Each node gets a
+number h from the hash of the stripe and its name, and the greatest -w / ln(h) is first.
+Therefore a new node takes its share from all others, and no shard moves between those.
 
-Rows of stripes say where their shards are; this is only asked for new ones, and
-for where a shard had better be.
+The rows of stripes record the places of their shards.  Placement is only used for new
+shards, and to find the preferred place of a shard.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ from xxhash import xxh3_64_intdigest
 from .erasure import Code
 
 _STEP = 0.15
-"""In the logarithm of time, of the quadrature in `_inclusion`: good for five digits."""
+"""The step of the quadrature in `_inclusion`, in the logarithm of time: gives five digits."""
 _ROUNDS = 50
 _CLOSE = 1e-3
-"""How near, relatively, `_rates` comes to what is wanted."""
+"""The relative error that `_rates` accepts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A node, as far as placement cares."""
+    """The properties of a node that placement uses."""
 
     name: str
     region: str
@@ -42,9 +41,9 @@ class Site:
 
 
 def check_region_rule(code: Code, regions: Sequence[str]) -> str | None:
-    """Say in a sentence why `code` would not survive the loss of a region, or None.
+    """Return a sentence if `code` would not survive the loss of a region, or None.
 
-    `regions` has one entry a node: the region that it lies in.
+    `regions` has one entry per node: the region of the node.
     """
     count = len(set(regions))
     most = -(-code.n // count)
@@ -52,20 +51,20 @@ def check_region_rule(code: Code, regions: Sequence[str]) -> str | None:
         return None
     return (
         f"Code {code} puts {most} of its {code.n} shards into one of {count} regions, "
-        f"and survives the loss of only {code.m}: losing a region would lose data."
+        f"and survives the loss of only {code.m}: the loss of a region would lose data."
     )
 
 
 def regions_borne(code: Code, regions: int) -> int:
-    """How many of so many regions may go at once, with shards spread evenly over them."""
+    """Return how many of `regions` regions can be lost at once, if shards are spread evenly."""
     return code.m // -(-code.n // regions)
 
 
 class Placement:
-    """Where the shards of new stripes go, for one set of nodes."""
+    """The placement of new shards on one set of nodes."""
 
     def __init__(self, sites: Sequence[Site]) -> None:
-        """Of these nodes; regions are numbered in the order of their first ones."""
+        """`sites` are the nodes; regions are numbered in the order of their first node."""
         self.names = tuple(dict.fromkeys(site.region for site in sites))
         """The regions."""
         self._regions = [
@@ -75,16 +74,16 @@ class Placement:
         self._size = len(sites)
         self._simple = self._size == len(self.names)
         self._known: dict[tuple[int, int], tuple[int, ...]] = {}
-        """Where one node is a region: by shards and turn."""
+        """Cached results if each region has one node, by shards and turn."""
         self._expected: dict[int, list[float]] = {}
         self._least: dict[tuple[int, frozenset[str]], int] = {}
 
     def place(self, code: Code, stripe: int) -> tuple[int, ...]:
-        """The position of the node for each of the stripe's n shards.
+        """Return the position of the node for each of the n shards of a stripe.
 
-        Shard i goes to region i + stripe (modulo the regions), so that data and
-        parity, and with them reads, are spread evenly over time.  A node gets a second
-        shard of a stripe only when all nodes of its region have one.
+        Shard i goes to region i + stripe (modulo the regions), so that data, parity and
+        reads are spread evenly over time.  A node gets a second shard of a stripe only if
+        all nodes of its region have one.
         """
         turn = stripe % len(self._regions)
         if self._simple:
@@ -103,12 +102,12 @@ class Placement:
         return result
 
     def _mine(self, code: Code, turn: int, region: int) -> range:
-        """The shards that a region gets of a stripe with this turn."""
+        """Return the shards of a stripe with this turn that go to a region."""
         count = len(self._regions)
         return range((region - turn) % count, code.n, count)
 
     def least(self, code: Code, regions: Collection[str]) -> int:
-        """How many shards of a stripe these regions get at least."""
+        """Return the least number of shards of a stripe in these regions."""
         key = code.n, frozenset(regions)
         if key not in self._least:
             there = [number for number, name in enumerate(self.names) if name in regions]
@@ -119,7 +118,7 @@ class Placement:
         return self._least[key]
 
     def expected(self, code: Code) -> list[float]:
-        """How many shards of a stripe each node gets, on average over many stripes."""
+        """Return the average number of shards of a stripe on each node."""
         if code.n in self._expected:
             return self._expected[code.n]
         result = self._expected[code.n] = [0.0] * self._size
@@ -131,7 +130,7 @@ class Placement:
         return result
 
     def most(self, code: Code) -> list[int]:
-        """How many shards of one stripe each node gets at most."""
+        """Return the greatest number of shards of one stripe on each node."""
         result = [0] * self._size
         for region in self._regions:
             for node in region.nodes:
@@ -139,14 +138,14 @@ class Placement:
         return result
 
     def most_in_region(self, code: Code) -> int:
-        """How many shards of one stripe a region gets at most."""
+        """Return the greatest number of shards of one stripe in a region."""
         return -(-code.n // len(self._regions))
 
 
 def shares(weights: Sequence[float], total: float, most: float) -> list[float]:
-    """Parts of `total` in proportion to weights, but none above `most`.
+    """Divide `total` in proportion to weights, with no part above `most`.
 
-    What is too much for one goes to the others; `total` is at most `most` for each.
+    The excess of one part goes to the others.  `total` must be at most `most` per weight.
     """
     result = [most] * len(weights)
     rest, left = set(range(len(weights))), total
@@ -163,9 +162,9 @@ def shares(weights: Sequence[float], total: float, most: float) -> list[float]:
 
 
 def losses(good: Counter[str], k: int) -> int:
-    """How many regions may go, whichever, while k of the shards that each has are left.
+    """Return how many regions, no matter which, can be lost while k shards are left.
 
-    -1: there are fewer than k already.
+    `good` counts the shards of each region.  -1: there are already fewer than k.
     """
     left = sum(good.values())
     if left < k:
@@ -179,9 +178,9 @@ def losses(good: Counter[str], k: int) -> int:
 
 @lru_cache(maxsize=256)
 def losses_borne(code: Code, regions: tuple[str, ...], lacking: frozenset[str]) -> int:
-    """How many more of these regions may go, whichever, if some have nothing.
+    """Return how many more regions, no matter which, can be lost if `lacking` have no shards.
 
-    -1: stripes may have fewer shards than they need already.
+    -1: some stripes may already have fewer shards than they need.
     """
     placement = Placement([Site(region, region) for region in regions])
     turns = (placement.place(code, turn) for turn in range(len(regions)))
@@ -193,12 +192,12 @@ def losses_borne(code: Code, regions: tuple[str, ...], lacking: frozenset[str]) 
 
 
 def draw(name: str, weight: float, stripe: int) -> float:
-    """What a node draws for a stripe; the least number wins."""
+    """Return the rendezvous number of a node for a stripe; the least number is first."""
     return _arrival(xxh3_64_intdigest(name.encode()), weight, stripe.to_bytes(8, "little"))
 
 
 def _arrival(seed: int, rate: float, key: bytes) -> float:
-    """-ln(h) / w: less where -w / ln(h) is greater."""
+    """Return -ln(h) / w, which is less where -w / ln(h) is greater."""
     return -log(((xxh3_64_intdigest(key, seed) >> 11) + 0.5) * 2.0**-53) / rate
 
 
@@ -207,12 +206,12 @@ class _Region:
 
     def __init__(self, sites: Sequence[Site], nodes: list[int]) -> None:
         self.nodes = nodes
-        """Their positions among all."""
+        """The positions of its nodes among all nodes."""
         self.weights = tuple(sites[node].weight for node in nodes)
         self._seeds = [xxh3_64_intdigest(sites[node].name.encode()) for node in nodes]
 
     def order(self, count: int, stripe: int) -> list[int]:
-        """The nodes, those first that the first of `count` shards of a stripe go to."""
+        """Return the nodes in the order in which they get `count` shards of a stripe."""
         if len(self.nodes) == 1:
             return self.nodes
         key = stripe.to_bytes(8, "little")
@@ -226,17 +225,17 @@ class _Region:
 
 @lru_cache(maxsize=256)
 def _rates(weights: tuple[float, ...], count: int) -> tuple[float, ...]:
-    """Weights with which the first `count` of a rendezvous hold shards as `weights` say.
+    """Return rates with which the first `count` of a rendezvous hold shares like `weights`.
 
-    The first one does so with the weights themselves; that the first two do, one that
-    is twice as heavy must not come second less often than first.  Begins with the
-    exponential order sampling of Rosén (1997).
+    For the first node alone, the rates are the weights.  For more, the rates must differ
+    from the weights: otherwise a node with twice the weight would be second too rarely.
+    Begins with the exponential order sampling of Rosén (1997).
     """
     if count <= 1 or len(set(weights)) == 1:
         return weights
     wanted = shares(weights, count, 1.0)
     rest = [i for i, part in enumerate(wanted) if part < 1.0 - 1e-9]
-    rates = [math.inf] * len(weights)  # of those that every stripe has a shard on
+    rates = [math.inf] * len(weights)  # for nodes with a shard of every stripe
     left = count - (len(weights) - len(rest))
     if left == 1:
         found = [weights[i] for i in rest]
@@ -257,14 +256,14 @@ def _rates(weights: tuple[float, ...], count: int) -> tuple[float, ...]:
 
 
 def _inclusion(rates: Sequence[float], count: int) -> list[float]:
-    """How likely each is among the first `count` to arrive, with exponential times of arrival."""
+    """Return the probability of each to be among the first `count`, with exponential arrivals."""
     result = [0.0] * len(rates)
     first, last = log(1e-4 / sum(rates)), log(40 / min(rates))
     for point in range(math.ceil((last - first) / _STEP)):
         time = math.exp(first + point * _STEP)
         late = [math.exp(-rate * time) for rate in rates]
         for i, rate in enumerate(rates):
-            arrived = [1.0] + [0.0] * (count - 1)  # by how many of the others, below `count`
+            arrived = [1.0] + [0.0] * (count - 1)  # by number of others, below `count`
             for j, other in enumerate(late):
                 if j != i:
                     for n in range(count - 1, 0, -1):

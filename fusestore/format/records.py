@@ -1,9 +1,9 @@
-"""The records that segments are made of: header, checksums, alignment.
+"""The records of segments: header, checksums, alignment.
 
-Reader and writer share this module and nothing else; FORMAT.md describes the
-same bytes in prose.  A record is a header of 64 bytes, a payload, and zeros up
-to the next multiple of 64.  The header's checksum is seeded with the place
-that the record lies at, so that a record copied elsewhere is none.
+Readers and writers share only this module.  FORMAT.md describes the same bytes in prose.
+A record is a header of 64 bytes, a payload, and zeros up to the next multiple of 64.
+The checksum of the header is seeded with the place of the record, so that a copy of a
+record at another place is invalid.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ assert HEADER_BYTES == RECORD_ALIGN_BYTES == 64
 
 
 class Kind(IntEnum):
-    """What a record holds."""
+    """The kind of a record."""
 
     COMMIT = 1
     METADATA_DUMP = 2
@@ -47,7 +47,7 @@ class Run(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a record lies: its header's checksum is seeded with it."""
+    """The place of a record, which seeds the checksum of its header."""
 
     store: UUID
     node: str
@@ -55,7 +55,7 @@ class Place:
     segment: int
 
     def seed(self, offset: int) -> int:
-        """The seed of the header at `offset` of the segment."""
+        """Return the seed for a header at `offset` of the segment."""
         name = self.node.encode()
         return xxh3_64_intdigest(
             self.store.bytes
@@ -67,14 +67,14 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A record's header; `index`, `k`, `m` and `stripe_length` are 0 but for shards."""
+    """The header of a record; `index`, `k`, `m` and `stripe_length` are 0 except for shards."""
 
     kind: Kind
     payload_length: int
     payload_checksum: int
     epoch: int
     number: int
-    """The commit's, the metadata dump's or the stripe's number."""
+    """The number of the commit, the metadata dump or the stripe."""
     index: int = 0
     k: int = 0
     m: int = 0
@@ -86,7 +86,7 @@ class Header:
         return record_length(self.payload_length)
 
     def encode(self, seed: int) -> bytes:
-        """The 64 bytes of the header for the place with this seed."""
+        """Encode the 64 bytes of the header for the place with this seed."""
         head = HEADER.pack(
             MAGIC,
             VERSION,
@@ -104,9 +104,9 @@ class Header:
 
     @classmethod
     def decode(cls, data: bytes, seed: int) -> Header:
-        """Read a header; TruncatedError, BadMagicError, UnknownVersionError, ChecksumError."""
+        """Decode a header; TruncatedError, BadMagicError, UnknownVersionError, ChecksumError."""
         if len(data) < HEADER_BYTES:
-            raise TruncatedError("The segment ends within a record's header.")
+            raise TruncatedError("The segment ends inside the header of a record.")
         magic, version, kind, index, k, m, length, stripe, epoch, number, checksum = (
             HEADER.unpack_from(data)
         )
@@ -114,9 +114,9 @@ class Header:
             raise BadMagicError("There is no record here.")
         expected = xxh3_64_intdigest(data[: HEADER.size], seed)
         if _CHECKSUM.unpack_from(data, HEADER.size)[0] != expected:
-            raise ChecksumError("A record's header does not match its checksum or place.")
-        # Every version keeps the header's length and checksum: what is unknown here is
-        # no flipped bit, it was written so.
+            raise ChecksumError("The header of a record does not match its checksum or its place.")
+        # All versions have the same header length and checksum: unknown values are
+        # no flipped bits, but were written this way.
         if version != VERSION or kind not in tuple(Kind):
             raise UnknownVersionError(
                 f"A record has format version {version} and kind {kind}, which this fusestore "
@@ -126,12 +126,12 @@ class Header:
 
 
 def record_length(payload_length: int) -> int:
-    """Bytes that a record with such a payload takes in its segment."""
+    """Return the bytes of a record with this payload in its segment."""
     return (HEADER_BYTES + payload_length + RECORD_ALIGN_BYTES - 1) & -RECORD_ALIGN_BYTES
 
 
 def block_checksums(payload: Buffer, length: int) -> bytes:
-    """xxh3-64 of each block of the payload's first `length` bytes, 8 bytes each."""
+    """Return the xxh3-64 of each block of the payload's first `length` bytes, 8 bytes each."""
     view = memoryview(payload)[:length]
     digest = xxh3_64_intdigest
     sums = [digest(view[start : start + BLOCK_BYTES]) for start in range(0, length, BLOCK_BYTES)]
@@ -139,20 +139,20 @@ def block_checksums(payload: Buffer, length: int) -> bytes:
 
 
 def payload_checksum(blocks: bytes) -> int:
-    """The checksum of a payload: xxh3-64 of its block checksums."""
+    """Return the checksum of a payload: the xxh3-64 of its block checksums."""
     return xxh3_64_intdigest(blocks)
 
 
 def checksum(payload: Buffer, length: int) -> int:
-    """The checksum of a payload that keeps no block checksums."""
+    """Return the checksum of a payload without stored block checksums."""
     return payload_checksum(block_checksums(payload, length))
 
 
 def records(place: Place, data: Buffer) -> Iterator[tuple[int, Header, memoryview]]:
-    """(offset, header, payload) of each intact record of a segment, from its start.
+    """Yield (offset, header, payload) of each intact record of a segment, from its start.
 
-    What is torn or rotten is passed over, up to the next header that is one.
-    UnknownVersionError is not swallowed: the segment was written by a newer version.
+    Torn and damaged records are skipped, up to the next valid header.  UnknownVersionError
+    is raised: a newer version wrote the segment.
     """
     raw = bytes(data)
     view = memoryview(raw)
@@ -175,7 +175,7 @@ def records(place: Place, data: Buffer) -> Iterator[tuple[int, Header, memoryvie
 
 
 def _next_magic(data: bytes, start: int) -> int:
-    """The next aligned offset from `start` on at which a record could begin, -1 for none."""
+    """Return the next aligned offset from `start` on at which a record may begin, or -1."""
     found = data.find(MAGIC, start)
     while found % RECORD_ALIGN_BYTES and found > 0:
         found = data.find(MAGIC, found + 1)
@@ -196,15 +196,15 @@ _DELETE = 0xFFFFFFFF
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """What one COMMIT record says."""
+    """The contents of a COMMIT record."""
 
     number: int
     epoch: int
     previous: int
     durable_through: int
     base: int
-    """The changes are all since this commit: the one before, or for the first commit of
-    an epoch the last checkpoint."""
+    """The record has all changes since this commit: the previous commit, or for the first
+    commit of an epoch the last checkpoint."""
     nonce: bytes
     in_sync: tuple[int, ...]
     """Ids of the nodes that had to flush this commit."""
@@ -212,7 +212,7 @@ class Commit:
 
 
 def encode_changes(changes: Changes) -> bytes:
-    """Keys and values, one after the other: u16 and u32 lengths, key, value."""
+    """Encode changes one after the other: u16 and u32 lengths, key, value."""
     parts: list[bytes] = []
     pack = _CHANGE.pack
     for key, value in changes.items():
@@ -224,25 +224,25 @@ def encode_changes(changes: Changes) -> bytes:
 
 
 def decode_changes(data: Buffer) -> dict[bytes, bytes | None]:
-    """The inverse of encode_changes; TruncatedError when it does not come out even."""
+    """Decode the result of `encode_changes`; TruncatedError if it ends inside a change."""
     view = memoryview(data)
     changes: dict[bytes, bytes | None] = {}
     offset = 0
     while offset < len(view):
         if offset + _CHANGE.size > len(view):
-            raise TruncatedError("A list of changes ends within a change.")
+            raise TruncatedError("A list of changes ends inside a change.")
         key_length, value_length = _CHANGE.unpack_from(view, offset)
         middle = offset + _CHANGE.size + key_length
         offset = middle if value_length == _DELETE else middle + value_length
         if offset > len(view):
-            raise TruncatedError("A list of changes ends within a change.")
+            raise TruncatedError("A list of changes ends inside a change.")
         key = bytes(view[middle - key_length : middle])
         changes[key] = None if value_length == _DELETE else bytes(view[middle:offset])
     return changes
 
 
 def encode_commit(commit: Commit) -> bytes:
-    """The payload of a COMMIT record; number and epoch go to its header."""
+    """Encode the payload of a COMMIT record; its header has the number and the epoch."""
     return b"".join(
         (
             _COMMIT.pack(
@@ -259,7 +259,7 @@ def encode_commit(commit: Commit) -> bytes:
 
 
 def decode_commit(header: Header, payload: Buffer) -> Commit:
-    """Read a COMMIT's payload; TruncatedError when it does not come out even."""
+    """Decode the payload of a COMMIT record; TruncatedError if it is incomplete."""
     view = memoryview(payload)
     if len(view) < _COMMIT.size:
         raise TruncatedError("A COMMIT record is too short.")

@@ -1,7 +1,7 @@
-"""Which numbers segments have: what a name says, and what a store can have come to.
+"""The numbers of segments: parsing names, and rejecting impossible numbers.
 
-A folder on a node may hold files that no store made.  Neither a name nor a number
-of theirs may decide where segments go on.
+A folder on a node may contain files that no store made.  Their names and numbers must
+not affect the number of the next segment.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Iterable
 
 SEGMENT_MAX = 2**32 - 2
 GAP_MAX = 1_000_000
-"""A store goes on at most so far from the last number that its metadata knows: each mount that a
-crash ended before it was noted has taken one or a few."""
+"""The greatest distance of a number from the last number in the metadata: each mount that crashed
+before it was recorded has used one or a few numbers."""
 
 _NAME = re.compile(r"([0-9]{8,10})\.([a-z]+)", re.ASCII)
 
 
 def segment_number(name: str, suffix: str) -> int | None:
-    """The number of the segment with this name in a folder of its run; None for other names."""
+    """Return the number of the segment with this name in the folder of its run, or None."""
     found = _NAME.fullmatch(name)
     if found is None or found[2] != suffix:
         return None
@@ -27,10 +27,10 @@ def segment_number(name: str, suffix: str) -> int | None:
 
 
 def reachable(found: Iterable[int], known: Iterable[int]) -> list[int]:
-    """The numbers `found`, in ascending order, up to the first that is too far from what is known.
+    """Return the numbers `found` in ascending order, up to the first that is too far away.
 
-    The `known` numbers, one at least, are the store's for certain.  From the greatest of
-    them on, each number must be near the one before.
+    The `known` numbers, at least one, certainly belong to the store.  From the greatest of
+    them on, each number must be near the previous one.
     """
     last = max(known)
     kept = []

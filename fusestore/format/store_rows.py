@@ -1,4 +1,4 @@
-"""Rows about the store as a whole: counters, the log, the nodes; keys begin with `Z`."""
+"""Rows of the whole store: counters, the log, the nodes; their keys begin with `Z`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FORMAT = 1
 
 @dataclass(slots=True)
 class Counters:
-    """What is handed out, and what there is."""
+    """The next numbers to assign, and the totals of the store."""
 
     next_ino: int = ROOT + 1
     next_cookie: int = FIRST_COOKIE
@@ -36,12 +36,12 @@ class Counters:
     file_bytes: int = 0
     """Bytes that extents hold."""
     stripes: int = 0
-    """Stripes that are sealed or about to be."""
+    """Stripes that are sealed or being sealed."""
 
     _STRUCT = struct.Struct("<QQqqq")
 
     def copy(self) -> Self:
-        """The counters as they are now."""
+        """Return a copy of the counters."""
         return replace(self)
 
     def encode(self) -> bytes:
@@ -61,25 +61,25 @@ def encode_codes(codes: list[Code]) -> bytes:
 
 
 def decode_codes(value: bytes | None) -> list[Code]:
-    """Codes that directories were ever given, or files recoded to."""
+    """Decode the codes that were ever set on a directory or used to recode files."""
     return [Code.parse(text) for text in json.loads(value)] if value else []
 
 
 @dataclass(slots=True)
 class LogState:
-    """Where the log stood at a commit; JSON in the row."""
+    """The state of the log at a commit; JSON in the row."""
 
     epoch: int = 0
     nonce: str = ""
-    """32 hexadecimal digits, drawn anew with each epoch."""
+    """32 random hexadecimal digits, new in each epoch."""
     commit: int = 0
     checksum: int = 0
-    """Of the payload of that commit."""
+    """The checksum of the payload of that commit."""
     journal_segment: int = 1
-    """Commits after it lie in this journal segment or a later one."""
+    """Later commits are in this journal segment or a later one."""
 
     doubt: str = ""
-    """Why something may be needed that no table names: it is kept until fsck was clean."""
+    """Why data that no table names may be needed: it is kept until fsck finds nothing."""
 
     def encode(self) -> bytes:
         """The row's value."""
@@ -95,15 +95,15 @@ class LogState:
 
 
 class CommitId(NamedTuple):
-    """Which commit: two histories of a store have commits of the same numbers."""
+    """The identity of a commit: two histories of a store have commits with the same numbers."""
 
     number: int
     checksum: int
-    """Of its payload; 0: not known."""
+    """The checksum of its payload; 0: not known."""
 
 
 class GivenUp(NamedTuple):
-    """Commits after `commit` of epochs before `epoch` were given up: they are void."""
+    """The end of a history: commits after `commit` in epochs before `epoch` are void."""
 
     commit: int
     epoch: int
@@ -115,17 +115,17 @@ def encode_given_up(ends: Sequence[GivenUp]) -> bytes:
 
 
 def decode_given_up(value: bytes | None) -> list[GivenUp]:
-    """Histories that were given up; without the row none."""
+    """Decode the ends of histories that were given up; none without the row."""
     return [GivenUp(*end) for end in json.loads(value)] if value else []
 
 
 NEVER_WHOLE = 1 << 62
-"""`holds` of a node that may lack anything, whatever its journal says."""
+"""The value of `holds` for a node that may lack any data, whatever its journal contains."""
 
 
 @dataclass(slots=True)
 class NodeRow:
-    """A node as the log knows it; the row holds a JSON list of all of them."""
+    """A node in the log; the row is a JSON list of all nodes."""
 
     id: int
     name: str
@@ -133,15 +133,15 @@ class NodeRow:
     path: str
     in_sync: bool
     holds: int = 0
-    """For a node that is not in sync: the last commit that it is known to have flushed."""
+    """The last commit that a node which is not in sync is known to have flushed."""
     weight: float = 1.0
     draining: bool = False
     checksum: int = 0
-    """Of the commit `holds`; 0: not known."""
+    """The checksum of the commit `holds`; 0: not known."""
 
 
 def encode_nodes(rows: list[NodeRow]) -> bytes:
-    """What is usual goes without saying: weights of 1, nodes that are not drained."""
+    """Encode the rows of all nodes; defaults (weight 1, not draining) are omitted."""
     usual = {"weight": 1.0, "draining": False, "checksum": 0}
     return json.dumps(
         [

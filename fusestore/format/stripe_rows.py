@@ -1,6 +1,6 @@
-"""Rows about stripes: where their shards lie, what lives in them, and what is owed to nodes.
+"""Rows of stripes: places of shards, live bytes, owners, tails, and missing shards.
 
-One function a key, one dataclass a value; `tables` has the list of all tables.
+There is one function per key, and one dataclass per value.  `tables` lists all tables.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from .keys import HI, HIQ, HQB, QI, Q
 
 @dataclass(frozen=True, slots=True)
 class ShardPlace:
-    """Where a shard's payload lies; segment 0 means that it was never written."""
+    """The place of a shard's payload; segment 0 means that the shard was never written."""
 
     node: int
     segment: int
     offset: int
-    """Of the payload, in the segment's file."""
+    """The offset of the payload in the segment's file."""
 
     @property
     def written(self) -> bool:
-        """Whether the node was ever given it."""
+        """Whether the shard was ever written to the node."""
         return self.segment != 0
 
 
 @dataclass(frozen=True, slots=True)
 class Stripe:
-    """A sealed stripe: where its n shards lie and what their blocks must hash to."""
+    """A sealed stripe: the places of its n shards, and the checksums of their blocks."""
 
     code: Code
     length: int
-    """Bytes of file data, padding excluded."""
+    """Bytes of file data, without padding."""
     shards: tuple[ShardPlace, ...]
     checksums: tuple[bytes, ...]
     """For each shard the xxh3-64 of each of its blocks, 8 bytes each."""
@@ -45,11 +45,11 @@ class Stripe:
 
     @property
     def shard_length(self) -> int:
-        """Bytes of each shard."""
+        """The bytes of each shard."""
         return self.code.shard_length(self.length)
 
     def moved(self, index: int, place: ShardPlace) -> Stripe:
-        """The same stripe with one shard elsewhere."""
+        """Return the same stripe with one shard at another place."""
         shards = (*self.shards[:index], place, *self.shards[index + 1 :])
         return replace(self, shards=shards)
 
@@ -65,7 +65,7 @@ class Stripe:
 
     @classmethod
     def has_form(cls, value: bytes) -> bool:
-        """Whether a value has the numbers and the length of a stripe's row; struct.error."""
+        """Return whether a value has the form of a stripe's row; struct.error."""
         k, m, length, shard_length = cls._HEAD.unpack_from(value)
         code = Code(k, m)
         blocks = -(-shard_length // BLOCK_BYTES)
@@ -94,7 +94,7 @@ class Stripe:
 
 STRIPES_START, STRIPES_END = b"S", b"T"
 LOST_STRIPE = 0
-"""No stripe: fsck points extents at it whose bytes are nowhere, so that they are an error."""
+"""Not a stripe: fsck points extents with lost bytes at it, so that reading them is an error."""
 
 
 def stripe_key(stripe: int) -> bytes:
@@ -161,7 +161,7 @@ def decode_missing_key(key: bytes) -> tuple[int, int, int]:
 
 @dataclass(slots=True)
 class SegmentState:
-    """A shard segment: bytes used, and bytes of records with something live in them."""
+    """A shard segment: bytes used, and bytes of records with live shards."""
 
     size: int = 0
     live: int = 0
@@ -170,7 +170,7 @@ class SegmentState:
 
     @property
     def is_possible(self) -> bool:
-        """Whether a segment may be so long, and so much live in it."""
+        """Whether a segment can have this length and this many live bytes."""
         return self.live <= self.size <= SHARD_SEGMENT_BYTES + RECORD_ALIGN_BYTES + STRIPE_BYTES
 
     def encode(self) -> bytes:
@@ -203,7 +203,7 @@ def reclaim_key(node: int, segment: int, offset: int) -> bytes:
 
 
 def reclaim_row(place: ShardPlace, length: int) -> tuple[bytes, bytes]:
-    """The row that frees a shard of `length` bytes."""
+    """Return the row that frees a shard of `length` bytes."""
     return reclaim_key(place.node, place.segment, place.offset), length.to_bytes(4, "little")
 
 

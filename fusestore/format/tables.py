@@ -1,6 +1,6 @@
 """The metadata tables, and the form of their rows.
 
-A key is the table's letter and big-endian numbers, so that keys sort by number.
+A key is the letter of its table and big-endian numbers, so that keys sort by number.
 
     I ino                      inodes    Inode
     N parent name              names     ino, cookie
@@ -12,7 +12,7 @@ A key is the table's letter and big-endian numbers, so that keys sort by number.
     T stripe stripe-offset     tails     code, bytes committed before the stripe was sealed
     X ino name                 xattrs    value
     Q ino                      targets   of a symbolic link
-    M node stripe index        missing   nothing            what healing owes the node
+    M node stripe index        missing   nothing            a shard to be healed
     B ino                      quotas    Quota              of a directory
     U ino                      orphans   nothing            unlinked while still in use
     D ino                      trims     size               extents past it are to be removed
@@ -20,12 +20,12 @@ A key is the table's letter and big-endian numbers, so that keys sort by number.
     R node segment offset      reclaim   payload length     to free after the next checkpoint
     Z name                     super     counters, log, nodes, dump
 
-`file_rows`, `stripe_rows` and `store_rows` have one function a key and one
-dataclass a value; nobody else knows bytes.
+`file_rows`, `stripe_rows` and `store_rows` have one function per key and one dataclass
+per value.  No other module knows these bytes.
 
-A crash may leave: rows in `orphans`, `trims`, `tails` and `reclaim` that the
-next mount works off.  `live`, `Inode.allocated`, what quotas count and the
-counters are denormalised; fsck can count them anew.
+A crash may leave rows in `orphans`, `trims`, `tails` and `reclaim`; the next mount
+processes them.  `live`, `Inode.allocated`, the use of quotas, and the counters are
+denormalised; fsck can recount them.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from .stripe_rows import OWNER, SegmentState, Stripe
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """What the rows of a table look like."""
+    """The form of the rows of a table."""
 
     letter: bytes
     name: str
     key_length: int
-    """Of keys that end with a name: the least."""
+    """The length of keys; if keys end with a name, the least length."""
     has_form: Callable[[bytes, bytes], bool]
-    """Of a key of that length and its value; struct.error or ValueError also mean no."""
+    """Checks a key of that length and its value; struct.error and ValueError also mean no."""
     named: bool = False
     """Keys end with a name."""
 
@@ -82,27 +82,27 @@ TABLES = {
         Table(b"X", "xattrs", 10, lambda k, v: _numbers(k[1:9]), named=True),
     )
 }
-"""All tables but `super`, by their letter."""
+"""All tables except `super`, by letter."""
 
 
 def fits(key: bytes, value: bytes | None) -> bool:
-    """Whether the database takes a row; None is a deletion."""
+    """Return whether the database accepts a row; None is a deletion."""
     return 0 < len(key) <= KEY_BYTES_MAX and (value is None or len(value) <= VALUE_BYTES_MAX)
 
 
 def check_lengths(changes: Changes) -> None:
-    """RowTooLargeError when the database would refuse one of these rows."""
+    """Raise RowTooLargeError if the database would refuse one of these rows."""
     for key, value in changes.items():
         if not fits(key, value):
             table = TABLES[key[:1]].name if key[:1] in TABLES else "super"
             raise RowTooLargeError(
                 f"A row of {table} would have a key of {len(key)} bytes and a value of "
-                f"{len(value or b'')}: the metadata takes {KEY_BYTES_MAX} and {VALUE_BYTES_MAX}."
+                f"{len(value or b'')}: at most {KEY_BYTES_MAX} and {VALUE_BYTES_MAX} are possible."
             )
 
 
 def readable(key: bytes, value: bytes) -> bool:
-    """Whether a row of any table but `super` has the form of its table's rows."""
+    """Return whether a row of any table except `super` has the form of its table."""
     table = TABLES.get(key[:1])
     if table is None or len(key) < table.key_length:
         return False

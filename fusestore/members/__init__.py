@@ -1,1 +1,1 @@
-"""The nodes of an open store: who keeps data, and the state of each."""
+"""The nodes of an open store, and the state of each."""

@@ -1,10 +1,10 @@
-"""Room in a journal: zeros that lie ready behind its last record, for small commits.
+"""Room in a journal for small commits: zeros written ahead behind its last record.
 
-To overwrite them costs a file system nothing but the write, and when that goes
-past the page cache (O_DIRECT) not even a thread of the kernel.  Such a write
-begins and ends with a block.  So what there is of the block that the last
-record ends in is kept, and written again as it is; a medium that writes whole
-sectors, or leaves them, takes nothing from that record.
+Overwriting zeros needs no other change in the file system.  If the write bypasses the
+page cache (O_DIRECT), it does not even need a kernel thread.  Such a write begins and
+ends at a block boundary.  Therefore the begun block of the last record is kept, and
+written again unchanged.  A device that writes each sector completely or not at all cannot
+damage that record.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ _BLOCK_BYTES = 4096
 
 
 class JournalRoom:
-    """The zeros in a segment up to `end`; where records go on is said by `begin`."""
+    """The zeros in a segment up to `end`; `begin` sets the place of the next record."""
 
     def __init__(self, target: Segment, segment: int, end: int, limits: Limits) -> None:
-        """In a thread: find out how the open segment can be written."""
-        self._target = target  # it stays open
+        """Determine how the open segment can be written; runs in a thread."""
+        self._target = target  # keeps the segment open
         self._record_bytes_max = limits.direct_record_bytes_max
         self._segment, self._offset = segment, -1
         self._end = end // _BLOCK_BYTES * _BLOCK_BYTES
         self._buffer = memoryview(mmap.mmap(-1, limits.direct_record_bytes_max + 2 * _BLOCK_BYTES))
         self._block, self._direct = 1, -1
-        with contextlib.suppress(OSError):  # then it is written through the page cache
+        with contextlib.suppress(OSError):  # otherwise writes go through the page cache
             path, flags = f"/proc/self/fd/{target.fd}", os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC
             self._direct = os.open(path, flags)
             last = self._end - _BLOCK_BYTES
@@ -44,24 +44,27 @@ class JournalRoom:
 
     @property
     def fd(self) -> int:
-        """What is written to."""
+        """The descriptor for writes."""
         return self._target.fd if self._block == 1 else self._direct
 
     def covers(self, segment: int, end: int) -> bool:
-        """Whether zeros lie ready up to `end` of a segment, or were there."""
+        """Return whether zeros were written ahead up to `end` of a segment."""
         return segment == self._segment and end <= self._end
 
     def lead(self, offset: int) -> int:
-        """Bytes before `offset` that a write of what follows has to begin with."""
+        """Return how many bytes before `offset` a write at `offset` must include."""
         return offset % self._block
 
     def begin(self, offset: int, lead: bytes) -> None:
-        """The next record begins at `offset`, behind these bytes of its block."""
+        """Set the place of the next record: `offset`, behind the bytes `lead` of its block."""
         self._offset = offset
         self._buffer[: len(lead)] = lead
 
     def write(self, segment: int, offset: int, record: bytes) -> tuple[Operation, object] | None:
-        """The write of a record, and what must be kept until it is done; None: not from here."""
+        """Return the write of a record, and an object to keep until it is done.
+
+        None if the record does not fit here.
+        """
         end = offset + len(record)
         if (
             offset != self._offset
@@ -77,7 +80,7 @@ class JournalRoom:
         return write_operation(self.fd, offset - lead, self._buffer[:whole])
 
     def written(self, length: int) -> None:
-        """The record of `length` bytes that was to be written last is in the file."""
+        """Record that the last record, of `length` bytes, is written."""
         stop = self.lead(self._offset) + length
         start = stop - self.lead(stop)
         self._offset += length

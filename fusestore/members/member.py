@@ -1,8 +1,8 @@
-"""One node of an open store: how it is asked, within which time, and what is known of it.
+"""One node of an open store: calls with deadlines, and the known state of the node.
 
-No call of a node is waited for longer than `node_seconds_max`: its thread is then
-left to itself, and the node is given up.  All methods run on the event loop unless
-they say otherwise, and only `call` and `read` await.
+If a call takes longer than `node_seconds_max`, its thread is abandoned, and the node is
+taken out of use.  All methods run on the event loop unless documented otherwise.  Only
+`call` and `read` await.
 """
 
 from __future__ import annotations
@@ -51,23 +51,23 @@ class Member:
         self.standing = Standing(config.name, limits, holds)
         self.shards = ShardSegments(limits)
         self.space: Space | None = None
-        """Room on its device, as of the last flush or probe."""
+        """Room on its device at the last flush or probe."""
         self.sampled_at = 0.0
-        """By trio's clock: when `space` was found."""
+        """The time of `space`, by trio's clock."""
         self.journal_room: JournalRoom | None = None
-        """Where small commits are written."""
+        """The place for small commits."""
         self.late_segment = 0
-        """A journal segment that a write which was given up may still change."""
+        """A journal segment that an abandoned write may still change."""
         self.ring: Ring | None = None
-        """Reads and flushes without a thread, where the kernel has that."""
+        """Reads and flushes without a thread, if the kernel supports this."""
         self.used = 0
-        """Bytes that it takes on its device, as of the last time that it was asked."""
+        """Bytes that the node takes on its device, as last measured."""
         self.corrupt = 0
-        """Reads whose bytes were not those that were written."""
+        """Reads that returned other bytes than were written."""
         self.flushes = Histogram()
-        """How long its part of a commit took."""
+        """Durations of the node's part of commits."""
         self._calls: set[trio.CancelScope] = set()
-        """Of what is waited for; given up at once when the node fails."""
+        """The scopes of running calls; cancelled at once when the node fails."""
         self._threads = trio.CapacityLimiter(limits.node_threads_max)
 
     # --- state ---------------------------------------------------------------
@@ -99,21 +99,21 @@ class Member:
 
     @property
     def takes(self) -> bool:
-        """Whether new stripes get shards there."""
+        """Whether the node gets shards of new stripes."""
         return self.writable and not self.config.draining
 
     @property
     def is_open(self) -> bool:
-        """Whether it was opened; it may be out of use all the same."""
+        """Whether the node was opened; it may still be out of use."""
         return not isinstance(self.node, AbsentNode)
 
     def open(self, node: Node, space: Space) -> None:
-        """The node is there; what it lacks is still to be seen."""
+        """Record that the node is open; its missing data is not known yet."""
         self.node, self.space = node, space
         self.standing.opened()
 
     def enter(self, node: Node, on_disk: Sequence[int]) -> None:
-        """Let new shards go to a node that is open anew; `on_disk` are its shard segments."""
+        """Give new shards to a reopened node; `on_disk` are its shard segments."""
         self.node.close()
         self.node = node
         self.shards.begin_after(on_disk)
@@ -121,27 +121,27 @@ class Member:
         self.standing.entered()
 
     def fail(self, error: Exception) -> None:
-        """Take the node out of use; its unflushed shards are what it now lacks."""
+        """Take the node out of use; its unflushed shards now count as missing."""
         if not self.standing.failed(error):
             return
-        log.error("%s It is out of use now; see 'fusestore status'.", error)
+        log.error("%s The node is now out of use; see 'fusestore status'.", error)
         for scope in list(self._calls):
             scope.cancel()
 
     def row(self) -> NodeRow:
-        """The node as the log is to know it."""
+        """The row of the node for the log."""
         at = self.config
         place = (self.id, at.name, at.region, str(at.path))
         holds = 0 if self.in_sync else self.standing.holds
         checksum = 0 if self.in_sync else self.standing.checksum
         return NodeRow(*place, self.in_sync, holds, at.weight, at.draining, checksum)
 
-    # --- asking --------------------------------------------------------------
+    # --- calls ---------------------------------------------------------------
 
     async def call(
         self, function: Callable[..., T], *arguments: Any, seconds: float | None = None
     ) -> T:
-        """Do something with the node in a thread; NodeTimeoutError when it takes too long."""
+        """Call a function with the node in a thread; NodeTimeoutError if it takes too long."""
         seconds = self.limits.node_seconds_max if seconds is None else seconds
         with trio.move_on_after(seconds, shield=True) as scope:
             self._calls.add(scope)
@@ -155,13 +155,13 @@ class Member:
 
     @property
     def watched(self) -> tuple[str, Node]:
-        """Its name, and itself for a thread of trio's: no call takes longer than its deadline."""
+        """Return the name and the node for use in a trio thread; each call has a deadline."""
         return self.name, cast("Node", _Watched(self))
 
     async def read(
         self, run: Run, segment: int, offset: int, length: int, seconds: float
     ) -> bytes | bytearray:
-        """Exactly `length` bytes of a segment; NodeError, NodeTimeoutError."""
+        """Read exactly `length` bytes of a segment; NodeError, NodeTimeoutError."""
         node = self.node
         if self.ring is None or length <= self.limits.read_now_bytes_max:
             data = node.read_now(run, segment, offset, length)
@@ -194,13 +194,13 @@ class Member:
     def append(
         self, segment: int, offset: int, buffers: Sequence[Buffer], length: int, *, ahead: bool
     ) -> None:
-        """In a thread: write a record of `length` bytes to the journal, and zeros behind it."""
+        """Write a record of `length` bytes to the journal, and zeros behind it; in a thread."""
         node = self.node
         end, room = offset + length, self.journal_room
         if room is None or not room.covers(segment, end):
             self.journal_room = room = None
         node.write(Run.JOURNAL, segment, offset, buffers)
-        if ahead and room is None and self.node is node and self.in_sync:  # not given up
+        if ahead and room is None and self.node is node and self.in_sync:  # not abandoned
             with suppress(NodeFullError):
                 zeros = _zeros(self.limits.journal_ahead_bytes)
                 node.write(Run.JOURNAL, segment, end, [zeros])
@@ -213,21 +213,21 @@ class Member:
             self.journal_room = room
 
     def late(self, seconds: float) -> NodeTimeoutError:
-        """What is said of a node that did not answer in time."""
+        """Return the error for a node that did not answer in time."""
         return NodeTimeoutError(f"Node {self.name} did not answer within {seconds:.0f} seconds.")
 
     def sample(self) -> None:
-        """In a thread: see that the node is still there and itself, and how much room it has."""
+        """Check the identity of the node, and measure its room; runs in a thread."""
         self.node.check()
         self.space = self.node.space()
 
     def reserve(self, payload_length: int) -> ShardPlace:
-        """Take the next place for a shard; the caller then writes it."""
+        """Reserve the next place for a shard; the caller then writes the shard."""
         return self.shards.reserve(self.id, payload_length)
 
 
 class _Watched:
-    """A node for work in a thread of trio's: no call of it takes longer than its deadline."""
+    """A node for use in a trio thread; each call has a deadline."""
 
     def __init__(self, member: Member) -> None:
         self._member = member

@@ -1,8 +1,8 @@
-"""All nodes of an open store: which take part, where new shards go, how much room there is.
+"""All nodes of an open store: the configuration, placement of new shards, and room.
 
-A node that is in sync holds every commit, and a commit is acknowledged only
-when all of them have flushed it.  One that failed leaves the set until repair
-brings it back.  All methods run on the event loop.
+A node that is in sync holds every commit.  A commit is acknowledged only when all nodes
+in sync have flushed it.  A failed node leaves this set until repair brings it back.  All
+methods run on the event loop.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class Members:
     def __init__(self, members: Sequence[Member], config: StoreConfig) -> None:
         self.all = list(members)
         self.config = config
-        """As it is in the file; see `configure`."""
+        """The configuration as in the file; see `configure`."""
         self.by_id = {member.id: member for member in members}
-        """Those that were removed since the store was opened, too: a read may have an old row."""
+        """All nodes, including those removed since the mount: a read may have an old row."""
         self._taking: tuple[bool, ...] = ()
         self._takers: list[Member] = []
         self._placement: Placement | None = None
         self._loads_of: tuple[Any, Any] | None = None
-        """What `_loads` found last, and for what."""
+        """The last result of `_loads`, and its arguments."""
 
     @property
     def regions(self) -> tuple[str, ...]:
@@ -47,17 +47,17 @@ class Members:
         return tuple(member.config.region for member in self.all)
 
     def check_file(self) -> None:
-        """ConfigError when the nodes in the file are not those of the open store; blocks."""
+        """Raise ConfigError if the file has other nodes than the open store; blocks."""
         if load(self.config.store).nodes != self.config.nodes:
             raise ConfigError(
                 f"The nodes in {self.config.store / CONFIG_NAME} were edited since the store was "
-                "opened: unmount and mount it first."
+                "opened: unmount the store and mount it again first."
             )
 
     def configure(self, nodes: tuple[NodeConfig, ...]) -> None:
-        """Have other nodes in the configuration, and in its file; ConfigError; blocks.
+        """Set the nodes of the configuration, and write its file; ConfigError; blocks.
 
-        `all` is for the caller to change.
+        The caller changes `all`.
         """
         self.check_file()
         config = replace(self.config, nodes=nodes)
@@ -65,25 +65,25 @@ class Members:
         self.config = config
 
     def add(self, member: Member) -> None:
-        """There is one more node."""
+        """Add a node."""
         self.all = [*self.all, member]
         self.by_id[member.id] = member
         self._placement = None
 
     def remove(self, member: Member) -> None:
-        """A node that nothing needs is not of the store any more."""
+        """Remove a node that nothing needs."""
         self.all = [other for other in self.all if other is not member]
         self._placement = None
         member.standing.removed()
 
     def reconfigured(self, member: Member, config: NodeConfig) -> None:
-        """A node has another weight, or is drained now, or not any more."""
+        """Record that the weight of a node, or whether it is drained, has changed."""
         member.config = config
         self._placement = None
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Meanwhile a thread that uses the nodes waits for none longer than its deadline."""
+        """Enforce the deadlines of calls that a thread makes meanwhile."""
         nodes = [(member, member.node) for member in self.all if member.is_open]
         for member, _ in nodes:
             _, member.node = member.watched
@@ -94,17 +94,17 @@ class Members:
                 member.node = node
 
     def named(self, name: str) -> Member | None:
-        """The member with this name."""
+        """Return the member with this name."""
         return next((member for member in self.all if member.name == name), None)
 
     def place(self, code: Code, stripe: int) -> list[Member]:
-        """The member for each of a new stripe's shards."""
+        """Return the member for each shard of a new stripe."""
         placement = self.placement
         return [self._takers[i] for i in placement.place(code, stripe)]
 
     @property
     def placement(self) -> Placement:
-        """Where new shards go, over `takers`."""
+        """The placement of new shards on `takers`."""
         taking = tuple(member.takes for member in self.all)
         if self._placement is None or taking != self._taking:
             self._taking, self._takers = taking, self._candidates()
@@ -115,9 +115,9 @@ class Members:
 
     @property
     def takers(self) -> list[Member]:
-        """The nodes that new shards are placed on.
+        """The nodes on which new shards are placed.
 
-        A region of which none can be written to keeps its part of them, for healing.
+        A region without a writable node keeps its share of new shards, for healing.
         """
         self.placement  # noqa: B018
         return self._takers
@@ -129,48 +129,48 @@ class Members:
 
     @property
     def in_sync(self) -> list[Member]:
-        """Those that must flush a commit."""
+        """The nodes that must flush a commit."""
         return [member for member in self.all if member.in_sync]
 
     @property
     def foreign(self) -> list[Member]:
-        """Those that hold another history; what that may need is freed nowhere."""
+        """The nodes with another history; data that this history may need is not freed."""
         return [member for member in self.all if member.state is State.FOREIGN]
 
     @property
     def writable(self) -> list[Member]:
-        """Those that shards can be written to."""
+        """The nodes to which shards can be written."""
         return [member for member in self.all if member.writable]
 
     def can_store(self, code: Code) -> bool:
-        """Whether every stripe of this code would get shards enough, and commits a node."""
+        """Return whether each stripe of a code would get enough shards, and commits a node."""
         return bool(self.in_sync) and self.could_store(code, {m.id for m in self.all if m.takes})
 
     def could_store(self, code: Code, ids: Collection[int]) -> bool:
-        """Whether these nodes alone would get enough shards of every stripe of this code.
+        """Return whether these nodes alone would get enough shards of each stripe of a code.
 
-        One node of a region is enough for all that the region gets.
+        One node of a region can store all shards that the region gets.
         """
         enough = min(code.k + self.config.spare_shards, code.n)
         regions = {member.config.region for member in self.all if member.id in ids}
         return self.placement.least(code, regions) >= enough
 
     def losses_borne(self, codes: Iterable[Code], lacking: Collection[int]) -> int:
-        """How many more regions may go, whichever, if these nodes are taken to have nothing.
+        """Return how many more regions, no matter which, can be lost without the nodes `lacking`.
 
-        Nor is anything counted on that other nodes of their regions have: until a
-        rebalance all that a stripe has in a region may be on one.
-        -1: stripes may have fewer shards than they need already.
+        Other nodes of their regions do not count either: until a rebalance, all shards of a
+        stripe in a region may be on one node.
+        -1: some stripes may already have fewer shards than they need.
         """
         regions = tuple(dict.fromkeys(self.regions))
         gone = frozenset(member.config.region for member in self.all if member.id in lacking)
         return min(losses_borne(code, regions, gone) for code in codes)
 
     def usable(self, code: Code) -> tuple[int, int]:
-        """(total, free) bytes of file data that fit, net of the code and of the reserve.
+        """Return (total, free) bytes of file data that fit, without parity and the reserve.
 
-        So that no node is full before its time: what is accepted between two commits is
-        counted as if each of its stripes had as many shards on a device as one may have.
+        Data accepted between two commits is counted as if each of its stripes had the greatest
+        possible number of shards on a device, so that no node is full unexpectedly.
         """
         spaces = {m.space.device: m.space for m in self.takers if m.space and m.writable}
         totals, frees = [], []
@@ -186,11 +186,11 @@ class Members:
                 max(0, room - self.config.limits.reserve_bytes) * self.config.limits.metadata_share
             )
         except OSError as error:
-            log.error("The metadata's free space cannot be told: %s.", error.strerror)
+            log.error("The free space of the metadata is unknown: %s.", error.strerror)
         return min(totals, default=0), min(frees, default=0)
 
     def _loads(self, code: Code) -> dict[int, tuple[float, float]]:
-        """By device: the bytes that one of file data takes there, on average and at most."""
+        """Return the bytes that one byte of file data takes on each device: average, maximum."""
         placement = self.placement
         devices = tuple(
             m.space.device if m.space is not None and m.writable else None for m in self._takers

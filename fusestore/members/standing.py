@@ -1,15 +1,15 @@
-"""The state of a node: what it can be used for, and how that changes.
+"""The state of a node: its permitted uses, and the transitions.
 
-Only the methods of `Standing` change any of it; everything else asks.
+Only the methods of `Standing` change the state.
 
     state       reads  shards  commits  meaning
     up          yes    yes     yes      in sync: it holds every commit
-    rebuilding  yes    yes     no       repair brings back what it lacks
-    behind      yes    no      no       open; not looked at yet, or the mount is read-only
-    suspect     no     no      no       it failed or was late; it is tried again by itself
-    foreign     no     no      no       its journal is of another history; an operator decides
+    rebuilding  yes    yes     no       it gets the data that it lacks
+    behind      yes    no      no       open; not checked yet, or the mount is read-only
+    suspect     no     no      no       it failed or was late; the store retries it by itself
+    foreign     no     no      no       its journal has another history; an operator decides
     down        no     no      no       it is gone, is another node, or failed repeatedly
-    removed     no     no      no       it is no node of the store any more
+    removed     no     no      no       it is no longer a node of the store
 
     transition  from                                 to
     opened      down                                 behind
@@ -23,8 +23,8 @@ Only the methods of `Standing` change any of it; everything else asks.
     failed      up, rebuilding, behind               suspect; down if it is gone
     removed     all but removed                      removed
 
-A node that is out of use may fail once more, when calls that were under way end;
-this changes nothing.  Any other transition is a bug, and raises InvariantError.
+A node that is out of use may fail again when running calls end; this changes nothing.
+Any other transition is a bug, and raises InvariantError.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ..limits import Limits
 
 
 class State(StrEnum):
-    """What a node can be used for."""
+    """The states of a node."""
 
     UP = "up"
     REBUILDING = "rebuilding"
@@ -52,7 +52,7 @@ _OUT_OF_USE = (State.SUSPECT, State.FOREIGN, State.DOWN, State.REMOVED)
 
 
 class Standing:
-    """The state of one node; times are those of trio's clock."""
+    """The state of one node; times are by trio's clock."""
 
     __slots__ = (
         "_limits",
@@ -76,16 +76,16 @@ class Standing:
         self.holds = holds
         """The last commit that the node is known to have flushed."""
         self.checksum = 0
-        """Of that commit; 0: not known."""
+        """The checksum of that commit; 0: not known."""
         self.doubted = False
-        """It lacks commits, so all its shards have to be looked at."""
+        """It lacks commits, so all its shards must be checked."""
         self.error = ""
-        """Why the node is not up, for people."""
+        """A sentence that explains why the node is not up; or empty."""
         self.unread = False
-        """It is not up since it could not be read: what it holds is unknown, not gone."""
+        """The node could not be read: its data is unknown, not gone."""
         self._slow_until = 0.0
         self._suspicions = 0
-        """How often in a row it could not be brought back."""
+        """How often in a row the node could not be brought back."""
         self._retry_at: float | None = None
         self._retry_wait = 0.0
 
@@ -93,25 +93,25 @@ class Standing:
 
     @property
     def in_sync(self) -> bool:
-        """Whether it holds every commit; a commit is acknowledged when all such have flushed it."""
+        """Whether it holds every commit; an acknowledged commit is flushed on all such nodes."""
         return self.state is State.UP
 
     @property
     def writable(self) -> bool:
-        """Whether shards can be written there."""
+        """Whether shards can be written to it."""
         return self.state in (State.UP, State.REBUILDING)
 
     @property
     def out_of_use(self) -> bool:
-        """Whether nothing is asked of it; any other node is open."""
+        """Whether the store does not use it; any other node is open."""
         return self.state in _OUT_OF_USE
 
     def is_slow(self, now: float) -> bool:
-        """Whether it is read only if others will not do."""
+        """Return whether it is read only if other nodes do not suffice."""
         return now < self._slow_until
 
     def is_due(self, now: float) -> bool:
-        """Whether to try it again; a node that has just failed is left alone for a while."""
+        """Return whether to retry it; a node that has just failed is left alone for a while."""
         if self._retry_at is None:
             self._retry_at = now + self._limits.retry_seconds_min
         return now >= self._retry_at
@@ -121,16 +121,16 @@ class Standing:
     def _go(self, transition: str, to: State, *allowed: State) -> None:
         if self.state not in allowed:
             raise InvariantError(
-                f"Node {self._name} is {self.state}: the transition '{transition}' cannot be."
+                f"Node {self._name} is {self.state}: the transition '{transition}' is impossible."
             )
         self.state = to
 
     def opened(self) -> None:
-        """Its directory is open; what it lacks is still to be seen."""
+        """Its directory is open; its missing data is not known yet."""
         self._go("opened", State.BEHIND, State.DOWN)
 
     def refused(self, error: Exception) -> None:
-        """It could not be opened, or not be taken in."""
+        """It could not be opened, or could not be brought back."""
         gone = isinstance(error, NodeIdentityError)
         to = State.DOWN if gone else self.state
         self._go("refused", to, State.SUSPECT, State.DOWN, State.FOREIGN)
@@ -146,13 +146,13 @@ class Standing:
         self.error = self.error or "It missed some commits."
 
     def set_apart(self, problem: str) -> None:
-        """Its journal is of another history: nothing of it is used, or overwritten, by itself."""
+        """Its journal has another history: the store neither uses nor overwrites it by itself."""
         allowed = (State.BEHIND, State.SUSPECT, State.DOWN, State.FOREIGN)
         self._go("set_apart", State.FOREIGN, *allowed)
         self.error, self.unread = problem, False
 
     def entered(self) -> None:
-        """New shards go there from now on, while repair brings back what it lacks."""
+        """It gets new shards from now on, while repair rebuilds the data that it lacks."""
         self._go(
             "entered",
             State.REBUILDING,
@@ -172,7 +172,7 @@ class Standing:
         self._suspicions, self._retry_at, self._retry_wait = 0, None, 0.0
 
     def failed(self, error: Exception) -> bool:
-        """It is out of use; whether it was not before."""
+        """It is out of use; return whether it was in use before."""
         if self.out_of_use:
             return False
         gone = isinstance(error, NodeIdentityError)
@@ -183,14 +183,14 @@ class Standing:
         return True
 
     def removed(self) -> None:
-        """It is no node of the store any more."""
+        """It is no longer a node of the store."""
         allowed = tuple(state for state in State if state is not State.REMOVED)
         self._go("removed", State.REMOVED, *allowed)
 
     # --- what it holds -------------------------------------------------------
 
     def recorded(self, holds: int, checksum: int = 0) -> None:
-        """The log knows the last commit that it flushed."""
+        """The log contains the last commit that it flushed."""
         self.holds, self.checksum = holds, checksum
 
     def flushed(self, commit: int, checksum: int = 0) -> None:
@@ -199,21 +199,21 @@ class Standing:
             self.holds, self.checksum = commit, checksum
 
     def found(self, commit: int) -> None:
-        """Its journal reaches this commit: with fewer than it held, everything is in doubt."""
+        """Its journal reaches this commit; if this is less than it held, all data is in doubt."""
         self.doubted = commit < self.holds
 
     def never_whole(self) -> None:
-        """It may lack anything, whatever its journal says, until it has joined."""
+        """It may lack any data, whatever its journal contains, until it has joined."""
         self.holds, self.checksum, self.doubted = NEVER_WHOLE, 0, True
 
     def looked_through(self) -> None:
-        """All its shards have been looked at."""
+        """All its shards have been checked."""
         self.doubted = False
 
-    # --- patience ------------------------------------------------------------
+    # --- delays --------------------------------------------------------------
 
     def answered_late(self, now: float) -> None:
-        """A read took too long: others are read for a while, if they will do."""
+        """A read took too long: other nodes are read for a while, if they suffice."""
         self._slow_until = now + self._limits.slow_seconds
 
     def leave_alone(self, now: float) -> None:

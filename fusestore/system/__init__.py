@@ -1,1 +1,1 @@
-"""What the operating system gives: system calls, io_uring, mount tables, log files, systemd."""
+"""Interfaces to the operating system: system calls, io_uring, mounts, log files, systemd."""

@@ -1,8 +1,8 @@
-"""Files beneath a directory whose content is somebody else's: nothing leads out of it.
+"""Access to files beneath a directory with untrusted contents, which never leaves it.
 
-All names are single components.  No symbolic link is followed, no open waits (on a fifo
-for a writer, on a lease), and only a directory or a regular file is opened: a device is
-looked at, never opened.
+All names are single components.  Symbolic links are not followed.  No open waits (for a
+writer of a fifo, or for a lease).  Only directories and regular files are opened, never
+devices.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 class Directory:
-    """An open directory; its descriptor is closed when the last user lets go.
+    """An open directory; its descriptor is closed when the object is garbage.
 
-    All methods raise OSError; its `strerror` is half a sentence where something else
-    has the name.
+    All methods raise OSError.  If a name is of the wrong kind, `strerror` is a clause that
+    describes this.
     """
 
     __slots__ = ("fd",)
@@ -42,17 +42,17 @@ class Directory:
 
     @classmethod
     def at(cls, path: Path) -> Directory:
-        """Open a directory by a path that is to be trusted: links in it are followed."""
+        """Open a directory by a trusted path: links in the path are followed."""
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK | os.O_CLOEXEC
         return cls(os.open(path, flags))
 
     def folder(self, name: str) -> Directory:
-        """Open a directory in it."""
+        """Open a subdirectory."""
         _expect(self.look(name), stat.S_IFDIR)
         return Directory(os.open(name, os.O_RDONLY | os.O_DIRECTORY | _FLAGS, dir_fd=self.fd))
 
     def make_folder(self, name: str) -> None:
-        """Make a directory in it (0700), durably, if nothing has the name."""
+        """Make a subdirectory (mode 0700) durably, unless the name exists."""
         try:
             os.mkdir(name, 0o700, dir_fd=self.fd)
         except FileExistsError:
@@ -60,48 +60,46 @@ class Directory:
         self.sync()
 
     def open(self, name: str, flags: int) -> int:
-        """Open a regular file in it; to be written to, it must have no other name."""
+        """Open a regular file; for writing, it must have no other name."""
         self.look_at_file(name)
         fd = os.open(name, flags | _FLAGS, dir_fd=self.fd)
         try:
             found = os.fstat(fd)
             _expect(found, stat.S_IFREG)
             if flags & os.O_ACCMODE != os.O_RDONLY and found.st_nlink > 1:
-                raise OSError(
-                    errno.EMLINK, f"it has {found.st_nlink} names (hard links), and may have one"
-                )
-            os.set_blocking(fd, True)  # else the kernel's ring does not wait for a disk
+                raise OSError(errno.EMLINK, f"it has {found.st_nlink} names (hard links), not one")
+            os.set_blocking(fd, True)  # otherwise io_uring does not wait for a disk
         except BaseException:
             os.close(fd)
             raise
         return fd
 
     def create(self, name: str, flags: int) -> int:
-        """Make a regular file in it (0600) and open it; nothing may have the name."""
+        """Make a regular file (mode 0600) and open it; the name must not exist."""
         return os.open(name, flags | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
 
     def look(self, name: str) -> os.stat_result:
-        """What has the name."""
+        """Return the attributes of a name."""
         return os.stat(name, dir_fd=self.fd, follow_symlinks=False)
 
     def look_at_file(self, name: str) -> os.stat_result:
-        """The same of a regular file."""
+        """Return the attributes of a name, which must be a regular file."""
         found = self.look(name)
         _expect(found, stat.S_IFREG)
         return found
 
     def entries(self) -> Iterator[os.DirEntry[str]]:
-        """All names in it, in no order."""
+        """Yield all entries, in no order."""
         with os.scandir(self.fd) as entries:
             yield from entries
 
     def replace(self, draft: str, name: str) -> None:
-        """Give a file in it another name, durably, in the place of what had that."""
+        """Rename a file durably; an existing file with the new name is replaced."""
         os.replace(draft, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         self.sync()
 
     def unlink(self, name: str) -> None:
-        """Remove a name that is no directory's."""
+        """Remove a name, not of a directory."""
         os.unlink(name, dir_fd=self.fd)
 
     def remove_folder(self, name: str) -> None:
@@ -109,12 +107,12 @@ class Directory:
         os.rmdir(name, dir_fd=self.fd)
 
     def sync(self) -> None:
-        """Make the names in it durable."""
+        """Make the names in the directory durable."""
         os.fsync(self.fd)
 
 
 def _expect(found: os.stat_result, wanted: int) -> None:
-    """OSError unless something is of the kind that is wanted."""
+    """Raise OSError unless a file is of the wanted kind."""
     kind = stat.S_IFMT(found.st_mode)
     if kind != wanted:
         number = errno.ELOOP if kind == stat.S_IFLNK else errno.EINVAL

@@ -1,4 +1,4 @@
-"""Files and directories that survive a crash: replaced whole, durable with their names."""
+"""Crash-safe changes of files and directories."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from .beneath import Directory
 
 
 def write_whole(file: Path, text: str, mode: int = 0o600) -> None:
-    """Replace `file`, durable with its name; OSError when it fails.
+    """Replace `file` as a whole, durable with its name; OSError if this fails.
 
-    A link that has its name is replaced, not followed.
+    A link with its name is replaced, not followed.
     """
     directory = Directory.at(file.parent)
     draft = f".{file.name}.{os.getpid()}"
@@ -33,5 +33,5 @@ def write_whole(file: Path, text: str, mode: int = 0o600) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable; OSError when it fails."""
+    """Make the names in a directory durable; OSError if this fails."""
     Directory.at(path).sync()

@@ -1,16 +1,16 @@
 """Reads and flushes without a thread: io_uring, on trio's event loop.
 
-A thread costs 60 to 100 µs a call, most of it spent on handing the interpreter
-over; the kernel's ring costs about 15.  Operations are written to a queue that
-the kernel shares, one system call hands them over, and an eventfd, on which a
-task of the loop waits, tells when some are done.
+A call in a thread costs 60 to 100 µs, most of it for passing the interpreter lock;
+the kernel's ring costs about 15.  Operations are written to a queue that the kernel
+shares, and one system call submits them.  A task of the event loop waits on an eventfd
+that reports completed operations.
 
-It is an optimisation: where the kernel does not offer it (containers often
-forbid it) `Ring.open` returns None, and who would use it calls a thread.
+This is an optimisation.  If the kernel does not offer io_uring (containers often
+forbid it), `Ring.open` returns None, and the caller uses a thread.
 
-Layouts and numbers are those of `linux/io_uring.h`.  Only one thread may use a
-ring.  Bytes that an operation reads or writes must not move or change until it
-is done, so a batch keeps them, also when nobody waits for it any more.
+Layouts and numbers are those of `linux/io_uring.h`.  Only one thread may use a ring.
+Bytes that an operation reads or writes must not move or change until it is done.
+Therefore a batch keeps them, even after the caller was cancelled.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ _SINGLE_MMAP = 1
 _SQES_OFFSET = 0x10000000
 _READ, _WRITE = 22, 23
 _DSYNC = 2
-"""RWF_DSYNC: as if fdatasync followed at once."""
+"""RWF_DSYNC: the write includes an fdatasync."""
 _ENTRIES = 256
 _U32 = 0xFFFFFFFF
 
 
 class Operation(NamedTuple):
-    """What the kernel is asked to do."""
+    """An operation for the kernel."""
 
     opcode: int
     descriptor: int
@@ -67,7 +67,7 @@ class Operation(NamedTuple):
 
 
 class Batch:
-    """Operations under way and their results: -errno where one failed, None until it is done."""
+    """Submitted operations and their results: -errno after a failure, None until done."""
 
     __slots__ = ("keep", "left", "results", "task")
 
@@ -79,13 +79,13 @@ class Batch:
 
 
 def read_operation(descriptor: int, offset: int, buffer: Buffer) -> tuple[Operation, object]:
-    """Fill a buffer from a file; the operation, and what must be kept until it is done."""
+    """Fill a buffer from a file; return the operation, and an object to keep until it is done."""
     kept = _ffi.from_buffer(buffer, require_writable=True)
     return Operation(_READ, descriptor, offset, _address(kept), len(kept)), kept
 
 
 def write_operation(descriptor: int, offset: int, data: Buffer) -> tuple[Operation, object]:
-    """Write bytes to a file, durable when it is done; see `read_operation`."""
+    """Write bytes to a file, durable when the operation is done; see `read_operation`."""
     kept = _ffi.from_buffer(data)
     return Operation(_WRITE, descriptor, offset, _address(kept), len(kept), _DSYNC), kept
 
@@ -99,7 +99,7 @@ class Ring:
 
     @classmethod
     def open(cls) -> Self | None:
-        """A ring, or None where the kernel does not offer one."""
+        """Return a ring, or None if the kernel does not offer one."""
         try:
             return cls()
         except OSError:
@@ -153,22 +153,22 @@ class Ring:
                 os.close(descriptor)
 
     async def run(self) -> None:
-        """Wake those whose operations are done, until cancelled; then wait for the others."""
+        """Wake the tasks whose operations are done, until cancelled; then close the ring."""
         try:
             while True:
                 await trio.lowlevel.wait_readable(self._event)
                 os.eventfd_read(self._event)
                 self._reap()
         finally:
-            if self._under_way:  # of disks that hang: the kernel may still use these buffers
+            if self._under_way:  # on disks that hang: the kernel may still use these buffers
                 _ABANDONED.append(self)
             else:
                 self._close()
 
     def start(self, operations: Sequence[Operation], keep: object) -> Batch | None:
-        """Hand operations to the kernel; None when it takes no more now.
+        """Submit operations to the kernel; None if the ring is full.
 
-        What needs no waiting is done when this returns.
+        Operations that do not wait are done when this returns.
         """
         if len(self._under_way) + len(operations) > _ENTRIES:
             return None
@@ -190,7 +190,7 @@ class Ring:
             _ENTER, self._number, count, self._zero, self._zero, _ffi.NULL, self._zero
         )
         if done != len(operations):
-            # The kernel is short of memory: what it did not take is taken back.
+            # The kernel is short of memory: withdraw the operations that it did not accept.
             done = max(done, 0)
             self._sq_tail[0] = (tail + done) & _U32
             for index in range(done, len(operations)):
@@ -201,7 +201,7 @@ class Ring:
         return batch
 
     async def wait(self, batch: Batch) -> None:
-        """Return when all of a batch is done; may be cancelled, which leaves it to itself."""
+        """Return when a batch is done; after a cancellation its operations still run."""
         if batch.left:
             batch.task = trio.lowlevel.current_task()
 

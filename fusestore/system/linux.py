@@ -1,4 +1,4 @@
-"""The system calls of Linux that Python's os module does not offer."""
+"""Linux system calls that Python's os module does not offer."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def allocate(descriptor: int, offset: int, length: int) -> None:
 
 
 def keep_one_heap() -> None:
-    """Have all threads allocate from one heap: each of their own keeps what it had at its peak."""
-    with contextlib.suppress(AttributeError):  # only glibc has more than one
+    """Make all threads allocate from one heap: separate heaps keep their peak sizes."""
+    with contextlib.suppress(AttributeError):  # only glibc has several heaps
         _libc.mallopt(_ARENA_MAX, 1)
 
 
 def is_linked(descriptor: int) -> bool:
-    """Whether an open file still has a name, as far as is known without asking its medium."""
+    """Return whether an open file still has a name, without a request to its device or server."""
     found = _ffi.new("struct statx *")
     flags = _EMPTY_PATH | _DONT_SYNC
     return bool(_libc.statx(descriptor, b"", flags, _LINKS, found) == 0 and found.links)
 
 
 def punch_hole(descriptor: int, offset: int, length: int) -> None:
-    """Give the room of whole blocks in the range back; it reads as zeros from then on."""
+    """Release the whole blocks in a range; the range then reads as zeros."""
     _fallocate(descriptor, _PUNCH_HOLE | _KEEP_SIZE, offset, length)

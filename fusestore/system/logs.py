@@ -1,10 +1,10 @@
-"""Where the daemon's log goes, and how a line looks.
+"""The daemon's log: its destination, and the format of its lines.
 
-In the foreground it goes to standard error; in the background to
-`STORE/fusestore.log`, or to the journal where systemd connected standard error
-to it, with its priorities and without times of our own.  The log file takes
-standard output and error along when it is rolled, so that what a library
-prints, or a crash, is found there too.
+A foreground daemon logs to standard error.  A background daemon logs to
+`STORE/fusestore.log`.  If systemd has connected standard error to the journal, the
+daemon logs there, with priorities and without times of its own.  Standard output and
+error also go to the log file, and follow it when it is rolled, so that it also has the
+output of libraries and of crashes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..text import printable
 LEVELS = ("debug", "info", "warning", "error")
 LOG_BYTES_MAX = 10 * 1000 * 1000
 LOG_FILES = 3
-"""Rolled files kept beside the one being written."""
+"""How many rolled files are kept."""
 
 
 def _utc(record: logging.LogRecord) -> str:
@@ -40,7 +40,7 @@ class TextFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        record.message = printable(record.message)  # one line, whatever a file is called
+        record.message = printable(record.message)  # names of files can contain newlines
         return super().formatMessage(record)
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
@@ -63,7 +63,7 @@ class JSONFormatter(logging.Formatter):
 
 
 class JournalFormatter(logging.Formatter):
-    """`<6>daemon: text`: a priority of sd-daemon(3) on each line; the journal has the time."""
+    """`<6>daemon: text`: each line has a priority of sd-daemon(3); the journal adds the time."""
 
     def __init__(self, inner: logging.Formatter | None = None) -> None:
         super().__init__("%(name)s: %(message)s")
@@ -82,12 +82,12 @@ _PRIORITIES = (
     (logging.INFO, 6),
     (logging.NOTSET, 7),
 )
-"""The least level of Python's for each priority of syslog(3)."""
+"""The lowest level of Python's logging for each priority of syslog(3)."""
 ERROR_PRIORITY = "<3>"
 
 
 class DaemonLog(RotatingFileHandler):
-    """A rolled log file (mode 0600) that standard output and error go to as well."""
+    """A rolled log file (mode 0600) that also gets standard output and error."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(
@@ -107,7 +107,7 @@ class DaemonLog(RotatingFileHandler):
 
 
 def is_journal(fd: int = 2) -> bool:
-    """Whether a descriptor is the connection to the journal that systemd announced."""
+    """Return whether a descriptor is the connection to the journal that systemd announced."""
     try:
         status = os.fstat(fd)
     except OSError:
@@ -116,19 +116,19 @@ def is_journal(fd: int = 2) -> bool:
 
 
 def set_level(level: str) -> None:
-    """Log what is at least of this level, one of LEVELS, from now on; UsageError for others."""
+    """Set the lowest level to log, one of LEVELS; UsageError for others."""
     if level not in LEVELS:
-        raise UsageError(f"There is no log level {level!r}; there are {', '.join(LEVELS)}.")
+        raise UsageError(f"There is no log level {level!r}; the levels are {', '.join(LEVELS)}.")
     logging.getLogger().setLevel(level.upper())
 
 
 def get_level() -> str:
-    """The level from which on is logged, one of LEVELS."""
+    """Return the lowest level that is logged, one of LEVELS."""
     return logging.getLevelName(logging.getLogger().level).lower()
 
 
 def start(level: str, style: str, file: Path | None) -> None:
-    """Send the log to `file`, or to standard error for None; OSError when it cannot be opened."""
+    """Send the log to `file`, or to standard error if None; OSError if it cannot be opened."""
     handler = DaemonLog(file) if file else logging.StreamHandler(sys.stderr)
     formatter: logging.Formatter = JSONFormatter() if style == "json" else TextFormatter()
     if not file and is_journal():
@@ -142,7 +142,10 @@ def start(level: str, style: str, file: Path | None) -> None:
 
 
 def destination(pid: int) -> Path | None:
-    """The file that a daemon's standard error goes to, or None: a terminal, the journal, secret."""
+    """Return the file that gets the standard error of a daemon.
+
+    None if it is no file, or cannot be determined.
+    """
     try:
         target = Path(os.readlink(f"/proc/{pid}/fd/2"))
     except OSError:

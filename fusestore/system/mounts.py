@@ -1,12 +1,11 @@
-"""The mounts that the kernel knows, and how they end.
+"""Finding, probing and ending mounts.
 
-`/proc/self/mountinfo` is the truth: one line a mount, names in bytes with
-spaces, tabs, newlines and backslashes as octal escapes (proc_pid_mountinfo(5)).
-A store's mount has type `fuse.fusestore`, and the store's path as its source.
+The source is `/proc/self/mountinfo`: one line per mount, names in bytes with spaces,
+tabs, newlines and backslashes as octal escapes (proc_pid_mountinfo(5)).  The mount of a
+store has the type `fuse.fusestore`, and the path of the store as its source.
 
-A daemon that hangs makes every `stat` below its mount hang with it, beyond the
-reach of a signal.  So nothing here touches a mount but in a child process,
-which can be left behind.
+If a daemon hangs, every `stat` below its mount hangs, too, and no signal ends it.
+Therefore this module touches mounts only in child processes, which can be abandoned.
 """
 
 from __future__ import annotations
@@ -49,23 +48,24 @@ class Mount:
     store: Path
     mountpoint: Path
     device: int
-    """As `st_dev` of every file on it."""
+    """The `st_dev` of every file on it."""
     options: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a path answered to `statfs` (which the kernel never answers itself) and `stat`."""
+    """The answer of a path to `statfs` (which the kernel never answers itself) and `stat`."""
 
     errno: int
-    """0 when it answered well."""
+    """0 on success."""
     device: int
 
 
 def source_of(store: Path) -> str:
-    """The source to mount a store under: its path, in the characters pyfuse3 and libfuse take.
+    """Return the mount source of a store: its path in characters that pyfuse3 and libfuse accept.
 
-    Letters, digits and common signs stay; all else, `%` and `,` too, is percent-encoded.
+    Letters, digits and common signs stay.  All other characters, including `%` and `,`, are
+    percent-encoded.
     """
     return quote_from_bytes(os.fsencode(store), safe="/:=+@~ !()[]{}'&*;^#$<>|?")
 
@@ -81,7 +81,7 @@ class Entry(NamedTuple):
 
 
 def parse_entries(data: bytes) -> Iterator[Entry]:
-    """The lines of a mountinfo file, oldest first."""
+    """Yield the lines of a mountinfo file, oldest first."""
     for line in data.split(b"\n"):
         head, separator, tail = line.partition(b" - ")
         fields, types = head.split(b" "), tail.split(b" ")
@@ -98,7 +98,7 @@ def parse_entries(data: bytes) -> Iterator[Entry]:
 
 
 def parse_mountinfo(data: bytes) -> Iterator[Mount]:
-    """The stores' mounts among the lines of a mountinfo file, oldest first."""
+    """Yield the mounts of stores in a mountinfo file, oldest first."""
     for place, kind, source, device, options in parse_entries(data):
         if kind == f"fuse.{SUBTYPE}":
             store = Path(os.fsdecode(unquote_to_bytes(source)))
@@ -110,19 +110,20 @@ def _unescape(field: bytes) -> bytes:
 
 
 def all_mounts() -> list[Mount]:
-    """The mounts of all stores that this process sees, oldest first."""
+    """Return the mounts of all stores that this process sees, oldest first."""
     return list(parse_mountinfo(MOUNTINFO.read_bytes()))
 
 
 def mounts_of(store: Path) -> list[Mount]:
-    """The mounts of one store (an absolute path without links), oldest first."""
+    """Return the mounts of one store (an absolute path without links), oldest first."""
     return [mount for mount in all_mounts() if mount.store == store]
 
 
 def locate(path: Path) -> Path:
-    """The absolute path without links of a directory that may be a dead or hanging mount.
+    """Return the absolute path without links of a directory.
 
-    The last name is not looked at if a store is mounted there.
+    The directory may be a dead or hanging mount: the last name is not resolved if a store
+    is mounted there.
     """
     path = Path(os.path.abspath(path))
     place = Path(os.path.realpath(path.parent)) / path.name
@@ -132,15 +133,15 @@ def locate(path: Path) -> Path:
 
 
 def find(mountpoint: Path) -> Mount | None:
-    """The topmost mount of a store at exactly this path (see `locate`), or None."""
+    """Return the topmost mount of a store at exactly this path (see `locate`), or None."""
     found = [mount for mount in all_mounts() if mount.mountpoint == mountpoint]
     return found[-1] if found else None
 
 
 def read_further_ahead(mountpoint: Path, length: int) -> None:
-    """Have the kernel ask for more at a time when files are read in order.
+    """Raise the kernel's read-ahead of a mount to `length` bytes; its default is 128 KiB.
 
-    Its own choice is 128 KiB.  Only root may say so, and only after the first answer of the mount.
+    This works only for root, and only after the first answer of the mount.
     """
     mount = find(mountpoint)
     if mount is not None:
@@ -150,21 +151,21 @@ def read_further_ahead(mountpoint: Path, length: int) -> None:
 
 
 def containing(path: Path) -> Mount | None:
-    """The mount of a store that a file or directory lies on, or None; OSError from `stat`."""
+    """Return the mount of a store that contains a file or directory, or None; OSError of `stat`."""
     device = os.stat(path).st_dev
     found = [mount for mount in all_mounts() if mount.device == device]
     return found[-1] if found else None
 
 
 def attribute(path: Path, name: str) -> bytes:
-    """An extended attribute of a file on a mount; UsageError where mounts have none."""
+    """Return an extended attribute of a file; UsageError if its mount has no attributes."""
     try:
         return os.getxattr(path, name)
     except OSError as error:
         if error.errno != errno.ENOTSUP:
             raise
         raise UsageError(
-            f"{path} is on a mount with the option noxattr: mount the store without it to see this."
+            f"{path} is on a mount with the option noxattr: mount the store without this option."
         ) from None
 
 
@@ -172,7 +173,7 @@ def attribute(path: Path, name: str) -> bytes:
 
 
 def probe(path: Path, seconds: float = PROBE_SECONDS) -> Answer | None:
-    """What a path answers, or None when it does not answer in time."""
+    """Return the answer of a path, or None if it does not answer in time."""
     child = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", _PROBE, path],
         stdin=subprocess.DEVNULL,
@@ -186,33 +187,33 @@ def probe(path: Path, seconds: float = PROBE_SECONDS) -> Answer | None:
 
 
 def is_dead(mountpoint: Path, seconds: float = PROBE_SECONDS) -> bool:
-    """Whether the daemon of a mount is gone, so that the kernel answers in its place."""
+    """Return whether the daemon of a mount is gone: the kernel then reports an error."""
     answer = probe(mountpoint, seconds)
     return answer is not None and answer.errno in (errno.ENOTCONN, errno.ECONNABORTED)
 
 
 def check_answers(mountpoint: Path, store: Path, seconds: float = PROBE_SECONDS) -> None:
-    """See that a store is mounted and answers, through the kernel; FusestoreError when not."""
+    """Check that a store is mounted and answers through the kernel; else FusestoreError."""
     mount = find(mountpoint)
     answer = probe(mountpoint, seconds)
     if answer is None:
-        raise FusestoreError(f"{mountpoint} is mounted, and does not answer.")
+        raise FusestoreError(f"{mountpoint} is mounted, but does not answer.")
     if answer.errno:
         raise FusestoreError(
-            f"{mountpoint} is mounted, and answers with an error: {os.strerror(answer.errno)}."
+            f"{mountpoint} is mounted, but answers with an error: {os.strerror(answer.errno)}."
         )
     if mount is None or mount.store != store or mount.device != answer.device:
         raise FusestoreError(
-            f"The daemon says that it is ready, and {mountpoint} is not its mount."
+            f"The daemon reports that it is ready, but {mountpoint} is not its mount."
         )
     if answer.device == os.stat(mountpoint.parent).st_dev:
-        raise FusestoreError(f"{mountpoint} is still the directory that it was.")
+        raise FusestoreError(f"Nothing is mounted on {mountpoint}.")
 
 
 def clear_dead(mountpoint: Path) -> bool:
-    """Unmount a store's mount whose daemon is gone; False when there is none there.
+    """Unmount the mount of a dead daemon; False if there is none at this path.
 
-    FusestoreError when it cannot be unmounted.
+    FusestoreError if it cannot be unmounted.
     """
     if find(mountpoint) is None or not is_dead(mountpoint):
         return False
@@ -223,10 +224,11 @@ def clear_dead(mountpoint: Path) -> bool:
 
 
 def unmount(mountpoint: Path, seconds: float = UNMOUNT_SECONDS) -> None:
-    """Unmount a live mount of a store.  The daemon has to answer meanwhile: not from its loop.
+    """Unmount a live mount of a store.
 
-    UsageError when nothing is mounted there, StoreBusyError when it is in use,
-    FusestoreError when it fails or takes longer than `seconds`.
+    The daemon must answer meanwhile, so its event loop must not call this.  UsageError if
+    nothing is mounted there, StoreBusyError if it is in use, FusestoreError if this fails or
+    takes longer than `seconds`.
     """
     if find(mountpoint) is None:
         raise UsageError(f"No store is mounted on {mountpoint}.")
@@ -240,7 +242,7 @@ def unmount(mountpoint: Path, seconds: float = UNMOUNT_SECONDS) -> None:
 
 
 def _fusermount(flag: str, mountpoint: Path, seconds: float = UNMOUNT_SECONDS) -> tuple[int, str]:
-    """Exit status (-1: none in time) and complaint of `fusermount3`."""
+    """Return the exit status (-1: not in time) and the message of `fusermount3`."""
     try:
         child = subprocess.Popen(
             ["fusermount3", flag, "--", mountpoint],
@@ -260,7 +262,7 @@ def _fusermount(flag: str, mountpoint: Path, seconds: float = UNMOUNT_SECONDS) -
 
 
 def _output(child: subprocess.Popen[bytes], seconds: float) -> bytes | None:
-    """What a child prints; None when it has not ended in time, and is killed or left behind."""
+    """Return the output of a child; None if it was too slow, and was killed or abandoned."""
     try:
         return child.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired:
@@ -270,17 +272,17 @@ def _output(child: subprocess.Popen[bytes], seconds: float) -> bytes | None:
     try:
         child.wait(1.0)
     except subprocess.TimeoutExpired:
-        child.returncode = -9  # It ends when its system call does; nobody waits for that.
+        child.returncode = -9  # it exits when its system call ends; this does not wait for it
     return None
 
 
-# --- who keeps a mount busy --------------------------------------------------
+# --- processes that use a mount ----------------------------------------------
 
 
 def users_of(mountpoint: Path, count_max: int = 3) -> list[tuple[int, str]]:
-    """Some processes (number, name) with a file open, or their directory, on a mount.
+    """Return some processes (number, name) with an open file or their directory on a mount.
 
-    Only those that this process may look at; no request reaches the mount.
+    Only processes that this process may examine count.  The mount gets no request.
     """
     users = []
     for entry in Path("/proc").iterdir():
@@ -313,5 +315,5 @@ def _uses(process: Path, mountpoint: Path) -> bool:
 def _users_text(mountpoint: Path) -> str:
     users = ", ".join(f"{name} (process {pid})" for pid, name in users_of(mountpoint))
     if users:
-        return f"{users} has files or its directory there"
-    return f"something uses it (see `fuser -vm {mountpoint}`)"
+        return f"in use by {users}"
+    return f"a process uses it (see `fuser -vm {mountpoint}`)"

@@ -1,9 +1,9 @@
-"""What a daemon tells the service manager that started it, as sd_notify(3) has it.
+"""Notifications for the service manager that started a daemon (sd_notify(3)).
 
-One datagram a message, to the socket in NOTIFY_SOCKET; without that nothing is
-said.  A task on the event loop gives the signs of life, so that a loop that
-hangs gives none, and the manager ends it (`WatchdogSec=`).  While the store is
-opened or closed, which may take long, the same task asks for more time.
+Each message is one datagram to the socket in NOTIFY_SOCKET.  Without that variable
+nothing is sent.  A task on the event loop sends keep-alive messages.  If the loop
+hangs, they stop, and the manager ends the daemon (`WatchdogSec=`).  Opening and closing
+a store may take long; during this the same task extends the timeout.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import trio
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS_MAX = 15.0
-"""A sign of life is given at least so often."""
+"""The longest time between keep-alive messages."""
 EXTENSION_SECONDS = 60
-"""So much time is asked for with each sign while the store is opened or closed."""
+"""How much time each message requests while the store is opened or closed."""
 SEND_SECONDS_MAX = 1.0
-"""A manager that does not take a message in this time does not get it."""
+"""How long the manager may take to accept a message; then it is dropped."""
 
 _MORE_TIME = f"EXTEND_TIMEOUT_USEC={EXTENSION_SECONDS * 1_000_000}"
 
 
 class ServiceManager:
-    """The manager of this process, if one waits to hear from it."""
+    """The service manager of this process, if there is one."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         address = environment.get("NOTIFY_SOCKET", "")
@@ -43,21 +43,21 @@ class ServiceManager:
 
     @property
     def listens(self) -> bool:
-        """Whether there is one."""
+        """Whether a manager expects messages."""
         return bool(self._address)
 
     def starting(self, status: str) -> None:
-        """Say what the daemon does before it is ready."""
+        """Report the daemon's status before it is ready."""
         self._status = lambda: status
         self._say(*self._signs_of_life())
 
     def ready(self, status: Callable[[], str]) -> None:
-        """Say that the mount answers; from now on the watchdog counts."""
+        """Report that the mount answers; from now on the watchdog is active."""
         self._beat, self._status = "WATCHDOG=1", status
         self._say("READY=1", *self._signs_of_life())
 
     def stopping(self, status: str) -> None:
-        """Say that the daemon ends, and may need time for it."""
+        """Report that the daemon is stopping, and may need time for this."""
         self._beat, self._status = _MORE_TIME, lambda: status
         self._say("STOPPING=1", *self._signs_of_life())
 
@@ -65,7 +65,7 @@ class ServiceManager:
         return self._beat, f"STATUS={self._status()}"
 
     async def keep_telling(self) -> None:
-        """Give a sign of life at half the time of the watchdog, until cancelled."""
+        """Send keep-alive messages at half the watchdog's interval, until cancelled."""
         seconds = min(BEAT_SECONDS_MAX, (self._watchdog_seconds or BEAT_SECONDS_MAX) / 2)
         while self._address:
             self._say(*self._signs_of_life())
@@ -80,4 +80,4 @@ class ServiceManager:
             try:
                 manager.sendto(message.encode(errors="replace"), self._address)
             except OSError as error:
-                log.warning("the service manager cannot be told %r: %s", lines[0], error)
+                log.warning("%r could not be sent to the service manager: %s", lines[0], error)

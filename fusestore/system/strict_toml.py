@@ -1,7 +1,7 @@
-"""Reading small TOML files strictly, key by key.
+"""A strict reader of small TOML files.
 
-Every mistake becomes one sentence that says which file, line and key.  All of a
-file are found in one pass; who cannot go on with any raises the first.
+Each mistake becomes one sentence with its file, line and key.  One pass finds all
+mistakes of a file.  A caller that cannot use a file with mistakes raises the first.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from uuid import UUID
 from ..errors import ConfigError
 
 FILE_BYTES_MAX = 1 << 18
-"""A file longer than this is not one of ours."""
+"""The longest file that is read."""
 PARSED_MAX = 1 << 20
-"""So many characters are parsed again to find the lines of mistakes."""
+"""How many characters are parsed again to find the lines of mistakes."""
 SHOWN_MAX = 80
-"""So many characters of a value are said."""
+"""How many characters of a value a message shows."""
 
 T = TypeVar("T")
 Keys = tuple[str | int, ...]
-"""The way to a value: names of keys, and places in arrays from 0."""
+"""The path to a value: names of keys, and indexes of arrays."""
 
 _NEEDED = object()
 _KINDS = {str: "text", int: "a whole number", bool: "true or false", list: "a list of tables"}
@@ -34,19 +34,19 @@ _KINDS = {str: "text", int: "a whole number", bool: "true or false", list: "a li
 
 @dataclass(slots=True)
 class _File:
-    """A file that is read, and what is wrong with it."""
+    """A file, and the mistakes found in it."""
 
     path: Path
     text: str
     wrong: dict[Keys, str] = field(default_factory=dict)
-    """The first complaint about each key."""
+    """The first mistake of each key."""
 
     def problems(self) -> list[str]:
-        """The complaints as sentences with file and line, in the order of the lines."""
+        """Return the mistakes as sentences with file and line, in the order of the lines."""
         lines = _statements(self.text) if self.wrong else {}
         at = []
         for keys, what in self.wrong.items():
-            while keys and keys not in lines:  # a key that is missing: where its table begins
+            while keys and keys not in lines:  # for a missing key: the start of its table
                 keys = keys[:-1]
             at.append((lines.get(keys, 1), what))
         at.sort(key=lambda found: found[0])
@@ -54,11 +54,11 @@ class _File:
 
 
 def _statements(text: str) -> dict[Keys, int]:
-    """The line on which the statement begins that first names a value.
+    """Return for each value the line of the statement that first names it.
 
-    tomllib does not tell.  A statement ends on the first line with which it is TOML: each
-    is parsed by itself, and belongs to the table that the last header named.  A file with
-    statements of so many lines that this takes long is not looked through to its end.
+    tomllib does not report lines.  A statement ends on the first line that makes it valid
+    TOML.  Each statement is parsed alone, and belongs to the table of the last header.  If
+    long statements make this slow, the search stops early.
     """
     found: dict[Keys, int] = {}
     counts: Counter[str] = Counter()
@@ -74,7 +74,7 @@ def _statements(text: str) -> dict[Keys, int]:
         try:
             values = tomllib.loads(statement)
         except tomllib.TOMLDecodeError:
-            continue  # in the middle of a statement
+            continue  # the statement is not complete
         if statement.lstrip().startswith("["):
             above = ()
             for key, value in values.items():
@@ -82,7 +82,7 @@ def _statements(text: str) -> dict[Keys, int]:
                     above = (key, counts[key])
                     counts[key] += 1
                     found.setdefault((key,), start)
-                elif counts[key]:  # [key.inner], of the last table of an array
+                elif counts[key]:  # [key.inner], in the last table of an array
                     above = (key, counts[key] - 1, *value)
                 else:
                     above = (key,)
@@ -95,7 +95,7 @@ def _statements(text: str) -> dict[Keys, int]:
 
 
 def _named(values: dict[str, Any]) -> Iterator[Keys]:
-    """The keys of a file, and those of each table of its arrays: nothing of ours is deeper."""
+    """Yield the keys of a file and of the tables in its arrays, the deepest level that we use."""
     for key, value in values.items():
         yield (key,)
         for i, row in enumerate(value if isinstance(value, list) else ()):
@@ -104,19 +104,19 @@ def _named(values: dict[str, Any]) -> Iterator[Keys]:
 
 
 def shown(value: Any) -> str:
-    """A value for a complaint, which may be of any kind and length."""
+    """Format a value of any type and length for a message."""
     try:
         text = repr(value)
-    except ValueError:  # so long a number that Python does not write it out
-        return "a number of thousands of digits"
+    except ValueError:  # Python does not print such long numbers
+        return "a number with thousands of digits"
     return text if len(text) <= SHOWN_MAX else text[:SHOWN_MAX] + "…"
 
 
 class Table:
-    """A TOML table that is taken apart key by key.
+    """A TOML table that is read key by key.
 
-    A value that is not what it must be is noted (`problems`), and something of
-    the right type takes its place, so that the rest is looked at, too.
+    A wrong value is recorded (`problems`) and replaced by a value of the right type, so
+    that the rest of the table is checked, too.
     """
 
     def __init__(self, file: _File, keys: Keys, values: dict[str, Any]) -> None:
@@ -124,12 +124,12 @@ class Table:
 
     @classmethod
     def read(cls, file: Path) -> Table:
-        """Read a file; FileNotFoundError or NotADirectoryError, ConfigError for all else."""
+        """Read a file; FileNotFoundError, NotADirectoryError, or ConfigError for other errors."""
         return cls.load(file, lambda: open(file, "rb"), FILE_BYTES_MAX)
 
     @classmethod
     def load(cls, file: Path, opened: Callable[[], BinaryIO], most: int) -> Table:
-        """Read the file that `opened` opens, of `most` bytes; errors as of `read`."""
+        """Read the file that `opened` opens, up to `most` bytes; errors as for `read`."""
         try:
             with opened() as stream:
                 data = stream.read(most + 1)
@@ -138,7 +138,7 @@ class Table:
         except OSError as error:
             raise ConfigError(f"{file} cannot be read: {error.strerror or error}.") from error
         if len(data) > most:
-            raise ConfigError(f"{file} is longer than {most} bytes: it is not ours.")
+            raise ConfigError(f"{file} is longer than {most} bytes: it is no file of fusestore.")
         try:
             text = data.decode().replace("\r\n", "\n")
         except UnicodeDecodeError as error:
@@ -157,86 +157,86 @@ class Table:
             ) from None
 
     def bad(self, key: str, what: str) -> None:
-        """Note a complaint about a key; only the first about each is kept."""
+        """Record a mistake of a key; only the first of each key is kept."""
         where = f"{self._keys[0]} {int(self._keys[1]) + 1}: " if self._keys else ""
         self._file.wrong.setdefault((*self._keys, key), f"{where}{key} {what}.")
 
     def is_good(self) -> bool:
-        """Whether nothing was wrong with this table so far."""
+        """Return whether no mistake was found in this table so far."""
         depth = len(self._keys)
         return not any(keys[:depth] == self._keys for keys in self._file.wrong)
 
     def problems(self) -> list[str]:
-        """What is wrong with the file as far as it was read: `FILE:LINE: sentence`."""
+        """Return the mistakes of the file found so far, as `FILE:LINE: sentence`."""
         return self._file.problems()
 
     def raise_first(self) -> None:
-        """ConfigError with the first problem, if there is one."""
+        """Raise ConfigError with the first mistake, if there is one."""
         for problem in self.problems():
             raise ConfigError(problem)
 
     def take_format(self, known: int) -> None:
-        """ConfigError unless `format` is the one that this version of fusestore knows."""
+        """Raise ConfigError unless `format` is the number that this version supports."""
         version = self.take("format", int)
         if version > known:
             self.bad(
                 "format",
-                f"is {shown(version)}, and this fusestore knows {known}: use a newer fusestore",
+                f"is {shown(version)}, but this fusestore knows only {known}: use a newer one",
             )
         elif version != known:
-            self.bad("format", f"is {shown(version)}, and there is only {known}")
+            self.bad("format", f"must be {known}, but is {shown(version)}")
         self.raise_first()
 
     def take(self, key: str, kind: type[T], default: Any = _NEEDED) -> T:
-        """The value of a key, of this very type; it must be there if there is no default."""
+        """Return the value of a key, of exactly this type; without a default it is required."""
         value = self._values.pop(key, default)
         if type(value) is kind:
             return value
         missing = value is _NEEDED
-        self.bad(key, "is missing" if missing else f"must be {_KINDS[kind]}, and is {shown(value)}")
+        self.bad(key, "is missing" if missing else f"must be {_KINDS[kind]}, but is {shown(value)}")
         return kind() if default is _NEEDED else default
 
     def take_count(self, key: str, default: int, most: int) -> int:
-        """The whole number that a key has, from 0 to `most`."""
+        """Return the value of a key, a whole number from 0 to `most`."""
         count = self.take(key, int, default)
         if not 0 <= count <= most:
-            self.bad(key, f"must be a number from 0 to {most}, and is {shown(count)}")
+            self.bad(key, f"must be a number from 0 to {most}, but is {shown(count)}")
         return count
 
     def take_number(self, key: str, default: float, least: float, most: float) -> float:
-        """The number, whole or not, that a key has, from `least` to `most`."""
+        """Return the value of a key, a number from `least` to `most`."""
         number = self._values.pop(key, default)
         if type(number) in (int, float) and least <= number <= most:
             return float(number)
-        self.bad(key, f"must be a number from {least:g} to {most:g}, and is {shown(number)}")
+        self.bad(key, f"must be a number from {least:g} to {most:g}, but is {shown(number)}")
         return default
 
     def take_uuid(self, key: str) -> UUID:
-        """The UUID that a key has as text."""
+        """Return the value of a key, a UUID as text."""
         text = self.take(key, str)
         try:
             return UUID(text)
         except ValueError:
-            self.bad(key, f"must be a UUID, and is {shown(text)}")
+            self.bad(key, f"must be a UUID, but is {shown(text)}")
             return UUID(int=0)
 
     def take_path(self, key: str, base: Path, default: str) -> Path:
-        """The path that a key has as text; a relative one starts at `base`."""
+        """Return the value of a key, a path as text; a relative path starts at `base`."""
         text = self.take(key, str, default)
         if "\0" in text:
-            self.bad(key, "has a zero byte in it")
+            self.bad(key, "contains a zero byte")
             text = default
         return base / text
 
     def take_tables(self, key: str) -> list[Table]:
-        """The tables of an array of tables, at least one."""
+        """Return the tables of an array of tables, at least one."""
         rows = self.take(key, list, [])
         if not rows or not all(isinstance(row, dict) for row in rows):
-            self.bad(key, f"must be there at least once, as [[{key}]]")
+            self.bad(key, f"must occur at least once, as [[{key}]]")
             return []
         return [Table(self._file, (key, i), row) for i, row in enumerate(rows)]
 
     def end(self) -> None:
-        """Say that all keys have been taken; each that has not is noted."""
+        """Record each key that was not read as unknown."""
         for key in self._values:
             self.bad(key, "is not a key that fusestore knows")

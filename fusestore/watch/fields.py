@@ -127,7 +127,7 @@ class Recoding:
 
 @dataclass(frozen=True, slots=True)
 class Quarantine:
-    """What is kept although no table names it."""
+    """Segments that are kept although no table names them."""
 
     why: str
     segments: int

@@ -127,10 +127,10 @@ def left_over_text(scrub: Scrub) -> str:
 
 
 def quarantine_text(kept: Quarantine) -> str:
-    """What is kept although no file is known to need it."""
+    """Describe the segments that are kept although no file is known to need them."""
     return (
         f"{bytes_text(kept.bytes)} in {kept.segments:,} segments that no file is known to need, "
-        f"as {kept.why}; until 'fusestore fsck' on the mounted store finds nothing"
+        f"because {kept.why}; until 'fusestore fsck' on the mounted store finds nothing"
     )
 
 

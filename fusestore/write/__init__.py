@@ -1,1 +1,1 @@
-"""The write path: file bytes become stripes, stripes become shards on the nodes."""
+"""The write path: file bytes become stripes, and stripes become shards on nodes."""

@@ -1,9 +1,9 @@
-"""Sealing: a full stripe is coded, checksummed, and each shard appended to its node.
+"""Sealing: a full stripe is coded and checksummed, and its shards are written to nodes.
 
-Places are reserved on the loop, then one worker thread does the rest; a stripe is in
-memory or has a row, always one of them.  Not to be interleaved with an await: from the
-choice of a shard's place to the start of the task that writes it, and from the end of
-that thread to the stripe's row.
+The event loop reserves the places, and one worker thread does the rest.  At any time a
+stripe either is in memory or has a row.  There must be no await between the choice of a
+shard's place and the start of the task that writes it, nor between the end of that thread
+and the stripe's row.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .stripes import Buffers, UnsealedStripe
 
 @dataclass(slots=True, eq=False)
 class _Seal:
-    """A stripe on its way to the nodes."""
+    """A stripe that is being sealed."""
 
     stripe: UnsealedStripe
     targets: list[tuple[Member, ShardPlace]]
@@ -33,17 +33,17 @@ class _Seal:
     checksums: list[bytes] = field(default_factory=list)
     errors: dict[int, NodeError] = field(default_factory=dict)
     next: int = 0
-    """The shard that is being written."""
+    """The index of the shard that is being written."""
     attempt: int = 0
-    """A thread of an earlier attempt is left to itself, and must not go on."""
+    """The number of the attempt; the thread of an earlier attempt is abandoned, and must stop."""
     hung: bool = False
 
     def give_up(self) -> None:
-        """Leave the node that is being written to, and its thread, to themselves."""
+        """Abandon the node that is being written to, and its thread."""
         member, _ = self.targets[self.next]
         seconds = member.limits.node_seconds_max
         self.errors[self.next] = NodeTimeoutError(
-            f"Node {member.name} did not take a shard within {seconds:.0f} seconds."
+            f"Node {member.name} did not write a shard within {seconds:.0f} seconds."
         )
         self.hung = True
         self.attempt += 1
@@ -51,7 +51,7 @@ class _Seal:
 
 
 class Sealer:
-    """Takes stripes to their nodes, some at a time."""
+    """Seals stripes, several at a time."""
 
     def __init__(
         self, log: Log, nursery: trio.Nursery, buffers: Buffers, on_end: Callable[[], object]
@@ -63,10 +63,10 @@ class Sealer:
         self.under_way = 0
         """Stripes being coded and written."""
         self.fresh: set[int] = set()
-        """Sealed stripes that no durable commit has yet."""
+        """Sealed stripes that no durable commit contains yet."""
 
     def seal(self, stripe: UnsealedStripe, *, alive: bool | None = None) -> None:
-        """Start the way of a stripe to its nodes; `alive` when a transaction points at it."""
+        """Start sealing a stripe; `alive` if a transaction points at it."""
         if alive is None:
             alive = self._log.engine.get(stripe_rows.live_key(stripe.number)) is not None
         if not alive:
@@ -100,20 +100,20 @@ class Sealer:
                 self._buffers.release_parity(stripe.code, work.parity)
             places = self._places(work)
             if sum(place.written for place in places) < stripe.code.k:
-                # The bytes stay in memory, where they can be read; nothing is acknowledged.
+                # The bytes stay readable in memory; nothing is acknowledged.
                 self._log.break_(
-                    f"Fewer than {stripe.code.k} nodes could take the shards of a stripe: "
-                    "the mount is read-only now; mend the nodes and mount again."
+                    f"Fewer than {stripe.code.k} nodes could store the shards of a stripe: "
+                    "the mount is now read-only; fix the nodes, then mount the store again."
                 )
             else:
                 checksums = tuple(work.checksums)
                 self._sealed(stripe, Stripe(stripe.code, stripe.position, places, checksums))
                 self._forget(stripe)
         except BaseException:
-            # Commits wait for the stripe, also when this is cancelled: none may go on without it.
+            # Commits wait for the stripe even if this is cancelled: none may continue without it.
             self._log.break_(
-                "Sealing a stripe met an unexpected error: the mount is read-only now; "
-                "mount it again."
+                "Sealing a stripe failed with an unexpected error: the mount is now read-only; "
+                "mount the store again."
             )
             raise
         finally:
@@ -122,7 +122,7 @@ class Sealer:
             self._on_end()
 
     def _places(self, work: _Seal) -> tuple[ShardPlace, ...]:
-        """Where each shard is; those that their nodes did not take were never written."""
+        """Return the place of each shard; shards of failed nodes were never written."""
         stripe, places = work.stripe, []
         length = stripe.code.shard_length(stripe.position)
         for index, (member, place) in enumerate(work.targets):
@@ -133,7 +133,7 @@ class Sealer:
                 member.shards.unflushed.append((stripe.number, index))
                 places.append(place)
                 continue
-            # If it failed while this shard was on its way: do not count on the shard.
+            # If the node failed during this write, the shard cannot be relied on.
             if place.written:
                 self._take_back(stripe, member, place, length)
             places.append(ShardPlace(member.id, NOT_WRITTEN, 0))
@@ -149,7 +149,7 @@ class Sealer:
             return
         alive = log.engine.get(stripe_rows.live_key(number)) is not None
         if log.engine.get(stripe_rows.stripe_key(number)) is not None:
-            raise InvariantError(f"Stripe {number:#x} was sealed before.")
+            raise InvariantError(f"Stripe {number:#x} is already sealed.")
         if alive or stripe.batch is not None:
             self.fresh.add(number)
             changes = {stripe_rows.stripe_key(number): row.encode()}
@@ -160,7 +160,7 @@ class Sealer:
                     changes[stripe_rows.missing_key(place.node, number, index)] = b""
             self._amend(stripe, changes)
         if not alive:
-            # It died on its way: the commit that took it needs the row, the next one frees it.
+            # It lost its last extent meanwhile: its commit needs the row, the next one frees it.
             with Transaction(log) as txn:
                 if stripe.batch is not None:
                     txn.let_go(number, 0)
@@ -171,7 +171,7 @@ class Sealer:
     def _take_back(
         self, stripe: UnsealedStripe, member: Member, place: ShardPlace, length: int
     ) -> None:
-        """A shard did not get where its place was reserved, also for the commit that counts it."""
+        """Record that a shard was not written at its place, also for the commit that counts it."""
         member.shards.release(place.segment, length)
         key = stripe_rows.segment_key(member.id, place.segment)
         value = stripe.batch.changes.get(key) if stripe.batch is not None else None
@@ -181,7 +181,7 @@ class Sealer:
             self._amend(stripe, {key: counted.encode()})
 
     def _amend(self, stripe: UnsealedStripe, changes: Changes) -> None:
-        """Add to the commit that waits for a stripe, or to the next one."""
+        """Add changes to the commit that waits for a stripe, or to the next one."""
         if stripe.batch is None:
             self._log.apply(changes)
             return
@@ -192,7 +192,7 @@ class Sealer:
         stripe.batch.changes.update(changes)
 
     async def _run(self, work: _Seal) -> None:
-        """Code and write in one thread; go on in another when a node hangs in the first."""
+        """Code and write in one thread; continue in another if a node hangs."""
         while work.next < len(work.targets):
             done = trio.Event()
 
@@ -214,7 +214,7 @@ class Sealer:
                         break
 
     def _write_shards(self, work: _Seal, attempt: int) -> None:
-        """In a thread: code, checksum and write."""
+        """Code, checksum and write; runs in a thread."""
         stripe, code = work.stripe, work.stripe.code
         length = code.shard_length(stripe.position)
         shards = [stripe.data[i * length : (i + 1) * length] for i in range(code.k)]

@@ -1,7 +1,7 @@
-"""The record that a shard is on its node: header, payload, place.
+"""The record of a shard on its node: header, payload, place.
 
-A header says which shard it is of which stripe, and its checksum is seeded with the place.
-So a record can be asked what it is without the metadata, which may be wrong.
+The header names the stripe and the shard, and its checksum is seeded with the place.
+Therefore a record can be identified without the metadata, which may be wrong.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ NOT_WRITTEN = 0
 """The segment of a shard that was never written."""
 
 _RECORD_BYTES_MAX = HEADER_BYTES + STRIPE_BYTES
-"""Of a shard; before a place no record that begins earlier can reach into it."""
+"""The longest record of a shard: a record that begins this far before a place ends before it."""
 _PIECE_BYTES = RECORD_ALIGN_BYTES
-"""A torn record has pieces that were written, and zeros.  Disks write larger ones, at their
-own bounds: a record begins at any multiple of this."""
+"""A torn record consists of written pieces and zeros.  Disks write larger pieces, at their own
+boundaries, but a record begins at any multiple of this."""
 
 
 def _identity(header: Header) -> tuple[int, ...]:
-    """What a header says of a shard, its payload aside."""
+    """Return the fields of a header that identify a shard, without those of the payload."""
     return header.number, header.index, header.k, header.m, header.stripe_length
 
 
 def shard_header(code: Code, length: int, number: int, index: int, checksums: bytes) -> Header:
-    """The header of a shard's record; `length` is the stripe's."""
+    """Return the header of a shard's record; `length` is that of the stripe."""
     return Header(
         Kind.SHARD,
         code.shard_length(length),
@@ -63,17 +63,17 @@ def shard_header(code: Code, length: int, number: int, index: int, checksums: by
 def write_shard(
     log: Log, member: Member, place: ShardPlace, header: Header, payload: Buffer
 ) -> None:
-    """Write a shard's record where it belongs; may block; NodeError."""
+    """Write a shard's record at its place; may block; NodeError."""
     start = place.offset - HEADER_BYTES
     seed = log.shards(member.name, place.segment).seed(start)
     member.node.write(Run.SHARDS, place.segment, start, [header.encode(seed), payload])
 
 
 def whole_payload(log: Log, member: Member, number: int, row: Stripe, index: int) -> bytes | None:
-    """In a thread: a shard's payload if its own record vouches for it, whatever the row says.
+    """Return a shard's payload if its own record is intact, whatever the row contains.
 
-    None when no record of that very shard lies there, or its payload is not what its
-    header says; NodeError.
+    None if there is no record of this shard at the place, or its payload does not match its
+    header; NodeError.  Runs in a thread.
     """
     place = row.shards[index]
     start = place.offset - HEADER_BYTES
@@ -90,10 +90,10 @@ def whole_payload(log: Log, member: Member, number: int, row: Stripe, index: int
 def may_overwrite(
     log: Log, member: Member, place: ShardPlace, header: Header, payload: Buffer
 ) -> bool:
-    """In a thread: whether a shard may be written anew at a place.
+    """Return whether a shard may be rewritten at a place; runs in a thread.
 
-    It may where a record of that very shard lies, whole, torn or rotten, or nothing.  Where
-    anything else does, or nobody can tell, the row that names the place may be wrong.
+    It may if the place holds nothing, or a record of this shard, whether intact, torn or
+    damaged.  Otherwise, or if this is unknown, the row that names the place may be wrong.
     """
     start, end = place.offset - HEADER_BYTES, place.offset + header.payload_length
     at = log.shards(member.name, place.segment)
@@ -120,7 +120,7 @@ def may_overwrite(
 
 
 def _header(at: Place, data: bytes, offset: int) -> Header | None:
-    """The header of a shard's record at an offset of a segment, or None."""
+    """Return the header of a shard's record at an offset of a segment, or None."""
     try:
         header = Header.decode(data[:HEADER_BYTES], at.seed(offset))
     except FormatError:
@@ -129,7 +129,7 @@ def _header(at: Place, data: bytes, offset: int) -> Header | None:
 
 
 def header_at(log: Log, member: Member, segment: int, offset: int) -> Header | None:
-    """In a thread: the header of the record whose payload lies at an offset; NodeError."""
+    """Return the header of the record with its payload at an offset; NodeError; in a thread."""
     start = offset - HEADER_BYTES
     try:
         data = member.node.read(Run.SHARDS, segment, start, HEADER_BYTES)
@@ -139,7 +139,7 @@ def header_at(log: Log, member: Member, segment: int, offset: int) -> Header | N
 
 
 def is_whole(member: Member, segment: int, offset: int, header: Header) -> bool:
-    """In a thread: whether the payload at an offset is what its header says; NodeError."""
+    """Return whether the payload at an offset matches its header; NodeError; in a thread."""
     try:
         data = member.node.read(Run.SHARDS, segment, offset, header.payload_length)
     except NodeLacksError:
@@ -148,9 +148,10 @@ def is_whole(member: Member, segment: int, offset: int, header: Header) -> bool:
 
 
 def headers(log: Log, member: Member, segment: int) -> Iterator[tuple[int, Header]]:
-    """In a thread: (payload offset, header) of each shard's record in a segment; NodeError.
+    """Yield (payload offset, header) of each shard's record in a segment; NodeError.
 
-    Payloads are not read, but where a header is not where the one before ends.
+    Payloads are read only if a header is not at the end of the previous record.  Runs in a
+    thread.
     """
     at = log.shards(member.name, segment)
     try:
@@ -168,7 +169,7 @@ def headers(log: Log, member: Member, segment: int) -> Iterator[tuple[int, Heade
 
 
 def _next_header(member: Member, at: Place, start: int, size: int) -> int:
-    """The offset of the next header from `start` on; the size of the segment without one."""
+    """Return the offset of the next header from `start` on, or the size of the segment."""
     while start < size:
         piece = member.node.read(Run.SHARDS, at.segment, start, min(STRIPE_BYTES, size - start))
         for offset in _magics(piece):
@@ -179,7 +180,7 @@ def _next_header(member: Member, at: Place, start: int, size: int) -> int:
 
 
 def _magics(data: bytes) -> Iterator[int]:
-    """Offsets at which a record might begin; that of the data is a multiple of 64."""
+    """Yield the offsets at which a record may begin; `data` begins at a multiple of 64."""
     found = data.find(MAGIC)
     while found >= 0:
         if found % RECORD_ALIGN_BYTES == 0:
@@ -188,9 +189,9 @@ def _magics(data: bytes) -> Iterator[int]:
 
 
 def _is_torn(found: bytes, record: bytes) -> bool:
-    """Whether what was found is nothing, or a record of which pieces were not written.
+    """Return whether `found` is empty, or is `record` with some pieces not written.
 
-    Its header may be anything: it is known to be nobody's.
+    The header is not compared: it is known not to be that of another shard.
     """
     for at in range(0, len(found), _PIECE_BYTES):
         start = max(at, HEADER_BYTES)

@@ -1,11 +1,11 @@
-"""The write path: file bytes into open stripes, full stripes onto the nodes.
+"""The write path: file bytes go to open stripes, and full stripes to nodes.
 
-`append` copies bytes to the open stripe of a code and says where they lie; no
-I/O.  A full stripe is sealed (see `sealer`).  A request that fills a stripe by
-itself is coded in place, without a copy.
+`append` copies bytes to the open stripe of a code and returns their places; it does no
+I/O.  A full stripe is sealed (see `sealer`).  A request that fills a whole stripe is
+coded in place, without a copy.
 
-Not to be interleaved with an await: from `append` to the end of the
-transaction that points extents at the bytes.
+There must be no await between `append` and the end of the transaction that points
+extents at the bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .stripes import Buffers, UnsealedStripe
 
 
 class Writer:
-    """Open stripes, one a code, and the sealing of full ones."""
+    """The open stripes, one per code, and the sealing of full stripes."""
 
     def __init__(self, log: Log, nursery: trio.Nursery, ask_commit: Callable[[], None]) -> None:
         self._log = log
@@ -34,14 +34,14 @@ class Writer:
         """Stripes that the last mount left open."""
         log.unwritten = self._unwritten
         self._waiting = trio.lowlevel.ParkingLot()
-        """Those who wait for room in memory."""
+        """Tasks that wait for room in memory."""
         self._buffers = Buffers(log.limits.stripe_bytes)
         self.sealer = Sealer(log, nursery, self._buffers, self._waiting.unpark_all)
         self.unflushed = 0
-        """File bytes accepted since the last commit was taken, and by the one under way."""
+        """File bytes accepted since the last commit began, and those of a running commit."""
 
     async def room(self) -> None:
-        """Wait until a request's bytes may be taken into memory."""
+        """Wait until the bytes of a request may be accepted into memory."""
         if self._has_room():
             return
         self._ask_commit()
@@ -58,7 +58,7 @@ class Writer:
         )
 
     def flushed(self, length: int) -> None:
-        """A commit flushed `length` of the unflushed bytes."""
+        """Record that a commit flushed `length` of the unflushed bytes."""
         self.unflushed -= length
         self._waiting.unpark_all()
 
@@ -67,7 +67,7 @@ class Writer:
     def append(
         self, txn: Transaction, code: Code, ino: int, offset: int, data: Buffer
     ) -> list[tuple[int, int, int]]:
-        """Take a file's bytes; (stripe, stripe offset, length) of each piece, in order."""
+        """Append bytes of a file; return (stripe, stripe offset, length) of each piece."""
         view = memoryview(data)
         length = len(view)
         self.unflushed += length
@@ -106,7 +106,7 @@ class Writer:
         return any(stripe.position > stripe.committed for stripe in self._open.values())
 
     def overwrite(self, stripe_number: int, stripe_offset: int, data: Buffer) -> bool:
-        """Replace bytes that no commit holds yet, in memory; False when they are not such."""
+        """Replace bytes in memory; False if they are not, or a commit already holds them."""
         stripe = self._log.unsealed.get(stripe_number)
         if (
             not isinstance(stripe, UnsealedStripe)
@@ -125,7 +125,7 @@ class Writer:
         return stripe
 
     def adopt(self, number: int, code: Code, tails: dict[int, bytes]) -> None:
-        """Take a stripe that a crash left open into memory, of what commits hold of it."""
+        """Load a stripe that a crash left open from its tails in commits."""
         stripe = UnsealedStripe(number, code, memoryview(self._buffers.data(code)), pooled=True)
         for offset, value in tails.items():
             stripe.data[offset : offset + len(value)] = value
@@ -138,7 +138,7 @@ class Writer:
     # --- for the commit ------------------------------------------------------
 
     def settle(self) -> None:
-        """Make all that was written ready for a commit: tails for a little, sealing for more."""
+        """Prepare written bytes for a commit: store few as tails, seal stripes with more."""
         for stripe in list(self._open.values()):
             fresh = stripe.position - stripe.committed
             if fresh == 0:
@@ -155,13 +155,13 @@ class Writer:
             stripe.committed = stripe.position
 
     def seal_all(self) -> None:
-        """Seal what is open, however little it is: after a mount, and before the end."""
+        """Seal all open stripes, however short: after a mount, and before the end."""
         for stripe in [*self._adopted, *self._open.values()]:
             self._seal(stripe)
         self._adopted.clear()
 
     def being_sealed(self) -> list[UnsealedStripe]:
-        """Stripes under way to the nodes that no commit waits for yet."""
+        """Return stripes being sealed that no commit waits for yet."""
         return [
             stripe
             for stripe in self._log.unsealed.values()
