@@ -773,7 +773,7 @@ async def test_a_node_that_hangs_while_shards_move_stops_nobody(tmp_path: Path, 
     config = limited(
         make_store(tmp_path / "store"),
         node_seconds_max=1.0,
-        read_seconds_max=0.3,
+        read_seconds_max=1.0,
         retry_seconds_min=0.1,
     )
     async with opened(config) as one:
