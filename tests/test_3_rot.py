@@ -26,7 +26,7 @@ from test_3_wrong_rows import scrub
 from fusestore.commit import row_keeper
 from fusestore.commit.row_check import examine
 from fusestore.config.store_config import StoreConfig, load
-from fusestore.errors import BadRowError, FusestoreError, ReplayError
+from fusestore.errors import BadRowError, DamagedMetadataError, FusestoreError, ReplayError
 from fusestore.files.filesystem import FileSystem
 from fusestore.format.file_rows import ROOT
 from fusestore.format.row_sums import seal, unseal
@@ -282,7 +282,7 @@ async def test_a_large_store_reads_nothing_wrong_and_mends_itself(
                     assert is_right(one, name)
                 except BadRowError:
                     errors += 1
-                    one.store.rows.wake()
+                    one.store.log.on_damage()
             await trio.sleep(0.5)
         found = (await scrub(one))["found"]
         assert errors + found + len(one.store.log.mended) > 0
@@ -327,7 +327,7 @@ async def test_fsck_has_it_as_a_finding(
         await all_right(one)
 
 
-@pytest.mark.parametrize("change", ROTTEN[:8], ids=named)
+@pytest.mark.parametrize("change", [*ROTTEN[:8], *GONE], ids=named)
 async def test_without_journals_nothing_is_guessed(
     config: StoreConfig, change: Callable[[Rows], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,9 +341,11 @@ async def test_without_journals_nothing_is_guessed(
     monkeypatch.setattr(row_keeper, "wrong_rows", unknown)
     async with opened(config) as one:
         segment = one.store.dumper.first_segment
-        with pytest.raises(BadRowError):
+        journals = journal_files(config)
+        with pytest.raises(DamagedMetadataError):
             await one.store.dumper.take()
         assert one.store.dumper.first_segment == segment
+        assert journal_files(config).items() >= journals.items()
         await one.checkpoint()
         found = await fsck(one.store, repair=False, at_rest=False)
         assert any("bring all nodes back" in text for text in found["left"])
@@ -356,6 +358,15 @@ async def test_without_journals_nothing_is_guessed(
     async with opened(load(config.store)) as one:
         assert one.store.log.mended
         await all_right(one)
+
+
+def journal_files(config: StoreConfig) -> dict[str, int]:
+    """The journal segments that there are."""
+    return {
+        f"{node.name}/{path.name}": path.stat().st_ino
+        for node in config.nodes
+        for path in (node.path / "journal").iterdir()
+    }
 
 
 async def test_the_sums_are_those_of_the_rows(config: StoreConfig) -> None:

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from itertools import islice
 
 import trio
 
-from ..errors import MetadataError, NodeError, NotDurableError
+from ..errors import DamagedMetadataError, MetadataError, NodeError, NotDurableError
 from ..format import store_rows
 from ..format.records import Changes, Header, Kind, Run, checksum, encode_changes
 from ..log.log import Log
 from ..nodes.base import Node
 from .committer import Committer
+from .row_check import examine
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +31,8 @@ _FIRST, _END = b"A", b"["
 class MetadataDumper:
     """Dumps the metadata when the journal since the last dump has outgrown it."""
 
-    def __init__(self, state: Log, committer: Committer, on_bad_row: Callable[[], None]) -> None:
+    def __init__(self, state: Log, committer: Committer) -> None:
         self._log = state
-        self._on_bad_row = on_bad_row
         self._limits = state.limits
         self._committer = committer
         self._wake = trio.Event()
@@ -61,13 +60,19 @@ class MetadataDumper:
                 log.error("No metadata dump: %s", error)
             except MetadataError as error:
                 # What was dumped so far counts for nothing: the older dump and all journal
-                # after it, which have the row, stay.
+                # after it, which have the rows, stay.
                 log.error("No metadata dump: %s", error)
-                self._on_bad_row()
+                self._log.on_damage()
+                await trio.sleep(self._limits.retry_seconds_max)
             self._wake = trio.Event()
 
     async def take(self) -> None:
-        """Dump all tables, then delete the journal segments that are not needed any more."""
+        """Dump all tables, then delete the journal segments that are not needed any more.
+
+        DamagedMetadataError when a row is not right, or some are gone: the dump would take the
+        place of the journal that has them.
+        """
+        await self._examine()
         committer = self._committer
         async with committer.lock:
             self._log.dump_wanted = False
@@ -105,6 +110,15 @@ class MetadataDumper:
         async with committer.lock:
             await committer.commit_now(cover=True)
         await self._delete_before(first_segment)
+
+    async def _examine(self) -> None:
+        with self._log.engine.view() as view:
+            found = await trio.to_thread.run_sync(examine, view)
+        if not found.is_right:
+            what = f"{len(found.bad)} rows do not match their checksums"
+            if found.miscounted:
+                what += f", and the sums of {', '.join(found.miscounted)} are wrong"
+            raise DamagedMetadataError(f"The metadata is damaged: {what}.")
 
     async def _piece(self, start: bytes) -> tuple[Changes, bytes | None]:
         """The next rows from `start` on, and where to go on, None at the end."""

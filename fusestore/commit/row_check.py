@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
 
-from ..errors import DamagedMetadataError, MetadataError
+from ..errors import DamagedMetadataError, MetadataError, ReplayError
 from ..format import keys, store_rows
 from ..format.row_sums import RowSums, unseal
 from ..format.store_rows import LogState
@@ -132,14 +132,17 @@ def wrong_rows(
             "The metadata does not say which commit it stands at: unmount, move the metadata away "
             "and run 'fusestore recover'."
         )
-    journals = read_journals(store, nodes)
-    journals.keep_latest()
+    state, journals = LogState.decode(value), read_journals(store, nodes)
+    at = journals.at(state)
+    if at is None:
+        raise ReplayError(f"No journal that can be read holds commit {state.commit}.")
+    journals.keep_history(at)
     scratch = metadata / SCRATCH_NAME
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         scratch.mkdir(mode=0o700)
         with closing(Engine(scratch, limits=limits)) as right:
-            load_tables(right, journals, lambda progress: None, LogState.decode(value))
+            load_tables(right, journals, lambda progress: None, state)
             with right.view() as rows:
                 return list(_differences(view, rows))
     except OSError as error:

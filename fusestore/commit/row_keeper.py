@@ -43,12 +43,14 @@ class RowKeeper:
         """Mend whenever somebody met a bad row, until cancelled."""
         while True:
             await self._wake.wait()
+            self._wake = trio.Event()
+            pause = self._log.limits.probe_seconds
             try:
                 await self.mend()
             except (MetadataError, ReplayError, NodeError, NotDurableError) as error:
                 log.error("The metadata cannot be mended: %s", error)
-            await trio.sleep(self._log.limits.probe_seconds)
-            self._wake = trio.Event()
+                pause = self._log.limits.retry_seconds_max  # all journals were read for it
+            await trio.sleep(pause)
 
     async def compare(self, *, thorough: bool = False) -> tuple[Examined, list[WrongRow]]:
         """Examine all rows, and if they are not right, compare them with the journals.

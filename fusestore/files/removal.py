@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import trio
 
+from ..errors import MetadataError
 from ..format import file_rows, keys, tables
 from ..format.file_rows import Inode
 from ..log.log import Log, Transaction
@@ -105,8 +106,16 @@ class Removal:
                     txn.put(file_rows.trim_key(ino), bytes(8))
                     trims.append(ino)
         for ino in trims:
-            self._nursery.start_soon(self._contents.trim, ino, 0)
+            self._nursery.start_soon(self._trim, ino)
         return left
+
+    async def _trim(self, ino: int) -> None:
+        """Let go of the rest of a file that is gone."""
+        try:
+            await self._contents.trim(ino, 0)
+        except MetadataError as error:
+            log.error("The rest of inode %d is removed by the next mount: %s", ino, error)
+            self._log.on_damage()
 
     async def resume(self) -> None:
         """Complete the trims and remove the orphans that the last mount left."""

@@ -48,6 +48,14 @@ class Stripe:
         """The bytes of each shard."""
         return self.code.shard_length(self.length)
 
+    def is_same(self, other: Stripe) -> bool:
+        """Whether it is the same stripe, wherever its shards lie."""
+        return (self.code, self.length, self.checksums) == (
+            other.code,
+            other.length,
+            other.checksums,
+        )
+
     def moved(self, index: int, place: ShardPlace) -> Stripe:
         """Return the same stripe with one shard at another place."""
         shards = (*self.shards[:index], place, *self.shards[index + 1 :])

@@ -151,22 +151,35 @@ class Journals:
         """
         known = [e for e in self.entries() if not holder or holder in e.holders]
         at = max(known, key=lambda e: (e.header.epoch, e.number), default=None)
+        kept = self._leading_to(at)
+        first = min(kept, default=0)
+        others = [e for e in self.entries() if e.number >= first and kept.get(e.number) is not e]
+        self._keep(kept)
+        ends = [end for entry in (*kept.values(), *self.pieces.values()) for end in entry.given_up]
+        rivals = [e for e in others if not is_void(e, ends)]
+        through = max((e.durable_through for e in rivals), default=0)
+        return [e for e in rivals if e.number <= through]
+
+    def keep_history(self, at: Entry) -> None:
+        """Leave out the commits of other histories than the one that leads to a commit."""
+        self._keep(self._leading_to(at))
+
+    def _leading_to(self, at: Entry | None) -> dict[int, Entry]:
+        """A commit and those before it, followed backwards, by number."""
         kept: dict[int, Entry] = {}
         while at is not None:
             kept[at.number] = at
             at = self.predecessor(at)
+        return kept
+
+    def _keep(self, kept: dict[int, Entry]) -> None:
         first = min(kept, default=0)
-        others = [e for e in self.entries() if e.number >= first and kept.get(e.number) is not e]
         for number in list(self.commits):
             if number >= first:
                 if number in kept:
                     self.commits[number] = [kept[number]]
                 else:
                     del self.commits[number]
-        ends = [end for entry in (*kept.values(), *self.pieces.values()) for end in entry.given_up]
-        rivals = [e for e in others if not is_void(e, ends)]
-        through = max((e.durable_through for e in rivals), default=0)
-        return [e for e in rivals if e.number <= through]
 
     def predecessor(self, entry: Entry) -> Entry | None:
         """The commit that an entry was built on, or that its epoch began behind."""

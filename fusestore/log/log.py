@@ -184,6 +184,8 @@ class Log:
         """A path of an inode, for people; the file system tells."""
         self.unwritten: Callable[[], int] = lambda: 0
         """Bytes of file data that are not on the nodes yet; the writer tells."""
+        self.on_damage: Callable[[], None] = lambda: None
+        """Called by who met a row that does not match its checksum; the store mends it."""
         self._next_stripe = 1
 
     @property

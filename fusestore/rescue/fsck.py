@@ -38,8 +38,7 @@ from typing import Any
 import trio
 
 from ..errors import MetadataError, ReplayError
-from ..format import stripe_rows, tables
-from ..format.stripe_rows import Stripe
+from ..format import tables
 from ..format.tables import TABLES
 from ..store.store import Store
 from .fsck_extents import ExtentCheck
@@ -148,8 +147,7 @@ async def _check(store: Store, at_rest: bool) -> Checked:
     """Check the store as it is at this instant, in a thread."""
     async with view_store(store.log, at_rest=at_rest) as view:
         checked = await trio.to_thread.run_sync(check_tables, view)
-    found = await trio.to_thread.run_sync(lost_stripes, store.log, checked.findings)
-    lost = [one for one in found if not _has_row(store, *one.arguments)]
+        lost = await trio.to_thread.run_sync(lost_stripes, store.log, view, checked.findings)
     if not lost:
         return checked
     numbers = {one.arguments[0] for one in lost}
@@ -159,14 +157,6 @@ async def _check(store: Store, at_rest: bool) -> Checked:
         if one.fix != "lose_extent" or one.arguments[1].stripe not in numbers
     ]
     return replace(checked, findings=[*lost, *others])
-
-
-def _has_row(store: Store, number: int, row: Stripe) -> bool:
-    """Whether a stripe has this row already, but for where its shards lie."""
-    value = store.log.engine.get(stripe_rows.stripe_key(number))
-    if value is None or not Stripe.has_form(value):
-        return False
-    return replace(Stripe.decode(value), shards=row.shards) == row
 
 
 def check_tables(view: StoreView) -> Checked:

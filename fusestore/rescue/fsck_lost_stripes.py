@@ -1,4 +1,4 @@
-"""fsck: a stripe whose row is gone, in the journals too, is made anew from its shards.
+"""fsck: a stripe whose row is gone or wrong, in the journals too, is made anew from its shards.
 
 Each shard lies in a record whose header says the stripe, which of its shards it is, the
 code and the length, and has a checksum of the payload.  So k of them give the row.
@@ -18,20 +18,23 @@ from ..log.log import Log
 from ..members.member import Member
 from ..write.shard_record import NOT_WRITTEN, headers
 from .fsck_findings import Finding, Phase, finding
+from .fsck_view import StoreView
 
 log = logging.getLogger(__name__)
 
 _Found = tuple[Member, ShardPlace, Header]
 
 
-def lost_stripes(state: Log, findings: list[Finding]) -> list[Finding]:
+def lost_stripes(state: Log, view: StoreView, findings: list[Finding]) -> list[Finding]:
     """In a thread: findings that put stripes back of which others say that they are lost."""
     wanted = {one.arguments[1].stripe for one in findings if one.fix == "lose_extent"}
     made = []
     for number, shards in _shards_of(state, wanted).items() if wanted else ():
         row, count = _row(state, number, shards)
-        if row is not None:
-            text = f"stripe {number:#x} has no row, and {count} of its shards are on the nodes"
+        known = view.stripe(number)
+        if row is not None and (known is None or not row.is_same(known)):
+            what = "no row" if known is None else "a wrong row"
+            text = f"stripe {number:#x} has {what}, and {count} of its shards are on the nodes"
             made.append(finding(Phase.EXTENTS, "stripes", text, "put_stripe", number, row))
     return made
 

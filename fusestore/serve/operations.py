@@ -90,6 +90,8 @@ def _answered(handler: _Handler) -> _Handler:
             if number is None:
                 log.error("%s: %s", handler.__name__, error)
                 number = errno.EIO
+            if isinstance(error, errors.MetadataError):
+                args[0].found_damage()
             tally.answered(number)
             raise FUSEError(number) from None
         except Exception:
@@ -156,6 +158,10 @@ class Operations(pyfuse3.Operations):
                 self._orphans.add(ino)
             else:
                 self._removal.remove(ino)
+
+    def found_damage(self) -> None:
+        """A request failed on damaged metadata: the store repairs it soon."""
+        self._files.log.on_damage()
 
     async def remove_deleted(self) -> None:
         """Wait until inodes that have no name and are not in use are removed.

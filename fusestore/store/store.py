@@ -49,8 +49,9 @@ class Store:
         nodes = state.engine.get(store_rows.NODES_KEY)
         self.committer.rows = store_rows.decode_nodes(nodes) if nodes else []
         self.rows = RowKeeper(state, self.committer)
+        state.on_damage = self.rows.wake
         self.reclaimer = Reclaimer(state)
-        self.dumper = MetadataDumper(state, self.committer, self.rows.wake)
+        self.dumper = MetadataDumper(state, self.committer)
         self.healer = Healer(state, self.reader, self.committer)
         self.rejoin = Rejoin(state, self.committer, self.healer)
         self.comeback = Comeback(state, self.healer, self.rejoin)
@@ -83,7 +84,7 @@ class Store:
                 await run()
             except MetadataError as error:
                 log.error("%s", error)
-                self.rows.wake()
+                self.log.on_damage()
                 await trio.sleep(self.log.limits.probe_seconds)
 
     def warnings(self) -> list[str]:
