@@ -318,6 +318,25 @@ async def test_recover_refuses_to_choose_between_two_histories(
     assert found == small("base", "a") | {"theirs": None}
 
 
+async def test_recover_does_not_revive_a_history_whose_beginning_is_gone(tmp_path: Path) -> None:
+    """The rolled-back history has a metadata dump: nothing connects it with the living one."""
+    rolled = await rolled_back(tmp_path, mounts=6, dumped=True)
+    config = rolled.config
+    files = rolled.base | small("new", "new")
+    await write(config, small("new", "new"))
+    rolled.nas.rename(config.nodes[2].path)
+    forget(config)
+    for accept_loss in (False, True):
+        with pytest.raises(ReplayError, match="--history NODE") as refused:
+            recovered(config, accept_loss=accept_loss)
+        assert "accept" not in str(refused.value)
+        assert {REGIONS[0], REGIONS[1]} <= set(str(refused.value).replace(",", "").split())
+    recovered(config, history=REGIONS[0])
+    async with opened(config) as one:
+        await healthy(one)
+        assert await read_files(one) == files
+
+
 async def test_fsck_is_not_clean_when_shards_are_those_of_an_older_moment(
     config: StoreConfig, tmp_path: Path
 ) -> None:

@@ -658,10 +658,14 @@ def get_back(history: History, *extra: Path, refusable: bool) -> None:
     try:
         result = recovered(history.config, *extra)
     except ReplayError as error:
-        if not refusable or "--accept-loss" not in str(error):
-            raise
         assert not has_metadata(history.config)
-        result = recovered(history.config, *extra, accept_loss=True)
+        if history.kind == "older" and "--history" in str(error):
+            right = next(name for name in REGIONS if name != history.victim)
+            result = recovered(history.config, *extra, history=right)
+        elif refusable and "--accept-loss" in str(error):
+            result = recovered(history.config, *extra, accept_loss=True)
+        else:
+            raise
     assert result["lost"] == [], result
     assert result["metadata"] == str(history.config.metadata)
     history.config = replace(load(history.config.store), limits=history.config.limits)

@@ -141,6 +141,10 @@ class Journals:
     """What could not be read of the others'."""
     size: int = 0
     """Bytes read."""
+    latest: set[CommitId] = field(default_factory=set)
+    """What is known of the history that `keep_latest` kept."""
+    held: dict[str, set[CommitId]] = field(default_factory=dict)
+    """By node's name: the commits that it holds, those that were left out, too."""
 
     def keep_latest(self, holder: str = "") -> list[Entry]:
         """Leave out the commits of other histories than the latest; those that may count.
@@ -152,6 +156,10 @@ class Journals:
         known = [e for e in self.entries() if not holder or holder in e.holders]
         at = max(known, key=lambda e: (e.header.epoch, e.number), default=None)
         kept = self._leading_to(at)
+        self.latest = {entry.id for entry in kept.values()}
+        for entry in self.entries():
+            for name in entry.holders:
+                self.held.setdefault(name, set()).add(entry.id)
         first = min(kept, default=0)
         others = [e for e in self.entries() if e.number >= first and kept.get(e.number) is not e]
         self._keep(kept)

@@ -32,7 +32,7 @@ from ..errors import NodeError, ReplayError, UsageError
 from ..format import store_rows, tables
 from ..format.file_rows import Inode
 from ..format.records import Run
-from ..format.store_rows import GivenUp, LogState
+from ..format.store_rows import CommitId, GivenUp, LogState
 from ..limits import DEFAULTS, Limits
 from ..log.journal import Entry, Journals, make_readable
 from ..log.journal_scan import read_journals
@@ -79,9 +79,10 @@ def recover(
                 state, checkpoint, in_sync, accept_loss=accept_loss, how=HOW_TO_GIVE_UP
             )
             _refuse_nothing(state, journals, replayed)
-            others = {name for entry in rivals for name in entry.holders}
+            others = {name for entry in rivals for name in entry.holders} - {history}
+            others |= _unconnected(engine, journals, history)
             lossy = _may_lack(state, journals, replayed, others, accept_loss)
-            lossy = lossy or replayed.lossy or bool(rivals)
+            lossy = lossy or replayed.lossy or bool(others)
             state.apply(replayed.changes)
             if lossy:
                 save(engine, {store_rows.LOG_KEY: _settle(state, replayed).encode()})
@@ -169,6 +170,32 @@ def _open_log(
 
 
 # --- what must not be lost ---------------------------------------------------
+
+
+def _unconnected(engine: Engine, journals: Journals, history: str) -> set[str]:
+    """Nodes whose commits nothing connects with the history that is recovered.
+
+    They hold an older copy of it, or another one; `history` says that they are given up,
+    else ReplayError.  A node of which the tables know the last commit was only away.
+    """
+    value = engine.get(store_rows.NODES_KEY)
+    rows = {row.name: row for row in store_rows.decode_nodes(value)} if value else {}
+    found = set()
+    for name, held in journals.held.items():
+        row = rows.get(name)
+        if held & journals.latest or row is None or row.holds == store_rows.NEVER_WHOLE:
+            continue
+        if row.in_sync or (row.checksum and CommitId(row.holds, row.checksum) not in held):
+            found.add(name)
+    if found and not history:
+        last = max(number for name in found for number, _ in journals.held[name])
+        first = min(journals.latest).number
+        raise ReplayError(
+            f"{', '.join(sorted(found))} hold commits to {last}, and the latest history is known "
+            f"from commit {first} on: whether theirs are an older copy of it, or another history, "
+            "cannot be told. Say which is right with --history NODE: the other is then given up."
+        )
+    return found
 
 
 def _refuse_nothing(state: Log, journals: Journals, replayed: Replayed) -> None:
