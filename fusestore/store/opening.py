@@ -322,6 +322,9 @@ async def _begin_epoch(store: Store) -> None:
     committer.epoch_base = committer.checkpointer.reached
     if state.state.commit == 0 or state.engine.get(store_rows.FORMAT_KEY) != _format(store.config):
         state.apply({store_rows.FORMAT_KEY: _format(store.config)})
+    given_up = state.engine.get(store_rows.GIVEN_UP_KEY)
+    if given_up is not None:  # recover writes it to the database only; others have to learn it
+        state.apply({store_rows.GIVEN_UP_KEY: given_up})
     store.writer.seal_all()
     async with committer.lock:
         await committer.commit_now(checkpoint=True)
