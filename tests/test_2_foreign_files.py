@@ -408,7 +408,7 @@ def test_more_nodes_than_a_row_takes_are_refused(config: StoreConfig) -> None:
     file = config.store / "fusestore.toml"
     more = "".join(f'[[node]]\nname = "n{i}"\npath = "{"x" * 200}/{i}"\n' for i in range(300))
     file.write_text(file.read_text() + more)
-    with pytest.raises(ConfigError, match="have fewer nodes"):
+    with pytest.raises(ConfigError, match="use fewer nodes"):
         load(config.store)
 
 
