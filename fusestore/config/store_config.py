@@ -123,7 +123,9 @@ def check_places(store: Path, metadata: Path, nodes: Sequence[NodeConfig]) -> st
 def _too_long(nodes: Sequence[NodeConfig]) -> str | None:
     """Return a sentence if the row of all nodes would be too long, or None."""
     rows = [
-        NodeRow(0xFFFF, n.name, n.region, str(n.path), False, NEVER_WHOLE, n.weight, True)
+        NodeRow(
+            0xFFFF, n.name, n.region, str(n.path), False, NEVER_WHOLE, n.weight, True, 2**64 - 1
+        )
         for n in nodes
     ]
     length = len(encode_nodes(rows))
