@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import trio
-from faults import HangingNode
 from test_2_log import Opened, limited, opened
 
 from fusestore.config.mkfs import make_store
@@ -23,6 +22,7 @@ from fusestore.log.journal_copy import Copied, copy_journals
 from fusestore.members import opening
 from fusestore.repair import comeback, rejoin
 from fusestore.rescue.fsck import fsck
+from support.faults import HangingNode
 
 DEADLINE = 0.6
 

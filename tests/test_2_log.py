@@ -19,7 +19,6 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from faults import FaultyNode, SlowNode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,6 +49,7 @@ from fusestore.serve.offline import offline
 from fusestore.store.opening import open_store
 from fusestore.store.store import Store
 from fusestore.system.io_uring import Batch, Operation, Ring
+from support.faults import FaultyNode, SlowNode
 
 REGIONS = ["us-east-1", "us-west-1", "eu-west-1"]
 

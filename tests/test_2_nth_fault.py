@@ -28,7 +28,6 @@ from typing import Any
 import lmdb
 import pytest
 import trio
-from power_cut import Health, Machine, Possible, Promised, Tape, read_disks, told, write_disks
 from test_2_log import Opened, make, opened
 from test_2_power_cut import (
     Cut,
@@ -46,6 +45,16 @@ from fusestore.config.store_config import StoreConfig
 from fusestore.errors import FusestoreError, LostError, MetadataError, NodeError, NodeFullError
 from fusestore.format.file_rows import ROOT
 from fusestore.limits import Limits
+from support.power_cut import (
+    Health,
+    Machine,
+    Possible,
+    Promised,
+    Tape,
+    read_disks,
+    told,
+    write_disks,
+)
 
 SHORT = 7
 """How many n have their turn in the short form of each test."""

@@ -24,7 +24,6 @@ from typing import Any
 import pytest
 import trio
 import xxhash
-from power_cut import Health, Machine, Possible, Promised, Tape, told, write_disks
 from test_2_log import Opened, make, opened
 
 from fusestore.config.store_config import StoreConfig
@@ -35,6 +34,7 @@ from fusestore.format.erasure import Code
 from fusestore.format.file_rows import ROOT
 from fusestore.limits import Limits
 from fusestore.store.opening import open_store
+from support.power_cut import Health, Machine, Possible, Promised, Tape, told, write_disks
 
 KIB, MIB = 1 << 10, 1 << 20
 CODES = ("2+1", "2+1", "4+2", "1+2")

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 
 import pytest
 import trio
-from faults import HangingNode
 from test_2_log import Opened, crashed, limited, opened
 
 from fusestore.config import node_identity, store_config_write
@@ -48,6 +47,7 @@ from fusestore.serve.messages.nodes import (
 )
 from fusestore.serve.messages.request import Request
 from fusestore.serve.offline import offline
+from support.faults import HangingNode
 
 R = TypeVar("R")
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import trio
-from power_cut import Machine, told
 from test_2_log import make, opened
 from test_2_power_cut import (
     CODES,
@@ -30,6 +29,7 @@ from fusestore.config.store_config import NodeConfig, StoreConfig
 from fusestore.config.store_config_write import write_store_config
 from fusestore.limits import Limits
 from fusestore.store.store import Store
+from support.power_cut import Machine, told
 
 CUTS = 12
 

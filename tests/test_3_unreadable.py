@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import trio
-from faults import BadSectors
 from test_2_log import Opened, opened
 from test_3_recover import (
     REGIONS,
@@ -50,6 +49,7 @@ from fusestore.metadata.engine import Engine
 from fusestore.nodes.directory import segment_path
 from fusestore.rescue.fsck import fsck
 from fusestore.store.opening import open_store
+from support.faults import BadSectors
 
 SECTOR = 4096
 

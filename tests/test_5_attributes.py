@@ -17,7 +17,19 @@ from pathlib import Path
 
 import pytest
 from conftest import Directory, Store, as_user
-from posixly import ALICE, AT_FDCWD, BOB, KIB, fresh, libc, opened, owned_by_alice, refused, tick
+
+from support.posixly import (
+    ALICE,
+    AT_FDCWD,
+    BOB,
+    KIB,
+    fresh,
+    libc,
+    opened,
+    owned_by_alice,
+    refused,
+    tick,
+)
 
 pytestmark = pytest.mark.mounted
 

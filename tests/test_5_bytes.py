@@ -20,7 +20,8 @@ from pathlib import Path
 
 import pytest
 from conftest import Directory, Store, in_child, read_uncached
-from posixly import (
+
+from support.posixly import (
     ACCESS,
     ALICE,
     DEFAULT,

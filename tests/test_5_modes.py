@@ -18,7 +18,10 @@ from pathlib import Path
 
 import pytest
 from conftest import as_user
-from posixly import (
+
+from fusestore.format import acl
+from fusestore.format.acl import Entry, Tag
+from support.posixly import (
     ACCESS,
     ALICE,
     BOB,
@@ -32,9 +35,6 @@ from posixly import (
     owned_by_alice,
     refused,
 )
-
-from fusestore.format import acl
-from fusestore.format.acl import Entry, Tag
 
 pytestmark = pytest.mark.mounted
 

@@ -18,7 +18,18 @@ from pathlib import Path
 
 import pytest
 from conftest import in_child
-from posixly import EXCHANGE, MIB, NOREPLACE, libc, make, names_in, opened, refused, renameat2
+
+from support.posixly import (
+    EXCHANGE,
+    MIB,
+    NOREPLACE,
+    libc,
+    make,
+    names_in,
+    opened,
+    refused,
+    renameat2,
+)
 
 pytestmark = pytest.mark.mounted
 
