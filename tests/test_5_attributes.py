@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Directory, Store, as_user
 
+from support.mounted_store import Directory, Store
 from support.posixly import (
     ALICE,
     AT_FDCWD,
@@ -30,6 +30,7 @@ from support.posixly import (
     refused,
     tick,
 )
+from support.processes import as_user
 
 pytestmark = pytest.mark.mounted
 

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Directory, Store, in_child, read_uncached
 
+from support.mounted_store import Directory, Store
 from support.posixly import (
     ACCESS,
     ALICE,
@@ -33,9 +33,11 @@ from support.posixly import (
     make,
     names_in,
     opened,
+    read_uncached,
     refused,
     tick,
 )
+from support.processes import in_child
 
 pytestmark = pytest.mark.mounted
 

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import as_user
 
 from fusestore.format import acl
 from fusestore.format.acl import Entry, Tag
@@ -35,6 +34,7 @@ from support.posixly import (
     owned_by_alice,
     refused,
 )
+from support.processes import as_user
 
 pytestmark = pytest.mark.mounted
 

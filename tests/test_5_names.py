@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import in_child
 
 from support.posixly import (
     EXCHANGE,
@@ -30,6 +29,7 @@ from support.posixly import (
     refused,
     renameat2,
 )
+from support.processes import in_child
 
 pytestmark = pytest.mark.mounted
 
