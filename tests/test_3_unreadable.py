@@ -321,7 +321,7 @@ async def test_recover_that_finds_shards_and_no_commits_is_a_failure(config: Sto
 UNREADABLE = """
 import sys
 from pathlib import Path
-from faults import BadSectors
+from support.faults import BadSectors
 from fusestore.__main__ import main
 with BadSectors() as bad:
     for path in Path(sys.argv[2]).glob("*/journal/*.log"):
