@@ -1,4 +1,4 @@
-"""What the tests share: options, and stores that are made, mounted and cleaned up.
+"""Options of the tests, and fixtures: stores that are made, mounted and cleaned up.
 
     pytest --long     runs what takes minutes, too
     pytest --plain    gives the tests of POSIX behaviour a plain directory in place
@@ -11,34 +11,17 @@ and must not have logged a traceback; whatever is left is removed by its pid.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
-import mmap
-import os
-import pickle
-import select
-import signal
-import subprocess
-import sys
-import threading
-import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
 
 import hypothesis
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-FUSESTORE = [sys.executable, "-m", "fusestore"]
-TRACEBACK = "Traceback (most recent call last)"
+# Before any of it is imported, so that its assertions explain themselves, too.
+pytest.register_assert_rewrite("support")
 
-#: Seconds for any one command, and for a daemon to end after its umount.
-COMMAND_SECONDS_MAX = 180
-DAEMON_END_SECONDS_MAX = 30
-
-Result = TypeVar("Result")
+from support.mounted_store import Directory, Store  # noqa: E402
 
 hypothesis.settings.register_profile(
     "fusestore",
@@ -103,194 +86,6 @@ def long(request: pytest.FixtureRequest) -> bool:
 
 
 # --- stores ------------------------------------------------------------------
-
-
-class Directory:
-    """A plain directory that looks like a mounted store to the tests of POSIX behaviour."""
-
-    def __init__(self, base: Path) -> None:
-        self.mountpoint = base / "mnt"
-        self.mountpoint.mkdir(parents=True)
-
-    def mount(self, *options: str) -> None:
-        """Nothing: it is always there."""
-
-    def umount(self) -> None:
-        """Nothing, too."""
-
-    def remount(self, *options: str) -> None:
-        """Nothing, either."""
-
-
-class Store:
-    """A store of its own, and the daemon that serves it."""
-
-    def __init__(self, base: Path, *mkfs_options: str | Path) -> None:
-        self.store = base / "store"
-        self.mountpoint = base / "mnt"
-        self.mountpoint.mkdir(parents=True)
-        self.options: tuple[str, ...] = ()
-        self.daemon_pid: int | None = None
-        self._pidfd: int | None = None
-        self._logs: set[Path] = set()
-        self.cli("mkfs", self.store, *mkfs_options)
-
-    def cli(self, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run `fusestore ARGUMENTS`; with `check`, it must end with exit status 0."""
-        done = subprocess.run(
-            [*FUSESTORE, *map(str, arguments)],
-            check=False,
-            cwd=REPOSITORY,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=COMMAND_SECONDS_MAX,
-        )
-        if check and done.returncode:
-            pytest.fail(
-                f"fusestore {' '.join(map(str, arguments))}: exit status {done.returncode}\n"
-                f"{done.stdout}{done.stderr}"
-            )
-        return done
-
-    def status(self) -> dict[str, Any]:
-        """What `fusestore status --json` says, whatever its exit status."""
-        done = self.cli("status", self.store, "--json", check=False)
-        try:
-            answer = json.loads(done.stdout)
-        except ValueError:
-            pytest.fail(f"status --json printed no JSON:\n{done.stdout}\n{done.stderr}")
-        assert isinstance(answer, dict)
-        return answer
-
-    def node(self, name: str) -> Path:
-        """The directory of a node."""
-        (path,) = (node["path"] for node in self.status()["nodes"] if node["name"] == name)
-        return Path(path)
-
-    def mount(self, *options: str) -> None:
-        """Mount, and remember the daemon and the options."""
-        self.options = options
-        self.cli(
-            "mount", self.store, self.mountpoint, *(["-o", ",".join(options)] if options else [])
-        )
-        status = self.status()
-        pid = status["pid"]
-        assert isinstance(pid, int), status
-        self.daemon_pid, self._pidfd = pid, os.pidfd_open(pid)
-        if status.get("log_file"):
-            self._logs.add(Path(status["log_file"]))
-        assert os.path.ismount(self.mountpoint)
-
-    def umount(self) -> None:
-        """Unmount; the daemon must have ended."""
-        self.cli("umount", self.mountpoint)
-        self._await_end()
-
-    def remount(self, *options: str) -> None:
-        """Unmount and mount."""
-        self.umount()
-        self.mount(*options)
-
-    def kill(self, clear: bool = True) -> None:
-        """SIGKILL the daemon; with `clear`, take the dead mount away, too."""
-        assert self._pidfd is not None
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        self._await_end()
-        if clear:
-            self.clear_mount()
-
-    def end_by(self, number: signal.Signals) -> None:
-        """Send the daemon a signal, and wait for its end."""
-        assert self._pidfd is not None
-        signal.pidfd_send_signal(self._pidfd, number)
-        self._await_end()
-
-    def kill_soon(self, seconds: float) -> threading.Timer:
-        """SIGKILL the daemon in `seconds`, while the test goes on."""
-        assert self._pidfd is not None
-        timer = threading.Timer(seconds, signal.pidfd_send_signal, (self._pidfd, signal.SIGKILL))
-        timer.start()
-        return timer
-
-    def alive(self) -> bool:
-        """Whether the daemon of the last mount runs."""
-        return self._pidfd is not None and not select.select([self._pidfd], [], [], 0)[0]
-
-    def revive(self) -> None:
-        """Mount again, with the same options, if the daemon is not there any more."""
-        if not self.alive():
-            self.clear_mount()
-            self.mount(*self.options)
-
-    def clear_mount(self) -> None:
-        """Detach whatever is mounted on the mount point."""
-        while is_mounted(self.mountpoint):
-            subprocess.run(
-                ["fusermount3", "-u", "-z", str(self.mountpoint)],
-                check=True,
-                capture_output=True,
-                timeout=COMMAND_SECONDS_MAX,
-            )
-
-    def clean_up(self) -> None:
-        """End all; AssertionError if the daemon did not end well or logged a traceback."""
-        problems = []
-        if self._pidfd is not None:
-            was_alive = self.alive()
-            if not was_alive:
-                problems.append("the daemon had died before it was unmounted")
-            try:
-                done = self.cli("umount", self.mountpoint, check=False)
-                if was_alive and done.returncode:
-                    problems.append(f"umount failed: {done.stdout}{done.stderr}")
-                elif was_alive:
-                    self._await_end()
-            except (Exception, pytest.fail.Exception) as error:
-                problems.append(f"umount failed: {error}")
-        problems += self._end_by_force()
-        for log in self._logs:
-            text = log.read_text(errors="replace") if log.exists() else ""
-            if TRACEBACK in text:
-                problems.append(
-                    f"{log} has a traceback:\n{text[text.index(TRACEBACK) - 400 :][:4000]}"
-                )
-        assert not problems, "\n".join(problems)
-
-    def _end_by_force(self) -> list[str]:
-        """Remove a daemon and a mount that should not be there any more, and say so."""
-        problems = []
-        if self._pidfd is None:  # a mount command that failed may have left a daemon
-            with contextlib.suppress(Exception, pytest.fail.Exception):
-                pid = self.status()["pid"]
-                if isinstance(pid, int):
-                    self._pidfd = os.pidfd_open(pid)
-        if self.alive():
-            problems.append("the daemon had to be killed")
-            with contextlib.suppress(Exception):
-                self.kill(clear=False)
-        if self._pidfd is not None:
-            os.close(self._pidfd)
-            self._pidfd = None
-        if is_mounted(self.mountpoint):
-            problems.append("the mount had to be taken away")
-            self.clear_mount()
-        return problems
-
-    def _await_end(self) -> None:
-        assert self._pidfd is not None
-        ended = select.select([self._pidfd], [], [], DAEMON_END_SECONDS_MAX)[0]
-        assert ended, f"the daemon {self.daemon_pid} still runs"
-        os.close(self._pidfd)
-        self._pidfd = self.daemon_pid = None
-
-
-def is_mounted(path: Path) -> bool:
-    """Whether anything, dead or alive, is mounted on `path`."""
-    place = str(path).replace(" ", "\\040")
-    lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
-    return any(line.split(" ")[4] == place for line in lines)
 
 
 @pytest.fixture
@@ -358,61 +153,3 @@ def shared_mount(_session_store: Store | Directory) -> Iterator[Path]:
     if isinstance(_session_store, Store) and not _session_store.alive():
         _session_store.revive()
         pytest.fail("the daemon died in this test")
-
-
-# --- what tests do on a mount ------------------------------------------------
-
-
-def read_uncached(path: Path | str) -> bytes:
-    """The bytes of a file, asked of the file system itself (O_DIRECT), not of the page cache."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    parts = []
-    try:
-        with mmap.mmap(-1, 1 << 20) as buffer:
-            while got := os.readv(fd, [buffer]):
-                parts.append(buffer[:got])
-    finally:
-        os.close(fd)
-    return b"".join(parts)
-
-
-def in_child(body: Callable[[], Result]) -> Result:
-    """What `body` returns, or raises, in a forked process."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            try:
-                answer: tuple[bool, Any] = (True, body())
-            except BaseException as error:
-                error.add_note("in a forked process:\n" + traceback.format_exc())
-                answer = (False, error)
-            with os.fdopen(writer, "wb") as pipe:
-                pickle.dump(answer, pipe)
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        fine, value = pickle.load(pipe)
-    os.waitpid(pid, 0)
-    if not fine:
-        raise value
-    return value  # type: ignore[no-any-return]
-
-
-def as_user(
-    place: Path, uid: int, body: Callable[[], Result], gid: int = 0, groups: Iterable[int] = ()
-) -> Result:
-    """What `body` returns, or raises, as another user (gid: the uid's) with cwd `place`.
-
-    Paths in `body` must be relative: the way to `place` may be closed to that user.
-    """
-
-    def child() -> Result:
-        os.chdir(place)
-        os.setgroups(list(groups))
-        os.setresgid(gid or uid, gid or uid, gid or uid)
-        os.setresuid(uid, uid, uid)
-        return body()
-
-    return in_child(child)

@@ -144,3 +144,20 @@ def test_the_contributors_map_has_each_folder_in_the_words_of_its_docstring() ->
         first = " ".join(docstring.partition("\n\n")[0].split())
         rows.append(f"| `{name}/` | {first} |")
     assert table.splitlines()[2:] == rows
+
+
+def test_test_modules_share_only_what_lies_in_support() -> None:
+    folder = Path(__file__).parent
+    wrong = []
+    for path in [*folder.glob("*.py"), *folder.glob("support/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                names = [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            wrong += [
+                f"{path.name} imports {name}"
+                for name in names
+                if name == "conftest" or name.startswith("test_")
+            ]
+    assert wrong == []

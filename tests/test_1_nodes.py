@@ -11,7 +11,6 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from faults import FaultyNode
 
 from fusestore.config.node_identity import IDENTITY_VERSION, NodeIdentity, write_identity
 from fusestore.errors import NodeError, NodeIdentityError
@@ -20,6 +19,7 @@ from fusestore.limits import DEFAULTS, Limits
 from fusestore.nodes.base import Node
 from fusestore.nodes.directory import DirectoryNode, segment_path
 from fusestore.system.beneath import Directory
+from support.faults import FaultyNode
 
 
 def directory(path: Path, limits: Limits = DEFAULTS) -> DirectoryNode:

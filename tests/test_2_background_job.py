@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import trio
-from test_2_log import Opened, make, opened
 
 from fusestore.config.store_config import StoreConfig
 from fusestore.errors import UsageError
 from fusestore.log.background_job import BackgroundJob, JobRow
+from support.opened_store import Opened, make, opened
 
 KEY = b"Zjob"
 REFUSALS = {"begin": "It is {state}: wait.", "pause": "Nothing runs.", "resume": "None is paused."}

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import trio
-from faults import HangingNode
-from test_2_log import Opened, limited, opened
 
 from fusestore.config.mkfs import make_store
 from fusestore.config.store_config import StoreConfig
@@ -23,6 +21,8 @@ from fusestore.log.journal_copy import Copied, copy_journals
 from fusestore.members import opening
 from fusestore.repair import comeback, rejoin
 from fusestore.rescue.fsck import fsck
+from support.faults import HangingNode
+from support.opened_store import Opened, limited, opened
 
 DEADLINE = 0.6
 

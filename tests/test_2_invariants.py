@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import trio.testing
-from test_2_log import make, opened
 
 from fusestore.commit.journal_writer import JournalWriter
 from fusestore.config.store_config import StoreConfig
@@ -17,6 +16,7 @@ from fusestore.format.records import Header
 from fusestore.format.stripe_rows import LOST_STRIPE
 from fusestore.limits import STRIPE_BYTES
 from fusestore.rescue.fsck import fsck
+from support.opened_store import make, opened
 
 
 @pytest.fixture

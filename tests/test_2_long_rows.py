@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_2_log import Opened, crashed, make, opened
 
 from fusestore.config.store_config import NodeConfig, StoreConfig, check_places
 from fusestore.errors import RowTooLargeError
@@ -19,6 +18,7 @@ from fusestore.format.file_rows import ROOT
 from fusestore.limits import KEY_BYTES_MAX, VALUE_BYTES_MAX
 from fusestore.rescue.recover import recover
 from fusestore.serve import operations
+from support.opened_store import Opened, crashed, make, opened
 
 
 @pytest.fixture

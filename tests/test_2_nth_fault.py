@@ -28,24 +28,17 @@ from typing import Any
 import lmdb
 import pytest
 import trio
-from power_cut import Health, Machine, Possible, Promised, Tape, read_disks, told, write_disks
-from test_2_log import Opened, make, opened
-from test_2_power_cut import (
-    Cut,
-    History,
-    Model,
-    Player,
-    State,
-    match,
-    observe,
-    small_limits,
-    work,
-)
 
 from fusestore.config.store_config import StoreConfig
 from fusestore.errors import FusestoreError, LostError, MetadataError, NodeError, NodeFullError
 from fusestore.format.file_rows import ROOT
 from fusestore.limits import Limits
+from support.cuts import Cut
+from support.machine import Machine, told
+from support.opened_store import Opened, make, opened
+from support.power_cut import Health, Possible, Promised, Tape, read_disks, write_disks
+from support.random_work import History, Player, small_limits, work
+from support.tree_model import Model, State, match, observe
 
 SHORT = 7
 """How many n have their turn in the short form of each test."""

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import lmdb
 import pytest
-from test_2_log import opened
 
 from fusestore.config.mkfs import make_store
 from fusestore.config.store_config import StoreConfig, load
@@ -18,6 +17,7 @@ from fusestore.format import store_rows
 from fusestore.format.erasure import Code
 from fusestore.rescue.recover import recover
 from fusestore.store.opening import open_store
+from support.opened_store import opened
 
 
 @pytest.fixture

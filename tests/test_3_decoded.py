@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_2_log import Opened, make, opened
 
 from fusestore.config.store_config import StoreConfig
 from fusestore.errors import LostError
 from fusestore.format import erasure, stripe_rows
-from fusestore.format.records import Run
 from fusestore.format.stripe_rows import Stripe
 from fusestore.members.standing import State
-from fusestore.nodes.directory import segment_path
+from support.filled_store import damage
+from support.opened_store import Opened, make, opened
 
 DATA = random.Random(1).randbytes(3 << 20)
 
@@ -60,16 +59,6 @@ async def either(one: Opened, name: str) -> str:
     except LostError:
         return "lost"
     return "right"
-
-
-def damage(config: StoreConfig, node: int, segment: int, offset: int) -> None:
-    """Change a byte of a shard segment."""
-    path = config.nodes[node - 1].path / segment_path(Run.SHARDS, segment)
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 0x21]))
 
 
 @pytest.mark.parametrize("at", [0, 1000, 349_000])

@@ -13,14 +13,13 @@ import os
 import random
 import shutil
 import stat
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import trio
-from test_2_log import Opened, opened
 
 from fusestore.commit.row_check import Examined, WrongRow
 from fusestore.commit.row_keeper import RowKeeper
@@ -33,7 +32,6 @@ from fusestore.format.file_rows import ROOT, Extent, Inode
 from fusestore.format.records import HEADER_BYTES, Run
 from fusestore.format.stripe_rows import Stripe
 from fusestore.limits import STRIPE_BYTES
-from fusestore.metadata.engine import Engine
 from fusestore.nodes.directory import segment_path
 from fusestore.repair.risk import Safety
 from fusestore.rescue import fsck_mend
@@ -42,11 +40,9 @@ from fusestore.rescue.fsck_findings import Fix
 from fusestore.rescue.fsck_mend import Mender
 from fusestore.serve.commands import Context, do
 from fusestore.serve.messages.safety import FsckRequest
-from fusestore.serve.offline import offline
 from fusestore.store.opening import open_store
-from fusestore.typed_json import to_json
-
-Rows = dict[bytes, bytes]
+from support.metadata_rows import Rows, check, edit
+from support.opened_store import Opened, opened
 
 
 @pytest.fixture(autouse=True)
@@ -99,25 +95,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(whole: Path, tmp_path: Path) -> StoreConfig:
     shutil.copytree(whole, tmp_path / "store")
     return load(tmp_path / "store")
-
-
-def edit(config: StoreConfig, change: Callable[[Rows], Any]) -> Any:
-    """Change rows of the metadata of a store that is not open, behind its back."""
-    engine = Engine(config.metadata)
-    before = dict(engine.scan(b"A", b"["))
-    after = dict(before)
-    result = change(after)
-    gone = {key: None for key in before if key not in after}
-    engine.apply({**gone, **{k: v for k, v in after.items() if before.get(k) != v}})
-    engine.freeze()
-    engine.write()
-    engine.thaw()
-    engine.close()
-    return result
-
-
-async def check(config: StoreConfig, *, repair: bool = False) -> dict[str, Any]:
-    return to_json(await offline(config, FsckRequest(repair), lambda message: None))
 
 
 async def read_all(one: Opened) -> dict[str, bytes | str | None]:

@@ -19,8 +19,6 @@ from typing import Any, TypeVar
 
 import pytest
 import trio
-from faults import HangingNode
-from test_2_log import Opened, crashed, limited, opened
 
 from fusestore.config import node_identity, store_config_write
 from fusestore.config.mkfs import make_store
@@ -48,10 +46,10 @@ from fusestore.serve.messages.nodes import (
 )
 from fusestore.serve.messages.request import Request
 from fusestore.serve.offline import offline
+from support.faults import HangingNode
+from support.opened_store import REGIONS, Opened, crashed, limited, opened
 
 R = TypeVar("R")
-
-REGIONS = ["us-east-1", "us-west-1", "eu-west-1"]
 
 
 async def do(one: Opened, command: str, **arguments: Any) -> dict[str, Any]:

@@ -12,24 +12,17 @@ from pathlib import Path
 
 import pytest
 import trio
-from power_cut import Machine, told
-from test_2_log import make, opened
-from test_2_power_cut import (
-    CODES,
-    STEPS,
-    Cut,
-    History,
-    Model,
-    Player,
-    State,
-    small_limits,
-)
 
 from fusestore.config.node_identity import IDENTITY_VERSION, NodeIdentity, write_identity
 from fusestore.config.store_config import NodeConfig, StoreConfig
 from fusestore.config.store_config_write import write_store_config
 from fusestore.limits import Limits
 from fusestore.store.store import Store
+from support.cuts import Cut
+from support.machine import Machine, told
+from support.opened_store import make, opened
+from support.random_work import CODES, STEPS, History, Player, small_limits
+from support.tree_model import Model, State
 
 CUTS = 12
 

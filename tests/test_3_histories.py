@@ -17,25 +17,6 @@ from typing import Any
 
 import pytest
 import trio
-from test_2_log import Opened, limited, opened
-from test_3_recover import (
-    REGIONS,
-    Files,
-    copy_tree,
-    dump_metadata,
-    fingerprint,
-    forget,
-    healthy,
-    instead,
-    made,
-    make,
-    put,
-    read,
-    read_files,
-    recovered,
-    repair,
-    write,
-)
 
 from fusestore.config.mkfs import make_store
 from fusestore.config.node_identity import read_identity, write_identity
@@ -47,6 +28,9 @@ from fusestore.members.standing import State
 from fusestore.rescue.fsck import fsck
 from fusestore.serve.offline import unwrapped
 from fusestore.store.opening import open_store
+from support.opened_store import REGIONS, Opened, healthy, limited, make, opened, repair
+from support.recovery import copy_tree, dump_metadata, fingerprint, forget, instead, recovered
+from support.whole_tree import Files, made, put, read, read_files, write
 
 SIZE = 40_000
 

@@ -12,15 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_2_log import Opened, make, opened
-from test_3_fsck import edit
-from test_3_wrong_rows import FILES, all_right, fill, shard_bytes
 
 from fusestore.config.store_config import StoreConfig, load
 from fusestore.format import stripe_rows
 from fusestore.rescue.fsck import fsck
 from fusestore.rescue.recover import recover
 from fusestore.store.opening import open_store
+from support.filled_store import FILES, all_right, fill, shard_bytes
+from support.metadata_rows import edit
+from support.opened_store import Opened, make, opened
 
 Rows = dict[bytes, bytes]
 

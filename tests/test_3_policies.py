@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 import trio
-from test_2_log import Opened, crashed, limited, opened
-from test_3_fsck import check
 
 from fusestore.config.mkfs import make_store
 from fusestore.config.store_config import StoreConfig
@@ -27,6 +25,8 @@ from fusestore.format.file_rows import ROOT
 from fusestore.format.stripe_rows import Stripe
 from fusestore.limits import DEFAULTS, STRIPE_BYTES
 from fusestore.store.opening import open_store
+from support.metadata_rows import check
+from support.opened_store import Opened, crashed, limited, opened
 
 C42, C21, C12 = Code(4, 2), Code(2, 1), Code(1, 2)
 MIB = 1 << 20

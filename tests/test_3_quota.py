@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 import trio
-from test_2_log import Opened, crashed, opened
-from test_3_fsck import check, edit
 
 from fusestore.config.mkfs import make_store
 from fusestore.config.store_config import StoreConfig
@@ -24,6 +22,8 @@ from fusestore.format.file_rows import NO_LIMIT, ROOT, Quota, QuotaState
 from fusestore.limits import STRIPE_BYTES
 from fusestore.rescue.fsck import fsck
 from fusestore.rescue.recover import recover
+from support.metadata_rows import check, edit
+from support.opened_store import Opened, crashed, opened
 
 KIB = 1 << 10
 

@@ -17,142 +17,72 @@ import random
 import shutil
 import stat
 import struct
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
-from test_2_log import Opened, limited, opened
-from xxhash import xxh3_64_intdigest
 
 from fusestore.commit.metadata_dump import MetadataDumper
-from fusestore.config.mkfs import make_store
 from fusestore.config.node_identity import IDENTITY_NAME
 from fusestore.config.store_config import StoreConfig, load
 from fusestore.errors import (
     FileSystemError,
     FusestoreError,
-    LostError,
     MetadataError,
     ReplayError,
     UsageError,
 )
 from fusestore.files.filesystem import FileSystem
 from fusestore.files.tree import Change
-from fusestore.format import acl, file_rows
+from fusestore.format import acl
 from fusestore.format.erasure import Code
-from fusestore.format.file_rows import ROOT, Extent
-from fusestore.format.records import Header, Kind, Place, Run, records
+from fusestore.format.records import Header, Kind
 from fusestore.limits import STRIPE_BYTES, Limits
 from fusestore.metadata.engine import Engine
-from fusestore.rescue.recover import recover
 from fusestore.serve.control_server import lock_store
 from fusestore.serve.messages.safety import FsckRequest
 from fusestore.serve.offline import offline
 from fusestore.store.opening import open_store
+from support.opened_store import (
+    HEALTHY_SECONDS_MAX,
+    REGIONS,
+    Opened,
+    healthy,
+    limited,
+    make,
+    opened,
+    repair,
+)
+from support.recovery import (
+    command,
+    copy_tree,
+    dump_metadata,
+    fingerprint,
+    forget,
+    has_metadata,
+    instead,
+    journal_records,
+    recovered,
+)
+from support.whole_tree import (
+    Files,
+    State,
+    look,
+    made,
+    one_of,
+    put,
+    read,
+    read_files,
+    tree_of,
+    walk,
+    write,
+)
 
-REGIONS = ("us-east-1", "us-west-1", "eu-west-1")
 FILE_BYTES_MAX = 3 * STRIPE_BYTES
-HEALTHY_SECONDS_MAX = 60
 SHORT, LONG = 25, 300
-
-Print = dict[str, tuple[int, int, int, int]]
-"""By path: mode, size, time of change and checksum of a file or directory."""
-
-
-# --- what a tree is ------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class State:
-    """A whole tree at one instant."""
-
-    names: dict[bytes, tuple[Any, ...]]
-    """By path, in the order of listing: all that is said of it but its bytes."""
-    contents: dict[int, bytes | None]
-    """By inode: a file's bytes, None where they are lost."""
-
-
-def walk(one: Opened) -> dict[bytes, int]:
-    """Every path, and its inode; directories before what is in them."""
-    found = {b"": int(ROOT)}
-    todo = [b""]
-    while todo:
-        folder = todo.pop()
-        for _, ino, name in list(one.files.tree.entries(found[folder], 0)):
-            assert one.files.tree.lookup(found[folder], name) == ino
-            found[folder + b"/" + name] = ino
-            if stat.S_ISDIR(one.files.tree.inode(ino).mode):
-                todo.append(folder + b"/" + name)
-    return found
-
-
-def data_ranges(one: Opened, ino: int) -> tuple[tuple[int, int], ...]:
-    """Where a file has bytes; the rest are holes."""
-    ranges: list[tuple[int, int]] = []
-    start, end = file_rows.extent_key(ino, 0), file_rows.extent_key(ino + 1, 0)
-    for key, value in one.store.log.engine.scan(start, end):
-        extent = Extent.decode(key, value)
-        if ranges and ranges[-1][1] == extent.offset:
-            ranges[-1] = (ranges[-1][0], extent.end)
-        else:
-            ranges.append((extent.offset, extent.end))
-    return tuple(ranges)
-
-
-def describe(one: Opened, ino: int) -> tuple[Any, ...]:
-    """All that is said of an inode but its bytes."""
-    inode = one.files.tree.inode(ino)
-    target = one.files.tree.target(ino) if stat.S_ISLNK(inode.mode) else b""
-    names = one.files.attributes.names(ino)
-    values = tuple((name, one.files.attributes.get(ino, name)) for name in names)
-    return ino, replace(inode), target, values, data_ranges(one, ino)
-
-
-def tree_of(one: Opened) -> dict[bytes, tuple[Any, ...]]:
-    return {path: describe(one, ino) for path, ino in walk(one).items()}
-
-
-async def look(one: Opened) -> State:
-    """The tree as it reads."""
-    names = tree_of(one)
-    contents: dict[int, bytes | None] = {}
-    for ino, inode, *_ in names.values():
-        if stat.S_ISREG(inode.mode) and ino not in contents:
-            try:
-                contents[ino] = bytes(await one.files.contents.read(ino, 0, 1 << 40))
-            except LostError:
-                contents[ino] = None
-    return State(names, contents)
-
-
-def difference(found: State, expected: State) -> str:
-    """What differs, for people."""
-    lines = [f"gone: {path!r}" for path in expected.names.keys() - found.names.keys()]
-    lines += [f"come up: {path!r}" for path in found.names.keys() - expected.names.keys()]
-    for path in found.names.keys() & expected.names.keys():
-        if found.names[path] != expected.names[path]:
-            lines.append(f"{path!r}: {found.names[path]} in place of {expected.names[path]}")
-    for ino, data in expected.contents.items():
-        got = found.contents.get(ino)
-        if got != data:
-            size = None if got is None else len(got)
-            lines.append(f"inode {ino}: {size} bytes that differ")
-    return "\n".join(lines) or "the order of names"
-
-
-def one_of(found: State, possible: Sequence[State]) -> State:
-    """The state that was found; AssertionError when it is none that may be."""
-    for state in possible:
-        if state == found and list(state.names) == list(found.names):
-            return state
-    raise AssertionError(
-        f"none of {len(possible)} states; to the last:\n{difference(found, possible[-1])}"
-    )
 
 
 # --- a random history -------------------------------------------------------------
@@ -348,48 +278,6 @@ class World:
 # --- what happens to a store ----------------------------------------------------------
 
 
-def make(path: Path, code: str = "2+1") -> StoreConfig:
-    return make_store(path, [(name, None) for name in REGIONS], Code.parse(code))
-
-
-def copy_there(source: str, target: str) -> None:
-    """Copy a file that may be deleted at this moment."""
-    try:
-        shutil.copy2(source, target)
-    except FileNotFoundError:
-        pass
-
-
-def copy_tree(source: Path, target: Path) -> None:
-    ignore = shutil.ignore_patterns("*.sock")
-    shutil.copytree(source, target, ignore=ignore, copy_function=copy_there)
-
-
-def instead(copy: Path, original: Path) -> None:
-    """Let a copy take the place of the original."""
-    shutil.rmtree(original)
-    copy.rename(original)
-
-
-def fingerprint(*roots: Path) -> Print:
-    """All that can be told of the files below some directories."""
-    found: Print = {}
-    for root in roots:
-        for path in sorted([root, *root.rglob("*")]):
-            about = path.stat()
-            digest = xxh3_64_intdigest(path.read_bytes()) if path.is_file() else 0
-            found[str(path)] = (about.st_mode, about.st_size, about.st_mtime_ns, digest)
-    return found
-
-
-async def healthy(one: Opened) -> None:
-    """Wait until nothing is missing anywhere."""
-    with trio.fail_after(HEALTHY_SECONDS_MAX):
-        while not (await one.store.status())["healthy"]:
-            one.store.comeback.wake()
-            await trio.sleep(0.02)
-
-
 async def check_counters(one: Opened) -> None:
     """The counters are right, once what was begun before a crash is ended."""
     with trio.fail_after(HEALTHY_SECONDS_MAX):
@@ -398,43 +286,9 @@ async def check_counters(one: Opened) -> None:
     one.check_counters()
 
 
-async def repair(one: Opened, name: str, *, discard_history: bool = False) -> dict[str, Any]:
-    path_of = one.files.tree.path
-    return await one.store.repairer.repair(
-        name, lambda message: None, path_of, discard_history=discard_history
-    )
-
-
 async def checkpoint(one: Opened) -> None:
     async with one.store.committer.lock:
         await one.store.committer.commit_now(checkpoint=True)
-
-
-def recovered(
-    config: StoreConfig,
-    *extra: Path,
-    accept_loss: bool = False,
-    metadata: Path | None = None,
-    history: str = "",
-) -> dict[str, Any]:
-    """Recover as the command does; the nodes must be as they were before."""
-    roots = [path for path in (*(node.path for node in config.nodes), *extra) if path.exists()]
-    before = fingerprint(*roots)
-    told: list[dict[str, Any]] = []
-    try:
-        with lock_store(config.store):
-            return recover(
-                config.store,
-                extra,
-                metadata,
-                accept_loss=accept_loss,
-                history=history,
-                progress=told.append,
-                limits=config.limits,
-            )
-    finally:
-        assert fingerprint(*roots) == before
-        assert all(0 <= message["done"] <= message["total"] for message in told), told
 
 
 async def at_rest(config: StoreConfig) -> None:
@@ -443,15 +297,6 @@ async def at_rest(config: StoreConfig) -> None:
     while before != (now := [path for node in config.nodes for path in node.path.rglob("*")]):
         before = now
         await trio.sleep(0.005)
-
-
-def forget(config: StoreConfig) -> None:
-    """The metadata is gone."""
-    shutil.rmtree(config.metadata)
-
-
-def has_metadata(config: StoreConfig) -> bool:
-    return config.metadata.exists() and bool(set(os.listdir(config.metadata)) - {"lost+found"})
 
 
 def refuses_what_is_there(config: StoreConfig) -> None:
@@ -764,60 +609,11 @@ async def test_what_was_committed_is_recovered(
 
 # --- what is asked in particular ------------------------------------------------------------
 
-Files = dict[str, bytes | None]
-"""By name: a file's bytes, None where they are lost."""
-
-
-def made(seed: str, *names: str, size: int = 150_000) -> dict[str, bytes]:
-    """Random files."""
-    return {name: random.Random(f"{seed}/{name}").randbytes(size) for name in names}
-
-
-async def put(one: Opened, files: dict[str, bytes]) -> None:
-    """Let files have these bytes, durably; each in a commit, and so a stripe, of its own."""
-    for name, data in files.items():
-        ino = await one.put(name, b"")
-        await one.files.contents.truncate(ino, 0)
-        await one.put(name, data)
-        await one.store.committer.commit()
-
-
-async def write(config: StoreConfig, files: dict[str, bytes]) -> None:
-    """A mount in which files are written."""
-    async with opened(config) as one:
-        await put(one, files)
-
-
-async def read_files(one: Opened) -> Files:
-    state = await look(one)
-    return {
-        path[1:].decode(): state.contents[row[0]] for path, row in list(state.names.items())[1:]
-    }
-
-
-async def read(config: StoreConfig) -> Files:
-    async with opened(config) as one:
-        return await read_files(one)
-
 
 async def read_only(config: StoreConfig) -> Files:
     """What a read-only mount shows; it needs no node to write to."""
     async with open_store(config, read_only=True) as store, trio.open_nursery() as nursery:
         return await read_files(Opened(store, FileSystem(store, nursery)))
-
-
-async def dump_metadata(config: StoreConfig) -> None:
-    async with opened(config) as one:
-        await one.store.dumper.take()
-
-
-def journal_records(config: StoreConfig, node: int) -> list[tuple[Path, int, Header]]:
-    """(file, offset, header) of the records of a node's journal, in order."""
-    found = []
-    for path in sorted((config.nodes[node].path / "journal").iterdir()):
-        place = Place(config.uuid, config.nodes[node].name, Run.JOURNAL, int(path.stem))
-        found += [(path, offset, header) for offset, header, _ in records(place, path.read_bytes())]
-    return found
 
 
 def spoil(path: Path, offset: int) -> None:
@@ -1434,17 +1230,6 @@ async def test_a_commit_that_is_rotten_everywhere_is_told(
 
 
 # --- the command
-
-
-def command(config: StoreConfig, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "fusestore", "recover", config.store, *arguments],
-        cwd=Path(__file__).parents[1],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
 
 
 async def test_the_command_says_what_it_found(config: StoreConfig, tmp_path: Path) -> None:

@@ -19,9 +19,6 @@ from pathlib import Path
 import lmdb
 import pytest
 import trio
-from conftest import in_child
-from test_2_log import Opened, limited, make, opened
-from test_3_wrong_rows import scrub
 
 from fusestore.commit import row_keeper
 from fusestore.commit.row_check import examine
@@ -34,6 +31,8 @@ from fusestore.metadata.engine import ROWS
 from fusestore.rescue.fsck import fsck
 from fusestore.rescue.recover import recover
 from fusestore.store.opening import open_store
+from support.opened_store import Opened, limited, make, opened, scrub
+from support.processes import in_child
 
 Rows = dict[bytes, bytes]
 FILES = {f"f{i}": random.Random(i).randbytes(100_000 + i) for i in range(12)}

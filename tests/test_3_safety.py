@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import trio
-from test_2_log import Opened, limited, loses_a_region, opened
 
 from fusestore.config.mkfs import make_store
 from fusestore.config.store_config import StoreConfig, load
@@ -28,8 +27,7 @@ from fusestore.rescue.recover import recover
 from fusestore.serve.commands import Context, handlers
 from fusestore.serve.messages.safety import ScrubRequest
 from fusestore.serve.offline import offline
-
-REGIONS = ["us-east-1", "us-west-1", "eu-west-1"]
+from support.opened_store import REGIONS, Opened, limited, loses_a_region, opened
 
 
 @pytest.fixture(params=["2+1", "4+2", "1+2"])

@@ -17,26 +17,6 @@ from typing import Any
 
 import pytest
 import trio
-from faults import BadSectors
-from test_2_log import Opened, opened
-from test_3_recover import (
-    REGIONS,
-    command,
-    copy_tree,
-    dump_metadata,
-    forget,
-    has_metadata,
-    healthy,
-    journal_records,
-    made,
-    make,
-    put,
-    read,
-    read_files,
-    recovered,
-    repair,
-    write,
-)
 
 from fusestore.commit.load_tables import save
 from fusestore.config.store_config import StoreConfig, load
@@ -50,6 +30,18 @@ from fusestore.metadata.engine import Engine
 from fusestore.nodes.directory import segment_path
 from fusestore.rescue.fsck import fsck
 from fusestore.store.opening import open_store
+from support.faults import BadSectors
+from support.opened_store import REGIONS, Opened, healthy, make, opened, repair
+from support.recovery import (
+    command,
+    copy_tree,
+    dump_metadata,
+    forget,
+    has_metadata,
+    journal_records,
+    recovered,
+)
+from support.whole_tree import made, put, read, read_files, write
 
 SECTOR = 4096
 
@@ -329,7 +321,7 @@ async def test_recover_that_finds_shards_and_no_commits_is_a_failure(config: Sto
 UNREADABLE = """
 import sys
 from pathlib import Path
-from faults import BadSectors
+from support.faults import BadSectors
 from fusestore.__main__ import main
 with BadSectors() as bad:
     for path in Path(sys.argv[2]).glob("*/journal/*.log"):

@@ -7,33 +7,21 @@ is right: it was wrong before it was written.
 from __future__ import annotations
 
 import logging
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_2_log import Opened, make, opened
-from test_3_decoded import damage
 
 from fusestore.config.store_config import StoreConfig
 from fusestore.errors import LostError
 from fusestore.format import stripe_rows
 from fusestore.format.stripe_rows import ShardPlace, Stripe
-from fusestore.limits import STRIPE_BYTES
 from fusestore.members.standing import State
 from fusestore.rescue.fsck import fsck
 from fusestore.store.opening import open_store
-
-FILES = {f"f{i}": random.Random(i).randbytes(900_000) for i in range(6)}
-FILES["zeros"] = bytes(2 * STRIPE_BYTES)
-
-
-async def fill(config: StoreConfig) -> None:
-    async with opened(config) as one:
-        for name, data in FILES.items():
-            await one.put(name, data)
-            await one.checkpoint()
+from support.filled_store import FILES, all_right, damage, fill, shard_bytes
+from support.opened_store import Opened, make, opened, scrub
 
 
 async def change_rows(config: StoreConfig, change: Callable[[list[Stripe]], None]) -> list[Stripe]:
@@ -59,23 +47,12 @@ def flipped(row: Stripe, index: int, bit: int = 0) -> Stripe:
     )
 
 
-async def all_right(one: Opened) -> None:
-    for name, data in FILES.items():
-        assert await one.get(name) == data, name
-
-
 def all_up(one: Opened) -> bool:
     return all(m.state is State.UP and m.in_sync for m in one.store.log.members.all)
 
 
 def rows_of(one: Opened) -> list[Stripe]:
     return [Stripe.decode(value) for _, value in one.rows(b"S")]
-
-
-async def scrub(one: Opened) -> dict[str, int]:
-    return await one.store.scrubber.command(
-        "start", None, wait=True, alone=False, progress=lambda message: None
-    )
 
 
 # --- a wrong checksum ----------------------------------------------------------
@@ -239,15 +216,6 @@ def before_another(rows: list[Stripe]) -> None:
 
 
 WRONG_PLACES = [of_another_stripe, inside_another, into_zeros, before_another]
-
-
-def shard_bytes(config: StoreConfig) -> dict[str, bytes]:
-    """All shard segments of a store."""
-    return {
-        f"{node.name}/{path.name}": path.read_bytes()
-        for node in config.nodes
-        for path in sorted((node.path / "shards").iterdir())
-    }
 
 
 @pytest.mark.parametrize("change", WRONG_PLACES)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
-from test_2_log import Opened, opened
 
 from fusestore.cli import asking
 from fusestore.config.mkfs import make_store
@@ -16,6 +15,7 @@ from fusestore.serve.commands import COMMANDS, Context, handlers
 from fusestore.serve.control_client import Message
 from fusestore.serve.messages.request import LookRequest, Request, result_of
 from fusestore.serve.messages.safety import FsckRequest, ScrubRequest
+from support.opened_store import Opened, opened
 
 
 @pytest.fixture

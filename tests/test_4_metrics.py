@@ -33,9 +33,7 @@ import prometheus_client.openmetrics.parser
 import prometheus_client.parser
 import pytest
 import trio
-from conftest import FUSESTORE
 from pyfuse3 import FUSEError
-from test_2_log import Opened, opened
 
 from fusestore.cli.status import StoreView, status_lines
 from fusestore.config.mkfs import make_store
@@ -58,6 +56,8 @@ from fusestore.watch.fields import MountStatus, NodeStatus, ScrubStatus, Status
 from fusestore.watch.health import health, risk_text, status_of, verdict
 from fusestore.watch.monitor import Monitor
 from fusestore.watch.page import page
+from support.mounted_store import FUSESTORE
+from support.opened_store import Opened, opened
 
 MONITORING = files("fusestore.watch")
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"

@@ -16,8 +16,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Directory, Store, as_user
-from posixly import ALICE, AT_FDCWD, BOB, KIB, fresh, libc, opened, owned_by_alice, refused, tick
+
+from support.mounted_store import Directory, Store
+from support.posixly import (
+    ALICE,
+    AT_FDCWD,
+    BOB,
+    KIB,
+    fresh,
+    libc,
+    opened,
+    owned_by_alice,
+    refused,
+    tick,
+)
+from support.processes import as_user
 
 pytestmark = pytest.mark.mounted
 

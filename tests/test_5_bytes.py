@@ -19,8 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Directory, Store, in_child, read_uncached
-from posixly import (
+
+from support.mounted_store import Directory, Store
+from support.posixly import (
     ACCESS,
     ALICE,
     DEFAULT,
@@ -32,9 +33,11 @@ from posixly import (
     make,
     names_in,
     opened,
+    read_uncached,
     refused,
     tick,
 )
+from support.processes import in_child
 
 pytestmark = pytest.mark.mounted
 

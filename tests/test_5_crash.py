@@ -22,7 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import FUSESTORE, REPOSITORY, Store, is_mounted, read_uncached
+
+from support.mounted_store import FUSESTORE, REPOSITORY, Store, is_mounted
+from support.posixly import read_uncached
 
 pytestmark = pytest.mark.mounted
 

@@ -16,7 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Store, read_uncached
+
+from support.mounted_store import Store
+from support.posixly import read_uncached
 
 pytestmark = pytest.mark.mounted
 

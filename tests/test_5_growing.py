@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Store, read_uncached
-from test_5_regions import Load
+
+from support.file_load import Load
+from support.mounted_store import Store
+from support.posixly import read_uncached
 
 pytestmark = pytest.mark.mounted
 

@@ -56,17 +56,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import pytest
-from conftest import (
-    FUSESTORE,
-    REPOSITORY,
-    TRACEBACK,
-    Directory,
-    Store,
-    in_child,
-    is_mounted,
-    read_uncached,
-)
 from xxhash import xxh3_64_intdigest
+
+from support.mounted_store import FUSESTORE, REPOSITORY, TRACEBACK, Directory, Store, is_mounted
+from support.posixly import read_uncached
+from support.processes import in_child
 
 pytestmark = pytest.mark.mounted
 

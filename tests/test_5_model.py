@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Store
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+
+from support.mounted_store import Store
 
 pytestmark = [pytest.mark.mounted, pytest.mark.not_plain]
 

@@ -17,8 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import as_user
-from posixly import (
+
+from fusestore.format import acl
+from fusestore.format.acl import Entry, Tag
+from support.posixly import (
     ACCESS,
     ALICE,
     BOB,
@@ -32,9 +34,7 @@ from posixly import (
     owned_by_alice,
     refused,
 )
-
-from fusestore.format import acl
-from fusestore.format.acl import Entry, Tag
+from support.processes import as_user
 
 pytestmark = pytest.mark.mounted
 

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FUSESTORE, REPOSITORY, Store, read_uncached
 from prometheus_client.parser import text_string_to_metric_families
+
+from support.mounted_store import FUSESTORE, REPOSITORY, Store
+from support.posixly import read_uncached
 
 pytestmark = pytest.mark.mounted
 

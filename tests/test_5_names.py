@@ -17,8 +17,19 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import in_child
-from posixly import EXCHANGE, MIB, NOREPLACE, libc, make, names_in, opened, refused, renameat2
+
+from support.posixly import (
+    EXCHANGE,
+    MIB,
+    NOREPLACE,
+    libc,
+    make,
+    names_in,
+    opened,
+    refused,
+    renameat2,
+)
+from support.processes import in_child
 
 pytestmark = pytest.mark.mounted
 

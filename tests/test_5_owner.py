@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import FUSESTORE, Store
+
+from support.mounted_store import FUSESTORE, Store
 
 pytestmark = pytest.mark.mounted
 

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import COMMAND_SECONDS_MAX, Store, is_mounted
+
+from support.mounted_store import COMMAND_SECONDS_MAX, Store, is_mounted
 
 pytestmark = [pytest.mark.mounted, pytest.mark.not_plain]
 

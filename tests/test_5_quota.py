@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Store
+
+from support.mounted_store import Store
 
 pytestmark = [pytest.mark.mounted, pytest.mark.not_plain]
 

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FUSESTORE, REPOSITORY, Store, read_uncached
+
+from support.mounted_store import FUSESTORE, REPOSITORY, Store
+from support.posixly import read_uncached
 
 pytestmark = [pytest.mark.mounted, pytest.mark.not_plain]
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from conftest import FUSESTORE, REPOSITORY, Store, is_mounted
 
 from fusestore.errors import FusestoreError
 from fusestore.system import sd_notify
 from fusestore.system.mounts import check_answers
 from fusestore.system.sd_notify import ServiceManager
+from support.mounted_store import FUSESTORE, REPOSITORY, Store, is_mounted
 
 MakeStore = Callable[..., Store]
 SECONDS_MAX = 60

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 import reedsolo
-from conftest import Store
+
+from support.mounted_store import Store
 
 pytestmark = pytest.mark.mounted
 

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
-from conftest import Store
+
+from support.mounted_store import Store
 
 pytestmark = pytest.mark.mounted
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import stat
 import time
@@ -102,3 +103,16 @@ def make(path: Path, kind: str) -> None:
             (path / "entry").touch()
     else:
         assert kind == "nothing"
+
+
+def read_uncached(path: Path | str) -> bytes:
+    """The bytes of a file, asked of the file system itself (O_DIRECT), not of the page cache."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    parts = []
+    try:
+        with mmap.mmap(-1, 1 << 20) as buffer:
+            while got := os.readv(fd, [buffer]):
+                parts.append(buffer[:got])
+    finally:
+        os.close(fd)
+    return b"".join(parts)

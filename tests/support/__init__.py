@@ -1,0 +1,1 @@
+"""What test modules share: stores, faults, power cuts, and looks at files."""
