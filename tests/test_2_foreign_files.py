@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import trio
 from conftest import Store
-from test_2_log import limited, opened
 
 from fusestore.config.mkfs import make_store
 from fusestore.config.node_identity import read_identity
@@ -29,6 +28,7 @@ from fusestore.rescue.recover import recover
 from fusestore.system.beneath import Directory
 from fusestore.system.files import write_whole
 from fusestore.system.strict_toml import PARSED_MAX, Table
+from support.opened_store import limited, opened
 
 MIB = 1 << 20
 SECONDS_MAX = 20
