@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import trio
-from conftest import Store
 
 from fusestore.config.mkfs import make_store
 from fusestore.config.node_identity import read_identity
@@ -28,6 +27,7 @@ from fusestore.rescue.recover import recover
 from fusestore.system.beneath import Directory
 from fusestore.system.files import write_whole
 from fusestore.system.strict_toml import PARSED_MAX, Table
+from support.mounted_store import Store
 from support.opened_store import limited, opened
 
 MIB = 1 << 20
