@@ -114,19 +114,31 @@ class Rebuilder:
         """
         place = row.shards[index]
         header = shard_header(row.code, row.length, number, index, row.checksums[index])
-        doubted = not seen and await self._is_in_doubt(place, header, data)
+        doubted = not seen and await self._is_in_doubt(member, place, header, data)
         if place.node != member.id or not place.written or doubted:
             place = member.reserve(row.shard_length)
             member.shards.hold_back(place, row.shard_length)
         written.append(_Rebuilt(number, index, row, place, doubted))
         await member.call(write_shard, self._log, member, place, header, data)
 
-    async def _is_in_doubt(self, place: ShardPlace, header: Header, data: Buffer) -> bool:
-        """Whether something else lies at a shard's place, which must be left alone then."""
+    async def _is_in_doubt(
+        self, member: Member, place: ShardPlace, header: Header, data: Buffer
+    ) -> bool:
+        """Whether something else lies at a shard's place, which must be left alone then.
+
+        A node that the shard leaves may not answer: its place is looked at again before
+        it is freed.  NodeError of `member`, which gets the shard.
+        """
         owner = self._log.members.by_id.get(place.node)
         if not place.written or owner is None or owner.out_of_use:
             return False
-        if await owner.call(may_overwrite, self._log, owner, place, header, data):
+        try:
+            if await owner.call(may_overwrite, self._log, owner, place, header, data):
+                return False
+        except NodeError as error:
+            if owner is member:
+                raise
+            owner.fail(error)
             return False
         self._log.rows_in_doubt += 1
         log.error(
