@@ -31,6 +31,7 @@ from typing_extensions import Buffer
 from ..bounded_cache import LeastRecentlyUsed
 from ..config.node_identity import IDENTITY_NAME, NodeIdentity
 from ..errors import (
+    FusestoreError,
     NodeBusyError,
     NodeError,
     NodeFullError,
@@ -43,7 +44,7 @@ from ..limits import DEFAULTS, Limits
 from ..system import linux, locks
 from ..system.beneath import Directory
 from .base import Space
-from .unexpected import costs_only
+from .unexpected import unexpected
 
 log = logging.getLogger(__name__)
 
@@ -151,11 +152,6 @@ class DirectoryNode:
 
     @contextlib.contextmanager
     def _errors(self, what: str) -> Iterator[None]:
-        with costs_only(self._name), self._os_errors(what):
-            yield
-
-    @contextlib.contextmanager
-    def _os_errors(self, what: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -166,6 +162,10 @@ class DirectoryNode:
                 kind = NodeLacksError
             reason = error.strerror or str(error)
             raise kind(f"Node {self._name} ({self.path}) cannot {what}: {reason}.") from error
+        except FusestoreError:
+            raise
+        except Exception as error:  # a bug costs this node, not the mount
+            raise unexpected(self._name, error) from error
 
     def _folder(self, run: Run) -> Directory:
         """The open folder of a run; OSError when it is none, or the node is closed."""

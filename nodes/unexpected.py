@@ -19,8 +19,13 @@ def costs_only(name: str) -> Iterator[None]:
     except FusestoreError:
         raise
     except Exception as error:
-        log.exception("Node %s met an unexpected error.", name)
-        raise NodeError(
-            f"Node {name} met an unexpected error ({type(error).__name__}): see the log, and "
-            "please report it."
-        ) from error
+        raise unexpected(name, error) from error
+
+
+def unexpected(name: str, error: Exception) -> NodeError:
+    """What to raise in the place of an error that is none of fusestore's; it is logged."""
+    log.error("Node %s met an unexpected error.", name, exc_info=error)
+    return NodeError(
+        f"Node {name} met an unexpected error ({type(error).__name__}): see the log, and please "
+        "report it."
+    )
