@@ -405,6 +405,7 @@ async def test_a_metadata_dump_and_the_commits_after_it_are_the_state(
                 else:
                     await one.put(f"f{i}", b"changed %d" % i)
                 await trio.lowlevel.checkpoint()
+        await one.files.removal.removed()  # else it goes on after the commit
         await one.put("last", b"last")
         await one.store.committer.commit()
         state = {
