@@ -218,7 +218,7 @@ def test_wrong_use_is_said(store: Store) -> None:
     file.touch()
     for arguments, text in (
         (["set", str(file), "--bytes", "1G"], "is not a directory"),
-        (["set", str(store.mountpoint)], "Say a limit"),
+        (["set", str(store.mountpoint)], "Give a limit"),
         (["set", str(store.mountpoint), "--bytes", "many"], "is not N"),
         (["set", str(store.mountpoint), "--files", "1K"], "is not N"),
         (["clear", str(store.mountpoint)], "has no quota of its own"),
