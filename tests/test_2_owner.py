@@ -17,6 +17,7 @@ from fusestore.format import store_rows
 from fusestore.format.erasure import Code
 from fusestore.rescue.recover import recover
 from fusestore.store.opening import open_store
+from fusestore.system import locks
 from support.opened_store import opened
 
 
@@ -177,3 +178,28 @@ async def test_a_checkpoint_notices_that_another_has_written(config: StoreConfig
                 await one.checkpoint()
             with pytest.raises(NotDurableError):
                 await one.store.committer.commit()
+
+
+def test_a_lock_that_is_dropped_anywhere_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The collector may drop a lock in the middle of taking another, in the same thread."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    dropped = [locks.take(tmp_path / "one", "store", shared=False)]
+    real = locks._lock
+
+    def collect(fd: int, shared: bool) -> bool:
+        dropped.clear()
+        return real(fd, shared)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(locks, "_lock", collect)
+        second = locks.take(tmp_path / "two", "store", shared=False)
+    again = locks.take(tmp_path / "one", "another store", shared=False)
+    with pytest.raises(locks.LockedError):
+        locks.take(tmp_path / "two", "another store", shared=False)
+    for lock in (second, again):
+        lock.release()
+        lock.release()
+    locks.take(tmp_path / "two", "another store", shared=False).release()

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import threading
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,8 @@ class _Held:
 
 _held: dict[tuple[int, int], _Held] = {}
 """By device and inode."""
+_dropped: deque[tuple[int, int]] = deque()
+"""Keys of locks that were given up, until the next call that holds the guard."""
 _guard = threading.Lock()
 
 
@@ -54,17 +57,26 @@ class Lock:
     def release(self) -> None:
         """Give the lock up; a second time does nothing."""
         key, self._key = self._key, None
-        if key is None:
-            return
-        with _guard:
-            held = _held[key]
-            held.count -= 1
-            if held.count == 0:
-                del _held[key]
-                os.close(held.fd)
+        if key is not None:
+            _dropped.append(key)
+            with _guard:
+                _let_go_of_dropped()
 
     def __del__(self) -> None:
-        self.release()
+        # The collector may run while this very thread holds the guard: leave the rest to others.
+        if self._key is not None:
+            _dropped.append(self._key)
+
+
+def _let_go_of_dropped() -> None:
+    """With the guard held: close what nobody holds any more."""
+    while _dropped:
+        key = _dropped.popleft()
+        held = _held[key]
+        held.count -= 1
+        if held.count == 0:
+            del _held[key]
+            os.close(held.fd)
 
 
 def take(path: Path | str, owner: str, *, shared: bool, dir_fd: int | None = None) -> Lock:
@@ -78,6 +90,7 @@ def take(path: Path | str, owner: str, *, shared: bool, dir_fd: int | None = Non
         found = os.fstat(fd)
         key = found.st_dev, found.st_ino
         with _guard:
+            _let_go_of_dropped()
             held = _held.get(key)
             if held is not None:
                 if held.owner != owner:
