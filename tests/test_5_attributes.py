@@ -198,7 +198,7 @@ def test_without_attributes_none_can_be_had_and_none_is_lost(
     ):
         done = store.cli(*command, check=False)
         assert done.returncode == 2
-        assert "mount the store without it" in done.stderr
+        assert "mount the store without this option" in done.stderr
     with file.open("r+b", buffering=0) as opened_file:
         for _ in range(1000):
             opened_file.write(b"n")
