@@ -63,9 +63,15 @@ class Lock:
                 _let_go_of_dropped()
 
     def __del__(self) -> None:
-        # The collector may run while this very thread holds the guard: leave the rest to others.
+        # The collector may run while this very thread holds the guard: then the next call
+        # that holds it does the rest.
         if self._key is not None:
             _dropped.append(self._key)
+            if _guard.acquire(blocking=False):
+                try:
+                    _let_go_of_dropped()
+                finally:
+                    _guard.release()
 
 
 def _let_go_of_dropped() -> None:
