@@ -14,6 +14,7 @@ import random
 import shutil
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import lmdb
@@ -25,8 +26,10 @@ from fusestore.commit.row_check import examine
 from fusestore.config.store_config import StoreConfig, load
 from fusestore.errors import BadRowError, DamagedMetadataError, FusestoreError, ReplayError
 from fusestore.files.filesystem import FileSystem
+from fusestore.format import store_rows, stripe_rows
 from fusestore.format.file_rows import ROOT
 from fusestore.format.row_sums import seal, unseal
+from fusestore.format.stripe_rows import Stripe
 from fusestore.metadata.engine import ROWS
 from fusestore.rescue.fsck import fsck
 from fusestore.rescue.recover import recover
@@ -491,3 +494,33 @@ def shard_files(config: StoreConfig) -> dict[str, int]:
         for node in config.nodes
         for path in (node.path / "shards").iterdir()
     }
+
+
+async def test_what_recover_wrote_with_losses_is_not_undone(config: StoreConfig) -> None:
+    """It is in the database alone until a mount logs it: what nodes lack, and their state."""
+    async with opened(config) as one:
+        ((key, value), *_) = one.rows(b"S")
+        place = Stripe.decode(value).shards[0]
+        number = stripe_rows.decode_stripe_key(key)
+        nodes = one.store.log.engine.get(store_rows.NODES_KEY)
+    owed = stripe_rows.missing_key(place.node, number, 0)
+    assert nodes is not None
+    rows = store_rows.decode_nodes(nodes)
+    lacking = [replace(row, holds=store_rows.NEVER_WHOLE) for row in rows]
+
+    def settle(rows: Rows) -> None:
+        """As recover does, and rot besides."""
+        for key, value in ((owed, b""), (store_rows.NODES_KEY, store_rows.encode_nodes(lacking))):
+            rows[key] = seal(key, value)
+        flip(b"I", 3, 1, 3)(rows)
+
+    change_stored(config, settle)
+    async with (
+        open_store(config, read_only=True, background=False) as store,
+        trio.open_nursery() as nursery,
+    ):
+        assert len(store.log.mended) == 1
+        assert store.log.engine.get(owed) == b""
+        found = store.log.engine.get(store_rows.NODES_KEY)
+        assert found == store_rows.encode_nodes(lacking)
+        await all_right(Opened(store, FileSystem(store, nursery)))

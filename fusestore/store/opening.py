@@ -325,6 +325,9 @@ async def _begin_epoch(store: Store) -> None:
     given_up = state.engine.get(store_rows.GIVEN_UP_KEY)
     if given_up is not None:  # recover writes it to the database only; others have to learn it
         state.apply({store_rows.GIVEN_UP_KEY: given_up})
+        if state.doubt:
+            for key in (store_rows.NODES_KEY, *(key for key, _ in state.engine.scan(b"M", b"N"))):
+                state.apply({key: state.engine.get(key)})
     store.writer.seal_all()
     async with committer.lock:
         await committer.commit_now(checkpoint=True)
