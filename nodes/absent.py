@@ -9,7 +9,7 @@ from typing_extensions import Buffer
 
 from ..errors import NodeError
 from ..format.records import Run
-from .base import Segment, Space
+from .base import Segment, Space, Strays
 
 
 class AbsentNode:
@@ -26,6 +26,10 @@ class AbsentNode:
         self._refuse()
 
     def segments(self, run: Run) -> list[int]:
+        """See Node."""
+        self._refuse()
+
+    def strays(self) -> Strays:
         """See Node."""
         self._refuse()
 

@@ -46,6 +46,15 @@ class Space:
     free: int
 
 
+@dataclass(frozen=True, slots=True)
+class Strays:
+    """Files among the segments of a node that are not of its store."""
+
+    count: int
+    names: tuple[str, ...]
+    """Some of them, with their folder; as `ascii` writes them."""
+
+
 class Segment(Protocol):
     """A segment that is open as a file, as long as this object is referenced."""
 
@@ -64,6 +73,9 @@ class Node(Protocol):
 
     def segments(self, run: Run) -> list[int]:
         """Return the numbers of the segments of a run, in ascending order."""
+
+    def strays(self) -> Strays:
+        """Return the files that are no segments, by their name or their kind."""
 
     def write(self, run: Run, segment: int, offset: int, buffers: Sequence[Buffer]) -> None:
         """Write all buffers, one after the other, from `offset` on.

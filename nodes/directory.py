@@ -29,7 +29,7 @@ from pathlib import Path
 from typing_extensions import Buffer
 
 from ..bounded_cache import LeastRecentlyUsed
-from ..config.node_identity import IDENTITY_NAME, NodeIdentity
+from ..config.node_identity import IDENTITY_NAME, NodeIdentity, read_identity_in
 from ..errors import (
     FusestoreError,
     NodeBusyError,
@@ -39,11 +39,11 @@ from ..errors import (
     NodeLacksError,
 )
 from ..format.records import Run
-from ..format.segment_numbers import segment_number
+from ..format.segment_numbers import LISTED_MAX, segment_number
 from ..limits import DEFAULTS, Limits
 from ..system import linux, locks
 from ..system.beneath import Directory
-from .base import Space
+from .base import Space, Strays
 from .unexpected import unexpected
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,8 @@ _NOT_TO_BE_WRITTEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EMLINK)
 _FOLDERS = {Run.JOURNAL: ("journal", "log"), Run.SHARDS: ("shards", "seg")}
 _KEPT = ".kept"
 """Behind the name of a segment that was set aside, and before a number."""
+_DRAFT = ".new"
+"""Behind the name of a segment that is being replaced."""
 _STRAYS_NAMED_MAX = 10
 
 
@@ -66,6 +68,23 @@ def segment_path(run: Run, segment: int) -> str:
 
 def _segment_name(run: Run, segment: int) -> str:
     return f"{segment:08d}.{_FOLDERS[run][1]}"
+
+
+def _number(run: Run, entry: os.DirEntry[str]) -> int | None:
+    """The number of the segment that a name in the folder of a run stands for, or None."""
+    number = segment_number(entry.name, _FOLDERS[run][1])
+    # What stands in the place of a journal segment may hide one: reading it fails.
+    # Of shards the rows say where they are.
+    if run is Run.JOURNAL or (number is not None and entry.is_file(follow_symlinks=False)):
+        return number
+    return None
+
+
+def _is_temporary(run: Run, entry: os.DirEntry[str]) -> bool:
+    """Whether a file is a segment that was set aside, or the draft of one."""
+    base = entry.name.removesuffix(_DRAFT).partition(_KEPT)[0]
+    is_ours = base != entry.name and segment_number(base, _FOLDERS[run][1]) is not None
+    return is_ours and entry.is_file(follow_symlinks=False)
 
 
 def _drop_cached(descriptor: int, offset: int, length: int) -> None:
@@ -111,6 +130,8 @@ class DirectoryNode:
             self._directory: Directory | None = Directory.at(path)
             self._there = os.fstat(self._directory.fd)
             self._marker = self._directory.look(IDENTITY_NAME)
+        if read_identity_in(self._directory, path) != identity:
+            raise NodeIdentityError(f"Another directory has taken the place of {path} meanwhile.")
         self._owned = self._own(self._directory, owner, shared=read_only)
         self._flags = os.O_RDONLY if read_only else os.O_RDWR
         for run, (folder, _) in _FOLDERS.items():
@@ -167,12 +188,16 @@ class DirectoryNode:
         except Exception as error:  # a bug costs this node, not the mount
             raise unexpected(self._name, error) from error
 
-    def _folder(self, run: Run) -> Directory:
-        """The open folder of a run; OSError when it is none, or the node is closed."""
+    def _top(self) -> Directory:
+        """The open directory of the node; OSError when the node is closed."""
         directory = self._directory  # `close` takes it from us
         if directory is None:
             raise OSError(errno.EBADF, "it is closed")
-        return directory.folder(_FOLDERS[run][0])
+        return directory
+
+    def _folder(self, run: Run) -> Directory:
+        """The open folder of a run; OSError when it is none, or the node is closed."""
+        return self._top().folder(_FOLDERS[run][0])
 
     def check(self) -> None:
         """See Node."""
@@ -202,17 +227,28 @@ class DirectoryNode:
             except FileNotFoundError:
                 return []
             for entry in folder.entries():
-                number = segment_number(entry.name, _FOLDERS[run][1])
-                # What stands in the place of a journal segment may hide one: reading it fails.
-                # Of shards the rows say where they are.
-                if number is not None and (
-                    run is Run.JOURNAL or entry.is_file(follow_symlinks=False)
-                ):
+                number = _number(run, entry)
+                if number is not None:
                     found.append(number)
-                elif len(strays) < _STRAYS_NAMED_MAX:
+                elif len(strays) < _STRAYS_NAMED_MAX and not _is_temporary(run, entry):
                     strays.append(entry.name)
+                if len(found) > LISTED_MAX:
+                    raise OSError(errno.EFBIG, f"it has more than {LISTED_MAX:,}")
             self._ignore(run, strays)
         return sorted(found)
+
+    def strays(self) -> Strays:
+        """See Node."""
+        count, names = 0, list[str]()
+        with self._errors("list its files"):
+            for run in _FOLDERS:
+                with contextlib.suppress(FileNotFoundError):
+                    for entry in self._folder(run).entries():
+                        if _number(run, entry) is None and not _is_temporary(run, entry):
+                            count += 1
+                            if len(names) < _STRAYS_NAMED_MAX:
+                                names.append(ascii(f"{_FOLDERS[run][0]}/{entry.name}"))
+        return Strays(count, tuple(sorted(names)))
 
     def _ignore(self, run: Run, strays: list[str]) -> None:
         """Say once that what is not of this store is left alone."""
@@ -373,18 +409,23 @@ class DirectoryNode:
     def replace(self, run: Run, segment: int, content: Buffer) -> None:
         """See Node."""
         name = _segment_name(run, segment)
-        draft = name + ".new"
+        draft = name + _DRAFT
         with self._errors(f"replace {segment_path(run, segment)}"):
             folder = self._folder(run)
             with contextlib.suppress(FileNotFoundError):
                 folder.unlink(draft)
-            with open(folder.create(draft, os.O_WRONLY), "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            with self._lock:
-                self._open.discard((run, segment))  # else `check` would miss the old file
-                folder.replace(draft, name)
+            try:
+                with open(folder.create(draft, os.O_WRONLY), "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                with self._lock:
+                    self._open.discard((run, segment))  # else `check` would miss the old file
+                    folder.replace(draft, name)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    folder.unlink(draft)
+                raise
 
     def delete(self, run: Run, segment: int) -> None:
         """See Node."""
@@ -398,7 +439,7 @@ class DirectoryNode:
         name = _segment_name(run, segment)
         with self._errors(f"set {segment_path(run, segment)} aside"), self._lock:
             folder = self._folder(run)
-            taken = {entry.name for entry in folder.entries()}
+            taken = {e.name for e in folder.entries() if e.name.startswith(name + _KEPT)}
             kept = next(n for n in (f"{name}{_KEPT}{i}" for i in count(1)) if n not in taken)
             self._open.discard((run, segment))
             folder.replace(name, kept)
@@ -408,9 +449,9 @@ class DirectoryNode:
         with self._errors("remove what was set aside"):
             for run in Run:
                 folder = self._folder(run)
-                for name in [entry.name for entry in folder.entries()]:
-                    if _KEPT in name and segment_number(name.partition(_KEPT)[0], _FOLDERS[run][1]):
-                        folder.unlink(name)
+                kept = (entry for entry in folder.entries() if _KEPT in entry.name)
+                for name in [entry.name for entry in kept if _is_temporary(run, entry)]:
+                    folder.unlink(name)
 
     def space(self) -> Space:
         """See Node."""
@@ -428,6 +469,14 @@ class DirectoryNode:
                     with contextlib.suppress(FileNotFoundError):  # it was deleted meanwhile
                         total += entry.stat(follow_symlinks=False).st_blocks * 512
         return total
+
+    def remove(self) -> None:
+        """Remove the folders, which must be empty, and the identity last; NodeError."""
+        with self._errors("be removed"):
+            directory = self._top()
+            for name, _ in reversed(_FOLDERS.values()):
+                directory.remove_folder(name)
+            directory.unlink(IDENTITY_NAME)
 
     def close(self) -> None:
         """See Node."""

@@ -35,8 +35,8 @@ def member(
             return real(path, flags, *rest, **more)
 
         monkeypatch.setattr(os, "open", refuse)
-    write_identity(tmp_path, NodeIdentity(uuid4(), "a", "a", uuid4(), IDENTITY_VERSION))
     identity = NodeIdentity(uuid4(), "a", "a", uuid4(), IDENTITY_VERSION)
+    write_identity(tmp_path, identity)
     node = DirectoryNode(tmp_path, identity)
     found = Member(1, NodeConfig("a", "a", tmp_path), DEFAULTS)
     found.open(node, node.space())

@@ -660,9 +660,10 @@ def killed_now_and_then(
         for name in ("write", "flush", "truncate", "delete", "punch"):
             watch(DirectoryNode, name, often)
         watch(Engine, "write", 8)
-        for module in (node_identity, store_config_write):
-            watch(module, "write_whole", 2)
+        watch(node_identity, "write_whole_in", 2)
+        watch(store_config_write, "write_whole", 2)
         watch(topology, "_clear", 1)
+        watch(DirectoryNode, "remove", 1)
         yield copies
     monkeypatch.undo()
 

@@ -115,6 +115,8 @@ def fsck(context: click.Context, store: Path, repair: bool, as_json: bool) -> No
     have a place go to lost+found, and bytes that are nowhere become a read error.
     The command does not read the contents of shards; `scrub` does.
 
+    Files on nodes that are not of the store are listed.  They change nothing.
+
     Exit status 0: nothing was found; 1: something was found, mended or not.
 
     \b
@@ -125,7 +127,8 @@ def fsck(context: click.Context, store: Path, repair: bool, as_json: bool) -> No
 
     result = do(store, FsckRequest(repair), as_json=as_json)
     if not as_json:
-        print_lines([*result.findings, *result.unreadable, _verdict(result, repair)])
+        lines = [*result.findings, *result.unreadable, *result.strays]
+        print_lines([*lines, _verdict(result, repair)])
     if not result.clean:
         context.exit(1)
 

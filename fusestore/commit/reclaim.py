@@ -30,7 +30,7 @@ from ..format.records import Header, Run, record_length
 from ..format.stripe_rows import ShardPlace
 from ..log.log import Log
 from ..members.member import Member
-from ..write.shard_record import header_at, headers, is_whole
+from ..write.shard_record import header_at, headers, is_whole, may_be_ours
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,13 @@ class Reclaimer:
             try:
                 await member.call(member.node.drop_aside)
                 for segment in self.strays.pop(member.id, ()):
-                    if await self._is_left_over(member, segment):
+                    if not await member.call(may_be_ours, self._log, member, segment):
+                        log.warning(
+                            "Segment %d of node %s is not of this store: it is ignored.",
+                            segment,
+                            member.name,
+                        )
+                    elif await self._is_left_over(member, segment):
                         await member.call(member.node.delete, Run.SHARDS, segment)
                     else:
                         log.error(

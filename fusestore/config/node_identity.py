@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -10,7 +11,7 @@ from uuid import UUID
 
 from ..errors import ConfigError, NodeError, NodeIdentityError
 from ..system.beneath import Directory
-from ..system.files import write_whole
+from ..system.files import write_whole_in
 from ..system.strict_toml import Table
 
 IDENTITY_NAME = "node.toml"
@@ -38,9 +39,17 @@ def read_identity(path: Path) -> NodeIdentity:
     NodeIdentityError if the directory or the file is missing or foreign, NodeError if the
     file cannot be read.
     """
+    return _read(path, lambda: Directory.at(path))
 
+
+def read_identity_in(directory: Directory, path: Path) -> NodeIdentity:
+    """Read the identity of an open node directory, which errors call `path`; as `read_identity`."""
+    return _read(path, lambda: directory)
+
+
+def _read(path: Path, directory: Callable[[], Directory]) -> NodeIdentity:
     def opened() -> BinaryIO:
-        return open(Directory.at(path).open(IDENTITY_NAME, os.O_RDONLY), "rb")
+        return open(directory().open(IDENTITY_NAME, os.O_RDONLY), "rb")
 
     try:
         table = Table.load(path / IDENTITY_NAME, opened, IDENTITY_BYTES_MAX)
@@ -68,6 +77,11 @@ def read_identity(path: Path) -> NodeIdentity:
 
 def write_identity(path: Path, identity: NodeIdentity) -> None:
     """Write `node.toml` in the node directory `path` durably; OSError if this fails."""
+    write_identity_in(Directory.at(path), identity)
+
+
+def write_identity_in(directory: Directory, identity: NodeIdentity) -> None:
+    """Write `node.toml` in an open node directory durably; OSError if this fails."""
     import tomlkit
 
     document = tomlkit.document()
@@ -77,4 +91,4 @@ def write_identity(path: Path, identity: NodeIdentity) -> None:
     document.add("node", tomlkit.item(identity.node))
     document.add("region", tomlkit.item(identity.region))
     document.add("incarnation", tomlkit.item(str(identity.incarnation)))
-    write_whole(path / IDENTITY_NAME, tomlkit.dumps(document))
+    write_whole_in(directory, IDENTITY_NAME, tomlkit.dumps(document))

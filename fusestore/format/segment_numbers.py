@@ -9,10 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from ..errors import NodeError
+
 SEGMENT_MAX = 2**32 - 2
 GAP_MAX = 1_000_000
 """The greatest distance of a number from the last number in the metadata: each mount that crashed
 before it was recorded has used one or a few numbers."""
+MOUNT_MAX = 1 << 27
+"""The numbers that must be left for one mount: 1 PiB of journal, 8 PiB of shards on a node."""
+LISTED_MAX = 4_000_000
+"""The most segments of a run that are listed on a node: 256 TiB of shards."""
 
 _NAME = re.compile(r"([0-9]{8,10})\.([a-z]+)", re.ASCII)
 
@@ -27,16 +33,23 @@ def segment_number(name: str, suffix: str) -> int | None:
 
 
 def reachable(found: Iterable[int], known: Iterable[int]) -> list[int]:
-    """Return the numbers `found` in ascending order, up to the first that is too far away.
+    """Return the numbers `found`, in ascending order, that the store can have reached.
 
-    The `known` numbers, at least one, certainly belong to the store.  From the greatest of
-    them on, each number must be near the previous one.
+    The `known` numbers, at least one, certainly belong to the store.  The distance is
+    measured from the greatest of them alone, because stray files must not add up to a
+    greater distance.
     """
     last = max(known)
-    kept = []
-    for number in sorted(found):
-        if number - last > GAP_MAX:
-            break
-        kept.append(number)
-        last = max(last, number)
-    return kept
+    return sorted(number for number in found if number <= last + GAP_MAX)
+
+
+def following(known: Iterable[int]) -> int:
+    """Return the number after all `known` ones, at least one; NodeError if too few are left.
+
+    Called when a store or a node is opened.  A store uses a number for each segment, and
+    stray files take at most GAP_MAX of them at each mount.
+    """
+    number = max(known) + 1
+    if number > SEGMENT_MAX - MOUNT_MAX:
+        raise NodeError(f"The numbers of segments are used up: the next one is {number:,}.")
+    return number

@@ -19,20 +19,19 @@ from typing import Any
 import trio
 
 from ..commit.committer import Committer
-from ..config.mkfs import JOURNAL_DIRECTORY, SHARDS_DIRECTORY, check_owner
-from ..config.node_identity import IDENTITY_NAME
+from ..config.mkfs import check_owner
 from ..config.store_config import WEIGHTS, NodeConfig, StoreConfig, check_name, check_places
 from ..errors import NodeError, UsageError
 from ..format import keys, store_rows, stripe_rows
 from ..format.erasure import Code
 from ..format.placement import check_region_rule
 from ..format.records import Run
+from ..format.segment_numbers import reachable
 from ..log.background_job import LOOK_SECONDS
 from ..log.log import Log
 from ..members.member import Member
 from ..members.opening import open_node
 from ..repair.repairer import Repairer
-from ..system.beneath import Directory
 from .balance import Census, take_census
 from .rebalance import Rebalancer
 
@@ -254,8 +253,9 @@ class Topology:
             await trio.to_thread.run_sync(members.configure, rest)
             emptied = True
             try:
-                await member.call(_clear, members.config, member.config)
-            except (NodeError, OSError) as error:
+                journal, shards = self._committer.journal.segment, [*member.shards.states]
+                await member.call(_clear, members.config, member.config, journal, shards)
+            except NodeError as error:
                 log.warning("What node %s kept could not be deleted: %s", name, error)
                 emptied = False
             member.node.close()
@@ -281,13 +281,17 @@ class Topology:
             await self._committer.commit_now(cover=True)
 
 
-def _clear(config: StoreConfig, place: NodeConfig) -> None:
-    """In a thread: delete what a node keeps, who it is last; NodeError if another is there now."""
+def _clear(config: StoreConfig, place: NodeConfig, journal: int, shards: list[int]) -> None:
+    """In a thread: delete the segments of a node that the store can have made, then the node.
+
+    `journal` is the current segment, `shards` are those with rows.  NodeError if another
+    node is there now, or if other files are.
+    """
     node = open_node(config, place)
-    for run in (Run.SHARDS, Run.JOURNAL):
-        for segment in node.segments(run):
-            node.delete(run, segment)
-    directory = Directory.at(place.path)
-    for name in (SHARDS_DIRECTORY, JOURNAL_DIRECTORY):
-        directory.remove_folder(name)
-    directory.unlink(IDENTITY_NAME)
+    try:
+        for run, known in ((Run.SHARDS, shards), (Run.JOURNAL, [journal])):
+            for segment in reachable(node.segments(run), [0, *known]):
+                node.delete(run, segment)
+        node.remove()
+    finally:
+        node.close()

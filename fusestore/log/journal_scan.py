@@ -49,6 +49,12 @@ _BLOCK_BYTES = 4096
 SEARCHED_BYTES_MAX = 64 << 20
 """Bytes without a record that are looked through behind the last intact one; a segment that is
 not longer is read as it is."""
+BARREN_BYTES_MAX = 256 << 20
+"""Bytes without a record that are read of a node's journal; then the rest counts as unread."""
+SEGMENTS_MAX = 100_000
+"""Journal segments of a node that are read, unless another node has half as many."""
+_ZEROS_MAX = 2 << 20
+"""Bytes without a record that a crash may leave behind in a segment: zeros and a torn record."""
 BLOCKS_TRIED_MAX = 64
 """Blocks of a node that fail before the rest of its journal is not tried any more: each may
 take the disk seconds."""
@@ -62,28 +68,56 @@ def read_journals(
 ) -> Journals:
     """Index the journals of these nodes (by name) from segment `first` on; blocks.
 
-    A node of which nothing can be read is in `failed`; of others what could not be is in
-    `unreadable`.
+    A node of which nothing can be read, or that has far more segments than others, is in
+    `failed`; of others what could not be read is in `unreadable`.
     """
     found = Journals()
     whole: list[tuple[str, Node]] = []
+    nodes = list(nodes)
+    listed = _listed(nodes, first, found.failed)
     for name, node in nodes:
         reader = _SegmentReader(name, node)
         try:
             with costs_only(name):
-                for segment in node.segments(Run.JOURNAL):
-                    if segment >= first:
-                        _index_segment(found, Place(store, name, Run.JOURNAL, segment), reader)
-                        progress(found.size)
+                for segment in listed.get(name, ()):
+                    _index_segment(found, Place(store, name, Run.JOURNAL, segment), reader)
+                    progress(found.size)
         except NodeError as error:
             found.failed[name] = error
-        for lost in reader.unreadable:
-            log.warning("%s", lost.error)
+        for problem in dict.fromkeys(lost.error for lost in reader.unreadable):
+            log.warning("%s", problem)
         found.unreadable += reader.unreadable
         if name not in found.failed and not reader.gave_up:
             whole.append((name, node))
     for segment in sorted({lost.segment for lost in found.unreadable}):
         _put_together(found, store, whole, segment)
+    return found
+
+
+def _listed(
+    nodes: Sequence[tuple[str, Node]], first: int, failed: dict[str, NodeError]
+) -> dict[str, list[int]]:
+    """The segments from `first` on, by node; why a node has none that are read is in `failed`.
+
+    Nodes in sync have the same segments.  The number of these has no fixed bound.
+    """
+    found: dict[str, list[int]] = {}
+    for name, node in nodes:
+        try:
+            with costs_only(name):
+                found[name] = [n for n in node.segments(Run.JOURNAL) if n >= first]
+        except NodeError as error:
+            failed[name] = error
+    counts = {name: len(numbers) for name, numbers in found.items()}
+    for name, count in counts.items():
+        others = (counts[other] for other in counts if other != name)
+        if count > max(SEGMENTS_MAX, 2 * max(others, default=count)):
+            del found[name]
+            failed[name] = NodeError(
+                f"Node {name} holds {count:,} files with the names of journal segments, far more "
+                "than other nodes: remove those that are not of this store, or empty the node, and "
+                "repair it."
+            )
     return found
 
 
@@ -95,15 +129,31 @@ class _SegmentReader:
     node: Node
     unreadable: list[Unreadable] = field(default_factory=list)
     _failed: int = 0
+    _barren: int = 0
+    """Bytes without a record, but for what crashes leave."""
 
     @property
     def gave_up(self) -> bool:
         """Whether the rest of the node is not tried any more."""
-        return self._failed >= BLOCKS_TRIED_MAX
+        return self._failed >= BLOCKS_TRIED_MAX or self._barren >= BARREN_BYTES_MAX
+
+    def indexed(self, size: int, records: int) -> None:
+        """Count what of a segment of this size are no records."""
+        self._barren += max(0, size - records - _ZEROS_MAX)
 
     def read(self, place: Place) -> bytearray:
         """A segment, with zeros where it cannot be read; NodeError when the node is gone."""
         segment = place.segment
+        if self._barren >= BARREN_BYTES_MAX:
+            self._note(
+                segment,
+                0,
+                None,
+                f"Node {self.name} has many journal segments without records, and was not read to "
+                "the end: remove files that are not of this store, or empty the node, and repair "
+                "it.",
+            )
+            return bytearray()
         try:
             size = self.node.size(Run.JOURNAL, segment)
         except NodeLacksError as error:  # a metadata dump has replaced it meanwhile
@@ -112,7 +162,7 @@ class _SegmentReader:
         except (NodeIdentityError, NodeTimeoutError):
             raise
         except NodeError as error:
-            self.unreadable.append(Unreadable(self.name, segment, 0, None, str(error)))
+            self._note(segment, 0, None, str(error))
             return bytearray()
         if size > SEARCHED_BYTES_MAX:
             end = self._end(place, size)
@@ -172,7 +222,7 @@ class _SegmentReader:
             yield from self._pieces(segment, start, middle)
             yield from self._pieces(segment, middle, end)
 
-    def _note(self, segment: int, start: int, end: int, error: str) -> None:
+    def _note(self, segment: int, start: int, end: int | None, error: str) -> None:
         last = self.unreadable[-1] if self.unreadable else None
         if last is not None and (last.segment, last.end) == (segment, start):
             self.unreadable[-1] = Unreadable(self.name, segment, last.start, end, last.error)
@@ -183,15 +233,19 @@ class _SegmentReader:
 def _index_segment(found: Journals, place: Place, reader: _SegmentReader) -> None:
     data = reader.read(place)
     found.size += len(data)
-    _index_records(found, place, reader.node, data)
+    reader.indexed(len(data), _index_records(found, place, reader.node, data))
 
 
 def _index_records(
     found: Journals, place: Place, node: Node, data: Buffer, *, held: bool = True
-) -> None:
-    """Add the records of a segment; not `held`: the node cannot read them by itself."""
-    segment = place.segment
+) -> int:
+    """Add the records of a segment, and return their bytes.
+
+    Not `held`: the node cannot read them by itself.
+    """
+    segment, size = place.segment, 0
     for offset, header, payload in records(place, data):
+        size += header.record_length
         entry: Entry | None
         if header.kind is Kind.COMMIT:
             same = found.commits[header.number]
@@ -214,6 +268,7 @@ def _index_records(
         elif not entry.places:
             entry.places.append((node, segment, offset + HEADER_BYTES))
             entry.put_together = bytes(payload)
+    return size
 
 
 def _put_together(

@@ -18,7 +18,7 @@ from .member import Member
 from .members import Members
 
 
-def open_node(config: StoreConfig, node: NodeConfig, *, read_only: bool = False) -> Node:
+def open_node(config: StoreConfig, node: NodeConfig, *, read_only: bool = False) -> DirectoryNode:
     """Open a node of the configuration; NodeError when it is not there, not itself, or in use."""
     with costs_only(node.name):
         identity = read_identity(node.path)

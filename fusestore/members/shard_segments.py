@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..format.records import HEADER_BYTES, record_length
-from ..format.segment_numbers import reachable
+from ..format.segment_numbers import following, reachable
 from ..format.stripe_rows import SegmentState, ShardPlace
 from ..limits import Limits
 
@@ -84,17 +84,18 @@ class ShardSegments:
         self.lost = living.difference(on_disk)
 
     def begin_after(self, on_disk: Iterable[int]) -> None:
-        """Continue in a segment that neither the node nor any row has.
+        """Continue in a segment that neither the node nor any row has; NodeError.
 
         Numbers that the store cannot have reached do not count.
         """
         known = [0, self.current, *self.states]
-        self.current = max(known + reachable(on_disk, known)) + 1
+        self.current = following(known + reachable(on_disk, known))
         self.offset = 0
 
     def roll(self) -> None:
         """Continue in a new segment."""
-        self.begin_after(())
+        self.current = max([self.current, *self.states]) + 1
+        self.offset = 0
 
     def is_full(self, segment: int) -> bool:
         """Return whether nothing more will be written to a segment."""

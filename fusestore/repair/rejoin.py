@@ -13,13 +13,13 @@ The caller holds `Healer.busy`.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
 import trio
 
 from ..commit.committer import Committer
 from ..format.records import Run
+from ..format.segment_numbers import GAP_MAX
 from ..format.store_rows import NEVER_WHOLE, CommitId
 from ..format.stripe_rows import Stripe
 from ..log.journal import first_needed
@@ -129,7 +129,7 @@ class Rejoin:
             return
         if member.standing.holds == NEVER_WHOLE:  # what it has may be of another history
             drop = _set_journals_aside if self._log.doubt else _drop_journals
-            await member.call(drop, member.node, sys.maxsize)
+            await member.call(drop, member.node, self._committer.journal.segment + GAP_MAX + 1)
         if member.late_segment:  # a new file, which no late write knows
             await member.call(member.node.delete, Run.JOURNAL, member.late_segment)
             member.late_segment = 0

@@ -31,7 +31,7 @@ from uuid import uuid4
 import trio
 
 from ..commit.committer import Committer
-from ..config.node_identity import IDENTITY_NAME, IDENTITY_VERSION, NodeIdentity, write_identity
+from ..config.node_identity import IDENTITY_NAME, IDENTITY_VERSION, NodeIdentity, write_identity_in
 from ..config.store_config import NodeConfig, check_places
 from ..errors import FusestoreError, NodeError, NodeIdentityError, UsageError
 from ..format import store_rows
@@ -44,11 +44,15 @@ from ..members.opening import node_ids, open_node
 from ..members.standing import State
 from ..nodes.base import Node
 from ..read.reader import Reader
+from ..system.beneath import Directory
 from ..system.files import sync_directory
 from .heal import Healer, Progress
 from .rejoin import Rejoin
 
 log = logging.getLogger(__name__)
+
+_EMPTY = {"journal", "shards", "lost+found"}
+"""What the directory of a node that was wiped may hold."""
 
 
 class Repairer:
@@ -206,16 +210,18 @@ class Repairer:
     def prepare_directory(self, node: NodeConfig) -> Node:
         """In a thread: open a node's directory, made anew if it is gone or wiped."""
         path = node.path
-        if not os.path.lexists(path / IDENTITY_NAME):
-            if path.is_dir() and set(os.listdir(path)) - {"journal", "shards", "lost+found"}:
+        if not os.path.lexists(path):
+            path.mkdir(mode=0o700, parents=True)
+            sync_directory(path.parent)
+        directory = Directory.at(path)  # what is claimed is what is looked at here
+        if not directory.has(IDENTITY_NAME):
+            if any(entry.name not in _EMPTY for entry in directory.entries()):
                 raise NodeIdentityError(
                     f"{path} holds other files than a node's: empty it, or give the node "
                     "another place."
                 )
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            sync_directory(path.parent)
             identity = NodeIdentity(
                 self._log.store, node.name, node.region, uuid4(), IDENTITY_VERSION
             )
-            write_identity(path, identity)
+            write_identity_in(directory, identity)
         return open_node(self._log.members.config, node)

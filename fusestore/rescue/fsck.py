@@ -16,6 +16,8 @@ their exact order:
     readable   enough shards of each stripe are on the nodes              fsck_readable
     counters   of the whole store                                         this module
 
+Files on nodes that are not of this store are listed, and change nothing (fsck_strays).
+
 The phases of mending (fsck_findings.Phase; the fixes are fsck_mend.Mender):
 
     1  names and listings
@@ -49,6 +51,7 @@ from .fsck_mend import Mender
 from .fsck_names import NameCheck
 from .fsck_quotas import QuotaCheck
 from .fsck_readable import unreadable
+from .fsck_strays import strays
 from .fsck_stripes import StripeCheck
 from .fsck_view import StoreView, view_store
 
@@ -81,6 +84,7 @@ async def fsck(store: Store, *, repair: bool, at_rest: bool) -> dict[str, Any]:
         "findings": list(found),
         "left": [*hindrance, *([] if repair else wrong), *map(str, checked.findings)],
         "unreadable": checked.unreadable,
+        "strays": await strays(store),
         "files": checked.files,
         "stripes": checked.stripes,
         "lost_bytes": checked.lost_bytes,

@@ -32,7 +32,7 @@ from ..errors import (
 from ..format import erasure, store_rows, stripe_rows, tables
 from ..format.erasure import Code
 from ..format.records import Run
-from ..format.segment_numbers import reachable
+from ..format.segment_numbers import following, reachable
 from ..format.store_rows import CommitId, Counters, LogState, NodeRow
 from ..format.stripe_rows import SegmentState
 from ..log.journal_scan import SEARCHED_BYTES_MAX
@@ -318,7 +318,7 @@ async def _begin_epoch(store: Store) -> None:
             except FusestoreError as error:
                 member.fail(error)
     _refuse_without_foreign(state)
-    committer.journal.segment = max(known + reachable(journals, known)) + 1
+    committer.journal.segment = following(known + reachable(journals, known))
     committer.epoch_base = committer.checkpointer.reached
     if state.state.commit == 0 or state.engine.get(store_rows.FORMAT_KEY) != _format(store.config):
         state.apply({store_rows.FORMAT_KEY: _format(store.config)})

@@ -82,6 +82,14 @@ class Directory:
         """Return the attributes of a name."""
         return os.stat(name, dir_fd=self.fd, follow_symlinks=False)
 
+    def has(self, name: str) -> bool:
+        """Whether something has the name."""
+        try:
+            self.look(name)
+        except FileNotFoundError:
+            return False
+        return True
+
     def look_at_file(self, name: str) -> os.stat_result:
         """Return the attributes of a name, which must be a regular file."""
         found = self.look(name)

@@ -14,8 +14,12 @@ def write_whole(file: Path, text: str, mode: int = 0o600) -> None:
 
     A link with its name is replaced, not followed.
     """
-    directory = Directory.at(file.parent)
-    draft = f".{file.name}.{os.getpid()}"
+    write_whole_in(Directory.at(file.parent), file.name, text, mode)
+
+
+def write_whole_in(directory: Directory, name: str, text: str, mode: int = 0o600) -> None:
+    """Replace the file `name` in an open directory; as `write_whole`."""
+    draft = f".{name}.{os.getpid()}"
     with contextlib.suppress(FileNotFoundError):
         directory.unlink(draft)
     fd = directory.create(draft, os.O_WRONLY)
@@ -25,7 +29,7 @@ def write_whole(file: Path, text: str, mode: int = 0o600) -> None:
             stream.write(text)
             stream.flush()
             os.fsync(fd)
-        directory.replace(draft, file.name)
+        directory.replace(draft, name)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             directory.unlink(draft)

@@ -24,7 +24,7 @@ from ..format.records import (
     payload_checksum,
 )
 from ..format.stripe_rows import ShardPlace, Stripe
-from ..limits import RECORD_ALIGN_BYTES, STRIPE_BYTES
+from ..limits import RECORD_ALIGN_BYTES, SHARD_SEGMENT_BYTES, STRIPE_BYTES
 from ..log.log import Log
 from ..members.member import Member
 
@@ -35,6 +35,8 @@ NOT_WRITTEN = 0
 
 _RECORD_BYTES_MAX = HEADER_BYTES + STRIPE_BYTES
 """The longest record of a shard: a record that begins this far before a place ends before it."""
+_SEGMENT_BYTES_MAX = SHARD_SEGMENT_BYTES + _RECORD_BYTES_MAX
+"""The longest shard segment: it was shorter than SHARD_SEGMENT_BYTES before its last record."""
 _PIECE_BYTES = RECORD_ALIGN_BYTES
 """A torn record consists of written pieces and zeros.  Disks write larger pieces, at their own
 boundaries, but a record begins at any multiple of this."""
@@ -150,12 +152,12 @@ def is_whole(member: Member, segment: int, offset: int, header: Header) -> bool:
 def headers(log: Log, member: Member, segment: int) -> Iterator[tuple[int, Header]]:
     """Yield (payload offset, header) of each shard's record in a segment; NodeError.
 
-    Payloads are read only if a header is not at the end of the previous record.  Runs in a
-    thread.
+    Payloads are read only if a header is not at the end of the previous record.  What lies
+    past the longest segment is not of this store.  Runs in a thread.
     """
     at = log.shards(member.name, segment)
     try:
-        size = member.node.size(Run.SHARDS, segment)
+        size = min(member.node.size(Run.SHARDS, segment), _SEGMENT_BYTES_MAX)
     except NodeLacksError:
         return
     offset = 0
@@ -166,6 +168,20 @@ def headers(log: Log, member: Member, segment: int) -> Iterator[tuple[int, Heade
             continue
         yield offset + HEADER_BYTES, found
         offset += found.record_length
+
+
+def may_be_ours(log: Log, member: Member, segment: int) -> bool:
+    """Return whether a segment begins as this store begins one; NodeError; in a thread.
+
+    It begins with a record, or with zeros if a crash came before the record was on the disk.
+    """
+    if member.node.size(Run.SHARDS, segment) == 0:
+        return True
+    try:
+        data = member.node.read(Run.SHARDS, segment, 0, HEADER_BYTES)
+    except NodeLacksError:
+        return False
+    return not any(data) or _header(log.shards(member.name, segment), data, 0) is not None
 
 
 def _next_header(member: Member, at: Place, start: int, size: int) -> int:

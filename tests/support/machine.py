@@ -27,7 +27,7 @@ import trio
 import trio.testing
 from typing_extensions import Buffer
 
-from fusestore.config.node_identity import IDENTITY_NAME, write_identity
+from fusestore.config.node_identity import IDENTITY_NAME, write_identity_in
 from fusestore.config.store_config import NodeConfig, StoreConfig
 from fusestore.errors import NodeError
 from fusestore.format.records import Run
@@ -38,6 +38,7 @@ from fusestore.nodes.base import Node, Space
 from fusestore.nodes.directory import segment_path
 from fusestore.repair import comeback, repairer
 from fusestore.store import opening
+from fusestore.system.beneath import Directory
 from support.power_cut import (
     Checkpointed,
     Claimed,
@@ -314,7 +315,7 @@ class Machine:
         opener = self._opening(node_opening.open_node)
         for module in (node_opening, comeback, repairer, opening):
             patch(module, "open_node", opener)
-        patch(repairer, "write_identity", self._claiming(write_identity))
+        patch(repairer, "write_identity_in", self._claiming(write_identity_in))
         patch(Engine, "write", self._checkpointing(Engine.write))
         return self
 
@@ -376,10 +377,11 @@ class Machine:
         return open_node
 
     def _claiming(self, real: Callable[..., None]) -> Callable[..., None]:
-        def claim(path: Path, identity: Any) -> None:
+        def claim(directory: Directory, identity: Any) -> None:
             pause()
-            real(path, identity)
-            data = (path / IDENTITY_NAME).read_bytes()
+            real(directory, identity)
+            with open(directory.open(IDENTITY_NAME, os.O_RDONLY), "rb") as file:
+                data = file.read()
             self.tape.events.append(Claimed(identity.node, data))
 
         return claim

@@ -20,6 +20,8 @@ class FsckResult:
     """The findings that were not mended."""
     unreadable: tuple[str, ...]
     """What cannot be read although the tables agree; no change of them mends this."""
+    strays: tuple[str, ...]
+    """Files on nodes that are not of this store: they are ignored, and the store is clean."""
     files: int
     stripes: int
     """How many were checked."""

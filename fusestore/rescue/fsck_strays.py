@@ -1,0 +1,49 @@
+"""fsck: files on nodes that are not of this store.  They are ignored, so nothing is mended."""
+
+from __future__ import annotations
+
+from ..errors import NodeError
+from ..format.records import Run
+from ..format.segment_numbers import GAP_MAX
+from ..members.member import Member
+from ..nodes.base import Strays
+from ..nodes.directory import segment_path
+from ..store.store import Store
+
+_FAR_NAMED_MAX = 3
+"""So many files of each node whose number is too great are named."""
+
+
+async def strays(store: Store) -> list[str]:
+    """One sentence for each node that has such files; nodes that do not answer are left out."""
+    found = []
+    for member in store.log.members.all:
+        if member.out_of_use:
+            continue
+        known = {
+            Run.JOURNAL: [store.committer.journal.segment],
+            Run.SHARDS: [0, member.shards.current, *member.shards.states],
+        }
+        try:
+            others = await member.call(_strays_of, member, known)
+        except NodeError:
+            continue
+        if others.count:
+            more = ", …" if others.count > len(others.names) else ""
+            found.append(
+                f"node {member.name}: {others.count:,} files in {member.config.path} are not of "
+                f"this store, and are ignored: {', '.join(others.names)}{more}"
+            )
+    return found
+
+
+def _strays_of(member: Member, known: dict[Run, list[int]]) -> Strays:
+    """In a thread: what is no segment, or has a number that the store has not come to."""
+    others = member.node.strays()
+    far = [
+        ascii(segment_path(run, number))
+        for run, numbers in known.items()
+        for number in member.node.segments(run)
+        if number > max(numbers) + GAP_MAX
+    ]
+    return Strays(others.count + len(far), (*others.names, *far[:_FAR_NAMED_MAX]))

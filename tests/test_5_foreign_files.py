@@ -1,0 +1,94 @@
+"""A mount whose nodes hold what others put there; the sentence that reports it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from support.foreign_files import FILES, VICTIM, Outside, last, plant
+from support.mounted_store import Store
+
+pytestmark = pytest.mark.mounted
+
+SECONDS_MAX = 20
+"""Of a mount; nothing may wait for a foreign file, or read it to its end."""
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Outside:
+    """Files that are not of the store."""
+    return Outside(tmp_path / "outside")
+
+
+@pytest.fixture
+def store(make_store: Callable[..., Store]) -> Store:
+    """A store with files, not mounted."""
+    store = make_store()
+    store.mount()
+    for name, data in FILES.items():
+        (store.mountpoint / name).write_bytes(data)
+    store.umount()
+    return store
+
+
+def is_in_use(store: Store) -> None:
+    """The store mounts soon, reads, writes, and its other nodes are up."""
+    began = time.monotonic()
+    store.mount()
+    assert time.monotonic() - began < SECONDS_MAX
+    for name, data in FILES.items():
+        assert (store.mountpoint / name).read_bytes() == data
+    with (store.mountpoint / "new").open("wb") as file:
+        file.write(VICTIM)
+        file.flush()
+        os.fsync(file.fileno())
+    states = {found["name"]: found["state"] for found in store.status()["nodes"]}
+    assert states["us-west-1"] == states["eu-west-1"] == "up"
+
+
+def test_nothing_is_written_through_links(store: Store, outside: Outside) -> None:
+    """A damaged shard is healed where it was; the owner of the disk has put a link there."""
+    node = store.node("us-east-1")
+    for path in (node / "shards").iterdir():
+        plant("link to a file", [path], outside)
+    is_in_use(store)
+    store.cli("scrub", store.store, "start", "--wait", check=False)
+    store.cli("repair", store.store, "us-east-1", check=False)
+    assert outside.is_untouched()
+    store.remount()
+    assert (store.mountpoint / "new").read_bytes() == VICTIM
+    store.umount()
+    assert outside.is_untouched()
+
+
+ODDITIES: dict[str, Callable[[Path], object]] = {
+    "a segment of 10 TB": lambda node: os.truncate(last(node / "journal"), 10 << 40),
+    "a number that is too great": lambda node: (node / "journal/4294967295.log").touch(),
+    "a number of 10 digits": lambda node: (node / "journal/9999999999.log").touch(),
+    "a shard segment that is far": lambda node: (node / "shards/4294967294.seg").touch(),
+    "a fifo": lambda node: os.mkfifo(node / "journal/00000099.log"),
+    "a long identity": lambda node: (node / "node.toml").write_text(
+        "format = 1\n" + "".join(f"k{i} = 1\n" for i in range(22_000))
+    ),
+}
+
+
+@pytest.mark.parametrize("oddity", ODDITIES)
+def test_an_oddity_in_one_region_stops_no_mount(store: Store, oddity: str) -> None:
+    ODDITIES[oddity](store.node("us-east-1"))
+    is_in_use(store)
+    store.umount()
+
+
+def test_fsck_lists_foreign_files_and_the_store_is_clean(store: Store) -> None:
+    (store.node("us-east-1") / "shards/notes.txt").write_bytes(VICTIM)
+    (store.node("us-east-1") / "shards/4294967294.seg").write_bytes(VICTIM)
+    found = store.cli("fsck", store.store)
+    assert "node us-east-1: 2 files in" in found.stdout
+    assert "shards/notes.txt" in found.stdout
+    assert "shards/4294967294.seg" in found.stdout
+    assert (store.node("us-east-1") / "shards/4294967294.seg").read_bytes() == VICTIM
