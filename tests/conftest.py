@@ -7,6 +7,8 @@
 A test that asks for a store gets it below pytest's temporary directory.  When it
 is over, however it ended, the daemon must have gone by itself after an umount
 and must not have logged a traceback; whatever is left is removed by its pid.
+Nobody may have logged a warning or an error that the test does not expect
+(`expects_log`).
 """
 
 from __future__ import annotations
