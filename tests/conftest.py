@@ -7,11 +7,14 @@
 A test that asks for a store gets it below pytest's temporary directory.  When it
 is over, however it ended, the daemon must have gone by itself after an umount
 and must not have logged a traceback; whatever is left is removed by its pid.
+Nobody may have logged a warning or an error that the test does not expect
+(`expects_log`).
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +24,7 @@ import pytest
 # Before any of it is imported, so that its assertions explain themselves, too.
 pytest.register_assert_rewrite("support")
 
+from support.logs import Recorder, unexpected  # noqa: E402
 from support.mounted_store import Directory, Store  # noqa: E402
 
 hypothesis.settings.register_profile(
@@ -52,15 +56,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    for line in (
-        "mounted: needs /dev/fuse, fusermount3 and the right to mount",
-        "long: takes minutes; runs with --long only",
-        "not_plain: promises more than the kernel's own file systems do",
-    ):
-        config.addinivalue_line("markers", line)
-
-
 def pytest_report_header(config: pytest.Config) -> str:
     return f"fusestore: --model-seed {config.getoption('--model-seed')}" + (
         ", on a plain directory" if config.getoption("--plain") else ""
@@ -85,11 +80,38 @@ def long(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--long"))
 
 
+# --- the log ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _recorder() -> Iterator[Recorder]:
+    """The warnings and errors of all tests; a session's, so that it hears a module's fixtures."""
+    recorder = Recorder()
+    logging.getLogger("fusestore").addHandler(recorder)
+    yield recorder
+    logging.getLogger("fusestore").removeHandler(recorder)
+
+
+@pytest.fixture(autouse=True)
+def log(request: pytest.FixtureRequest, _recorder: Recorder) -> Iterator[Recorder]:
+    """The warnings and errors of a test, which fails if it did not expect them.
+
+    It is torn down after the fixtures that make stores, which add what the daemons logged.
+    """
+    yield _recorder
+    marks = request.node.iter_markers("expects_log")
+    patterns = [pattern for mark in marks for pattern in mark.args]
+    wrong = unexpected(_recorder.take(), patterns)
+    assert not wrong, "unexpected in the log:\n" + "\n".join(dict.fromkeys(wrong))
+
+
 # --- stores ------------------------------------------------------------------
 
 
 @pytest.fixture
-def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Store]]:
+def make_store(
+    request: pytest.FixtureRequest, tmp_path: Path, log: Recorder
+) -> Iterator[Callable[..., Store]]:
     """A function that makes a store with the given options of mkfs, not yet mounted."""
     if request.config.getoption("--plain"):
         pytest.skip("needs a store, not a plain directory")
@@ -107,11 +129,14 @@ def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Calla
             store.clean_up()
         except AssertionError as error:
             problems.append(str(error))
+        log.lines += store.logged()
     assert not problems, "\n".join(problems)
 
 
 @pytest.fixture
-def mounted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store | Directory]:
+def mounted(
+    request: pytest.FixtureRequest, tmp_path: Path, log: Recorder
+) -> Iterator[Store | Directory]:
     """A fresh store of code 2+1, mounted with allow_other."""
     if request.config.getoption("--plain"):
         yield Directory(tmp_path)
@@ -122,6 +147,7 @@ def mounted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store | 
         yield store
     finally:
         store.clean_up()
+        log.lines += store.logged()
 
 
 @pytest.fixture(scope="session")
@@ -144,12 +170,14 @@ _numbers = itertools.count(1)
 
 
 @pytest.fixture
-def shared_mount(_session_store: Store | Directory) -> Iterator[Path]:
+def shared_mount(_session_store: Store | Directory, log: Recorder) -> Iterator[Path]:
     """A fresh directory on a mount (2+1, allow_other) that all tests share."""
     directory = _session_store.mountpoint / f"t{next(_numbers)}"
     directory.mkdir()
     directory.chmod(0o755)
     yield directory
-    if isinstance(_session_store, Store) and not _session_store.alive():
-        _session_store.revive()
-        pytest.fail("the daemon died in this test")
+    if isinstance(_session_store, Store):
+        log.lines += _session_store.logged()
+        if not _session_store.alive():
+            _session_store.revive()
+            pytest.fail("the daemon died in this test")

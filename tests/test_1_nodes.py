@@ -20,6 +20,7 @@ from fusestore.nodes.base import Node
 from fusestore.nodes.directory import DirectoryNode, segment_path
 from fusestore.system.beneath import Directory
 from support.faults import FaultyNode
+from support.logs import FOREIGN_FILES
 
 
 def directory(path: Path, limits: Limits = DEFAULTS) -> DirectoryNode:
@@ -150,6 +151,7 @@ def test_the_segment_that_was_not_used_for_longest_is_closed_first(tmp_path: Pat
     assert node.read(Run.SHARDS, 2, 0, 3) == b"two"
 
 
+@pytest.mark.expects_log(FOREIGN_FILES)
 def test_foreign_files_are_no_segments(node: Node, tmp_path: Path) -> None:
     for name in ("1.seg", "00000001.log", "00000001.seg~", "x"):
         (tmp_path / "node/shards" / name).touch()

@@ -27,6 +27,14 @@ from fusestore.system.beneath import Directory
 from fusestore.system.files import write_whole
 from fusestore.system.strict_toml import PARSED_MAX, Table
 from support.foreign_files import FILES, KINDS, MIB, PLACES, Outside, plant, quick
+from support.logs import (
+    CORRUPT,
+    FOREIGN_FILES,
+    JOURNAL_DAMAGED,
+    NOT_WHERE_ITS_ROW_SAYS,
+    OUT_OF_USE,
+    UNREAD_FILE,
+)
 from support.opened_store import opened
 
 SECONDS_MAX = 20
@@ -98,6 +106,9 @@ async def repaired(config: StoreConfig, files: dict[str, bytes]) -> None:
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.expects_log(
+    OUT_OF_USE, CORRUPT, UNREAD_FILE, NOT_WHERE_ITS_ROW_SAYS, JOURNAL_DAMAGED, FOREIGN_FILES
+)
 async def test_an_oddity_costs_that_node_only(
     config: StoreConfig, outside: Outside, caplog: pytest.LogCaptureFixture, kind: str, place: str
 ) -> None:
@@ -113,6 +124,9 @@ async def test_an_oddity_costs_that_node_only(
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.expects_log(
+    OUT_OF_USE, CORRUPT, UNREAD_FILE, NOT_WHERE_ITS_ROW_SAYS, JOURNAL_DAMAGED, FOREIGN_FILES
+)
 async def test_recover_needs_no_odd_node(
     config: StoreConfig, outside: Outside, kind: str, place: str
 ) -> None:
@@ -143,6 +157,10 @@ STRAYS = [
 ]
 
 
+@pytest.mark.expects_log(
+    FOREIGN_FILES,
+    r"store\.opening: Node .* holds a file .*, a number that this store has not come to",
+)
 async def test_strays_are_named_once_never_used_and_never_deleted(
     config: StoreConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -261,6 +279,7 @@ def record(place: Place, offset: int, number: int, size: int) -> bytes:
     return header.encode(place.seed(offset)) + payload + padding
 
 
+@pytest.mark.expects_log(JOURNAL_DAMAGED)
 def test_a_long_journal_segment_is_read_to_its_last_record(config: StoreConfig) -> None:
     """A commit may be longer than all that is looked through behind the last record."""
     node = open_node(config, config.nodes[0])
@@ -337,6 +356,7 @@ def test_more_nodes_than_a_row_takes_are_refused(config: StoreConfig) -> None:
 
 
 @pytest.mark.parametrize("method", ["__init__", "segments", "size", "read"])
+@pytest.mark.expects_log(OUT_OF_USE, r"nodes\.unexpected: Node \S+ met an unexpected error")
 async def test_a_bug_costs_that_node_only(
     config: StoreConfig,
     caplog: pytest.LogCaptureFixture,

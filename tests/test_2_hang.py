@@ -22,7 +22,10 @@ from fusestore.members import opening
 from fusestore.repair import comeback, rejoin
 from fusestore.rescue.fsck import fsck
 from support.faults import HangingNode
+from support.logs import HUNG, OUT_OF_USE, SLOW
 from support.opened_store import Opened, limited, opened
+
+pytestmark = pytest.mark.expects_log(HUNG, SLOW)
 
 DEADLINE = 0.6
 
@@ -104,6 +107,7 @@ async def test_a_sync_under_way_when_it_hangs_is_kept(config: StoreConfig) -> No
         assert await one.get("a") == data("a")
 
 
+@pytest.mark.expects_log(OUT_OF_USE)
 async def test_a_slow_node_is_read_when_no_other_will_do(config: StoreConfig) -> None:
     async with hanging(config, 0) as (one, node):
         slow = one.store.log.members.all[0]
@@ -161,6 +165,7 @@ async def test_a_mount_does_not_wait_for_a_node_that_hangs_half_way(
 
 
 @pytest.mark.parametrize("which", [1, 2])
+@pytest.mark.expects_log(OUT_OF_USE)
 async def test_syncs_go_on_while_a_node_hangs_that_gets_its_journal_again(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch, which: int
 ) -> None:

@@ -25,6 +25,7 @@ def config(tmp_path: Path) -> StoreConfig:
 
 
 @pytest.mark.parametrize("count", [0, 1, 5_000])
+@pytest.mark.expects_log(r"log\.log: Stripe \S+ counts \d+ live bytes too few")
 async def test_a_count_of_live_bytes_that_is_too_low_frees_nothing(
     config: StoreConfig, caplog: pytest.LogCaptureFixture, count: int
 ) -> None:

@@ -45,6 +45,7 @@ from fusestore.serve.messages.safety import FsckRequest
 from fusestore.serve.offline import offline
 from fusestore.system.io_uring import Batch, Operation, Ring
 from support.faults import FaultyNode, SlowNode
+from support.logs import AS_TOLD, CHECKPOINT_FAILED, CORRUPT, GONE, LOST_STRIPE, OUT_OF_USE
 from support.opened_store import REGIONS, Opened, crashed, limited, loses_a_region, make, opened
 
 
@@ -204,6 +205,7 @@ async def test_what_was_committed_survives_a_crash(
         one.check_counters()
 
 
+@pytest.mark.expects_log(GONE)
 async def test_a_crash_while_a_node_was_away(config: StoreConfig, tmp_path: Path) -> None:
     away = config.nodes[1].path
     async with opened(config) as one:
@@ -255,6 +257,7 @@ async def test_every_crash_point_of_a_history_is_one_instant(
 
 
 @pytest.mark.parametrize("lost", range(3))
+@pytest.mark.expects_log(AS_TOLD)
 async def test_a_node_lost_under_writes_costs_nothing(config: StoreConfig, lost: int) -> None:
     async with opened(config, faults=True) as one:
         await one.put("a", random.Random(5).randbytes(2 << 20))
@@ -278,6 +281,7 @@ async def test_a_node_lost_under_writes_costs_nothing(config: StoreConfig, lost:
 
 @pytest.mark.parametrize("for_good", [True, False])
 @pytest.mark.parametrize("full", [True, False])
+@pytest.mark.expects_log(AS_TOLD)
 async def test_the_nth_operation_of_a_node_fails(
     tmp_path: Path, full: bool, for_good: bool
 ) -> None:
@@ -304,6 +308,7 @@ async def test_the_nth_operation_of_a_node_fails(
         assert len(acknowledged) == 4
 
 
+@pytest.mark.expects_log(AS_TOLD)
 async def test_without_enough_nodes_nothing_is_acknowledged(config: StoreConfig) -> None:
     with pytest.raises(ExceptionGroup) as failed:
         async with opened(config, faults=True) as one:
@@ -342,6 +347,7 @@ def flip(config: StoreConfig, one: Opened, number: int, row: Stripe, index: int,
         file.write(bytes([byte ^ 4]))
 
 
+@pytest.mark.expects_log(CORRUPT)
 async def test_rotten_shards_never_show_and_are_healed(config: StoreConfig) -> None:
     chance = random.Random(8)
     data = chance.randbytes(4 << 20)
@@ -362,6 +368,7 @@ async def test_rotten_shards_never_show_and_are_healed(config: StoreConfig) -> N
         assert await one.get("f") == data
 
 
+@pytest.mark.expects_log(CORRUPT)
 async def test_different_blocks_of_all_shards_may_rot(config: StoreConfig) -> None:
     data = random.Random(9).randbytes(1 << 20)
     async with opened(config) as one:
@@ -374,6 +381,7 @@ async def test_different_blocks_of_all_shards_may_rot(config: StoreConfig) -> No
         assert await one.get("f") == data
 
 
+@pytest.mark.expects_log(CORRUPT, LOST_STRIPE)
 async def test_more_rot_than_the_code_allows_is_an_error_and_no_byte(config: StoreConfig) -> None:
     async with opened(config) as one:
         await one.put("f", random.Random(10).randbytes(1 << 20))
@@ -464,6 +472,7 @@ async def test_a_metadata_dump_is_no_reason_for_the_next(config: StoreConfig) ->
                 await trio.testing.wait_all_tasks_blocked(0.05)
 
 
+@pytest.mark.expects_log(OUT_OF_USE)
 async def test_an_interrupted_repair_is_no_repair(config: StoreConfig) -> None:
     data = random.Random(11).randbytes(20 << 20)
     async with opened(config) as one:
@@ -556,6 +565,7 @@ async def test_what_a_node_that_is_away_had_not_flushed_is_rebuilt(
     await loses_a_region(crash, 0, {"f": data})
 
 
+@pytest.mark.expects_log(GONE)
 async def test_a_broken_mount_goes_on_reading_when_its_nodes_return(
     config: StoreConfig, tmp_path: Path
 ) -> None:
@@ -582,6 +592,7 @@ async def test_a_broken_mount_goes_on_reading_when_its_nodes_return(
 # --- nodes that fail twice, and crashes at the very beginning ---------------------------
 
 
+@pytest.mark.expects_log(AS_TOLD, OUT_OF_USE)
 async def test_a_node_that_fails_while_it_comes_back_is_owed_all_again(
     config: StoreConfig,
 ) -> None:
@@ -613,6 +624,7 @@ async def test_a_node_that_fails_while_it_comes_back_is_owed_all_again(
     await loses_a_region(config, 1, files)
 
 
+@pytest.mark.expects_log(OUT_OF_USE)
 async def test_repair_sees_segments_that_were_deleted_under_it(config: StoreConfig) -> None:
     data = random.Random(20).randbytes(5 << 20)
     async with opened(config) as one:
@@ -626,6 +638,7 @@ async def test_repair_sees_segments_that_were_deleted_under_it(config: StoreConf
 
 
 @pytest.mark.parametrize("mounted", [False, True])
+@pytest.mark.expects_log(OUT_OF_USE)
 async def test_lost_segments_are_rebuilt_without_being_asked(
     config: StoreConfig, mounted: bool
 ) -> None:
@@ -652,6 +665,7 @@ async def test_lost_segments_are_rebuilt_without_being_asked(
     await loses_a_region(config, 1, {"f": data})
 
 
+@pytest.mark.expects_log(OUT_OF_USE)
 async def test_a_rebuild_that_fails_keeps_no_room(config: StoreConfig) -> None:
     path = config.nodes[0].path
     async with opened(config, faults=True) as one:
@@ -725,6 +739,7 @@ async def test_a_shard_on_its_way_is_not_cut_off(config: StoreConfig) -> None:
     await loses_a_region(config, 1, files)
 
 
+@pytest.mark.expects_log(OUT_OF_USE, CHECKPOINT_FAILED)
 async def test_a_full_metadata_disk_hangs_no_sync(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -756,6 +771,7 @@ async def test_a_full_metadata_disk_hangs_no_sync(
         assert one.files.tree.lookup(ROOT, b"a") is None
 
 
+@pytest.mark.expects_log(AS_TOLD)
 async def test_a_place_that_a_failed_node_did_not_take_is_not_counted(
     config: StoreConfig, tmp_path: Path
 ) -> None:
@@ -788,6 +804,7 @@ async def test_a_place_that_a_failed_node_did_not_take_is_not_counted(
         (-errno.ENOSPC, False),
     ],
 )
+@pytest.mark.expects_log(OUT_OF_USE)
 async def test_a_small_commit_that_fails_on_the_short_way(
     config: StoreConfig,
     monkeypatch: pytest.MonkeyPatch,
@@ -834,6 +851,7 @@ async def test_a_small_commit_that_fails_on_the_short_way(
         assert await one.get("a") == b"turn %d" % turn
 
 
+@pytest.mark.expects_log(OUT_OF_USE)
 async def test_a_small_commit_on_a_node_whose_journal_was_deleted(config: StoreConfig) -> None:
     async with opened(config) as one:
         await one.put("a", b"before")

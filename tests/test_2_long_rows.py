@@ -96,6 +96,7 @@ def test_it_has_an_errno() -> None:
         (stripe_rows.owners_key(7, 0), bytes(24 * 3000)),
     ],
 )
+@pytest.mark.expects_log(r"log\.journal: Record \d+ of the journal has a row \w+ that is too long")
 async def test_a_journal_that_has_one_is_replayed_without_it(
     config: StoreConfig,
     tmp_path: Path,

@@ -34,11 +34,33 @@ from fusestore.errors import FusestoreError, LostError, MetadataError, NodeError
 from fusestore.format.file_rows import ROOT
 from fusestore.limits import Limits
 from support.cuts import Cut
+from support.logs import (
+    AS_TOLD,
+    CHECKPOINT_FAILED,
+    DROPPED,
+    LOST_STRIPE,
+    NOT_WHERE_ITS_ROW_SAYS,
+    OUT_OF_USE,
+    SEGMENT_KEPT,
+    UNREAD_FILE,
+)
 from support.machine import Machine, told
 from support.opened_store import Opened, make, opened
 from support.power_cut import Health, Possible, Promised, Tape, read_disks, write_disks
 from support.random_work import History, Player, small_limits, work
 from support.tree_model import Model, State, match, observe
+
+pytestmark = pytest.mark.expects_log(
+    AS_TOLD,
+    LOST_STRIPE,
+    UNREAD_FILE,
+    NOT_WHERE_ITS_ROW_SAYS,
+    DROPPED,
+    SEGMENT_KEPT,
+    CHECKPOINT_FAILED,
+    r"commit\.metadata_dump: No metadata dump",
+    OUT_OF_USE,
+)
 
 SHORT = 7
 """How many n have their turn in the short form of each test."""

@@ -21,6 +21,7 @@ from fusestore.format import erasure, stripe_rows
 from fusestore.format.stripe_rows import Stripe
 from fusestore.members.standing import State
 from support.filled_store import damage
+from support.logs import CORRUPT, LOST_STRIPE, UNREAD_FILE
 from support.opened_store import Opened, make, opened
 
 DATA = random.Random(1).randbytes(3 << 20)
@@ -62,6 +63,7 @@ async def either(one: Opened, name: str) -> str:
 
 
 @pytest.mark.parametrize("at", [0, 1000, 349_000])
+@pytest.mark.expects_log(LOST_STRIPE)
 async def test_a_region_is_lost_and_the_only_parity_is_wrong(tmp_path: Path, at: int) -> None:
     config = make(tmp_path / "store")
     await seal(config, 0, at=at)
@@ -78,6 +80,7 @@ async def test_a_region_is_lost_and_the_only_parity_is_wrong(tmp_path: Path, at:
 
 
 @pytest.mark.parametrize(("code", "which"), [("4+2", 0), ("4+2", 1), ("1+2", 1), ("6+3", 1)])
+@pytest.mark.expects_log(CORRUPT)
 async def test_other_shards_are_taken_where_there_are_more(
     tmp_path: Path, code: str, which: int
 ) -> None:
@@ -99,6 +102,7 @@ async def test_other_shards_are_taken_where_there_are_more(
         assert one.store.reader.degraded == degraded
 
 
+@pytest.mark.expects_log(UNREAD_FILE, LOST_STRIPE)
 async def test_repair_counts_no_shard_that_is_not_right(tmp_path: Path) -> None:
     """A node is wiped: what cannot be verified is named, the node is not blamed, and joins."""
     config = make(tmp_path / "store")
@@ -121,6 +125,7 @@ async def test_repair_counts_no_shard_that_is_not_right(tmp_path: Path) -> None:
         away.rename(other.path)
 
 
+@pytest.mark.expects_log(CORRUPT, LOST_STRIPE)
 async def test_a_node_is_not_drained_of_shards_that_cannot_be_verified(tmp_path: Path) -> None:
     """A data shard is rotten and the parity is wrong: nothing wrong is moved."""
     config = make(tmp_path / "store")

@@ -41,6 +41,7 @@ from fusestore.rescue.fsck_mend import Mender
 from fusestore.serve.commands import Context, do
 from fusestore.serve.messages.safety import FsckRequest
 from fusestore.store.opening import open_store
+from support.logs import LOST_STRIPE, NO_STRIPE, NOT_IN_TABLES, UNREAD_FILE
 from support.metadata_rows import Rows, check, edit
 from support.opened_store import Opened, opened
 
@@ -238,6 +239,7 @@ async def test_lost_extents_are_found_by_their_owners(config: StoreConfig) -> No
         assert await read_all(one) == before
 
 
+@pytest.mark.expects_log(NO_STRIPE)
 async def test_bytes_that_are_nowhere_are_an_error_and_no_zeros(config: StoreConfig) -> None:
     async with opened(config) as one:
         before = await read_all(one)
@@ -339,6 +341,7 @@ async def test_a_mounted_store_is_not_mended(config: StoreConfig) -> None:
 
 
 @pytest.mark.parametrize("counts", [None, bytes(16)])
+@pytest.mark.expects_log(NOT_IN_TABLES)
 async def test_wrong_counts_of_segments_cost_no_shards(
     config: StoreConfig, counts: bytes | None
 ) -> None:
@@ -370,6 +373,10 @@ async def test_wrong_counts_of_segments_cost_no_shards(
         assert await one.get("kept") == b"kept" * 500_000
 
 
+@pytest.mark.expects_log(
+    r"files\.removal: a trim of inode \d+ does not match its size",
+    r"files\.removal: inode \d+ is not removed, because it has a name",
+)
 async def test_a_mount_believes_no_trim_and_no_orphan_that_the_inode_contradicts(
     config: StoreConfig,
 ) -> None:
@@ -426,6 +433,7 @@ async def test_shards_that_are_cut_in_half_are_named(config: StoreConfig) -> Non
         assert await read_all(one) == before
 
 
+@pytest.mark.expects_log(LOST_STRIPE)
 async def test_a_stripe_keeps_the_shards_that_another_claims(config: StoreConfig) -> None:
     """Whose shards they are is written on the nodes."""
     async with opened(config) as one:
@@ -472,6 +480,7 @@ def flipped(data: bytes, chance: random.Random, first: int) -> bytes:
     return bytes(changed)
 
 
+@pytest.mark.expects_log(NO_STRIPE)
 async def test_any_damage_is_mended(
     config: StoreConfig, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
@@ -497,6 +506,7 @@ async def test_any_damage_is_mended(
 
 
 @pytest.mark.parametrize("how", ["segments", "owed", "cut", "away"])
+@pytest.mark.expects_log(UNREAD_FILE, LOST_STRIPE)
 async def test_files_that_cannot_be_read_are_not_clean(config: StoreConfig, how: str) -> None:
     """All tables agree, and too few shards are on the nodes: whatever became of them."""
     assert (await check(config))["clean"] is True

@@ -47,6 +47,7 @@ from fusestore.serve.messages.nodes import (
 from fusestore.serve.messages.request import Request
 from fusestore.serve.offline import offline
 from support.faults import HangingNode
+from support.logs import GONE, HUNG, NOT_DELETED, OUT_OF_USE, SEGMENT_KEPT, SLOW
 from support.opened_store import REGIONS, Opened, crashed, limited, opened
 
 R = TypeVar("R")
@@ -208,6 +209,7 @@ async def test_every_command_works_on_a_store_that_is_not_mounted(tmp_path: Path
         await is_right(one, files)
 
 
+@pytest.mark.expects_log(GONE, NOT_DELETED)
 async def test_a_node_that_is_gone_is_drained_from_the_others(
     config: StoreConfig, tmp_path: Path
 ) -> None:
@@ -223,6 +225,7 @@ async def test_a_node_that_is_gone_is_drained_from_the_others(
     await survives_any_region(load(config.store), tmp_path, files)
 
 
+@pytest.mark.expects_log(OUT_OF_USE, NOT_DELETED)
 async def test_what_lies_where_a_removed_node_was_is_not_deleted(tmp_path: Path) -> None:
     """Its disk failed, and another store's is mounted there now."""
     config, other = make_store(tmp_path / "store"), make_store(tmp_path / "other")
@@ -329,6 +332,7 @@ async def test_a_shard_that_fits_nowhere_is_not_moved_to_and_fro(tmp_path: Path)
         assert done["shards"] <= 1
 
 
+@pytest.mark.expects_log(GONE)
 async def test_a_rebalance_goes_on_when_the_node_that_lacks_shards_is_back(tmp_path: Path) -> None:
     config = make_store(tmp_path / "store")
     async with opened(config) as one:
@@ -668,6 +672,7 @@ def killed_now_and_then(
     monkeypatch.undo()
 
 
+@pytest.mark.expects_log(SEGMENT_KEPT)
 async def test_a_kill_at_any_moment_keeps_every_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long: bool, pytestconfig: pytest.Config
 ) -> None:
@@ -736,6 +741,7 @@ async def test_nodes_keep_their_ids_through_a_crash(
             await is_right(one, files)
 
 
+@pytest.mark.expects_log(OUT_OF_USE)
 async def test_a_node_that_fails_while_it_is_given_shards_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -768,6 +774,7 @@ async def test_a_node_that_fails_while_it_is_given_shards_is_left_alone(
 
 
 @pytest.mark.parametrize("which", ["us-east-1", "us-east-2"])
+@pytest.mark.expects_log(HUNG, SLOW)
 async def test_a_node_that_hangs_while_shards_move_stops_nobody(tmp_path: Path, which: str) -> None:
     config = limited(
         make_store(tmp_path / "store"),

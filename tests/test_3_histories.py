@@ -28,6 +28,15 @@ from fusestore.members.standing import State
 from fusestore.rescue.fsck import fsck
 from fusestore.serve.offline import unwrapped
 from fusestore.store.opening import open_store
+from support.logs import (
+    DISAGREE,
+    DROPPED,
+    FOREIGN_FILES,
+    LOST_STRIPE,
+    OTHER_HISTORY,
+    SEGMENT_KEPT,
+    UNREAD_FILE,
+)
 from support.opened_store import REGIONS, Opened, healthy, limited, make, opened, repair
 from support.recovery import copy_tree, dump_metadata, fingerprint, forget, instead, recovered
 from support.whole_tree import Files, made, put, read, read_files, write
@@ -107,6 +116,7 @@ async def rolled_back(base: Path, *, mounts: int, dumped: bool = False) -> Rolle
 
 @pytest.mark.parametrize("dumped", [False, True])
 @pytest.mark.parametrize("mounts", [1, 5])
+@pytest.mark.expects_log(DROPPED, SEGMENT_KEPT, OTHER_HISTORY)
 async def test_a_region_newer_than_what_was_restored_is_foreign(
     tmp_path: Path, mounts: int, dumped: bool
 ) -> None:
@@ -144,6 +154,7 @@ async def test_a_region_newer_than_what_was_restored_is_foreign(
     assert await read(config) == files
 
 
+@pytest.mark.expects_log(DROPPED, OTHER_HISTORY)
 async def test_nothing_is_freed_while_a_node_is_foreign(tmp_path: Path) -> None:
     rolled = await rolled_back(tmp_path, mounts=2)
     config = rolled.config
@@ -190,6 +201,7 @@ async def test_what_is_ahead_and_cannot_be_read_is_refused(tmp_path: Path) -> No
     assert await read(config) == rolled.base
 
 
+@pytest.mark.expects_log(OTHER_HISTORY)
 async def test_a_region_of_a_clone_is_not_in_sync_by_its_numbers(
     config: StoreConfig, tmp_path: Path
 ) -> None:
@@ -209,6 +221,7 @@ async def test_a_region_of_a_clone_is_not_in_sync_by_its_numbers(
     assert untouched(before, config.nodes[2].path)
 
 
+@pytest.mark.expects_log(DROPPED, OTHER_HISTORY)
 async def test_a_longer_clone_does_not_keep_the_store_from_opening(
     config: StoreConfig, tmp_path: Path
 ) -> None:
@@ -273,6 +286,7 @@ async def test_a_database_of_a_clone_is_refused(config: StoreConfig, tmp_path: P
     assert "accept" not in str(refused.value)
 
 
+@pytest.mark.expects_log(UNREAD_FILE, LOST_STRIPE, DROPPED, FOREIGN_FILES)
 async def test_recover_refuses_to_choose_between_two_histories(
     config: StoreConfig, tmp_path: Path
 ) -> None:
@@ -302,6 +316,7 @@ async def test_recover_refuses_to_choose_between_two_histories(
     assert found == small("base", "a") | {"theirs": None}
 
 
+@pytest.mark.expects_log(DROPPED, FOREIGN_FILES)
 async def test_recover_does_not_revive_a_history_whose_beginning_is_gone(tmp_path: Path) -> None:
     """The rolled-back history has a metadata dump: nothing connects it with the living one."""
     rolled = await rolled_back(tmp_path, mounts=6, dumped=True)
@@ -559,6 +574,7 @@ def combinations() -> Iterator[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("code", ["2+1", "1+2", pytest.param("4+2", marks=pytest.mark.long)])
+@pytest.mark.expects_log(DISAGREE, UNREAD_FILE, LOST_STRIPE, DROPPED, FOREIGN_FILES, OTHER_HISTORY)
 async def test_every_combination_of_moments(tmp_path: Path, code: str) -> None:
     world = await make_world(tmp_path / "world", code)
     failures = []

@@ -19,6 +19,7 @@ from fusestore.rescue.fsck import fsck
 from fusestore.rescue.recover import recover
 from fusestore.store.opening import open_store
 from support.filled_store import FILES, all_right, fill, shard_bytes
+from support.logs import MENDED, NOT_IN_TABLES, SEGMENT_IN_USE, SEGMENT_KEPT
 from support.metadata_rows import edit
 from support.opened_store import Opened, make, opened
 
@@ -60,6 +61,7 @@ def named(change: Callable[[Rows], None]) -> str:
 
 
 @pytest.mark.parametrize("change", LOST, ids=named)
+@pytest.mark.expects_log(MENDED)
 async def test_fsck_puts_back_what_the_journals_have(
     config: StoreConfig, change: Callable[[Rows], None]
 ) -> None:
@@ -81,6 +83,7 @@ async def test_fsck_puts_back_what_the_journals_have(
 
 
 @pytest.mark.parametrize("change", LOST, ids=named)
+@pytest.mark.expects_log(MENDED, SEGMENT_KEPT, NOT_IN_TABLES)
 async def test_a_mount_before_fsck_destroys_nothing(
     config: StoreConfig, change: Callable[[Rows], None], tmp_path: Path
 ) -> None:
@@ -169,6 +172,7 @@ async def test_what_cannot_be_made_anew_is_said_to_be_lost(tmp_path: Path) -> No
         assert mended["left"] == []
 
 
+@pytest.mark.expects_log(SEGMENT_IN_USE)
 async def test_a_count_that_is_too_low_deletes_no_segment(
     config: StoreConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -196,6 +200,7 @@ async def test_a_count_that_is_too_low_deletes_no_segment(
             assert await one.get(name) == FILES[name]
 
 
+@pytest.mark.expects_log(SEGMENT_IN_USE)
 async def test_a_debt_for_a_shard_that_is_in_use_frees_nothing(config: StoreConfig) -> None:
     async with opened(config) as one:
         _, row = next(one.store.log.batches())[1]

@@ -25,6 +25,7 @@ from fusestore.format.file_rows import ROOT
 from fusestore.format.stripe_rows import Stripe
 from fusestore.limits import DEFAULTS, STRIPE_BYTES
 from fusestore.store.opening import open_store
+from support.logs import CORRUPT, LOST_STRIPE
 from support.metadata_rows import check
 from support.opened_store import Opened, crashed, limited, opened
 
@@ -302,6 +303,7 @@ async def test_it_can_be_stopped_and_begun_again(config: StoreConfig) -> None:
             assert codes(one, number + 2) == {"1+2"}
 
 
+@pytest.mark.expects_log(CORRUPT, LOST_STRIPE)
 async def test_what_cannot_be_read_is_named_and_left(config: StoreConfig) -> None:
     async with opened(config) as one:
         lost = await one.put("lost", random.Random(1).randbytes(3 * STRIPE_BYTES))

@@ -22,6 +22,7 @@ from fusestore.format.file_rows import NO_LIMIT, ROOT, Quota, QuotaState
 from fusestore.limits import STRIPE_BYTES
 from fusestore.rescue.fsck import fsck
 from fusestore.rescue.recover import recover
+from support.logs import MENDED
 from support.metadata_rows import check, edit
 from support.opened_store import Opened, crashed, opened
 
@@ -455,6 +456,7 @@ async def test_a_removed_directory_that_is_open_is_no_finding(config: StoreConfi
 
 
 @pytest.mark.parametrize("what", ["count", "row", "inodes", "outer"])
+@pytest.mark.expects_log(MENDED)
 async def test_fsck_counts_anew(config: StoreConfig, what: str) -> None:
     async with opened(config) as one:
         outer = folder(one, "outer")

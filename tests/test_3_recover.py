@@ -46,6 +46,7 @@ from fusestore.serve.control_server import lock_store
 from fusestore.serve.messages.safety import FsckRequest
 from fusestore.serve.offline import offline
 from fusestore.store.opening import open_store
+from support.logs import CORRUPT, DROPPED, FOREIGN_FILES, GONE, LOST_STRIPE, UNREAD_FILE
 from support.opened_store import (
     HEALTHY_SECONDS_MAX,
     REGIONS,
@@ -592,6 +593,7 @@ def numbers() -> list[Any]:
 
 
 @pytest.mark.parametrize("number", numbers())
+@pytest.mark.expects_log(GONE, CORRUPT, DROPPED, FOREIGN_FILES)
 async def test_what_was_committed_is_recovered(
     number: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -717,6 +719,7 @@ async def suffer(config: StoreConfig, loss: Loss, base: Path) -> dict[str, bytes
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=str)
+@pytest.mark.expects_log(UNREAD_FILE, LOST_STRIPE, FOREIGN_FILES)
 async def test_what_may_be_lost_is_refused_until_it_is_accepted(tmp_path: Path, loss: Loss) -> None:
     config = make(tmp_path / "store", loss.code)
     files = await suffer(config, loss, tmp_path)
@@ -836,6 +839,7 @@ async def go_on(found: Fork) -> None:
 
 @pytest.mark.parametrize("mounts", [1, 5])
 @pytest.mark.parametrize("code", ["1+2", "2+1"])
+@pytest.mark.expects_log(CORRUPT, LOST_STRIPE, FOREIGN_FILES)
 async def test_a_history_that_was_given_up_never_comes_back(
     tmp_path: Path, code: str, mounts: int
 ) -> None:
@@ -865,6 +869,7 @@ async def test_a_history_that_was_given_up_never_comes_back(
 
 @pytest.mark.parametrize("mounts", [1, 8])
 @pytest.mark.parametrize("code", ["1+2", "2+1"])
+@pytest.mark.expects_log(CORRUPT, LOST_STRIPE, FOREIGN_FILES)
 async def test_the_metadata_goes_while_both_histories_are_there(
     tmp_path: Path, code: str, mounts: int
 ) -> None:
@@ -901,6 +906,7 @@ def lose_shards(config: StoreConfig, *nodes: int) -> None:
             path.unlink()
 
 
+@pytest.mark.expects_log(DROPPED)
 async def test_a_commit_that_never_counted_is_dropped_and_listed(
     config: StoreConfig, tmp_path: Path
 ) -> None:
@@ -924,6 +930,7 @@ async def test_a_commit_that_counts_is_kept_without_a_region(
     assert await read(crash) == {"early": b"travels in the commit", **made("late", "late")}
 
 
+@pytest.mark.expects_log(DROPPED, FOREIGN_FILES)
 async def test_a_commit_that_depends_on_a_node_that_is_away_is_not_judged(
     config: StoreConfig, tmp_path: Path
 ) -> None:
@@ -1206,6 +1213,7 @@ async def test_a_commit_that_an_epoch_s_first_repeats_may_be_missing(
 
 
 @pytest.mark.parametrize("accept_loss", [False, True])
+@pytest.mark.expects_log(DROPPED)
 async def test_a_commit_that_is_rotten_everywhere_is_told(
     config: StoreConfig, accept_loss: bool
 ) -> None:

@@ -34,6 +34,7 @@ from fusestore.metadata.engine import ROWS
 from fusestore.rescue.fsck import fsck
 from fusestore.rescue.recover import recover
 from fusestore.store.opening import open_store
+from support.logs import MENDED, NOT_IN_TABLES
 from support.opened_store import Opened, limited, make, opened, scrub
 from support.processes import in_child
 
@@ -241,6 +242,7 @@ def named(change: Callable[[Rows], None]) -> str:
 
 @pytest.mark.parametrize("read_only", [False, True])
 @pytest.mark.parametrize("change", ROTTEN + GONE, ids=named)
+@pytest.mark.expects_log(MENDED)
 async def test_a_mount_puts_it_right(
     config: StoreConfig,
     change: Callable[[Rows], None],
@@ -267,6 +269,9 @@ async def test_a_mount_puts_it_right(
 
 
 @pytest.mark.parametrize("change", ROTTEN[:13] + ROTTEN[19:], ids=named)
+@pytest.mark.expects_log(
+    MENDED, r"store\.store: Row \w+ of \w+ in the metadata does not match its checksum"
+)
 async def test_a_large_store_reads_nothing_wrong_and_mends_itself(
     config: StoreConfig, change: Callable[[Rows], None]
 ) -> None:
@@ -297,6 +302,7 @@ async def test_a_large_store_reads_nothing_wrong_and_mends_itself(
 
 
 @pytest.mark.parametrize("change", GONE, ids=named)
+@pytest.mark.expects_log(MENDED)
 async def test_a_scrub_finds_rows_that_are_gone_or_old(
     config: StoreConfig, change: Callable[[Rows], None]
 ) -> None:
@@ -314,6 +320,7 @@ async def test_a_scrub_finds_rows_that_are_gone_or_old(
 
 
 @pytest.mark.parametrize("change", [*ROTTEN[:3], *GONE[:3]], ids=named)
+@pytest.mark.expects_log(MENDED)
 async def test_fsck_has_it_as_a_finding(
     config: StoreConfig, change: Callable[[Rows], None]
 ) -> None:
@@ -330,6 +337,7 @@ async def test_fsck_has_it_as_a_finding(
 
 
 @pytest.mark.parametrize("change", [*ROTTEN[:8], *GONE], ids=named)
+@pytest.mark.expects_log(MENDED, r"The metadata cannot be mended", NOT_IN_TABLES)
 async def test_without_journals_nothing_is_guessed(
     config: StoreConfig, change: Callable[[Rows], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ from fusestore.rescue.recover import recover
 from fusestore.serve.commands import Context, handlers
 from fusestore.serve.messages.safety import ScrubRequest
 from fusestore.serve.offline import offline
+from support.logs import CORRUPT, GONE, NOT_WHERE_ITS_ROW_SAYS, OUT_OF_USE, SCRUBBED
 from support.opened_store import REGIONS, Opened, limited, loses_a_region, opened
 
 
@@ -113,6 +114,7 @@ async def scrubbed(one: Opened, files: dict[str, bytes]) -> int:
     return int(first["found"])
 
 
+@pytest.mark.expects_log(NOT_WHERE_ITS_ROW_SAYS)
 async def test_a_storm_while_it_is_unmounted_is_mended(
     config: StoreConfig, pytestconfig: pytest.Config
 ) -> None:
@@ -130,6 +132,7 @@ async def test_a_storm_while_it_is_unmounted_is_mended(
     await loses_a_region(config, 0, files)
 
 
+@pytest.mark.expects_log(SCRUBBED)
 async def test_a_storm_under_a_mount_is_scrubbed_away(
     config: StoreConfig, pytestconfig: pytest.Config
 ) -> None:
@@ -213,6 +216,7 @@ async def test_a_scrub_keeps_its_place(config: StoreConfig) -> None:
     assert (done.state, done.found) == ("done", 0)
 
 
+@pytest.mark.expects_log(GONE)
 async def test_risk_says_what_would_be_lost(config: StoreConfig) -> None:
     m = config.code.m
     async with opened(config) as one:
@@ -250,6 +254,7 @@ async def test_a_drill_reads_without_a_region(config: StoreConfig, region: str) 
         assert some["failed_stripes"] == 0
 
 
+@pytest.mark.expects_log(CORRUPT)
 async def test_a_drill_finds_what_could_not_be_lost(tmp_path: Path) -> None:
     config = make_store(tmp_path / "store")
     async with opened(config) as one:
@@ -272,6 +277,7 @@ async def test_a_drill_finds_what_could_not_be_lost(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.expects_log(GONE)
 async def test_a_plan_says_what_a_repair_will_do(tmp_path: Path) -> None:
     config = make_store(tmp_path / "store")
     async with opened(config) as one:
@@ -294,6 +300,7 @@ async def test_a_plan_says_what_a_repair_will_do(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.expects_log(OUT_OF_USE)
 async def test_a_node_moves_to_another_place(
     config: StoreConfig, tmp_path: Path, gone: bool
 ) -> None:
@@ -315,6 +322,7 @@ async def test_a_node_moves_to_another_place(
     await loses_a_region(moved, 2, files)
 
 
+@pytest.mark.expects_log(GONE)
 async def test_the_weakest_stripes_come_first(tmp_path: Path) -> None:
     config = make_store(tmp_path / "store", code=Code(4, 2))
     async with opened(config) as one:
@@ -340,6 +348,7 @@ async def test_the_weakest_stripes_come_first(tmp_path: Path) -> None:
     await loses_a_region(config, 2, files)
 
 
+@pytest.mark.expects_log(GONE)
 async def test_the_model_counts_regions_too(tmp_path: Path) -> None:
     config = make_store(tmp_path / "store")
     async with opened(config) as one:

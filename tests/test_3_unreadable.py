@@ -31,6 +31,7 @@ from fusestore.nodes.directory import segment_path
 from fusestore.rescue.fsck import fsck
 from fusestore.store.opening import open_store
 from support.faults import BadSectors
+from support.logs import FOREIGN_FILES, SEGMENT_KEPT, UNREAD_FILE
 from support.opened_store import REGIONS, Opened, healthy, make, opened, repair
 from support.recovery import (
     command,
@@ -42,6 +43,8 @@ from support.recovery import (
     recovered,
 )
 from support.whole_tree import made, put, read, read_files, write
+
+pytestmark = pytest.mark.expects_log(UNREAD_FILE)
 
 SECTOR = 4096
 
@@ -513,6 +516,7 @@ async def test_accepted_losses_keep_what_was_given_up(
         assert kept["why"] == "losses were accepted"
 
 
+@pytest.mark.expects_log(SEGMENT_KEPT, FOREIGN_FILES)
 async def test_the_journal_of_a_history_that_was_given_up_is_set_aside(tmp_path: Path) -> None:
     """It comes back while the history is in doubt; it goes when fsck has found nothing."""
     config = make(tmp_path / "store", "1+2")
@@ -554,6 +558,7 @@ async def test_a_segment_is_replaced_as_a_whole(config: StoreConfig) -> None:
     assert node.segments(Run.JOURNAL) == [1, 2]
 
 
+@pytest.mark.expects_log(FOREIGN_FILES)
 async def test_a_replacement_that_fails_leaves_the_segment(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

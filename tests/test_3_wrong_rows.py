@@ -21,6 +21,15 @@ from fusestore.members.standing import State
 from fusestore.rescue.fsck import fsck
 from fusestore.store.opening import open_store
 from support.filled_store import FILES, all_right, damage, fill, shard_bytes
+from support.logs import (
+    CORRUPT,
+    DISAGREE,
+    LOST_STRIPE,
+    NOT_WHERE_ITS_ROW_SAYS,
+    SCRUBBED,
+    UNREAD_FILE,
+    WRONG_ROW,
+)
 from support.opened_store import Opened, make, opened, scrub
 
 
@@ -92,6 +101,7 @@ WRONG_CHECKSUMS = [
 
 @pytest.mark.parametrize("code", ["2+1", "4+2", "1+2"])
 @pytest.mark.parametrize("change", WRONG_CHECKSUMS)
+@pytest.mark.expects_log(DISAGREE, WRONG_ROW, SCRUBBED)
 async def test_the_row_is_mended_and_no_disk_is_blamed(
     tmp_path: Path,
     code: str,
@@ -118,6 +128,7 @@ async def test_the_row_is_mended_and_no_disk_is_blamed(
 
 
 @pytest.mark.parametrize("change", WRONG_CHECKSUMS)
+@pytest.mark.expects_log(DISAGREE, WRONG_ROW)
 async def test_a_read_only_mount_reads_right(
     tmp_path: Path, change: Callable[[list[Stripe]], None]
 ) -> None:
@@ -130,6 +141,7 @@ async def test_a_read_only_mount_reads_right(
             assert bytes(data) in [FILES[name][: row.length] for name in FILES]
 
 
+@pytest.mark.expects_log(CORRUPT, WRONG_ROW)
 async def test_a_shard_that_is_gone_too_is_mended_where_enough_others_agree(
     tmp_path: Path,
 ) -> None:
@@ -146,6 +158,7 @@ async def test_a_shard_that_is_gone_too_is_mended_where_enough_others_agree(
         assert all_up(one)
 
 
+@pytest.mark.expects_log(UNREAD_FILE, LOST_STRIPE)
 async def test_a_node_is_not_blamed_for_what_nobody_can_decide(tmp_path: Path) -> None:
     """The shard whose checksum is wrong is gone: two others agree with anything."""
     config = make(tmp_path / "store")
@@ -166,6 +179,7 @@ async def test_a_node_is_not_blamed_for_what_nobody_can_decide(tmp_path: Path) -
             await one.get(lost)
 
 
+@pytest.mark.expects_log(CORRUPT)
 async def test_a_rotten_shard_does_not_outvote_its_row(tmp_path: Path) -> None:
     config = make(tmp_path / "store")
     await fill(config)
@@ -219,6 +233,7 @@ WRONG_PLACES = [of_another_stripe, inside_another, into_zeros, before_another]
 
 
 @pytest.mark.parametrize("change", WRONG_PLACES)
+@pytest.mark.expects_log(NOT_WHERE_ITS_ROW_SAYS)
 async def test_nothing_is_overwritten_where_something_else_lies(
     tmp_path: Path, change: Callable[[list[Stripe]], None], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -270,6 +285,7 @@ async def test_fsck_finds_a_wrong_place_first(
 
 
 @pytest.mark.parametrize("change", WRONG_PLACES)
+@pytest.mark.expects_log(CORRUPT, UNREAD_FILE, NOT_WHERE_ITS_ROW_SAYS)
 async def test_a_drained_node_frees_no_place_of_another(
     tmp_path: Path, change: Callable[[list[Stripe]], None]
 ) -> None:
@@ -295,6 +311,7 @@ async def test_a_drained_node_frees_no_place_of_another(
 
 
 @pytest.mark.parametrize("what", ["payload", "header", "both", "hole", "short", "gone"])
+@pytest.mark.expects_log(NOT_WHERE_ITS_ROW_SAYS, SCRUBBED)
 async def test_its_own_place_is_used_again(tmp_path: Path, what: str) -> None:
     """A shard that is rotten, torn or gone is written where it was, if that can be told."""
     config = make(tmp_path / "store")

@@ -142,6 +142,9 @@ async def test_an_error_out_of_a_nursery_is_still_what_it_was(tmp_path: Path) ->
             await ask(tmp_path, "fail")
 
 
+@pytest.mark.expects_log(
+    r"control_server: the command '(fail|odd)' failed with an unexpected error"
+)
 async def test_an_unexpected_error_is_logged_with_traceback_and_not_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

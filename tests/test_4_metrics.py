@@ -56,6 +56,7 @@ from fusestore.watch.fields import MountStatus, NodeStatus, ScrubStatus, Status
 from fusestore.watch.health import health, risk_text, status_of, verdict
 from fusestore.watch.monitor import Monitor
 from fusestore.watch.page import page
+from support.logs import CORRUPT, GONE
 from support.mounted_store import FUSESTORE
 from support.opened_store import Opened, opened
 
@@ -135,6 +136,7 @@ def test_a_summary_tells_failures_from_answers() -> None:
     assert read["mean"] == pytest.approx(0.001)
 
 
+@pytest.mark.expects_log(r"operations: some failed with an unexpected error")
 async def test_the_wrapper_counts_answers_and_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operations, "TALLIES", {})
 
@@ -202,6 +204,7 @@ async def test_a_read_only_mount_keeps_nothing(tmp_path: Path) -> None:
         KEPT.replace('"5"', '"-5"') % ("1", "1", "1"),
     ],
 )
+@pytest.mark.expects_log(r"watch\.counts: .* the counts restart at zero")
 def test_a_file_of_counts_that_is_not_ours_is_begun_anew(tmp_path: Path, text: str) -> None:
     (tmp_path / COUNTS_NAME).write_text(text)
     assert Counts.read(tmp_path).tallies == {}
@@ -212,6 +215,7 @@ def test_a_file_of_counts_that_is_ours_is_taken(tmp_path: Path) -> None:
     assert Counts.read(tmp_path).tallies["read"].times.count == 7
 
 
+@pytest.mark.expects_log(r"watch\.counts: the counts of operations cannot be written")
 async def test_counts_that_cannot_be_written_do_no_harm(tmp_path: Path) -> None:
     await LiveCounts(tmp_path / "gone", {}, keeps=True).keep()
 
@@ -361,6 +365,7 @@ async def test_the_screen_fits_and_says_what_runs(config: StoreConfig) -> None:
         assert re.search(r"last commit: +\d+, \d+\.\d s ago; checkpoint \d+", text)
 
 
+@pytest.mark.expects_log(GONE)
 async def test_a_repair_under_way_is_told(config: StoreConfig) -> None:
     async with opened(config) as one:
         await one.put("a", random.Random(1).randbytes(40 * STRIPE_BYTES))
@@ -430,6 +435,7 @@ def samples(answer: web.Answer) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("accept", ["", OPENMETRICS, OPENMETRICS.replace("1.0.0", "x")])
+@pytest.mark.expects_log(GONE, CORRUPT)
 async def test_the_exposition_is_valid_and_tells_what_happened(
     config: StoreConfig, accept: str
 ) -> None:
@@ -483,6 +489,7 @@ def alert_expressions() -> list[str]:
     return found
 
 
+@pytest.mark.expects_log(GONE, CORRUPT)
 async def test_dashboard_and_alerts_speak_of_metrics_that_there_are(config: StoreConfig) -> None:
     assert metric_names('sum by (a) (rate(x_total{b="c"}[5m])) > 0.1 and on (i) y == 1') == {
         "x_total",
@@ -566,6 +573,7 @@ def ask(
         connection.close()
 
 
+@pytest.mark.expects_log(r"watch\.web: /odd could not be answered")
 def test_only_known_paths_and_methods_are_answered(serve: Callable[..., int]) -> None:
     port = serve()
     status, body, headers = ask(port, "/?x=y")

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 
+from support.logs import GONE
 from support.mounted_store import FUSESTORE, REPOSITORY, Store, is_mounted
 from support.posixly import read_uncached
 
@@ -309,6 +310,7 @@ def test_a_crash_of_the_writeback_cache_keeps_what_was_synced(
         assert read_uncached(store.mountpoint / f"{number}") == data[number * 1000 :]
 
 
+@pytest.mark.expects_log(GONE)
 def test_a_crash_without_a_region_loses_nothing_that_was_synced(
     store: Store, tmp_path: Path
 ) -> None:

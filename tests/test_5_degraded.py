@@ -17,10 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from support.logs import CORRUPT, OUT_OF_USE
 from support.mounted_store import Store
 from support.posixly import read_uncached
 
-pytestmark = pytest.mark.mounted
+pytestmark = [pytest.mark.mounted, pytest.mark.expects_log(OUT_OF_USE)]
 
 KIB, MIB = 1 << 10, 1 << 20
 REGIONS = ["us-east-1", "us-west-1", "eu-west-1"]
@@ -294,6 +295,7 @@ def test_a_loss_that_is_too_large_is_told_and_nothing_wrong_is_read(
 
 
 @pytest.mark.parametrize("store", ["2+1", "1+2"], indirect=True)
+@pytest.mark.expects_log(CORRUPT)
 def test_a_damaged_shard_is_not_believed(store: Store) -> None:
     written = write_tree(store.mountpoint)
     store.remount()

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from support.logs import GONE, OUT_OF_USE
 from support.mounted_store import FUSESTORE, REPOSITORY, Store
 from support.posixly import read_uncached
 
@@ -111,6 +112,7 @@ def test_counts_go_on_after_a_remount(watched: Store) -> None:
     assert writes() == 0
 
 
+@pytest.mark.expects_log(GONE)
 def test_a_lost_region_is_seen_and_its_repair_measured(watched: Store) -> None:
     data = os.urandom(4 * MIB)
     (watched.mountpoint / "file").write_bytes(data)
@@ -129,6 +131,7 @@ def test_a_lost_region_is_seen_and_its_repair_measured(watched: Store) -> None:
     assert read_uncached(watched.mountpoint / "file") == data
 
 
+@pytest.mark.expects_log(GONE)
 def test_two_lost_regions_are_not_healthy_at_all(watched: Store) -> None:
     (watched.mountpoint / "file").write_bytes(os.urandom(2 * MIB))
     for region in ("us-east-1", "us-west-1"):
@@ -190,6 +193,7 @@ def fields(status: dict[str, Any], prefix: str = "") -> set[str]:
     return found
 
 
+@pytest.mark.expects_log(OUT_OF_USE)
 def test_status_has_the_fields_that_are_documented(watched: Store) -> None:
     (watched.mountpoint / "file").write_bytes(os.urandom(40 * MIB))
     shutil.rmtree(watched.node("us-east-1"))
@@ -240,6 +244,7 @@ def browse(store: Store, profile: Path, *options: str) -> tuple[str, str]:
     return html.unescape(done.stdout), "\n".join(complaints)
 
 
+@pytest.mark.expects_log(GONE)
 def test_the_page_in_a_browser(watched: Store, tmp_path: Path) -> None:
     file = watched.mountpoint / "file"
     file.write_bytes(os.urandom(8 * MIB))

@@ -20,10 +20,11 @@ from pathlib import Path
 import pytest
 
 from support.file_load import Load
+from support.logs import OUT_OF_USE
 from support.mounted_store import FUSESTORE, REPOSITORY, Store
 from support.posixly import read_uncached
 
-pytestmark = pytest.mark.mounted
+pytestmark = [pytest.mark.mounted, pytest.mark.expects_log(OUT_OF_USE)]
 
 REGIONS = ("us-east-1", "us-west-1", "eu-west-1")
 

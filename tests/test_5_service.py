@@ -96,6 +96,7 @@ async def test_without_a_manager_nothing_is_said() -> None:
         await told.keep_telling()
 
 
+@pytest.mark.expects_log(r"sd_notify: 'READY=1' could not be sent to the service manager")
 async def test_a_manager_that_is_gone_does_no_harm(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -232,6 +233,7 @@ def test_a_killed_daemon_is_followed_by_one_that_clears_its_mount(
 
 
 @pytest.mark.mounted
+@pytest.mark.expects_log(r"serve\.commands: the log level is now debug; it was error")
 def test_the_log_level_changes_while_mounted(make_store: MakeStore) -> None:
     store = make_store()
     store.mount()

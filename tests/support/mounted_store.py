@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from support.logs import LogFile
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 FUSESTORE = [sys.executable, "-m", "fusestore"]
 TRACEBACK = "Traceback (most recent call last)"
@@ -51,7 +53,7 @@ class Store:
         self.options: tuple[str, ...] = ()
         self.daemon_pid: int | None = None
         self._pidfd: int | None = None
-        self._logs: set[Path] = set()
+        self._logs: dict[Path, LogFile] = {}
         self.cli("mkfs", self.store, *mkfs_options)
 
     def cli(self, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -98,7 +100,8 @@ class Store:
         assert isinstance(pid, int), status
         self.daemon_pid, self._pidfd = pid, os.pidfd_open(pid)
         if status.get("log_file"):
-            self._logs.add(Path(status["log_file"]))
+            log = Path(status["log_file"])
+            self._logs.setdefault(log, LogFile(log))
         assert os.path.ismount(self.mountpoint)
 
     def umount(self) -> None:
@@ -153,6 +156,10 @@ class Store:
                 timeout=COMMAND_SECONDS_MAX,
             )
 
+    def logged(self) -> list[str]:
+        """Return the warnings and errors that the daemons have logged since the last call."""
+        return [line for log in self._logs.values() for line in log.new_lines()]
+
     def clean_up(self) -> None:
         """End all; AssertionError if the daemon did not end well or logged a traceback."""
         problems = []
@@ -169,11 +176,11 @@ class Store:
             except (Exception, pytest.fail.Exception) as error:
                 problems.append(f"umount failed: {error}")
         problems += self._end_by_force()
-        for log in self._logs:
-            text = log.read_text(errors="replace") if log.exists() else ""
+        for log in self._logs.values():
+            text = log.text()
             if TRACEBACK in text:
                 problems.append(
-                    f"{log} has a traceback:\n{text[text.index(TRACEBACK) - 400 :][:4000]}"
+                    f"{log.path} has a traceback:\n{text[text.index(TRACEBACK) - 400 :][:4000]}"
                 )
         assert not problems, "\n".join(problems)
 
