@@ -796,6 +796,9 @@ async def test_a_node_that_hangs_while_shards_move_stops_nobody(tmp_path: Path, 
                 assert member.out_of_use
             else:
                 assert (await do(one, "node_drain", node="us-east-1"))["drained"] is True
+                assert member.out_of_use
+            others = [other for other in one.store.log.members.all if other is not member]
+            assert not any(other.out_of_use for other in others)
             files |= await fill(one, "d")
             await is_right(one, files)
         finally:
