@@ -8,7 +8,7 @@ from typing import NoReturn
 from typing_extensions import Buffer
 
 from ..errors import NodeError
-from ..format.records import Run
+from ..format.records import SegmentKind
 from .base import Segment, Space, Strays
 
 
@@ -25,7 +25,7 @@ class AbsentNode:
         """See Node."""
         self._refuse()
 
-    def segments(self, run: Run) -> list[int]:
+    def segments(self, kind: SegmentKind) -> list[int]:
         """See Node."""
         self._refuse()
 
@@ -33,35 +33,37 @@ class AbsentNode:
         """See Node."""
         self._refuse()
 
-    def write(self, run: Run, segment: int, offset: int, buffers: Sequence[Buffer]) -> None:
+    def write(
+        self, kind: SegmentKind, segment: int, offset: int, buffers: Sequence[Buffer]
+    ) -> None:
         """See Node."""
         self._refuse()
 
-    def read(self, run: Run, segment: int, offset: int, length: int) -> bytes:
+    def read(self, kind: SegmentKind, segment: int, offset: int, length: int) -> bytes:
         """See Node."""
         self._refuse()
 
-    def read_back(self, run: Run, segment: int, offset: int, length: int) -> bytes:
+    def read_back(self, kind: SegmentKind, segment: int, offset: int, length: int) -> bytes:
         """See Node."""
         self._refuse()
 
-    def read_now(self, run: Run, segment: int, offset: int, length: int) -> bytes | None:
+    def read_now(self, kind: SegmentKind, segment: int, offset: int, length: int) -> bytes | None:
         """See Node."""
         return None
 
-    def opened(self, run: Run, segment: int) -> Segment | None:
+    def opened(self, kind: SegmentKind, segment: int) -> Segment | None:
         """See Node."""
         return None
 
-    def size(self, run: Run, segment: int) -> int:
+    def size(self, kind: SegmentKind, segment: int) -> int:
         """See Node."""
         self._refuse()
 
-    def flush(self, run: Run, segments: Sequence[int]) -> None:
+    def flush(self, kind: SegmentKind, segments: Sequence[int]) -> None:
         """See Node."""
         self._refuse()
 
-    def truncate(self, run: Run, segment: int, size: int) -> None:
+    def truncate(self, kind: SegmentKind, segment: int, size: int) -> None:
         """See Node."""
         self._refuse()
 
@@ -69,15 +71,15 @@ class AbsentNode:
         """See Node."""
         self._refuse()
 
-    def replace(self, run: Run, segment: int, content: Buffer) -> None:
+    def replace(self, kind: SegmentKind, segment: int, content: Buffer) -> None:
         """See Node."""
         self._refuse()
 
-    def delete(self, run: Run, segment: int) -> None:
+    def delete(self, kind: SegmentKind, segment: int) -> None:
         """See Node."""
         self._refuse()
 
-    def set_aside(self, run: Run, segment: int) -> None:
+    def set_aside(self, kind: SegmentKind, segment: int) -> None:
         """See Node."""
         self._refuse()
 

@@ -1,6 +1,6 @@
 """The contract of every kind of node: a place that keeps segments.
 
-A node keeps two runs of segments, journal and shards.  The log chooses their numbers,
+A node keeps two kinds of segments, journal and shards.  The log chooses their numbers,
 1 <= n < 2**32, and all offsets.  Offsets, lengths and sizes are in bytes.  A segment is
 rolled at the size that `Limits` sets; its last record may extend past that size.
 
@@ -33,7 +33,7 @@ from typing import Protocol
 
 from typing_extensions import Buffer
 
-from ..format.records import Run
+from ..format.records import SegmentKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,43 +71,45 @@ class Node(Protocol):
         NodeIdentityError if it is gone, or another node has taken its place.
         """
 
-    def segments(self, run: Run) -> list[int]:
-        """Return the numbers of the segments of a run, in ascending order."""
+    def segments(self, kind: SegmentKind) -> list[int]:
+        """Return the numbers of the segments of one kind, in ascending order."""
 
     def strays(self) -> Strays:
         """Return the files that are no segments, by their name or their kind."""
 
-    def write(self, run: Run, segment: int, offset: int, buffers: Sequence[Buffer]) -> None:
+    def write(
+        self, kind: SegmentKind, segment: int, offset: int, buffers: Sequence[Buffer]
+    ) -> None:
         """Write all buffers, one after the other, from `offset` on.
 
         Makes the segment if it does not exist.  Does not keep the buffers.  NodeFullError.
         """
 
-    def read(self, run: Run, segment: int, offset: int, length: int) -> bytes:
+    def read(self, kind: SegmentKind, segment: int, offset: int, length: int) -> bytes:
         """Read exactly `length` bytes; zeros for unwritten ranges before the segment's end.
 
         NodeLacksError if the segment is too short, or is missing.
         """
 
-    def read_back(self, run: Run, segment: int, offset: int, length: int) -> bytes:
+    def read_back(self, kind: SegmentKind, segment: int, offset: int, length: int) -> bytes:
         """Flush the segment, then read from the medium as far as caches can be bypassed.
 
         Reads exactly `length` bytes; NodeLacksError as in `read`.
         """
 
-    def read_now(self, run: Run, segment: int, offset: int, length: int) -> bytes | None:
+    def read_now(self, kind: SegmentKind, segment: int, offset: int, length: int) -> bytes | None:
         """Read exactly `length` bytes if this does not block, else None; never raises."""
 
-    def opened(self, run: Run, segment: int) -> Segment | None:
+    def opened(self, kind: SegmentKind, segment: int) -> Segment | None:
         """Return the segment if it is an open file that may be used directly; never raises."""
 
-    def size(self, run: Run, segment: int) -> int:
+    def size(self, kind: SegmentKind, segment: int) -> int:
         """Return the size of a segment, without room allocated ahead; NodeLacksError."""
 
-    def flush(self, run: Run, segments: Sequence[int]) -> None:
+    def flush(self, kind: SegmentKind, segments: Sequence[int]) -> None:
         """Make written bytes of these segments durable; NodeLacksError if one is missing."""
 
-    def truncate(self, run: Run, segment: int, size: int) -> None:
+    def truncate(self, kind: SegmentKind, segment: int, size: int) -> None:
         """End a finished segment at `size`, and release all room behind it.
 
         NodeLacksError.
@@ -120,20 +122,20 @@ class Node(Protocol):
         missing segment is not an error.
         """
 
-    def replace(self, run: Run, segment: int, content: Buffer) -> None:
+    def replace(self, kind: SegmentKind, segment: int, content: Buffer) -> None:
         """Put `content` in the place of a finished segment, or make the segment; it is durable.
 
         After an error or a crash the segment is as it was before, or as it should be.
         What was opened before still reads what it read.  NodeFullError.
         """
 
-    def delete(self, run: Run, segment: int) -> None:
+    def delete(self, kind: SegmentKind, segment: int) -> None:
         """Remove a segment; running reads still succeed.
 
         A missing segment is not an error.  After a crash the segment may exist again.
         """
 
-    def set_aside(self, run: Run, segment: int) -> None:
+    def set_aside(self, kind: SegmentKind, segment: int) -> None:
         """Take a segment away, and keep its bytes where no other method finds them."""
 
     def drop_aside(self) -> None:

@@ -38,7 +38,7 @@ from ..errors import (
     NodeIdentityError,
     NodeLacksError,
 )
-from ..format.records import Run
+from ..format.records import SegmentKind
 from ..format.segment_numbers import LISTED_MAX, segment_number
 from ..limits import DEFAULTS, Limits
 from ..system import linux, locks
@@ -46,14 +46,14 @@ from ..system.beneath import Directory
 from .base import Space, Strays
 from .unexpected import unexpected
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _BLOCK_BYTES = 4096
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)
 _NOT_TO_BE_WRITTEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EMLINK)
 """What may still be read: such a file system or file, or a file with several names."""
-_FOLDERS = {Run.JOURNAL: ("journal", "log"), Run.SHARDS: ("shards", "seg")}
+_FOLDERS = {SegmentKind.JOURNAL: ("journal", "log"), SegmentKind.SHARDS: ("shards", "seg")}
 _KEPT = ".kept"
 """Behind the name of a segment that was set aside, and before a number."""
 _DRAFT = ".new"
@@ -61,29 +61,29 @@ _DRAFT = ".new"
 _STRAYS_NAMED_MAX = 10
 
 
-def segment_path(run: Run, segment: int) -> str:
+def segment_path(kind: SegmentKind, segment: int) -> str:
     """A segment's path relative to its node."""
-    return f"{_FOLDERS[run][0]}/{_segment_name(run, segment)}"
+    return f"{_FOLDERS[kind][0]}/{_segment_name(kind, segment)}"
 
 
-def _segment_name(run: Run, segment: int) -> str:
-    return f"{segment:08d}.{_FOLDERS[run][1]}"
+def _segment_name(kind: SegmentKind, segment: int) -> str:
+    return f"{segment:08d}.{_FOLDERS[kind][1]}"
 
 
-def _number(run: Run, entry: os.DirEntry[str]) -> int | None:
-    """The number of the segment that a name in the folder of a run stands for, or None."""
-    number = segment_number(entry.name, _FOLDERS[run][1])
+def _number(kind: SegmentKind, entry: os.DirEntry[str]) -> int | None:
+    """The number of the segment that a name in the folder of its kind stands for, or None."""
+    number = segment_number(entry.name, _FOLDERS[kind][1])
     # What stands in the place of a journal segment may hide one: reading it fails.
     # Of shards the rows say where they are.
-    if run is Run.JOURNAL or (number is not None and entry.is_file(follow_symlinks=False)):
+    if kind is SegmentKind.JOURNAL or (number is not None and entry.is_file(follow_symlinks=False)):
         return number
     return None
 
 
-def _is_temporary(run: Run, entry: os.DirEntry[str]) -> bool:
+def _is_temporary(kind: SegmentKind, entry: os.DirEntry[str]) -> bool:
     """Whether a file is a segment that was set aside, or the draft of one."""
     base = entry.name.removesuffix(_DRAFT).partition(_KEPT)[0]
-    is_ours = base != entry.name and segment_number(base, _FOLDERS[run][1]) is not None
+    is_ours = base != entry.name and segment_number(base, _FOLDERS[kind][1]) is not None
     return is_ours and entry.is_file(follow_symlinks=False)
 
 
@@ -134,20 +134,20 @@ class DirectoryNode:
             raise NodeIdentityError(f"Another directory has taken the place of {path} meanwhile.")
         self._owned = self._own(self._directory, owner, shared=read_only)
         self._flags = os.O_RDONLY if read_only else os.O_RDWR
-        for run, (folder, _) in _FOLDERS.items():
+        for kind, (folder, _) in _FOLDERS.items():
             with self._errors(f"open its folder {folder}"):
                 if not read_only:
                     self._directory.make_folder(folder)
                 with contextlib.suppress(FileNotFoundError):
-                    self._folder(run)
+                    self._folder(kind)
         self._limits = limits
-        self._ahead = {Run.JOURNAL: 0, Run.SHARDS: limits.shard_preallocate_bytes}
+        self._ahead = {SegmentKind.JOURNAL: 0, SegmentKind.SHARDS: limits.shard_preallocate_bytes}
         self._lock = threading.Lock()
         self._open = self._none_open()
         self._strays: frozenset[str] = frozenset()
         """Names that were said to be ignored."""
 
-    def _none_open(self) -> LeastRecentlyUsed[tuple[Run, int], _Segment]:
+    def _none_open(self) -> LeastRecentlyUsed[tuple[SegmentKind, int], _Segment]:
         return LeastRecentlyUsed(self._limits.open_segments_max)
 
     def _own(self, directory: Directory, owner: str, *, shared: bool) -> locks.Lock:
@@ -164,7 +164,7 @@ class DirectoryNode:
                     "mount: unmount that first."
                 ) from error
         if not lock.is_held:
-            log.warning(
+            logger.warning(
                 "Node %s (%s) cannot be locked: see to it that no other machine uses it.",
                 self._name,
                 self.path,
@@ -195,9 +195,9 @@ class DirectoryNode:
             raise OSError(errno.EBADF, "it is closed")
         return directory
 
-    def _folder(self, run: Run) -> Directory:
-        """The open folder of a run; OSError when it is none, or the node is closed."""
-        return self._top().folder(_FOLDERS[run][0])
+    def _folder(self, kind: SegmentKind) -> Directory:
+        """The open folder of a kind; OSError when it is none, or the node is closed."""
+        return self._top().folder(_FOLDERS[kind][0])
 
     def check(self) -> None:
         """See Node."""
@@ -211,51 +211,51 @@ class DirectoryNode:
         if not os.path.samestat(there, self._there) or not os.path.samestat(now, self._marker):
             raise NodeIdentityError(f"Node {self._name} at {self.path} was replaced by another.")
         with self._errors("look at its segments"), self._lock:
-            for (run, segment), opened in self._open.items():
+            for (kind, segment), opened in self._open.items():
                 if os.fstat(opened.fd).st_nlink == 0:
                     raise NodeError(
-                        f"Node {self._name} ({self.path}) lost {segment_path(run, segment)}: "
+                        f"Node {self._name} ({self.path}) lost {segment_path(kind, segment)}: "
                         "it was deleted."
                     )
 
-    def segments(self, run: Run) -> list[int]:
+    def segments(self, kind: SegmentKind) -> list[int]:
         """See Node."""
         found, strays = list[int](), list[str]()
         with self._errors("list its segments"):
             try:
-                folder = self._folder(run)
+                folder = self._folder(kind)
             except FileNotFoundError:
                 return []
             for entry in folder.entries():
-                number = _number(run, entry)
+                number = _number(kind, entry)
                 if number is not None:
                     found.append(number)
-                elif len(strays) < _STRAYS_NAMED_MAX and not _is_temporary(run, entry):
+                elif len(strays) < _STRAYS_NAMED_MAX and not _is_temporary(kind, entry):
                     strays.append(entry.name)
                 if len(found) > LISTED_MAX:
                     raise OSError(errno.EFBIG, f"it has more than {LISTED_MAX:,}")
-            self._ignore(run, strays)
+            self._ignore(kind, strays)
         return sorted(found)
 
     def strays(self) -> Strays:
         """See Node."""
         count, names = 0, list[str]()
         with self._errors("list its files"):
-            for run in _FOLDERS:
+            for kind in _FOLDERS:
                 with contextlib.suppress(FileNotFoundError):
-                    for entry in self._folder(run).entries():
-                        if _number(run, entry) is None and not _is_temporary(run, entry):
+                    for entry in self._folder(kind).entries():
+                        if _number(kind, entry) is None and not _is_temporary(kind, entry):
                             count += 1
                             if len(names) < _STRAYS_NAMED_MAX:
-                                names.append(ascii(f"{_FOLDERS[run][0]}/{entry.name}"))
+                                names.append(ascii(f"{_FOLDERS[kind][0]}/{entry.name}"))
         return Strays(count, tuple(sorted(names)))
 
-    def _ignore(self, run: Run, strays: list[str]) -> None:
+    def _ignore(self, kind: SegmentKind, strays: list[str]) -> None:
         """Say once that what is not of this store is left alone."""
-        names = {f"{_FOLDERS[run][0]}/{name}" for name in strays}
+        names = {f"{_FOLDERS[kind][0]}/{name}" for name in strays}
         new, self._strays = names - self._strays, self._strays | names
         if new:
-            log.warning(
+            logger.warning(
                 "Node %s (%s) holds what is no segment of this store: %s: it is ignored.",
                 self._name,
                 self.path,
@@ -263,14 +263,14 @@ class DirectoryNode:
             )
 
     def _segment(
-        self, run: Run, segment: int, *, write: bool = False, create: bool = False
+        self, kind: SegmentKind, segment: int, *, write: bool = False, create: bool = False
     ) -> _Segment:
         """The open segment, to be written to if asked for; OSError when it cannot be opened."""
         with self._lock:
-            found = self._open.get((run, segment))
+            found = self._open.get((kind, segment))
             if found is not None and not (write and found.refused):
                 return found
-            folder, name = self._folder(run), _segment_name(run, segment)
+            folder, name = self._folder(kind), _segment_name(kind, segment)
             try:
                 opened = self._opened(folder, name)
             except FileNotFoundError:
@@ -281,7 +281,7 @@ class DirectoryNode:
                 folder.sync()
             if write and opened.refused:
                 raise opened.refused
-            self._open[run, segment] = opened
+            self._open[kind, segment] = opened
             return opened
 
     def _opened(self, folder: Directory, name: str) -> _Segment:
@@ -292,15 +292,17 @@ class DirectoryNode:
                 raise
             return _Segment(folder.open(name, os.O_RDONLY), error.with_traceback(None))
 
-    def write(self, run: Run, segment: int, offset: int, buffers: Sequence[Buffer]) -> None:
+    def write(
+        self, kind: SegmentKind, segment: int, offset: int, buffers: Sequence[Buffer]
+    ) -> None:
         """See Node."""
-        with self._errors(f"write {segment_path(run, segment)}"):
-            target = self._segment(run, segment, write=True, create=True)
+        with self._errors(f"write {segment_path(kind, segment)}"):
+            target = self._segment(kind, segment, write=True, create=True)
             views = [memoryview(buffer).cast("B") for buffer in buffers]
             end = offset + sum(len(view) for view in views)
             with self._lock:
                 if end > target.allocated:
-                    self._allocate(target, max(offset, target.allocated), end, self._ahead[run])
+                    self._allocate(target, max(offset, target.allocated), end, self._ahead[kind])
             while views:
                 written = os.pwritev(target.fd, views, offset)
                 if written == 0:
@@ -324,10 +326,10 @@ class DirectoryNode:
                 raise
         target.allocated = end
 
-    def read(self, run: Run, segment: int, offset: int, length: int) -> bytes:
+    def read(self, kind: SegmentKind, segment: int, offset: int, length: int) -> bytes:
         """See Node."""
-        with self._errors(f"read {segment_path(run, segment)}"):
-            source = self._segment(run, segment)
+        with self._errors(f"read {segment_path(kind, segment)}"):
+            source = self._segment(kind, segment)
             data = os.pread(source.fd, length, offset)
             while len(data) < length:
                 more = os.pread(source.fd, length - len(data), offset + len(data))
@@ -336,17 +338,17 @@ class DirectoryNode:
                 data += more
             return data
 
-    def read_back(self, run: Run, segment: int, offset: int, length: int) -> bytes:
+    def read_back(self, kind: SegmentKind, segment: int, offset: int, length: int) -> bytes:
         """See Node."""
-        with self._errors(f"read {segment_path(run, segment)} back"):
-            source = self._segment(run, segment)
+        with self._errors(f"read {segment_path(kind, segment)} back"):
+            source = self._segment(kind, segment)
             os.fdatasync(source.fd)
             _drop_cached(source.fd, offset, length)
-        return self.read(run, segment, offset, length)
+        return self.read(kind, segment, offset, length)
 
-    def read_now(self, run: Run, segment: int, offset: int, length: int) -> bytes | None:
+    def read_now(self, kind: SegmentKind, segment: int, offset: int, length: int) -> bytes | None:
         """See Node."""
-        source = self.opened(run, segment)
+        source = self.opened(kind, segment)
         if source is None:
             return None
         buffer = bytearray(length)
@@ -357,36 +359,36 @@ class DirectoryNode:
             pass
         return None
 
-    def opened(self, run: Run, segment: int) -> _Segment | None:
+    def opened(self, kind: SegmentKind, segment: int) -> _Segment | None:
         """See Node."""
         if not self._lock.acquire(blocking=False):  # a thread that hangs may hold it
-            return self._open.peek((run, segment))
+            return self._open.peek((kind, segment))
         try:
-            return self._open.get((run, segment))
+            return self._open.get((kind, segment))
         finally:
             self._lock.release()
 
-    def size(self, run: Run, segment: int) -> int:
+    def size(self, kind: SegmentKind, segment: int) -> int:
         """See Node."""
-        with self._errors(f"look at {segment_path(run, segment)}"):
-            opened = self.opened(run, segment)
+        with self._errors(f"look at {segment_path(kind, segment)}"):
+            opened = self.opened(kind, segment)
             if opened is not None:
                 return os.fstat(opened.fd).st_size
-            return self._folder(run).look_at_file(_segment_name(run, segment)).st_size
+            return self._folder(kind).look_at_file(_segment_name(kind, segment)).st_size
 
-    def flush(self, run: Run, segments: Sequence[int]) -> None:
+    def flush(self, kind: SegmentKind, segments: Sequence[int]) -> None:
         """See Node."""
         for segment in segments:
-            with self._errors(f"flush {segment_path(run, segment)}"):
-                target = self._segment(run, segment)
+            with self._errors(f"flush {segment_path(kind, segment)}"):
+                target = self._segment(kind, segment)
                 os.fdatasync(target.fd)
-                if run == Run.SHARDS:  # the mount's own cache has these bytes, too
+                if kind == SegmentKind.SHARDS:  # the mount's own cache has these bytes, too
                     _drop_cached(target.fd, 0, 0)
 
-    def truncate(self, run: Run, segment: int, size: int) -> None:
+    def truncate(self, kind: SegmentKind, segment: int, size: int) -> None:
         """See Node."""
-        with self._errors(f"truncate {segment_path(run, segment)}"):
-            target = self._segment(run, segment, write=True)
+        with self._errors(f"truncate {segment_path(kind, segment)}"):
+            target = self._segment(kind, segment, write=True)
             os.ftruncate(target.fd, size)
             target.allocated = size
 
@@ -396,9 +398,9 @@ class DirectoryNode:
         end = (offset + length) // _BLOCK_BYTES * _BLOCK_BYTES
         if end <= start:
             return
-        with self._errors(f"free room in {segment_path(Run.SHARDS, segment)}"):
+        with self._errors(f"free room in {segment_path(SegmentKind.SHARDS, segment)}"):
             try:
-                target = self._segment(Run.SHARDS, segment, write=True)
+                target = self._segment(SegmentKind.SHARDS, segment, write=True)
                 linux.punch_hole(target.fd, start, end - start)
             except FileNotFoundError:
                 return
@@ -406,12 +408,12 @@ class DirectoryNode:
                 if error.errno not in _UNSUPPORTED:
                     raise
 
-    def replace(self, run: Run, segment: int, content: Buffer) -> None:
+    def replace(self, kind: SegmentKind, segment: int, content: Buffer) -> None:
         """See Node."""
-        name = _segment_name(run, segment)
+        name = _segment_name(kind, segment)
         draft = name + _DRAFT
-        with self._errors(f"replace {segment_path(run, segment)}"):
-            folder = self._folder(run)
+        with self._errors(f"replace {segment_path(kind, segment)}"):
+            folder = self._folder(kind)
             with contextlib.suppress(FileNotFoundError):
                 folder.unlink(draft)
             try:
@@ -420,37 +422,37 @@ class DirectoryNode:
                     file.flush()
                     os.fsync(file.fileno())
                 with self._lock:
-                    self._open.discard((run, segment))  # else `check` would miss the old file
+                    self._open.discard((kind, segment))  # else `check` would miss the old file
                     folder.replace(draft, name)
             except OSError:
                 with contextlib.suppress(OSError):
                     folder.unlink(draft)
                 raise
 
-    def delete(self, run: Run, segment: int) -> None:
+    def delete(self, kind: SegmentKind, segment: int) -> None:
         """See Node."""
-        with self._errors(f"delete {segment_path(run, segment)}"), self._lock:
+        with self._errors(f"delete {segment_path(kind, segment)}"), self._lock:
             with contextlib.suppress(FileNotFoundError):
-                self._folder(run).unlink(_segment_name(run, segment))
-            self._open.discard((run, segment))
+                self._folder(kind).unlink(_segment_name(kind, segment))
+            self._open.discard((kind, segment))
 
-    def set_aside(self, run: Run, segment: int) -> None:
+    def set_aside(self, kind: SegmentKind, segment: int) -> None:
         """See Node."""
-        name = _segment_name(run, segment)
-        with self._errors(f"set {segment_path(run, segment)} aside"), self._lock:
-            folder = self._folder(run)
+        name = _segment_name(kind, segment)
+        with self._errors(f"set {segment_path(kind, segment)} aside"), self._lock:
+            folder = self._folder(kind)
             taken = {e.name for e in folder.entries() if e.name.startswith(name + _KEPT)}
             kept = next(n for n in (f"{name}{_KEPT}{i}" for i in count(1)) if n not in taken)
-            self._open.discard((run, segment))
+            self._open.discard((kind, segment))
             folder.replace(name, kept)
 
     def drop_aside(self) -> None:
         """See Node."""
         with self._errors("remove what was set aside"):
-            for run in Run:
-                folder = self._folder(run)
+            for kind in SegmentKind:
+                folder = self._folder(kind)
                 kept = (entry for entry in folder.entries() if _KEPT in entry.name)
-                for name in [entry.name for entry in kept if _is_temporary(run, entry)]:
+                for name in [entry.name for entry in kept if _is_temporary(kind, entry)]:
                     folder.unlink(name)
 
     def space(self) -> Space:
@@ -464,8 +466,8 @@ class DirectoryNode:
         """See Node."""
         total = 0
         with self._errors("tell its size"):
-            for run in _FOLDERS:
-                for entry in self._folder(run).entries():
+            for kind in _FOLDERS:
+                for entry in self._folder(kind).entries():
                     with contextlib.suppress(FileNotFoundError):  # it was deleted meanwhile
                         total += entry.stat(follow_symlinks=False).st_blocks * 512
         return total

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from ..errors import FusestoreError, NodeError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def costs_only(name: str) -> Iterator[None]:
 
 def unexpected(name: str, error: Exception) -> NodeError:
     """What to raise in the place of an error that is none of fusestore's; it is logged."""
-    log.error("Node %s met an unexpected error.", name, exc_info=error)
+    logger.error("Node %s met an unexpected error.", name, exc_info=error)
     return NodeError(
         f"Node {name} met an unexpected error ({type(error).__name__}): see the log, and please "
         "report it."

@@ -19,7 +19,7 @@ from fusestore.format.records import (
     Header,
     Kind,
     Place,
-    Run,
+    SegmentKind,
     block_checksums,
     checksum,
     decode_changes,
@@ -31,7 +31,7 @@ from fusestore.format.records import (
 )
 
 STORE = UUID(int=0x1234)
-PLACE = Place(STORE, "us-east-1", Run.SHARDS, 7)
+PLACE = Place(STORE, "us-east-1", SegmentKind.SHARDS, 7)
 HEADER = Header(Kind.SHARD, 640, 0xABCD, 3, 3 << 40 | 9, 2, 4, 2, 2500)
 
 
@@ -53,7 +53,7 @@ def test_a_record_elsewhere_is_none() -> None:
         PLACE.seed(192),
         replace(PLACE, segment=8).seed(128),
         replace(PLACE, node="us-east-2").seed(128),
-        replace(PLACE, run=Run.JOURNAL).seed(128),
+        replace(PLACE, kind=SegmentKind.JOURNAL).seed(128),
         replace(PLACE, store=UUID(int=5)).seed(128),
     ]
     for seed in others:
@@ -89,7 +89,7 @@ def test_a_payloads_checksum_is_the_hash_of_its_blocks_hashes() -> None:
 
 def journal(payloads: list[bytes]) -> bytes:
     """A journal segment with these COMMIT payloads."""
-    place = replace(PLACE, run=Run.JOURNAL)
+    place = replace(PLACE, kind=SegmentKind.JOURNAL)
     data = b""
     for number, payload in enumerate(payloads):
         header = Header(Kind.COMMIT, len(payload), checksum(payload, len(payload)), 1, number)
@@ -100,7 +100,7 @@ def journal(payloads: list[bytes]) -> bytes:
 
 @given(st.lists(st.binary(max_size=300), min_size=1, max_size=5), st.data())
 def test_reading_passes_over_a_torn_record(payloads: list[bytes], data: st.DataObject) -> None:
-    place = replace(PLACE, run=Run.JOURNAL)
+    place = replace(PLACE, kind=SegmentKind.JOURNAL)
     whole = journal(payloads)
     assert [bytes(p) for _, _, p in records(place, whole)] == payloads
     torn = bytearray(whole)
@@ -162,8 +162,8 @@ def test_rows_read_as_they_are_written() -> None:
     assert stripe_rows.Stripe.decode(stripe.encode()) == stripe
     counters = store_rows.Counters(5, 6, 7, 8, -1)
     assert store_rows.Counters.decode(counters.encode()) == counters
-    state = store_rows.LogState(1, "ab" * 16, 2, 2**64 - 1, 4)
-    assert store_rows.LogState.decode(state.encode()) == state
+    position = store_rows.LogPosition(1, "ab" * 16, 2, 2**64 - 1, 4)
+    assert store_rows.LogPosition.decode(position.encode()) == position
     rows = [
         store_rows.NodeRow(1, "a", "r", "/a", True),
         store_rows.NodeRow(2, "b", "s", "/b", False, 17),

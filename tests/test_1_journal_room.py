@@ -15,7 +15,7 @@ import trio
 from fusestore.config.node_identity import IDENTITY_VERSION, NodeIdentity, write_identity
 from fusestore.config.store_config import NodeConfig
 from fusestore.errors import NodeFullError
-from fusestore.format.records import Run
+from fusestore.format.records import SegmentKind
 from fusestore.limits import DEFAULTS
 from fusestore.members.member import Member
 from fusestore.nodes.directory import DirectoryNode, segment_path
@@ -73,9 +73,9 @@ async def test_both_ways_make_the_same_journal(
             else:  # also when the short way was begun, and came to nothing
                 ahead = chance.random() < 0.5
                 member.append(segment, len(expected), [record], len(record), ahead=ahead)
-                member.node.flush(Run.JOURNAL, [segment])
+                member.node.flush(SegmentKind.JOURNAL, [segment])
             expected += record
-            found = (path / segment_path(Run.JOURNAL, segment)).read_bytes()
+            found = (path / segment_path(SegmentKind.JOURNAL, segment)).read_bytes()
             assert found[: len(expected)] == expected
             assert not any(found[len(expected) :])
             if len(expected) > 1.5 * DEFAULTS.journal_ahead_bytes:
@@ -105,13 +105,13 @@ def test_a_full_disk_costs_the_zeros_and_not_the_record(
     real = DirectoryNode.write
 
     def write(
-        self: DirectoryNode, run: Run, segment: int, offset: int, buffers: list[bytes]
+        self: DirectoryNode, kind: SegmentKind, segment: int, offset: int, buffers: list[bytes]
     ) -> None:
         if sum(map(len, buffers)) >= DEFAULTS.journal_ahead_bytes:
             raise NodeFullError("Node a is full.")
-        real(self, run, segment, offset, buffers)
+        real(self, kind, segment, offset, buffers)
 
     monkeypatch.setattr(DirectoryNode, "write", write)
     member.append(1, 0, [b"x" * 64], 64, ahead=True)
     assert member.journal_room is None
-    assert (member.config.path / segment_path(Run.JOURNAL, 1)).read_bytes() == b"x" * 64
+    assert (member.config.path / segment_path(SegmentKind.JOURNAL, 1)).read_bytes() == b"x" * 64

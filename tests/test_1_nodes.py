@@ -14,7 +14,7 @@ import pytest
 
 from fusestore.config.node_identity import IDENTITY_VERSION, NodeIdentity, write_identity
 from fusestore.errors import NodeError, NodeIdentityError
-from fusestore.format.records import Run
+from fusestore.format.records import SegmentKind
 from fusestore.limits import DEFAULTS, Limits
 from fusestore.nodes.base import Node
 from fusestore.nodes.directory import DirectoryNode, segment_path
@@ -41,63 +41,63 @@ def node(request: pytest.FixtureRequest, tmp_path: Path) -> Node:
     return KINDS[request.param](tmp_path / "node")
 
 
-RUNS = pytest.mark.parametrize("run", list(Run))
+SEGMENT_KINDS = pytest.mark.parametrize("kind", list(SegmentKind))
 
 
-@RUNS
-def test_what_was_written_is_read(node: Node, run: Run) -> None:
-    node.write(run, 1, 0, [b"abc", bytearray(b"defg"), memoryview(b"h")])
-    node.write(run, 1, 100, [b"far"])
-    node.flush(run, [1])
-    assert node.read(run, 1, 0, 8) == b"abcdefgh"
-    assert node.read(run, 1, 2, 3) == b"cde"
-    assert node.read(run, 1, 8, 95) == bytes(92) + b"far"
-    assert node.read_back(run, 1, 100, 3) == b"far"
-    assert node.size(run, 1) == 103
-    assert node.segments(run) == [1]
+@SEGMENT_KINDS
+def test_what_was_written_is_read(node: Node, kind: SegmentKind) -> None:
+    node.write(kind, 1, 0, [b"abc", bytearray(b"defg"), memoryview(b"h")])
+    node.write(kind, 1, 100, [b"far"])
+    node.flush(kind, [1])
+    assert node.read(kind, 1, 0, 8) == b"abcdefgh"
+    assert node.read(kind, 1, 2, 3) == b"cde"
+    assert node.read(kind, 1, 8, 95) == bytes(92) + b"far"
+    assert node.read_back(kind, 1, 100, 3) == b"far"
+    assert node.size(kind, 1) == 103
+    assert node.segments(kind) == [1]
 
 
-@RUNS
-def test_a_read_never_returns_less(node: Node, run: Run) -> None:
-    node.write(run, 1, 0, [b"abc"])
+@SEGMENT_KINDS
+def test_a_read_never_returns_less(node: Node, kind: SegmentKind) -> None:
+    node.write(kind, 1, 0, [b"abc"])
     for offset, length in ((0, 4), (3, 1), (1000, 1)):
         with pytest.raises(NodeError):
-            node.read(run, 1, offset, length)
+            node.read(kind, 1, offset, length)
     with pytest.raises(NodeError):
-        node.read(run, 2, 0, 1)
+        node.read(kind, 2, 0, 1)
 
 
-@RUNS
-def test_segments_are_listed_in_order(node: Node, run: Run) -> None:
+@SEGMENT_KINDS
+def test_segments_are_listed_in_order(node: Node, kind: SegmentKind) -> None:
     for segment in (3, 123456789, 1, 20):
-        node.write(run, segment, 0, [b"x"])
-    assert node.segments(run) == [1, 3, 20, 123456789]
-    node.delete(run, 3)
-    node.delete(run, 3)
-    assert node.segments(run) == [1, 20, 123456789]
+        node.write(kind, segment, 0, [b"x"])
+    assert node.segments(kind) == [1, 3, 20, 123456789]
+    node.delete(kind, 3)
+    node.delete(kind, 3)
+    assert node.segments(kind) == [1, 20, 123456789]
     with pytest.raises(NodeError):
-        node.read(run, 3, 0, 1)
+        node.read(kind, 3, 0, 1)
 
 
 def test_a_punched_payload_gives_room_back_and_nothing_else(node: Node) -> None:
     payload = b"\xff" * (1 << 20)
-    node.write(Run.SHARDS, 1, 0, [b"h" * 64, payload, b"n" * 64, payload])
-    node.flush(Run.SHARDS, [1])
+    node.write(SegmentKind.SHARDS, 1, 0, [b"h" * 64, payload, b"n" * 64, payload])
+    node.flush(SegmentKind.SHARDS, [1])
     before = node.bytes_used()
     node.punch(1, 64, len(payload))
     assert before - node.bytes_used() >= len(payload) - 8192
-    assert node.read(Run.SHARDS, 1, 0, 64) == b"h" * 64
-    assert node.read(Run.SHARDS, 1, 64 + len(payload), 64) == b"n" * 64
-    assert node.read(Run.SHARDS, 1, 128 + len(payload), len(payload)) == payload
+    assert node.read(SegmentKind.SHARDS, 1, 0, 64) == b"h" * 64
+    assert node.read(SegmentKind.SHARDS, 1, 64 + len(payload), 64) == b"n" * 64
+    assert node.read(SegmentKind.SHARDS, 1, 128 + len(payload), len(payload)) == payload
 
 
 def test_room_allocated_ahead_is_given_back(node: Node) -> None:
-    node.write(Run.SHARDS, 1, 0, [b"x" * 4096])
+    node.write(SegmentKind.SHARDS, 1, 0, [b"x" * 4096])
     assert node.bytes_used() > 1 << 20
-    node.truncate(Run.SHARDS, 1, 4096)
+    node.truncate(SegmentKind.SHARDS, 1, 4096)
     assert node.bytes_used() <= 8192
-    node.write(Run.SHARDS, 1, 4096, [b"y"])
-    assert node.read(Run.SHARDS, 1, 4095, 2) == b"xy"
+    node.write(SegmentKind.SHARDS, 1, 4096, [b"y"])
+    assert node.read(SegmentKind.SHARDS, 1, 4095, 2) == b"xy"
 
 
 def test_space_is_told(node: Node) -> None:
@@ -116,11 +116,11 @@ def test_a_node_that_moved_away_is_noticed(node: Node, tmp_path: Path) -> None:
 
 
 def test_a_deleted_segment_is_noticed(node: Node, tmp_path: Path) -> None:
-    node.write(Run.SHARDS, 1, 0, [b"abc"])
-    node.delete(Run.SHARDS, 1)
+    node.write(SegmentKind.SHARDS, 1, 0, [b"abc"])
+    node.delete(SegmentKind.SHARDS, 1)
     node.check()
-    node.write(Run.SHARDS, 1, 0, [b"abc"])
-    (tmp_path / "node" / segment_path(Run.SHARDS, 1)).unlink()
+    node.write(SegmentKind.SHARDS, 1, 0, [b"abc"])
+    (tmp_path / "node" / segment_path(SegmentKind.SHARDS, 1)).unlink()
     with pytest.raises(NodeError):
         node.check()
 
@@ -131,7 +131,7 @@ def test_a_segment_that_cannot_be_looked_at_is_noticed(
     def fstat(descriptor: int) -> os.stat_result:
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    node.write(Run.SHARDS, 1, 0, [b"abc"])
+    node.write(SegmentKind.SHARDS, 1, 0, [b"abc"])
     with monkeypatch.context() as patched, pytest.raises(NodeError, match="Stale"):
         patched.setattr(os, "fstat", fstat)
         node.check()
@@ -139,29 +139,29 @@ def test_a_segment_that_cannot_be_looked_at_is_noticed(
 
 def test_the_segment_that_was_not_used_for_longest_is_closed_first(tmp_path: Path) -> None:
     node = directory(tmp_path / "node", Limits(open_segments_max=2))
-    node.write(Run.SHARDS, 1, 0, [b"one"])
-    node.write(Run.SHARDS, 2, 0, [b"two"])
+    node.write(SegmentKind.SHARDS, 1, 0, [b"one"])
+    node.write(SegmentKind.SHARDS, 2, 0, [b"two"])
     for segment, use in enumerate((node.read_now, node.read), 3):
-        assert use(Run.SHARDS, 1, 0, 3) == b"one"
-        node.write(Run.SHARDS, segment, 0, [b"new"])
-        assert node.opened(Run.SHARDS, segment - 1) is None
-    assert node.opened(Run.SHARDS, 1) is not None
-    node.write(Run.SHARDS, 5, 0, [b"new"])
-    assert node.opened(Run.SHARDS, 1) is not None
-    assert node.read(Run.SHARDS, 2, 0, 3) == b"two"
+        assert use(SegmentKind.SHARDS, 1, 0, 3) == b"one"
+        node.write(SegmentKind.SHARDS, segment, 0, [b"new"])
+        assert node.opened(SegmentKind.SHARDS, segment - 1) is None
+    assert node.opened(SegmentKind.SHARDS, 1) is not None
+    node.write(SegmentKind.SHARDS, 5, 0, [b"new"])
+    assert node.opened(SegmentKind.SHARDS, 1) is not None
+    assert node.read(SegmentKind.SHARDS, 2, 0, 3) == b"two"
 
 
 @pytest.mark.expects_log(FOREIGN_FILES)
 def test_foreign_files_are_no_segments(node: Node, tmp_path: Path) -> None:
     for name in ("1.seg", "00000001.log", "00000001.seg~", "x"):
         (tmp_path / "node/shards" / name).touch()
-    assert node.segments(Run.SHARDS) == []
+    assert node.segments(SegmentKind.SHARDS) == []
 
 
 @pytest.fixture
 def hanging(node: Node, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
     """A node with the segment 1, in which a thread hangs until the test is over."""
-    node.write(Run.SHARDS, 1, 0, [b"x"])
+    node.write(SegmentKind.SHARDS, 1, 0, [b"x"])
     hangs, may_end = threading.Event(), threading.Event()
 
     def unlink(directory: Directory, name: str) -> None:
@@ -169,7 +169,7 @@ def hanging(node: Node, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
         may_end.wait(20)
 
     monkeypatch.setattr(Directory, "unlink", unlink)
-    deleting = threading.Thread(target=node.delete, args=(Run.SHARDS, 1))
+    deleting = threading.Thread(target=node.delete, args=(SegmentKind.SHARDS, 1))
     deleting.start()
     assert hangs.wait(20)
     yield node
@@ -192,5 +192,5 @@ def test_a_node_in_which_a_thread_hangs_can_be_closed(hanging: Node) -> None:
 
 def test_a_node_in_which_a_thread_hangs_still_reads_what_is_cached(hanging: Node) -> None:
     """The event loop asks it: it must not wait for a disk."""
-    assert in_time(lambda: hanging.opened(Run.SHARDS, 1))
-    assert in_time(lambda: hanging.read_now(Run.SHARDS, 1, 0, 1))
+    assert in_time(lambda: hanging.opened(SegmentKind.SHARDS, 1))
+    assert in_time(lambda: hanging.read_now(SegmentKind.SHARDS, 1, 0, 1))

@@ -16,7 +16,7 @@ from fusestore.config.mkfs import make_store
 from fusestore.config.node_identity import read_identity
 from fusestore.config.store_config import StoreConfig, load
 from fusestore.errors import ConfigError, NodeError, NodeIdentityError
-from fusestore.format.records import Commit, Header, Kind, Place, Run, encode_commit
+from fusestore.format.records import Commit, Header, Kind, Place, SegmentKind, encode_commit
 from fusestore.format.records import checksum as checksum_of
 from fusestore.format.segment_numbers import GAP_MAX, SEGMENT_MAX, reachable, segment_number
 from fusestore.log.journal_scan import SEARCHED_BYTES_MAX, read_journals
@@ -217,21 +217,21 @@ def test_numbers_count_as_far_as_they_can_have_been_reached() -> None:
 
 def test_a_file_with_several_names_is_read_and_not_written(config: StoreConfig) -> None:
     node = open_node(config, config.nodes[0])
-    segment = node.segments(Run.SHARDS)[0]
-    path = config.nodes[0].path / segment_path(Run.SHARDS, segment)
+    segment = node.segments(SegmentKind.SHARDS)[0]
+    path = config.nodes[0].path / segment_path(SegmentKind.SHARDS, segment)
     before, other = path.read_bytes(), path.with_name("other name")
     other.hardlink_to(path)
-    assert node.read(Run.SHARDS, segment, 0, 64) == before[:64]
+    assert node.read(SegmentKind.SHARDS, segment, 0, 64) == before[:64]
     for change in (
-        lambda: node.write(Run.SHARDS, segment, 0, [b"x"]),
-        lambda: node.truncate(Run.SHARDS, segment, 0),
+        lambda: node.write(SegmentKind.SHARDS, segment, 0, [b"x"]),
+        lambda: node.truncate(SegmentKind.SHARDS, segment, 0),
         lambda: node.punch(segment, 0, 8192),
     ):
         with pytest.raises(NodeError, match="2 names"):
             change()
     assert path.read_bytes() == before
     other.unlink()
-    node.write(Run.SHARDS, segment, 0, [b"x"])
+    node.write(SegmentKind.SHARDS, segment, 0, [b"x"])
     assert path.read_bytes() == b"x" + before[1:]
     node.close()
 
@@ -243,13 +243,13 @@ def test_a_closed_node_holds_no_descriptor_and_opens_none(config: StoreConfig) -
         return [place for place in places if place.startswith(str(config.nodes[0].path))]
 
     node = open_node(config, config.nodes[0])
-    segment = node.segments(Run.SHARDS)[0]
-    node.read(Run.SHARDS, segment, 0, 64)
+    segment = node.segments(SegmentKind.SHARDS)[0]
+    node.read(SegmentKind.SHARDS, segment, 0, 64)
     assert held()
     node.close()
     assert held() == []
     with pytest.raises(NodeError, match="it is closed"):
-        node.read(Run.SHARDS, segment, 0, 64)
+        node.read(SegmentKind.SHARDS, segment, 0, 64)
 
 
 def test_a_draft_does_not_lead_elsewhere(tmp_path: Path, outside: Outside) -> None:
@@ -283,14 +283,14 @@ def record(place: Place, offset: int, number: int, size: int) -> bytes:
 def test_a_long_journal_segment_is_read_to_its_last_record(config: StoreConfig) -> None:
     """A commit may be longer than all that is looked through behind the last record."""
     node = open_node(config, config.nodes[0])
-    place = Place(config.uuid, node_name := config.nodes[0].name, Run.JOURNAL, 50)
+    place = Place(config.uuid, node_name := config.nodes[0].name, SegmentKind.JOURNAL, 50)
     data = record(place, 0, 901, SEARCHED_BYTES_MAX + MIB)
     data += record(place, len(data), 902, 100)
-    node.write(Run.JOURNAL, 50, 0, [data])
+    node.write(SegmentKind.JOURNAL, 50, 0, [data])
     found = read_journals(config.uuid, [(node_name, node)])
     assert {901, 902} <= found.commits.keys()
     assert found.unreadable == []
-    os.truncate(config.nodes[0].path / segment_path(Run.JOURNAL, 50), 10 << 40)
+    os.truncate(config.nodes[0].path / segment_path(SegmentKind.JOURNAL, 50), 10 << 40)
     found = read_journals(config.uuid, [(node_name, node)])
     assert {901, 902} <= found.commits.keys()
     (lost,) = found.unreadable

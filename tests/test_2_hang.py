@@ -15,7 +15,7 @@ import trio
 from fusestore.config.mkfs import make_store
 from fusestore.config.store_config import StoreConfig
 from fusestore.errors import NodeError
-from fusestore.format.records import Place, Run, records
+from fusestore.format.records import Place, SegmentKind, records
 from fusestore.limits import STRIPE_BYTES
 from fusestore.log.journal_copy import Copied, copy_journals
 from fusestore.members import opening
@@ -233,7 +233,7 @@ async def test_a_write_that_ends_late_hurts_no_journal(config: StoreConfig) -> N
         node = config.nodes[region]
         found = set()
         for file in (node.path / "journal").iterdir():
-            place = Place(config.uuid, node.name, Run.JOURNAL, int(file.name.split(".")[0]))
+            place = Place(config.uuid, node.name, SegmentKind.JOURNAL, int(file.name.split(".")[0]))
             found |= {header.number for _, header, _ in records(place, file.read_bytes())}
         return found
 

@@ -35,7 +35,14 @@ from fusestore.errors import (
 from fusestore.format import store_rows, stripe_rows
 from fusestore.format.erasure import Code
 from fusestore.format.file_rows import ROOT
-from fusestore.format.records import Kind, Place, Run, decode_changes, decode_commit, records
+from fusestore.format.records import (
+    Kind,
+    Place,
+    SegmentKind,
+    decode_changes,
+    decode_commit,
+    records,
+)
 from fusestore.format.stripe_rows import Stripe
 from fusestore.limits import DEFAULTS, STRIPE_BYTES
 from fusestore.members.opening import open_node
@@ -339,7 +346,7 @@ def flip(config: StoreConfig, one: Opened, number: int, row: Stripe, index: int,
     """Change one bit of a shard on its node."""
     place = row.shards[index]
     member = one.store.log.members.by_id[place.node]
-    path = member.config.path / segment_path(Run.SHARDS, place.segment)
+    path = member.config.path / segment_path(SegmentKind.SHARDS, place.segment)
     with path.open("r+b") as file:
         file.seek(place.offset + at)
         byte = file.read(1)[0]
@@ -422,7 +429,7 @@ async def test_a_metadata_dump_and_the_commits_after_it_are_the_state(
             if key != store_rows.LOG_KEY
         }
         path = config.nodes[node].path
-        place = Place(config.uuid, config.nodes[node].name, Run.JOURNAL, 0)
+        place = Place(config.uuid, config.nodes[node].name, SegmentKind.JOURNAL, 0)
         loaded: dict[bytes, bytes | None] = {}
         commits: list[tuple[int, dict[bytes, bytes | None]]] = []
         begin = None
@@ -615,7 +622,9 @@ async def test_a_node_that_fails_while_it_comes_back_is_owed_all_again(
             assert member.out_of_use
             assert len(one.rows(b"M")) == 4
         for segment in member.shards.dirty | {member.shards.current}:
-            (config.nodes[0].path / segment_path(Run.SHARDS, segment)).unlink(missing_ok=True)
+            (config.nodes[0].path / segment_path(SegmentKind.SHARDS, segment)).unlink(
+                missing_ok=True
+            )
     async with opened(config) as one:
         with trio.fail_after(20):
             while not (await one.store.status())["healthy"]:

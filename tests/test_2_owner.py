@@ -165,7 +165,7 @@ async def test_a_checkpoint_notices_that_another_has_written(config: StoreConfig
                 try:
                     env = lmdb.open(str(config.metadata), max_dbs=0, map_size=1 << 30)
                     with env.begin(write=True) as txn:
-                        value = store_rows.LogState.decode(txn.get(store_rows.LOG_KEY))
+                        value = store_rows.LogPosition.decode(txn.get(store_rows.LOG_KEY))
                         value.epoch += 1
                         txn.put(store_rows.LOG_KEY, value.encode())
                     env.close()

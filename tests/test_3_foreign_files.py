@@ -16,7 +16,7 @@ from fusestore.config.mkfs import make_store
 from fusestore.config.node_identity import read_identity
 from fusestore.config.store_config import StoreConfig, load
 from fusestore.errors import NodeError, NodeIdentityError
-from fusestore.format.records import Run
+from fusestore.format.records import SegmentKind
 from fusestore.format.segment_numbers import GAP_MAX, MOUNT_MAX, SEGMENT_MAX, following, reachable
 from fusestore.log import journal_scan
 from fusestore.log.journal_scan import BARREN_BYTES_MAX, SEARCHED_BYTES_MAX, read_journals
@@ -284,7 +284,7 @@ def test_a_listing_has_an_end(config: StoreConfig, monkeypatch: pytest.MonkeyPat
     for number in range(100, 111):
         (config.nodes[0].path / "shards" / f"{number:08d}.seg").touch()
     with pytest.raises(NodeError, match="it has more than 10"):
-        node.segments(Run.SHARDS)
+        node.segments(SegmentKind.SHARDS)
     node.close()
 
 
@@ -296,7 +296,7 @@ def test_the_path_of_a_node_may_be_a_link(config: StoreConfig) -> None:
     path.rename(path.with_name("elsewhere"))
     path.symlink_to("elsewhere")
     node = open_node(config, config.nodes[0])
-    assert node.segments(Run.SHARDS)
+    assert node.segments(SegmentKind.SHARDS)
     node.check()
     node.close()
 
@@ -355,6 +355,6 @@ async def test_repair_leaves_no_draft_where_a_segment_cannot_be_replaced(
     journal = config.nodes[0].path / "journal"
     (journal / "00000077.log").mkdir()
     with pytest.raises(NodeError, match=r"cannot replace journal/00000077\.log"):
-        node.replace(Run.JOURNAL, 77, random.Random(7).randbytes(100))
+        node.replace(SegmentKind.JOURNAL, 77, random.Random(7).randbytes(100))
     assert not any(path.name.endswith(".new") for path in journal.iterdir())
     node.close()

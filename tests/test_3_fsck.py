@@ -29,7 +29,7 @@ from fusestore.errors import LostError, UsageError
 from fusestore.files.filesystem import FileSystem
 from fusestore.format import file_rows, stripe_rows
 from fusestore.format.file_rows import ROOT, Extent, Inode
-from fusestore.format.records import HEADER_BYTES, Run
+from fusestore.format.records import HEADER_BYTES, SegmentKind
 from fusestore.format.stripe_rows import Stripe
 from fusestore.limits import STRIPE_BYTES
 from fusestore.nodes.directory import segment_path
@@ -248,7 +248,7 @@ async def test_bytes_that_are_nowhere_are_an_error_and_no_zeros(config: StoreCon
         return Stripe.decode(rows.pop(max(key for key in rows if key[:1] == b"S")))
 
     for place in edit(config, drop).shards:  # its shards say nothing, too
-        path = config.nodes[place.node - 1].path / segment_path(Run.SHARDS, place.segment)
+        path = config.nodes[place.node - 1].path / segment_path(SegmentKind.SHARDS, place.segment)
         with path.open("r+b") as file:
             file.seek(place.offset - HEADER_BYTES)
             file.write(bytes(HEADER_BYTES))
@@ -427,7 +427,9 @@ async def test_shards_that_are_cut_in_half_are_named(config: StoreConfig) -> Non
         before = await read_all(one)
         rows = [Stripe.decode(value) for _, value in one.rows(b"S")]
         last = max((p for row in rows for p in row.shards if p.node == 1), key=lambda p: p.offset)
-        path = one.store.log.members.by_id[1].config.path / segment_path(Run.SHARDS, last.segment)
+        path = one.store.log.members.by_id[1].config.path / segment_path(
+            SegmentKind.SHARDS, last.segment
+        )
     os.truncate(path, last.offset + 1)
     async with mended(config) as one:
         assert await read_all(one) == before

@@ -27,7 +27,7 @@ from fusestore.config.store_config_write import write_store_config
 from fusestore.errors import ConfigError, FusestoreError, NodeError, UsageError
 from fusestore.format import store_rows
 from fusestore.format.erasure import Code
-from fusestore.format.records import Run
+from fusestore.format.records import SegmentKind
 from fusestore.format.stripe_rows import Stripe
 from fusestore.grow import topology
 from fusestore.limits import DEFAULTS, MIB, STRIPE_BYTES
@@ -395,11 +395,11 @@ async def test_a_node_can_be_removed_while_its_room_is_reclaimed(
         member, real = one.store.log.members.all[0], DirectoryNode.delete
         begun, may_end = threading.Event(), threading.Event()
 
-        def delete(self: DirectoryNode, run: Run, segment: int) -> None:
+        def delete(self: DirectoryNode, kind: SegmentKind, segment: int) -> None:
             if self is member.node and not begun.is_set():
                 begun.set()
                 may_end.wait(20)
-            real(self, run, segment)
+            real(self, kind, segment)
 
         monkeypatch.setattr(DirectoryNode, "delete", delete)
         files = await fill(one, "ab")

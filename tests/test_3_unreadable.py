@@ -22,8 +22,8 @@ from fusestore.commit.load_tables import save
 from fusestore.config.store_config import StoreConfig, load
 from fusestore.errors import MetadataError, NodeError, ReplayError
 from fusestore.format import store_rows
-from fusestore.format.records import Kind, Run
-from fusestore.format.store_rows import LogState
+from fusestore.format.records import Kind, SegmentKind
+from fusestore.format.store_rows import LogPosition
 from fusestore.log.journal_scan import BLOCKS_TRIED_MAX
 from fusestore.members.opening import open_node
 from fusestore.metadata.engine import Engine
@@ -359,7 +359,7 @@ async def late_commit(config: StoreConfig, crash: Path) -> tuple[StoreConfig, in
         await put(one, {"pad": b"pad" * 3000})
         await put(one, {"late": b"late" * 400})
         copy_tree(config.store, crash)
-        number = one.store.log.state.commit
+        number = one.store.log.position.commit
     return load(crash), number
 
 
@@ -390,7 +390,7 @@ async def test_a_gap_below_what_was_acknowledged_is_refused_and_named(
 ) -> None:
     async with opened(config) as one:
         await one.checkpoint()
-        first = one.store.log.state.commit + 1
+        first = one.store.log.position.commit + 1
         await put(one, {f"f{i}": bytes([i]) * 2000 for i in range(12)})
         copy_tree(config.store, tmp_path / "crash")
     crash = load(tmp_path / "crash")
@@ -438,7 +438,7 @@ async def test_an_empty_database_never_becomes_a_store_that_holds_data(
     config.metadata.mkdir()
     engine = Engine(config.metadata)
     row = b'{"format": 1, "store": "%s", "code": "2+1"}' % str(config.uuid).encode()
-    save(engine, {store_rows.FORMAT_KEY: row, store_rows.LOG_KEY: LogState().encode()})
+    save(engine, {store_rows.FORMAT_KEY: row, store_rows.LOG_KEY: LogPosition().encode()})
     engine.close()
     for node in config.nodes:
         for path in (node.path / "journal").iterdir():
@@ -457,7 +457,7 @@ async def in_doubt(config: StoreConfig) -> tuple[dict[str, bytes], Path]:
     files = made("doubt", "a", "b")
     await write(config, files)
     forget(config)
-    stray = config.nodes[0].path / segment_path(Run.SHARDS, 77)
+    stray = config.nodes[0].path / segment_path(SegmentKind.SHARDS, 77)
     stray.write_bytes(bytes(1 << 20))  # a crash came before its first record was on the disk
     recovered(config)
     return files, stray
@@ -547,15 +547,18 @@ async def test_the_journal_of_a_history_that_was_given_up_is_set_aside(tmp_path:
 
 async def test_a_segment_is_replaced_as_a_whole(config: StoreConfig) -> None:
     node = open_node(config, config.nodes[0])
-    node.write(Run.JOURNAL, 1, 0, [b"old" * 100])
-    old = node.opened(Run.JOURNAL, 1)
-    node.replace(Run.JOURNAL, 1, b"new")
+    node.write(SegmentKind.JOURNAL, 1, 0, [b"old" * 100])
+    old = node.opened(SegmentKind.JOURNAL, 1)
+    node.replace(SegmentKind.JOURNAL, 1, b"new")
     node.check()
-    assert (node.size(Run.JOURNAL, 1), node.read(Run.JOURNAL, 1, 0, 3)) == (3, b"new")
+    assert (node.size(SegmentKind.JOURNAL, 1), node.read(SegmentKind.JOURNAL, 1, 0, 3)) == (
+        3,
+        b"new",
+    )
     assert old is not None
     assert os.pread(old.fd, 3, 0) == b"old"
-    node.replace(Run.JOURNAL, 2, b"made")
-    assert node.segments(Run.JOURNAL) == [1, 2]
+    node.replace(SegmentKind.JOURNAL, 2, b"made")
+    assert node.segments(SegmentKind.JOURNAL) == [1, 2]
 
 
 @pytest.mark.expects_log(FOREIGN_FILES)
@@ -563,14 +566,17 @@ async def test_a_replacement_that_fails_leaves_the_segment(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = open_node(config, config.nodes[0])
-    node.write(Run.JOURNAL, 1, 0, [b"old"])
+    node.write(SegmentKind.JOURNAL, 1, 0, [b"old"])
 
     def fsync(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(NodeError):
         patch.setattr(os, "fsync", fsync)
-        node.replace(Run.JOURNAL, 1, b"new")
-    assert (node.segments(Run.JOURNAL), node.read(Run.JOURNAL, 1, 0, 3)) == ([1], b"old")
-    node.replace(Run.JOURNAL, 1, b"new")
-    assert node.read(Run.JOURNAL, 1, 0, 3) == b"new"
+        node.replace(SegmentKind.JOURNAL, 1, b"new")
+    assert (node.segments(SegmentKind.JOURNAL), node.read(SegmentKind.JOURNAL, 1, 0, 3)) == (
+        [1],
+        b"old",
+    )
+    node.replace(SegmentKind.JOURNAL, 1, b"new")
+    assert node.read(SegmentKind.JOURNAL, 1, 0, 3) == b"new"

@@ -16,22 +16,22 @@ import trio
 
 from ..errors import FencedError, InvariantError, MetadataError, NotDurableError
 from ..format import store_rows
-from ..format.store_rows import LogState
+from ..format.store_rows import LogPosition
 from ..log.log import Log
 from ..tally import Histogram
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Checkpointer:
     """Writes the metadata database, one checkpoint at a time."""
 
-    def __init__(self, state: Log) -> None:
-        self._log = state
-        self._limits = state.limits
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._limits = log.limits
         self._lock = trio.Lock()
         self._at = trio.current_time()
-        self._frozen_at: LogState | None = None
+        self._frozen_at: LogPosition | None = None
         """The log at the commit up to which changes are set aside, once it is flushed."""
         self.reached = 0
         """The commit up to which the metadata database is whole."""
@@ -47,9 +47,9 @@ class Checkpointer:
             or trio.current_time() - self._at >= self._limits.checkpoint_seconds_max
         )
 
-    def flushed(self, state: LogState) -> None:
+    def flushed(self, position: LogPosition) -> None:
         """What is set aside is part of a flushed commit, at which the log stood so."""
-        self._frozen_at = state
+        self._frozen_at = position
 
     @property
     def is_owed(self) -> bool:
@@ -68,12 +68,12 @@ class Checkpointer:
         kept; until it could be written, only what takes room away is refused.
         """
         async with self._lock:
-            engine, state = self._log.engine, self._frozen_at
-            if state is None:
+            engine, position = self._log.engine, self._frozen_at
+            if position is None:
                 return
-            if state.commit > self._log.state.commit:
-                raise InvariantError(f"A checkpoint would be ahead of commit {state.commit}.")
-            engine.amend({store_rows.LOG_KEY: state.encode()})
+            if position.commit > self._log.position.commit:
+                raise InvariantError(f"A checkpoint would be ahead of commit {position.commit}.")
+            engine.amend({store_rows.LOG_KEY: position.encode()})
             began = time.perf_counter_ns()
             try:
                 await trio.to_thread.run_sync(engine.write)
@@ -82,7 +82,7 @@ class Checkpointer:
                 raise NotDurableError(str(error)) from error
             except MetadataError as error:
                 if not self._log.metadata_error:
-                    log.error("%s The checkpoint will be tried again.", error)
+                    logger.error("%s The checkpoint will be tried again.", error)
                 self._log.metadata_error = str(error)
                 raise NotDurableError(str(error)) from error
             self._log.metadata_error = ""
@@ -90,6 +90,6 @@ class Checkpointer:
             engine.thaw()
             self._at = trio.current_time()
             self.took.add(time.perf_counter_ns() - began)
-            self.reached = state.commit
+            self.reached = position.commit
         for callback in self.on_checkpoint:
             callback()

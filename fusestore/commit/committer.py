@@ -42,7 +42,7 @@ from ..write.writer import Writer
 from .checkpoint import Checkpointer
 from .journal_writer import JournalWriter
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -56,9 +56,9 @@ class _Round:
 class Committer:
     """Commits when asked, and every five seconds; checkpoints now and then."""
 
-    def __init__(self, state: Log, nursery: trio.Nursery) -> None:
-        self._log = state
-        self._limits = state.limits
+    def __init__(self, log: Log, nursery: trio.Nursery) -> None:
+        self._log = log
+        self._limits = log.limits
         self._nursery = nursery
         self.writer: Writer
         self._next: _Round | None = None
@@ -75,8 +75,8 @@ class Committer:
         """The last commit changed something, and none after it says that it is durable."""
         self.epoch_base: int | None = None
         """Until an epoch's first commit: the commit past which that one holds every change."""
-        self.journal = JournalWriter(state)
-        self.checkpointer = Checkpointer(state)
+        self.journal = JournalWriter(log)
+        self.checkpointer = Checkpointer(log)
         self.commits = Histogram()
         """How long each took, from what it took being sealed to it being durable."""
         self.committed_at: float | None = None
@@ -95,12 +95,12 @@ class Committer:
             return
         if not self.lock.locked() and not self._wanted.is_set():
             self.lock.acquire_nowait()  # unlike `acquire`, without a turn of the loop
-            before = self._log.state.commit
+            before = self._log.position.commit
             try:
                 await self.commit_now()
             finally:
                 self.lock.release()
-            if self._log.state.commit == before:  # who asks again and again lets others run
+            if self._log.position.commit == before:  # who asks again and again lets others run
                 await trio.lowlevel.checkpoint()
             return
         joined = self._next = self._next or _Round()
@@ -160,7 +160,7 @@ class Committer:
                 if batch is not None:
                     await self._flush(batch)
                     if batch.frozen:
-                        self.checkpointer.flushed(self._log.state)
+                        self.checkpointer.flushed(self._log.position)
             finally:
                 self.writer.flushed(unflushed)
             if checkpoint:
@@ -209,54 +209,54 @@ class Committer:
 
     def _take(self, *, force: bool, cover: bool) -> CommitBatch | None:
         """What there is to commit, or None; no await in here."""
-        state, engine = self._log, self._log.engine
+        log, engine = self._log, self._log.engine
         self.writer.settle()
         sealing = self.writer.being_sealed()
         for stripe in sealing:
             if engine.get(stripe_rows.live_key(stripe.number)) is None:
                 stripe.dead = True
-                state.counters.stripes -= 1
-        counters = state.counters.encode()
+                log.counters.stripes -= 1
+        counters = log.counters.encode()
         if counters != self._counters:
             self._counters = counters
-            state.apply({store_rows.COUNTERS_KEY: counters})
-        for member in state.members.all:
+            log.apply({store_rows.COUNTERS_KEY: counters})
+        for member in log.members.all:
             for segment in member.shards.changed:
                 found = member.shards.committed(segment)
                 key = stripe_rows.segment_key(member.id, segment)
-                state.apply({key: found.encode() if found else None})
+                log.apply({key: found.encode() if found else None})
             member.shards.changed.clear()
         due = force or self.checkpointer.is_due()
-        nothing = not state.pending and not sealing and not (cover and self._uncovered)
+        nothing = not log.pending and not sealing and not (cover and self._uncovered)
         freeze = due and not engine.frozen and (not nothing or engine.changed_keys > 0 or force)
         if freeze:
             engine.freeze()
         if nothing:
             if freeze:
-                self.checkpointer.flushed(state.state)
+                self.checkpointer.flushed(log.position)
             return None
-        batch = CommitBatch(state.state.commit + 1, state.pending, sealing, freeze)
-        state.pending = {}
+        batch = CommitBatch(log.position.commit + 1, log.pending, sealing, freeze)
+        log.pending = {}
         for stripe in sealing:
             stripe.batch = batch
         return batch
 
     async def _flush(self, batch: CommitBatch) -> None:
-        state = self._log
+        log = self._log
         for stripe in batch.stripes:
             await stripe.sealed.wait()
-        if state.broken:
+        if log.broken:
             # What was taken stays seen, but nothing more is acknowledged.
-            raise NotDurableError(state.broken)
+            raise NotDurableError(log.broken)
         began = time.perf_counter_ns()
         commit = Commit(
             batch.number,
-            state.state.epoch,
-            state.state.checksum,
+            log.position.epoch,
+            log.position.checksum,
             self._durable_through,
             batch.number - 1 if self.epoch_base is None else self.epoch_base,
-            bytes.fromhex(state.state.nonce),
-            tuple(member.id for member in state.members.in_sync),
+            bytes.fromhex(log.position.nonce),
+            tuple(member.id for member in log.members.in_sync),
             batch.changes,
         )
         if len(batch.changes) < self._limits.hop_changes_min:
@@ -268,17 +268,17 @@ class Committer:
         )
         await self.journal.append(header, payload)
         if not self._is_held(batch):
-            state.break_(
+            log.break_(
                 "Too few nodes could take a commit: the mount is read-only now; "
                 "mend the nodes and mount again."
             )
-            raise NotDurableError(state.broken)
+            raise NotDurableError(log.broken)
         self._check_flushed(commit)
         self.writer.sealer.fresh.difference_update(
             map(stripe_rows.decode_stripe_key, self._puts(batch))
         )
-        state.state = replace(
-            state.state,
+        log.position = replace(
+            log.position,
             commit=commit.number,
             checksum=header.payload_checksum,
             journal_segment=self.journal.segment,
@@ -291,10 +291,10 @@ class Committer:
 
     def _check_flushed(self, commit: Commit) -> None:
         """Nothing is acknowledged unless every node in sync flushed it, and none was left out."""
-        state = self._log
-        if commit.number != state.state.commit + 1:
-            raise InvariantError(f"Commit {commit.number} follows commit {state.state.commit}.")
-        for member in state.members.in_sync:
+        log = self._log
+        if commit.number != log.position.commit + 1:
+            raise InvariantError(f"Commit {commit.number} follows commit {log.position.commit}.")
+        for member in log.members.in_sync:
             if member.standing.holds != commit.number or member.id not in commit.in_sync:
                 raise InvariantError(f"Node {member.name} has not flushed commit {commit.number}.")
 

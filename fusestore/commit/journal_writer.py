@@ -15,7 +15,7 @@ import time
 import trio
 
 from ..errors import NodeError, NodeTimeoutError
-from ..format.records import HEADER_BYTES, Header, Kind, Run, record_length
+from ..format.records import HEADER_BYTES, Header, Kind, SegmentKind, record_length
 from ..log.log import Log
 from ..members.journal_room import JournalRoom
 from ..members.member import Member
@@ -29,9 +29,9 @@ _NOT_TRIED = (-errno.EAGAIN, -errno.EINVAL)
 class JournalWriter:
     """Where the journals go on; appends with `Committer.lock` held."""
 
-    def __init__(self, state: Log) -> None:
-        self._log = state
-        self._limits = state.limits
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._limits = log.limits
         self.segment = 1
         self.offset = 0
         self._rolled: list[tuple[int, int]] = []
@@ -138,14 +138,14 @@ class JournalWriter:
             buffers = [header.encode(seed), payload, padding]
             length = header.record_length
             member.append(self.segment, offset, buffers, length, ahead=not dirty)
-            node.flush(Run.JOURNAL, [self.segment])
+            node.flush(SegmentKind.JOURNAL, [self.segment])
             for segment, size in self._rolled:
-                node.truncate(Run.JOURNAL, segment, size)
-        node.flush(Run.SHARDS, dirty)
+                node.truncate(SegmentKind.JOURNAL, segment, size)
+        node.flush(SegmentKind.SHARDS, dirty)
         for segment in dirty:
             state = member.shards.states.get(segment)
             if state is not None and member.shards.is_full(segment):
-                node.truncate(Run.SHARDS, segment, state.size)
+                node.truncate(SegmentKind.SHARDS, segment, state.size)
         member.sample()
 
     def roll(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import ReplayError
 from ..format import store_rows
 from ..format.records import Changes
-from ..format.store_rows import LogState
+from ..format.store_rows import LogPosition
 from ..log.journal import Entry, Journals, make_readable
 from ..metadata.engine import Engine
 
@@ -22,8 +22,8 @@ Progress = Callable[[dict[str, Any]], None]
 
 
 def load_tables(
-    engine: Engine, journals: Journals, progress: Progress, at: LogState | None = None
-) -> LogState:
+    engine: Engine, journals: Journals, progress: Progress, at: LogPosition | None = None
+) -> LogPosition:
     """Fill the database up to the last commit that was certainly acknowledged; ReplayError.
 
     With `at` up to that commit, and not further; ReplayError when the journals do not
@@ -62,18 +62,20 @@ def load_tables(
 
     for entry in pieces:
         load(entry, entry.piece())
-    state = start
+    position = start
     for entry in chain:
         commit = entry.commit()
         load(entry, commit.changes)
         digest = entry.header.payload_checksum
-        state = LogState(commit.epoch, commit.nonce.hex(), commit.number, digest, entry.segment)
-    state = replace(state, doubt="the metadata was recovered")
-    save(engine, {store_rows.LOG_KEY: state.encode()})
-    return state
+        position = LogPosition(
+            commit.epoch, commit.nonce.hex(), commit.number, digest, entry.segment
+        )
+    position = replace(position, doubt="the metadata was recovered")
+    save(engine, {store_rows.LOG_KEY: position.encode()})
+    return position
 
 
-def _newest_dump(journals: Journals, end: int) -> tuple[LogState, list[Entry]]:
+def _newest_dump(journals: Journals, end: int) -> tuple[LogPosition, list[Entry]]:
     """Where the newest metadata dump that was whole at commit `end` begins, and its pieces.
 
     Without one, the very start.
@@ -89,14 +91,14 @@ def _newest_dump(journals: Journals, end: int) -> tuple[LogState, list[Entry]]:
             and piece.segment >= row["segment"]
             and piece.header.epoch == entry.header.epoch
         ]
-        start = LogState(0, "", row["commit"], row["checksum"], row["segment"])
+        start = LogPosition(0, "", row["commit"], row["checksum"], row["segment"])
         if (
             entry.number <= end
             and len(pieces) == row["pieces"]
             and any(found is entry for found in journals.chain(start))
         ):
             return start, pieces
-    return LogState(), []
+    return LogPosition(), []
 
 
 def save(engine: Engine, changes: Changes | None = None) -> None:
@@ -107,7 +109,7 @@ def save(engine: Engine, changes: Changes | None = None) -> None:
     engine.thaw()
 
 
-def latest_row(engine: Engine, journals: Journals, after: LogState, key: bytes) -> bytes | None:
+def latest_row(engine: Engine, journals: Journals, after: LogPosition, key: bytes) -> bytes | None:
     """A row as the last commit of the chain has it, whether that counts or not."""
     value = engine.get(key)
     for entry in journals.chain(after):

@@ -16,13 +16,13 @@ import trio
 
 from ..errors import DamagedMetadataError, MetadataError, NodeError, NotDurableError
 from ..format import store_rows
-from ..format.records import Changes, Header, Kind, Run, checksum, encode_changes
+from ..format.records import Changes, Header, Kind, SegmentKind, checksum, encode_changes
 from ..log.log import Log
 from ..nodes.base import Node
 from .committer import Committer
 from .row_check import examine
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _FIRST, _END = b"A", b"["
 """All tables lie in between; the super table lies above `Z` and below `[`."""
@@ -31,12 +31,12 @@ _FIRST, _END = b"A", b"["
 class MetadataDumper:
     """Dumps the metadata when the journal since the last dump has outgrown it."""
 
-    def __init__(self, state: Log, committer: Committer) -> None:
-        self._log = state
-        self._limits = state.limits
+    def __init__(self, log: Log, committer: Committer) -> None:
+        self._log = log
+        self._limits = log.limits
         self._committer = committer
         self._wake = trio.Event()
-        value = state.engine.get(store_rows.METADATA_DUMP_KEY)
+        value = log.engine.get(store_rows.METADATA_DUMP_KEY)
         row = json.loads(value) if value else {"bytes": 0, "segment": 0}
         self.last_bytes: int = row["bytes"]
         """Of the last metadata dump, and the journal segment that it begins in."""
@@ -57,11 +57,11 @@ class MetadataDumper:
             try:
                 await self.take()
             except NotDurableError as error:
-                log.error("No metadata dump: %s", error)
+                logger.error("No metadata dump: %s", error)
             except MetadataError as error:
                 # What was dumped so far counts for nothing: the older dump and all journal
                 # after it, which have the rows, stay.
-                log.error("No metadata dump: %s", error)
+                logger.error("No metadata dump: %s", error)
                 self._log.on_damage()
                 await trio.sleep(self._limits.retry_seconds_max)
             self._wake = trio.Event()
@@ -79,7 +79,7 @@ class MetadataDumper:
             committer.journal.roll()
             committer.journal.commit_bytes = 0
             first_segment = committer.journal.segment
-            begin = self._log.state
+            begin = self._log.position
         total = pieces = 0
         start: bytes | None = _FIRST
         while start is not None:
@@ -91,7 +91,7 @@ class MetadataDumper:
                 Kind.METADATA_DUMP,
                 len(payload),
                 checksum(payload, len(payload)),
-                self._log.state.epoch,
+                self._log.position.epoch,
                 begin.commit,
             )
             async with committer.lock:
@@ -154,9 +154,9 @@ class MetadataDumper:
                 node = member.node
 
                 def delete(node: Node = node) -> None:
-                    for old in node.segments(Run.JOURNAL):
+                    for old in node.segments(SegmentKind.JOURNAL):
                         if old < segment:
-                            node.delete(Run.JOURNAL, old)
+                            node.delete(SegmentKind.JOURNAL, old)
 
                 try:
                     await member.call(delete)

@@ -26,13 +26,13 @@ import trio
 
 from ..errors import NodeError
 from ..format import keys, stripe_rows
-from ..format.records import Header, Run, record_length
+from ..format.records import Header, SegmentKind, record_length
 from ..format.stripe_rows import ShardPlace
 from ..log.log import Log
 from ..members.member import Member
 from ..write.shard_record import header_at, headers, is_whole, may_be_ours
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Debt = dict[int, list[tuple[int, int]]]
 """By segment: (payload offset, payload length)."""
@@ -41,9 +41,9 @@ Debt = dict[int, list[tuple[int, int]]]
 class Reclaimer:
     """Works off `reclaim` in the background."""
 
-    def __init__(self, state: Log) -> None:
-        self._log = state
-        self._limits = state.limits
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._limits = log.limits
         self._wake = trio.Event()
         self.strays: dict[int, dict[int, int]] = {}
         """By node: segments on it that the tables do not have, and their bytes."""
@@ -73,7 +73,7 @@ class Reclaimer:
                     strays = self.strays.get(place.node, {})
                     if place.written and place.segment in strays:
                         del strays[place.segment]
-                        log.error(
+                        logger.error(
                             "Segment %d of node %d is in use and not in the tables: run "
                             "'fusestore fsck --repair'.",
                             place.segment,
@@ -85,15 +85,15 @@ class Reclaimer:
                 await member.call(member.node.drop_aside)
                 for segment in self.strays.pop(member.id, ()):
                     if not await member.call(may_be_ours, self._log, member, segment):
-                        log.warning(
+                        logger.warning(
                             "Segment %d of node %s is not of this store: it is ignored.",
                             segment,
                             member.name,
                         )
                     elif await self._is_left_over(member, segment):
-                        await member.call(member.node.delete, Run.SHARDS, segment)
+                        await member.call(member.node.delete, SegmentKind.SHARDS, segment)
                     else:
-                        log.error(
+                        logger.error(
                             "Segment %d of node %s is in no table, and has whole shards that no "
                             "crash left behind: it is kept. Run 'fusestore fsck'.",
                             segment,
@@ -111,7 +111,7 @@ class Reclaimer:
         """
         found = await member.call(lambda: list(headers(self._log, member, segment)))
         for offset, header in found:
-            known = header.epoch < self._log.state.epoch - 1 or self._is_known(header.number)
+            known = header.epoch < self._log.position.epoch - 1 or self._is_known(header.number)
             if known and await member.call(is_whole, member, segment, offset, header):
                 return False
         return True
@@ -179,7 +179,7 @@ class Reclaimer:
     ) -> list[tuple[int, int]]:
         """What may be freed of shards, when others in their segment, or some of them, are alive."""
         self._log.rows_in_doubt += 1
-        log.error(
+        logger.error(
             "Segment %d of node %s was to be freed, and has shards that are in use: they are kept. "
             "Run 'fusestore fsck --repair'.",
             segment,
@@ -196,7 +196,7 @@ class Reclaimer:
 
     async def _drop(self, member: Member, segment: int, shards: list[tuple[int, int]]) -> None:
         """Delete a segment in which nothing lives."""
-        await member.call(member.node.delete, Run.SHARDS, segment)
+        await member.call(member.node.delete, SegmentKind.SHARDS, segment)
         self._paid(member, segment, shards)
         member.shards.states.pop(segment, None)
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field, replace
 
 from ..errors import FormatError, NodeError, NodeLacksError, ReplayError
 from ..format import store_rows, stripe_rows
-from ..format.records import HEADER_BYTES, Commit, Header, Run
-from ..format.store_rows import CommitId, GivenUp, LogState
+from ..format.records import HEADER_BYTES, Commit, Header, SegmentKind
+from ..format.store_rows import CommitId, GivenUp, LogPosition
 from ..format.stripe_rows import ShardPlace, Stripe
 from ..log.journal import Entry, Journals, Unreadable, is_void, make_readable
 from ..log.journal_scan import read_journals
@@ -29,7 +29,7 @@ from ..log.log import Log
 from ..members.member import Member
 from ..read.reader import verified
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 EPOCHS_SKIPPED = 1000
 """With accepted losses: epochs that nodes which are not there may have opened meanwhile."""
@@ -39,7 +39,7 @@ EPOCHS_SKIPPED = 1000
 class Replayed:
     """What the journals hold past the checkpoint."""
 
-    state: LogState
+    position: LogPosition
     changes: dict[bytes, bytes | None] = field(default_factory=dict)
     doubtful: dict[bytes, bytes | None] = field(default_factory=dict)
     """Of the changes those that not every node is known to have flushed."""
@@ -72,8 +72,8 @@ class _UndecidedError(Exception):
 
 
 def replay(
-    state: Log,
-    start: LogState,
+    log: Log,
+    start: LogPosition,
     in_sync: Sequence[int],
     *,
     accept_loss: bool = False,
@@ -84,22 +84,22 @@ def replay(
     With `accept_loss` what cannot be decided, or is gone, is dropped instead; `how`
     tells people how to say that.
     """
-    nodes = [(member.name, member.node) for member in state.members.all if member.is_open]
-    journals = read_journals(state.store, nodes, start.journal_segment)
-    for member in state.members.all:
+    nodes = [(member.name, member.node) for member in log.members.all if member.is_open]
+    journals = read_journals(log.store, nodes, start.journal_segment)
+    for member in log.members.all:
         error = journals.failed.get(member.name)
         if error is not None:
             member.fail(error)
-    return _Replay(state, start, journals, accept_loss, how).run(in_sync)
+    return _Replay(log, start, journals, accept_loss, how).run(in_sync)
 
 
 class _Replay:
     """The steps of `replay`, over journals that were read."""
 
     def __init__(
-        self, state: Log, start: LogState, journals: Journals, accept_loss: bool, how: str
+        self, log: Log, start: LogPosition, journals: Journals, accept_loss: bool, how: str
     ) -> None:
-        self._log, self._start, self._journals = state, start, journals
+        self._log, self._start, self._journals = log, start, journals
         self._accept_loss, self._how = accept_loss, how
         self._before = journals.at(start)
         self._chain = [self._before] if self._before is not None else []
@@ -135,13 +135,15 @@ class _Replay:
                 result, f"Whether a commit came after commit {last.commit} cannot be told"
             )
         if result.dropped:
-            log.warning("%d commits that were never acknowledged are dropped.", len(result.dropped))
+            logger.warning(
+                "%d commits that were never acknowledged are dropped.", len(result.dropped)
+            )
         skipped = EPOCHS_SKIPPED if result.lossy else 0
         epoch = max(start.epoch, journals.epoch) + skipped
         if result.lossy:
             ends = [*self._log.given_up, GivenUp(last.commit, epoch)]
             result.changes[store_rows.GIVEN_UP_KEY] = store_rows.encode_given_up(ends)
-        result.state = replace(last, epoch=epoch, doubt=last.doubt or self._doubt(result))
+        result.position = replace(last, epoch=epoch, doubt=last.doubt or self._doubt(result))
         return result
 
     def _doubt(self, result: Replayed) -> str:
@@ -273,7 +275,7 @@ class _Replay:
 
     # --- what counts ---------------------------------------------------------
 
-    def _follow(self, result: Replayed, chain: Sequence[Entry], durable: int) -> LogState:
+    def _follow(self, result: Replayed, chain: Sequence[Entry], durable: int) -> LogPosition:
         """Take the commits that count, in their order; where that ends."""
         last = self._start
         for entry in chain:
@@ -360,14 +362,14 @@ def _has_header(log: Log, member: Member, place: ShardPlace, number: int, index:
     """Whether the record at a place says that it is this shard; blocks."""
     start = place.offset - HEADER_BYTES
     try:
-        data = member.node.read(Run.SHARDS, place.segment, start, HEADER_BYTES)
+        data = member.node.read(SegmentKind.SHARDS, place.segment, start, HEADER_BYTES)
         header = Header.decode(data, log.shards(member.name, place.segment).seed(start))
     except (NodeError, FormatError):
         return False
     return (header.number, header.index) == (number, index)
 
 
-def _flush_shards(state: Log, commit: Commit) -> None:
+def _flush_shards(log: Log, commit: Commit) -> None:
     """Have the disks hold the shards of a commit, and no cache: what is read then lasts.
 
     A node that cannot flush is out of use.
@@ -379,19 +381,19 @@ def _flush_shards(state: Log, commit: Commit) -> None:
                 if place.written:
                     wanted[place.node].add(place.segment)
     for node, segments in wanted.items():
-        member = state.members.by_id.get(node)
+        member = log.members.by_id.get(node)
         for segment in sorted(segments) if member is not None else ():
             if member is None or member.out_of_use:
                 break
             try:
-                member.node.flush(Run.SHARDS, [segment])
+                member.node.flush(SegmentKind.SHARDS, [segment])
             except NodeLacksError:
                 continue
             except NodeError as error:
                 member.fail(error)
 
 
-def _counts(state: Log, commit: Commit) -> bool:
+def _counts(log: Log, commit: Commit) -> bool:
     """Whether each stripe that a commit names has k intact shards; _UndecidedError if unknown."""
     for key, value in commit.changes.items():
         if key[:1] != b"S" or value is None:
@@ -399,7 +401,7 @@ def _counts(state: Log, commit: Commit) -> bool:
         row = Stripe.decode(value)
         intact, away, unread = 0, list[str](), list[str]()
         for index, place in enumerate(row.shards):
-            member = state.members.by_id.get(place.node)
+            member = log.members.by_id.get(place.node)
             if not place.written:
                 continue
             if member is None or member.out_of_use:
@@ -410,7 +412,7 @@ def _counts(state: Log, commit: Commit) -> bool:
             except NodeLacksError:
                 continue
             except NodeError as error:
-                log.warning("%s", error)
+                logger.warning("%s", error)
                 away.append(member.name)
                 unread.append(str(error))
         if intact >= row.code.k:
@@ -431,11 +433,11 @@ def shard_is_intact(member: Member, row: Stripe, index: int) -> bool:
 
 def _verify(member: Member, row: Stripe, index: int) -> bool:
     place = row.shards[index]
-    data = member.node.read(Run.SHARDS, place.segment, place.offset, row.shard_length)
+    data = member.node.read(SegmentKind.SHARDS, place.segment, place.offset, row.shard_length)
     return verified(row, index, 0, data)
 
 
-def suspect_shards(state: Log, replayed: Replayed) -> dict[bytes, bytes | None]:
+def suspect_shards(log: Log, replayed: Replayed) -> dict[bytes, bytes | None]:
     """Rows of `missing` for shards of replayed commits that may not have reached their node."""
     rows: dict[bytes, bytes | None] = {}
     for key, value in replayed.doubtful.items():
@@ -443,7 +445,7 @@ def suspect_shards(state: Log, replayed: Replayed) -> dict[bytes, bytes | None]:
             continue
         number, row = stripe_rows.decode_stripe_key(key), Stripe.decode(value)
         for index, place in enumerate(row.shards):
-            member = state.members.by_id.get(place.node)
+            member = log.members.by_id.get(place.node)
             if member is None or not place.written:
                 continue
             # Of a node that is away nobody can tell: it may have flushed nothing of this.

@@ -22,7 +22,7 @@ from uuid import UUID
 from ..errors import DamagedMetadataError, MetadataError, ReplayError
 from ..format import keys, store_rows
 from ..format.row_sums import RowSums, unseal
-from ..format.store_rows import LogState
+from ..format.store_rows import LogPosition
 from ..format.tables import TABLES
 from ..limits import Limits
 from ..log.journal_scan import read_journals
@@ -31,7 +31,7 @@ from ..metadata.view import View
 from ..nodes.base import Node
 from .load_tables import load_tables
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SCRATCH_NAME = "comparing"
 """In the metadata directory, while the tables are compared with the journals."""
@@ -133,17 +133,17 @@ def wrong_rows(
             "The metadata does not say which commit it stands at: unmount, move the metadata away "
             "and run 'fusestore recover'."
         )
-    state, journals = LogState.decode(value), read_journals(store, nodes)
-    at = journals.at(state)
+    position, journals = LogPosition.decode(value), read_journals(store, nodes)
+    at = journals.at(position)
     if at is None:
-        raise ReplayError(f"No journal that can be read holds commit {state.commit}.")
+        raise ReplayError(f"No journal that can be read holds commit {position.commit}.")
     journals.keep_history(at)
     scratch = metadata / SCRATCH_NAME
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         scratch.mkdir(mode=0o700)
         with closing(Engine(scratch, limits=limits)) as right:
-            load_tables(right, journals, lambda progress: None, state)
+            load_tables(right, journals, lambda progress: None, position)
             with right.view() as rows:
                 return list(_differences(view, rows))
     except OSError as error:

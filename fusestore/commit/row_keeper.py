@@ -20,7 +20,7 @@ from ..log.log import Log
 from .committer import Committer
 from .row_check import Examined, WrongRow, examine, still_wrong, wrong_rows
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _TOLD_MAX = 20
 """Rows of which the log has a line, each time that some are mended."""
@@ -29,8 +29,8 @@ _TOLD_MAX = 20
 class RowKeeper:
     """Examines all rows when asked, and mends them."""
 
-    def __init__(self, state: Log, committer: Committer) -> None:
-        self._log = state
+    def __init__(self, log: Log, committer: Committer) -> None:
+        self._log = log
         self._committer = committer
         self._busy = trio.Lock()
         self._wake = trio.Event()
@@ -48,7 +48,7 @@ class RowKeeper:
             try:
                 await self.mend()
             except (MetadataError, ReplayError, NodeError, NotDurableError) as error:
-                log.error("The metadata cannot be mended: %s", error)
+                logger.error("The metadata cannot be mended: %s", error)
                 pause = self._log.limits.retry_seconds_max  # all journals were read for it
             await trio.sleep(pause)
 
@@ -85,7 +85,7 @@ class RowKeeper:
                 return []
             texts = [str(row) for row in rows]
             for text in texts[:_TOLD_MAX]:
-                log.error("The metadata is damaged: %s. It is mended.", text)
+                logger.error("The metadata is damaged: %s. It is mended.", text)
             if self._log.read_only or self._log.broken:
                 self._log.rows_in_doubt += len(rows)
                 return texts

@@ -28,7 +28,7 @@ from .node_identity import (
 from .store_config import NodeConfig, StoreConfig
 from .store_config_write import write_store_config
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 REGIONS = ("us-east-1", "us-west-1", "eu-west-1")
 """The default regions of a store."""
@@ -204,5 +204,5 @@ def _undone_on_failure() -> Iterator[list[Path]]:
                 else:
                     path.unlink(missing_ok=True)
             except OSError as error:
-                log.warning("%s could not be removed after a failure: %s", path, error)
+                logger.warning("%s could not be removed after a failure: %s", path, error)
         raise

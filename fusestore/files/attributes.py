@@ -32,7 +32,7 @@ from ..format import acl, file_rows, keys, stripe_rows
 from ..format.erasure import Code
 from ..format.file_rows import Inode
 from ..format.placement import check_region_rule, regions_borne
-from ..format.records import Run
+from ..format.records import SegmentKind
 from ..limits import FILE_BYTES_MAX, XATTR_BYTES_MAX, XATTR_LIST_BYTES_MAX
 from ..log.log import Log
 from ..nodes.directory import segment_path
@@ -232,7 +232,7 @@ class Attributes:
                 {
                     "index": index,
                     "node": member.name,
-                    "segment": segment_path(Run.SHARDS, place.segment),
+                    "segment": segment_path(SegmentKind.SHARDS, place.segment),
                     "offset": place.offset,
                     "length": row.shard_length,
                     "state": "present" if here else "missing",

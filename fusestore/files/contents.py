@@ -26,7 +26,7 @@ from ..read.reader import Reader
 from ..write.writer import Writer
 from . import quota
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Data = bytes | bytearray | memoryview
 

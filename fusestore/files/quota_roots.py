@@ -26,7 +26,7 @@ from .quota import Move
 from .tree import Tree
 from .walk import Walk
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _UNFINISHED = (QuotaState.COUNTING, QuotaState.CLEARING)
 
@@ -34,8 +34,8 @@ _UNFINISHED = (QuotaState.COUNTING, QuotaState.CLEARING)
 class QuotaRoots:
     """The quotas of an open store."""
 
-    def __init__(self, state: Log, tree: Tree, nursery: trio.Nursery) -> None:
-        self._log = state
+    def __init__(self, log: Log, tree: Tree, nursery: trio.Nursery) -> None:
+        self._log = log
         self._tree = tree
         self._nursery = nursery
         self._running = False
@@ -130,7 +130,7 @@ class QuotaRoots:
                 await self._walk(*unfinished[0])
                 self._tell()
         except FusestoreError as error:
-            log.error("A quota is not in force yet: %s The next mount will continue.", error)
+            logger.error("A quota is not in force yet: %s The next mount will continue.", error)
         finally:
             self._running = False
             self._tell()

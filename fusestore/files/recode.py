@@ -35,7 +35,7 @@ from .contents import Contents, Data
 from .tree import Tree
 from .walk import Walk
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 UNREADABLE_KEPT_MAX = 1000
 
@@ -153,7 +153,7 @@ class Recoder:
                 if self._job.is_current(job):
                     self._job.end()
         except FusestoreError as error:
-            log.error("Recoding stopped: %s The next mount goes on.", error)
+            logger.error("Recoding stopped: %s The next mount goes on.", error)
         finally:
             self._running = False
 
@@ -267,6 +267,6 @@ class Recoder:
     def _lost(self, ino: int, error: LostError) -> None:
         path = self._tree.path(ino)
         if path not in self._unreadable and len(self._unreadable) < UNREADABLE_KEPT_MAX:
-            log.error("%s cannot be recoded: %s", path, error)
+            logger.error("%s cannot be recoded: %s", path, error)
             self._unreadable[path] = None
             self.job.unreadable += 1

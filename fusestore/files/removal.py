@@ -19,7 +19,7 @@ from ..log.log import Log, Transaction
 from . import quota
 from .contents import Contents
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Removal:
@@ -63,7 +63,7 @@ class Removal:
             try:
                 self._dead += self._remove(batch)
             except Exception:
-                log.exception("inodes could not be removed; the next mount will remove them")
+                logger.exception("inodes could not be removed; the next mount will remove them")
             await trio.lowlevel.checkpoint()
         if self._log.broken:
             self._dead.clear()
@@ -90,7 +90,7 @@ class Removal:
                     continue
                 inode = Inode.decode(value)
                 if inode.nlink:
-                    log.error("inode %d is not removed, because it has a name: run fsck", ino)
+                    logger.error("inode %d is not removed, because it has a name: run fsck", ino)
                     continue
                 prefix = file_rows.xattr_key(ino, b"")
                 for key, _ in list(txn.scan(prefix, keys.after(prefix))):
@@ -114,7 +114,7 @@ class Removal:
         try:
             await self._contents.trim(ino, 0)
         except MetadataError as error:
-            log.error("The rest of inode %d is removed by the next mount: %s", ino, error)
+            logger.error("The rest of inode %d is removed by the next mount: %s", ino, error)
             self._log.on_damage()
 
     async def resume(self) -> None:
@@ -127,7 +127,7 @@ class Removal:
                 if size == (Inode.decode(row).size if row is not None else 0):
                     await self._contents.trim(ino, size)
                 else:
-                    log.error("a trim of inode %d does not match its size: run fsck", ino)
+                    logger.error("a trim of inode %d does not match its size: run fsck", ino)
         rows = engine.scan(file_rows.ORPHANS_START, file_rows.ORPHANS_END)
         orphans: Sequence[int] = [
             file_rows.decode_ino_key(key) for key, value in rows if tables.readable(key, value)

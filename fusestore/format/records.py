@@ -38,8 +38,8 @@ class Kind(IntEnum):
     SHARD = 3
 
 
-class Run(IntEnum):
-    """The two runs of segments that a node keeps."""
+class SegmentKind(IntEnum):
+    """What a segment of a node holds: records of the journal, or shards."""
 
     JOURNAL = 1
     SHARDS = 2
@@ -51,7 +51,7 @@ class Place:
 
     store: UUID
     node: str
-    run: Run
+    kind: SegmentKind
     segment: int
 
     def seed(self, offset: int) -> int:
@@ -59,7 +59,7 @@ class Place:
         name = self.node.encode()
         return xxh3_64_intdigest(
             self.store.bytes
-            + struct.pack("<BB", self.run, len(name))
+            + struct.pack("<BB", self.kind, len(name))
             + name
             + struct.pack("<IQ", self.segment, offset)
         )

@@ -18,13 +18,13 @@ before it was recorded has used one or a few numbers."""
 MOUNT_MAX = 1 << 27
 """The numbers that must be left for one mount: 1 PiB of journal, 8 PiB of shards on a node."""
 LISTED_MAX = 4_000_000
-"""The most segments of a run that are listed on a node: 256 TiB of shards."""
+"""The most segments of one kind that are listed on a node: 256 TiB of shards."""
 
 _NAME = re.compile(r"([0-9]{8,10})\.([a-z]+)", re.ASCII)
 
 
 def segment_number(name: str, suffix: str) -> int | None:
-    """Return the number of the segment with this name in the folder of its run, or None."""
+    """Return the number of the segment with this name in the folder of its kind, or None."""
     found = _NAME.fullmatch(name)
     if found is None or found[2] != suffix:
         return None

@@ -66,7 +66,7 @@ def decode_codes(value: bytes | None) -> list[Code]:
 
 
 @dataclass(slots=True)
-class LogState:
+class LogPosition:
     """The state of the log at a commit; JSON in the row."""
 
     epoch: int = 0

@@ -64,12 +64,12 @@ class Census:
         return max(map(self.off, self.share), default=0.0)
 
 
-async def take_census(state: Log) -> Census:
+async def take_census(log: Log) -> Census:
     """Count what each node holds."""
-    members, found = state.members, Census()
+    members, found = log.members, Census()
     stay = Counter(member.config.region for member in members.all if not member.config.draining)
     most: Counter[str] = Counter()  # one node's, without two shards of a stripe for nothing
-    for batch in state.batches():
+    for batch in log.batches():
         for _, row in batch:
             found.codes.add(row.code)
             regions: Counter[str] = Counter()

@@ -35,7 +35,7 @@ from ..members.standing import State
 from ..repair.repairer import Repairer
 from .balance import BALANCED, Balance, Census, Draining, Moves, take_census
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _Shard = tuple[int, Stripe, int]
 """A stripe's number, its row, and the index of a shard."""
@@ -63,12 +63,12 @@ class Rebalance(JobRow):
 class Rebalancer:
     """Moves shards in the background."""
 
-    def __init__(self, state: Log, committer: Committer, repairer: Repairer) -> None:
-        self._log = state
-        self._limits = state.limits
+    def __init__(self, log: Log, committer: Committer, repairer: Repairer) -> None:
+        self._log = log
+        self._limits = log.limits
         self._committer = committer
         self._repairer = repairer
-        self.job = BackgroundJob(state, store_rows.REBALANCE_KEY, Rebalance, REFUSALS)
+        self.job = BackgroundJob(log, store_rows.REBALANCE_KEY, Rebalance, REFUSALS)
         self.drained: set[int] = set()
         """Nodes to be drained that were found empty."""
         self.stuck: dict[int, str] = {}
@@ -133,7 +133,7 @@ class Rebalancer:
                 if not self._log.broken and self.job.is_running:
                     moved += await self._rebalance()
             except FusestoreError as error:
-                log.error("Moving shards is tried again later: %s", error)
+                logger.error("Moving shards is tried again later: %s", error)
             if not moved:
                 await self.job.changed(self._limits.probe_seconds)
 
@@ -260,7 +260,7 @@ class Rebalancer:
         except LostError as error:
             if len(shards) > 1:
                 return sum([await self._move_those(target, [shard]) for shard in shards])
-            log.error("A shard cannot be moved: %s", error)
+            logger.error("A shard cannot be moved: %s", error)
             self._notes[shards[0][1].shards[shards[0][2]].node] = str(error)
             return 0
         for _, row, index in shards:

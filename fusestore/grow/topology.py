@@ -25,7 +25,7 @@ from ..errors import NodeError, UsageError
 from ..format import keys, store_rows, stripe_rows
 from ..format.erasure import Code
 from ..format.placement import check_region_rule
-from ..format.records import Run
+from ..format.records import SegmentKind
 from ..format.segment_numbers import reachable
 from ..log.background_job import LOOK_SECONDS
 from ..log.log import Log
@@ -35,7 +35,7 @@ from ..repair.repairer import Repairer
 from .balance import Census, take_census
 from .rebalance import Rebalancer
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -44,10 +44,10 @@ class Topology:
     """Changes which nodes there are, one change at a time."""
 
     def __init__(
-        self, state: Log, committer: Committer, repairer: Repairer, rebalancer: Rebalancer
+        self, log: Log, committer: Committer, repairer: Repairer, rebalancer: Rebalancer
     ) -> None:
-        self._log = state
-        self._limits = state.limits
+        self._log = log
+        self._limits = log.limits
         self._committer = committer
         self._repairer = repairer
         self._rebalancer = rebalancer
@@ -256,7 +256,7 @@ class Topology:
                 journal, shards = self._committer.journal.segment, [*member.shards.states]
                 await member.call(_clear, members.config, member.config, journal, shards)
             except NodeError as error:
-                log.warning("What node %s kept could not be deleted: %s", name, error)
+                logger.warning("What node %s kept could not be deleted: %s", name, error)
                 emptied = False
             member.node.close()
         return {"node": name, "path": str(member.config.path), "emptied": emptied}
@@ -289,9 +289,9 @@ def _clear(config: StoreConfig, place: NodeConfig, journal: int, shards: list[in
     """
     node = open_node(config, place)
     try:
-        for run, known in ((Run.SHARDS, shards), (Run.JOURNAL, [journal])):
-            for segment in reachable(node.segments(run), [0, *known]):
-                node.delete(run, segment)
+        for kind, known in ((SegmentKind.SHARDS, shards), (SegmentKind.JOURNAL, [journal])):
+            for segment in reachable(node.segments(kind), [0, *known]):
+                node.delete(kind, segment)
         node.remove()
     finally:
         node.close()

@@ -22,16 +22,16 @@ from ..format.records import (
     Changes,
     Commit,
     Header,
-    Run,
+    SegmentKind,
     decode_changes,
     decode_commit,
 )
 from ..format.records import checksum as checksum_of
-from ..format.store_rows import CommitId, GivenUp, LogState
+from ..format.store_rows import CommitId, GivenUp, LogPosition
 from ..metadata.engine import Engine
 from ..nodes.base import Node
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +94,9 @@ class Entry:
             return self.put_together
         for node, segment, offset in self.places:
             try:
-                data = node.read(Run.JOURNAL, segment, offset, self.header.payload_length)
+                data = node.read(SegmentKind.JOURNAL, segment, offset, self.header.payload_length)
             except NodeError as error:
-                log.warning("%s", error)
+                logger.warning("%s", error)
                 continue
             if checksum_of(data, len(data)) == self.header.payload_checksum:
                 return data
@@ -117,7 +117,7 @@ class Entry:
         Early versions wrote such a row after they had refused the operation that made it.
         """
         for key in [key for key, value in changes.items() if not tables.fits(key, value)]:
-            log.error(
+            logger.error(
                 "Record %d of the journal has a row %s that is too long for the metadata: "
                 "it is left out, as its operation was refused.",
                 self.number,
@@ -202,13 +202,13 @@ class Journals:
         ]
         return max(earlier, key=lambda e: (e.number, e.header.epoch), default=None)
 
-    def at(self, state: LogState) -> Entry | None:
+    def at(self, position: LogPosition) -> Entry | None:
         """The commit at which the log stood so, if a node that could be read holds it."""
         return next(
             (
                 entry
-                for entry in self.commits.get(state.commit, ())
-                if entry.header.payload_checksum == state.checksum
+                for entry in self.commits.get(position.commit, ())
+                if entry.header.payload_checksum == position.checksum
             ),
             None,
         )
@@ -298,7 +298,7 @@ class Journals:
         if at < _end(lost):
             yield replace(lost, start=at)
 
-    def chain(self, start: LogState) -> Iterator[Entry]:
+    def chain(self, start: LogPosition) -> Iterator[Entry]:
         """The commits that follow the one at `start`, each built on the one before.
 
         The first commit of an epoch repeats what its mount replayed, so it also

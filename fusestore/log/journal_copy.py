@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from uuid import UUID
 
 from ..errors import NodeError, ReplayError
-from ..format.records import HEADER_BYTES, Place, Run
+from ..format.records import HEADER_BYTES, Place, SegmentKind
 from ..format.records import checksum as checksum_of
 from ..nodes.base import Node
 from .journal import Entry, Unreadable
 from .journal_scan import read_journals
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def copy_journals(
     for segment in sorted((whole.keys() | {n for n in damaged if n < before}) - kept):
         lacking = [entry for entry in whole[segment] if name not in entry.holders]
         if lacking or segment in damaged:
-            place = Place(store, name, Run.JOURNAL, segment)
+            place = Place(store, name, SegmentKind.JOURNAL, segment)
             count += _write_anew(place, node, whole[segment], lacking)
             mended += segment in damaged
     return Copied(count, mended, unknown)
@@ -85,7 +85,9 @@ def _write_anew(place: Place, node: Node, entries: list[Entry], lacking: list[En
         try:
             payload = entry.payload()
         except ReplayError as error:
-            if any(place.segment in node.segments(Run.JOURNAL) for node, _, _ in entry.places):
+            if any(
+                place.segment in node.segments(SegmentKind.JOURNAL) for node, _, _ in entry.places
+            ):
                 raise NodeError(str(error)) from error
             continue  # a metadata dump has replaced it meanwhile
         content.extend(bytes(max(0, end - len(content))))
@@ -94,8 +96,8 @@ def _write_anew(place: Place, node: Node, entries: list[Entry], lacking: list[En
         written.append(entry)
     if not written and lacking:
         return 0
-    node.replace(Run.JOURNAL, place.segment, content)
-    back = node.read_back(Run.JOURNAL, place.segment, 0, len(content))
+    node.replace(SegmentKind.JOURNAL, place.segment, content)
+    back = node.read_back(SegmentKind.JOURNAL, place.segment, 0, len(content))
     for entry in written:
         header, start = entry.header, entry.offset + HEADER_BYTES
         payload = back[start : start + header.payload_length]

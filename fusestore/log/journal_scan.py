@@ -31,7 +31,7 @@ from ..format.records import (
     Header,
     Kind,
     Place,
-    Run,
+    SegmentKind,
     decode_changes,
     decode_commit,
     records,
@@ -42,7 +42,7 @@ from ..nodes.directory import segment_path
 from ..nodes.unexpected import costs_only
 from .journal import Entry, Journals, Unreadable
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _PIECE_BYTES = 1 << 20
 _BLOCK_BYTES = 4096
@@ -80,12 +80,12 @@ def read_journals(
         try:
             with costs_only(name):
                 for segment in listed.get(name, ()):
-                    _index_segment(found, Place(store, name, Run.JOURNAL, segment), reader)
+                    _index_segment(found, Place(store, name, SegmentKind.JOURNAL, segment), reader)
                     progress(found.size)
         except NodeError as error:
             found.failed[name] = error
         for problem in dict.fromkeys(lost.error for lost in reader.unreadable):
-            log.warning("%s", problem)
+            logger.warning("%s", problem)
         found.unreadable += reader.unreadable
         if name not in found.failed and not reader.gave_up:
             whole.append((name, node))
@@ -105,7 +105,7 @@ def _listed(
     for name, node in nodes:
         try:
             with costs_only(name):
-                found[name] = [n for n in node.segments(Run.JOURNAL) if n >= first]
+                found[name] = [n for n in node.segments(SegmentKind.JOURNAL) if n >= first]
         except NodeError as error:
             failed[name] = error
     counts = {name: len(numbers) for name, numbers in found.items()}
@@ -155,9 +155,9 @@ class _SegmentReader:
             )
             return bytearray()
         try:
-            size = self.node.size(Run.JOURNAL, segment)
+            size = self.node.size(SegmentKind.JOURNAL, segment)
         except NodeLacksError as error:  # a metadata dump has replaced it meanwhile
-            log.info("%s", error)
+            logger.info("%s", error)
             return bytearray()
         except (NodeIdentityError, NodeTimeoutError):
             raise
@@ -171,9 +171,9 @@ class _SegmentReader:
                     segment,
                     end,
                     size,
-                    f"Node {self.name}: {segment_path(Run.JOURNAL, segment)} is {size:,} bytes "
-                    f"long, and no record was found in the last {SEARCHED_BYTES_MAX:,} that were "
-                    "looked through: it is damaged.",
+                    f"Node {self.name}: {segment_path(SegmentKind.JOURNAL, segment)} is "
+                    f"{size:,} bytes long, and no record was found in the last "
+                    f"{SEARCHED_BYTES_MAX:,} that were looked through: it is damaged.",
                 )
                 size = end
         data = bytearray(size)
@@ -191,7 +191,7 @@ class _SegmentReader:
         offset = 0
         try:
             while offset < size:
-                data = self.node.read(Run.JOURNAL, place.segment, offset, HEADER_BYTES)
+                data = self.node.read(SegmentKind.JOURNAL, place.segment, offset, HEADER_BYTES)
                 header = Header.decode(data, place.seed(offset))
                 if header.record_length > size - offset:
                     break
@@ -208,9 +208,9 @@ class _SegmentReader:
             self._note(segment, start, end, f"Node {self.name} cannot be read at too many places.")
             return
         try:
-            yield start, self.node.read(Run.JOURNAL, segment, start, end - start)
+            yield start, self.node.read(SegmentKind.JOURNAL, segment, start, end - start)
         except NodeLacksError as error:  # the file shrank under us
-            log.info("%s", error)
+            logger.info("%s", error)
         except (NodeIdentityError, NodeTimeoutError):
             raise
         except NodeError as error:
@@ -280,9 +280,9 @@ def _put_together(
     for name, reader in readers.items():
         try:
             with costs_only(name):
-                images[name] = reader.read(Place(store, name, Run.JOURNAL, segment))
+                images[name] = reader.read(Place(store, name, SegmentKind.JOURNAL, segment))
         except NodeError as error:
-            log.info("%s", error)
+            logger.info("%s", error)
     bad = {
         name: {
             block
@@ -300,7 +300,11 @@ def _put_together(
                     whole[block : block + _BLOCK_BYTES] = part
                     break
         _index_records(
-            found, Place(store, name, Run.JOURNAL, segment), readers[name].node, whole, held=False
+            found,
+            Place(store, name, SegmentKind.JOURNAL, segment),
+            readers[name].node,
+            whole,
+            held=False,
         )
 
 
@@ -308,7 +312,7 @@ def _commit_entry(header: Header, payload: memoryview) -> Entry | None:
     try:
         commit = decode_commit(header, payload)
     except FormatError as error:
-        log.error("Commit %d: %s", header.number, error)
+        logger.error("Commit %d: %s", header.number, error)
         return None
     row = commit.changes.get(store_rows.METADATA_DUMP_KEY)
     return Entry(

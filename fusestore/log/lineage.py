@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-from ..format.store_rows import CommitId, GivenUp, LogState
+from ..format.store_rows import CommitId, GivenUp, LogPosition
 from ..nodes.base import Node
 from .journal import Entry, Journals, is_void
 from .journal_scan import read_journals
@@ -50,7 +50,7 @@ def lineage(
     target: tuple[str, Node],
     others: Sequence[tuple[str, Node]],
     ids: Mapping[str, int],
-    state: LogState,
+    position: LogPosition,
     holds: CommitId,
     given_up: Sequence[GivenUp],
 ) -> Lineage:
@@ -62,7 +62,7 @@ def lineage(
     journals = read_journals(store, [*others, target])
     if name in journals.failed:
         raise journals.failed[name]
-    ours = ancestry(journals, state)
+    ours = ancestry(journals, position)
     theirs = [e for e in journals.entries() if name in e.holders and not is_void(e, given_up)]
     known = {entry.id for entry in theirs}
     floor = holds.number if holds.checksum and holds in known else 0
@@ -80,10 +80,10 @@ def lineage(
     return Lineage(last)
 
 
-def ancestry(journals: Journals, state: LogState) -> set[CommitId]:
+def ancestry(journals: Journals, position: LogPosition) -> set[CommitId]:
     """The commits that the chain leads back to from a state of the log, with that one."""
-    found = {CommitId(state.commit, state.checksum)}
-    entry = journals.at(state)
+    found = {CommitId(position.commit, position.checksum)}
+    entry = journals.at(position)
     while entry is not None:
         found.add(entry.id)
         entry = journals.predecessor(entry)

@@ -20,13 +20,13 @@ import trio
 from ..errors import NoSpaceError, ReadOnlyError
 from ..format import keys, store_rows, stripe_rows
 from ..format.erasure import Code
-from ..format.records import Changes, Place, Run
-from ..format.store_rows import Counters, GivenUp, LogState
+from ..format.records import Changes, Place, SegmentKind
+from ..format.store_rows import Counters, GivenUp, LogPosition
 from ..format.stripe_rows import LOST_STRIPE, ShardPlace, Stripe
 from ..members.members import Members
 from ..metadata.engine import Engine
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Unsealed(Protocol):
@@ -110,7 +110,7 @@ class Transaction:
             return
         if left < 0:
             # The count is wrong, so nobody knows whether files still need the stripe.
-            log.error(
+            logger.error(
                 "Stripe %#x counts %d live bytes too few: it is kept. Run 'fusestore fsck'.",
                 stripe,
                 -left,
@@ -157,7 +157,7 @@ class Log:
         self.code = code
         """For files below no directory with a code of its own."""
         self.counters = Counters()
-        self.state = LogState()
+        self.position = LogPosition()
         self.pending: dict[bytes, bytes | None] = {}
         """Changes that no commit has taken yet."""
         self.unsealed: dict[int, Unsealed] = {}
@@ -191,7 +191,7 @@ class Log:
     @property
     def doubt(self) -> str:
         """Why what no table names is kept; empty when it may be deleted."""
-        return self.state.doubt
+        return self.position.doubt
 
     @property
     def given_up(self) -> list[GivenUp]:
@@ -205,11 +205,11 @@ class Log:
 
     def journal(self, node: str, segment: int) -> Place:
         """The place of a node's journal segment."""
-        return Place(self.store, node, Run.JOURNAL, segment)
+        return Place(self.store, node, SegmentKind.JOURNAL, segment)
 
     def shards(self, node: str, segment: int) -> Place:
         """The place of a node's shard segment."""
-        return Place(self.store, node, Run.SHARDS, segment)
+        return Place(self.store, node, SegmentKind.SHARDS, segment)
 
     def transaction(self, grows: int = 0) -> Transaction:
         """Begin an operation that changes something; ReadOnlyError.
@@ -235,7 +235,7 @@ class Log:
 
     def next_stripe(self) -> int:
         """A stripe number that was never used: epoch and counter."""
-        number = self.state.epoch << 40 | self._next_stripe
+        number = self.position.epoch << 40 | self._next_stripe
         self._next_stripe += 1
         return number
 

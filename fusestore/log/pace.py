@@ -10,9 +10,9 @@ from .log import Log
 class Pace:
     """Call `spend` before each piece of work with its bytes of I/O."""
 
-    def __init__(self, state: Log, rate: float | None = None, *, polite: bool = True) -> None:
+    def __init__(self, log: Log, rate: float | None = None, *, polite: bool = True) -> None:
         """At most `rate` bytes a second; if polite, less while users read or write."""
-        self._log = state
+        self._log = log
         self._polite = polite
         self._rate = rate
         self._next = 0.0

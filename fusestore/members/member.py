@@ -18,7 +18,7 @@ from typing_extensions import Buffer
 
 from ..config.store_config import NodeConfig
 from ..errors import NodeFullError, NodeTimeoutError
-from ..format.records import Run
+from ..format.records import SegmentKind
 from ..format.store_rows import NodeRow
 from ..format.stripe_rows import ShardPlace
 from ..limits import Limits
@@ -30,7 +30,7 @@ from .journal_room import JournalRoom
 from .shard_segments import ShardSegments
 from .standing import Standing, State
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -124,7 +124,7 @@ class Member:
         """Take the node out of use; its unflushed shards now count as missing."""
         if not self.standing.failed(error):
             return
-        log.error("%s The node is now out of use; see 'fusestore status'.", error)
+        logger.error("%s The node is now out of use; see 'fusestore status'.", error)
         for scope in list(self._calls):
             scope.cancel()
 
@@ -159,20 +159,20 @@ class Member:
         return self.name, cast("Node", _Watched(self))
 
     async def read(
-        self, run: Run, segment: int, offset: int, length: int, seconds: float
+        self, kind: SegmentKind, segment: int, offset: int, length: int, seconds: float
     ) -> bytes | bytearray:
         """Read exactly `length` bytes of a segment; NodeError, NodeTimeoutError."""
         node = self.node
         if self.ring is None or length <= self.limits.read_now_bytes_max:
-            data = node.read_now(run, segment, offset, length)
+            data = node.read_now(kind, segment, offset, length)
             if data is not None:
                 return data
-        opened = node.opened(run, segment) if self.ring is not None else None
+        opened = node.opened(kind, segment) if self.ring is not None else None
         if opened is not None:
             buffer = bytearray(length)
             if await self._fill(opened, offset, buffer, seconds):
                 return buffer
-        return await self.call(node.read, run, segment, offset, length, seconds=seconds)
+        return await self.call(node.read, kind, segment, offset, length, seconds=seconds)
 
     async def _fill(self, opened: Segment, offset: int, buffer: bytearray, seconds: float) -> bool:
         assert self.ring is not None
@@ -199,17 +199,17 @@ class Member:
         end, room = offset + length, self.journal_room
         if room is None or not room.covers(segment, end):
             self.journal_room = room = None
-        node.write(Run.JOURNAL, segment, offset, buffers)
+        node.write(SegmentKind.JOURNAL, segment, offset, buffers)
         if ahead and room is None and self.node is node and self.in_sync:  # not abandoned
             with suppress(NodeFullError):
                 zeros = _zeros(self.limits.journal_ahead_bytes)
-                node.write(Run.JOURNAL, segment, end, [zeros])
-                opened = node.opened(Run.JOURNAL, segment)
+                node.write(SegmentKind.JOURNAL, segment, end, [zeros])
+                opened = node.opened(SegmentKind.JOURNAL, segment)
                 if opened is not None:
                     room = JournalRoom(opened, segment, end + len(zeros), self.limits)
         if room is not None:
             lead = room.lead(end)
-            room.begin(end, node.read(Run.JOURNAL, segment, end - lead, lead))
+            room.begin(end, node.read(SegmentKind.JOURNAL, segment, end - lead, lead))
             self.journal_room = room
 
     def late(self, seconds: float) -> NodeTimeoutError:

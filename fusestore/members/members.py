@@ -23,7 +23,7 @@ from ..format.placement import Placement, Site, losses_borne
 from .member import Member
 from .standing import State
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Members:
@@ -186,7 +186,7 @@ class Members:
                 max(0, room - self.config.limits.reserve_bytes) * self.config.limits.metadata_share
             )
         except OSError as error:
-            log.error("The free space of the metadata is unknown: %s.", error.strerror)
+            logger.error("The free space of the metadata is unknown: %s.", error.strerror)
         return min(totals, default=0), min(frees, default=0)
 
     def _loads(self, code: Code) -> dict[int, tuple[float, float]]:

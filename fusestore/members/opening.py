@@ -9,7 +9,7 @@ from contextlib import suppress
 from ..config.node_identity import read_identity
 from ..config.store_config import NodeConfig, StoreConfig
 from ..errors import NodeError, NodeIdentityError, NodeLacksError
-from ..format.records import Run
+from ..format.records import SegmentKind
 from ..format.store_rows import NodeRow
 from ..nodes.base import Node
 from ..nodes.directory import DirectoryNode
@@ -47,9 +47,9 @@ def node_ids(nodes: Iterable[NodeConfig], rows: Iterable[NodeRow]) -> dict[str, 
 def shard_sizes(node: Node) -> dict[int, int]:
     """The bytes in each shard segment of a node; blocks; NodeError."""
     found = {}
-    for segment in node.segments(Run.SHARDS):
+    for segment in node.segments(SegmentKind.SHARDS):
         with suppress(NodeLacksError):  # it was reclaimed meanwhile
-            found[segment] = node.size(Run.SHARDS, segment)
+            found[segment] = node.size(SegmentKind.SHARDS, segment)
     return found
 
 

@@ -19,7 +19,7 @@ from ..format.stripe_rows import Stripe
 from ..log.log import Log
 from ..write.shard_record import whole_payload
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +32,17 @@ class Agreed:
     """Whole payloads that lie on nodes, by index."""
 
 
-async def cross_check(state: Log, number: int, row: Stripe) -> Agreed | None:
+async def cross_check(log: Log, number: int, row: Stripe) -> Agreed | None:
     """What the shards of a stripe agree on, read as a whole; None if they do not, or too few."""
     found: dict[int, bytes] = {}
     for index, place in enumerate(row.shards):
-        member = state.members.by_id.get(place.node)
+        member = log.members.by_id.get(place.node)
         if not place.written or member is None or member.out_of_use:
             continue
         try:
-            payload = await member.call(whole_payload, state, member, number, row, index)
+            payload = await member.call(whole_payload, log, member, number, row, index)
         except NodeError as error:
-            log.warning("%s", error)
+            logger.warning("%s", error)
             continue
         if payload is not None:
             found[index] = payload

@@ -20,7 +20,7 @@ from ..bounded_cache import LeastRecentlyUsed
 from ..errors import LostError, NodeError, NodeTimeoutError
 from ..format import erasure, file_rows, keys, stripe_rows
 from ..format.file_rows import Extent
-from ..format.records import Run, block_checksums
+from ..format.records import SegmentKind, block_checksums
 from ..format.stripe_rows import Stripe
 from ..limits import BLOCK_BYTES
 from ..log.log import Log
@@ -28,7 +28,7 @@ from ..members.member import Member
 from ..write.shard_record import whole_payload
 from .cross_check import Agreed, cross_check
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _SUM_BYTES = 8
 COMBINATIONS_MAX = 64
@@ -38,10 +38,10 @@ COMBINATIONS_MAX = 64
 class Reader:
     """Reads files and stripes of an open store."""
 
-    def __init__(self, state: Log) -> None:
-        self._log = state
-        self._limits = state.limits
-        rows_max = state.limits.stripes_cached_max
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._limits = log.limits
+        rows_max = log.limits.stripes_cached_max
         self._cache: LeastRecentlyUsed[int, Stripe] = LeastRecentlyUsed(rows_max)
         self._told: LeastRecentlyUsed[tuple[int, int], bool] = LeastRecentlyUsed(rows_max)
         """Files (inodes) and stripes of theirs of which the log says that they are lost."""
@@ -110,7 +110,7 @@ class Reader:
         if not self._told.get((ino, extent.stripe)):
             self._told[ino, extent.stripe] = True
             where = f"{self._log.path_of(ino)}, bytes {extent.offset} to {extent.end}"
-            log.error("%s cannot be read: %s", where, error)
+            logger.error("%s cannot be read: %s", where, error)
 
     # --- stripes -------------------------------------------------------------
 
@@ -179,10 +179,10 @@ class Reader:
         seconds = self._limits.node_seconds_max if patient else self._limits.read_seconds_max
         try:
             data = await member.read(
-                Run.SHARDS, place.segment, place.offset + low, high - low, seconds
+                SegmentKind.SHARDS, place.segment, place.offset + low, high - low, seconds
             )
         except NodeTimeoutError as error:
-            log.warning("%s Others are read for a while.", error)
+            logger.warning("%s Others are read for a while.", error)
             member.standing.answered_late(trio.current_time())
             return None
         except NodeError as error:
@@ -227,7 +227,7 @@ class Reader:
             return
         key = stripe_rows.missing_key(row.shards[index].node, number, index)
         if self._log.engine.get(key) is None:
-            log.warning("%s It is decoded from others.", reason)
+            logger.warning("%s It is decoded from others.", reason)
             if not self._log.read_only and not self._log.broken:
                 self._log.apply({key: b""})
 
@@ -270,7 +270,7 @@ class Reader:
         now = self._log.stripe(number)
         if now is None or now.checksums != row.checksums:
             return  # freed, or mended meanwhile
-        log.error(
+        logger.error(
             "The row of stripe %#x is wrong: its shards agree on other checksums. It is mended.",
             number,
         )

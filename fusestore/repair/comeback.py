@@ -8,7 +8,7 @@ from itertools import islice
 import trio
 
 from ..errors import FusestoreError, MetadataError, NodeError, NodeTimeoutError
-from ..format.records import Run
+from ..format.records import SegmentKind
 from ..format.store_rows import NEVER_WHOLE
 from ..log.lineage import Lineage
 from ..log.log import Log
@@ -20,14 +20,14 @@ from ..nodes.base import Node
 from .heal import Healer
 from .rejoin import Rejoin
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Comeback:
     """Looks after the nodes, now and then."""
 
-    def __init__(self, state: Log, healer: Healer, rejoin: Rejoin) -> None:
-        self._log = state
+    def __init__(self, log: Log, healer: Healer, rejoin: Rejoin) -> None:
+        self._log = log
         self._healer = healer
         self._rejoin = rejoin
         self._wake = trio.Event()
@@ -101,7 +101,7 @@ class Comeback:
                 if found.foreign and member.standing.holds != NEVER_WHOLE:
                     self._set_apart(member, node, found)
                     return
-                member.shards.note_present(await member.call(node.segments, Run.SHARDS))
+                member.shards.note_present(await member.call(node.segments, SegmentKind.SHARDS))
                 member.standing.found(found.last)
             if quick and (member.standing.doubted or member.shards.lost):
                 return
@@ -114,7 +114,7 @@ class Comeback:
             if isinstance(error, NodeTimeoutError):
                 member.standing.leave_alone(trio.current_time())
             return
-        log.info("Node %s is there again: it gets what it missed.", member.name)
+        logger.info("Node %s is there again: it gets what it missed.", member.name)
         try:
             with self._healer.following(member) as progress:
                 await self._rejoin.copy_journal(member, progress)
@@ -128,14 +128,14 @@ class Comeback:
             member.standing.leave_alone(trio.current_time())
             self._healer.give_up(member, error)
         else:
-            log.info("Node %s is up and in sync.", member.name)
+            logger.info("Node %s is up and in sync.", member.name)
 
     def _set_apart(self, member: Member, node: Node, found: Lineage) -> None:
         """A node of another history: an operator decides; it is looked at again all the same."""
         node.close()
         problem = found.problem(str(self._log.members.config.store), member.name)
         if member.state is not State.FOREIGN:
-            log.error("Node %s: %s", member.name, problem)
+            logger.error("Node %s: %s", member.name, problem)
         member.standing.set_apart(problem)
         member.standing.leave_alone(trio.current_time())
 

@@ -52,10 +52,10 @@ class Running:
 class Healer:
     """Rebuilds shards that nodes are known to lack."""
 
-    def __init__(self, state: Log, reader: Reader, committer: Committer) -> None:
-        self._log = state
+    def __init__(self, log: Log, reader: Reader, committer: Committer) -> None:
+        self._log = log
         self._committer = committer
-        self.rebuilder = Rebuilder(state, reader)
+        self.rebuilder = Rebuilder(log, reader)
         self.busy = trio.Lock()
         """Held while a node is brought back or shards are healed or moved."""
         self.running: Running | None = None

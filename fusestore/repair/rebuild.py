@@ -16,7 +16,7 @@ from typing_extensions import Buffer
 from ..commit.replay import shard_is_intact
 from ..errors import LostError, NodeError
 from ..format import stripe_rows
-from ..format.records import HEADER_BYTES, Header, Run
+from ..format.records import HEADER_BYTES, Header, SegmentKind
 from ..format.stripe_rows import ShardPlace, Stripe
 from ..log.log import Log
 from ..members.member import Member
@@ -24,7 +24,7 @@ from ..nodes.base import Node
 from ..read.reader import Reader, verified
 from ..write.shard_record import may_overwrite, shard_header, write_shard
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +40,15 @@ class _Rebuilt:
     """What lies at the place that the row names is not known to be this shard's."""
 
 
-Here = tuple[int, Stripe, list[int]]
+StripeShards = tuple[int, Stripe, list[int]]
 """A stripe's number, the stripe, and the indices of its shards on a node."""
 
 
 class Rebuilder:
     """Gives nodes shards that they lack."""
 
-    def __init__(self, state: Log, reader: Reader) -> None:
-        self._log = state
+    def __init__(self, log: Log, reader: Reader) -> None:
+        self._log = log
         self._reader = reader
         self.told: set[int] = set()
         """Stripes that cannot be rebuilt now, and of which the log has a line."""
@@ -82,7 +82,7 @@ class Rebuilder:
         except LostError as error:
             if number not in self.told:
                 self.told.add(number)
-                log.error("%s", error)
+                logger.error("%s", error)
             keys = [stripe_rows.missing_key(member.id, number, index) for index in indices]
             self._log.apply({key: b"" for key in keys if self._log.engine.get(key) is None})
             return
@@ -141,7 +141,7 @@ class Rebuilder:
             owner.fail(error)
             return False
         self._log.rows_in_doubt += 1
-        log.error(
+        logger.error(
             "Shard %d of stripe %#x is not where its row says, in segment %d of node %s at %d: "
             "what lies there is left alone. Run 'fusestore fsck'.",
             header.index,
@@ -180,7 +180,7 @@ class Rebuilder:
         """Read rebuilt shards back; those that are right count from then on."""
         node = member.node
         segments = sorted({shard.place.segment for shard in written})
-        await member.call(node.flush, Run.SHARDS, segments)
+        await member.call(node.flush, SegmentKind.SHARDS, segments)
         for segment in filter(member.shards.is_full, segments):
             # A seal may still be writing to what it has reserved.
             state = member.shards.states.get(segment)
@@ -198,7 +198,9 @@ class Rebuilder:
         """NodeError unless the node gives back what it was given."""
         row, place = shard.row, shard.place
         start, size = place.offset - HEADER_BYTES, HEADER_BYTES + row.shard_length
-        data = await member.call(member.node.read_back, Run.SHARDS, place.segment, start, size)
+        data = await member.call(
+            member.node.read_back, SegmentKind.SHARDS, place.segment, start, size
+        )
         seed = self._log.shards(member.name, place.segment).seed(start)
         sums = row.checksums[shard.index]
         header = shard_header(row.code, row.length, shard.number, shard.index, sums)
@@ -240,10 +242,12 @@ class Rebuilder:
 
 def _give_back_ahead(node: Node, segment: int, reserved: int) -> None:
     """In a thread: give back what was allocated past the end of a segment that is full."""
-    node.truncate(Run.SHARDS, segment, max(reserved, node.size(Run.SHARDS, segment)))
+    node.truncate(
+        SegmentKind.SHARDS, segment, max(reserved, node.size(SegmentKind.SHARDS, segment))
+    )
 
 
-def not_intact(member: Member, batch: list[Here]) -> dict[int, list[int]]:
+def not_intact(member: Member, batch: list[StripeShards]) -> dict[int, list[int]]:
     """In a thread: by stripe the shards of a node that are not there or not right."""
     found = {}
     for number, row, here in batch:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import trio
 
 from ..commit.committer import Committer
-from ..format.records import Run
+from ..format.records import SegmentKind
 from ..format.segment_numbers import GAP_MAX
 from ..format.store_rows import NEVER_WHOLE, CommitId
 from ..format.stripe_rows import Stripe
@@ -30,14 +30,14 @@ from ..log.pace import Pace
 from ..members.member import Member
 from ..nodes.base import Node
 from .heal import Healer, Progress
-from .rebuild import Here, not_intact
+from .rebuild import StripeShards, not_intact
 
 
 class Rejoin:
     """The steps that make a node whole; comeback and repair take them."""
 
-    def __init__(self, state: Log, committer: Committer, healer: Healer) -> None:
-        self._log = state
+    def __init__(self, log: Log, committer: Committer, healer: Healer) -> None:
+        self._log = log
         self._committer = committer
         self._healer = healer
 
@@ -51,7 +51,7 @@ class Rejoin:
                 (member.name, node),
                 [(m.name, m.node) for m in members.in_sync],
                 {m.name: m.id for m in members.all},
-                self._log.state,
+                self._log.position,
                 CommitId(member.standing.holds, member.standing.checksum),
                 self._log.given_up,
             )
@@ -65,7 +65,7 @@ class Rejoin:
 
     async def take_in(self, member: Member, node: Node) -> None:
         """The same with `Committer.lock` held, and the loss committed."""
-        member.enter(node, await member.call(node.segments, Run.SHARDS))
+        member.enter(node, await member.call(node.segments, SegmentKind.SHARDS))
 
     async def rebuild_all(
         self, member: Member, progress: Progress, pace: Pace | None = None
@@ -90,14 +90,14 @@ class Rejoin:
 
     async def _forget_lost(self, member: Member) -> None:
         """All shards of a node have been looked at: what is not there now counts for nothing."""
-        on_disk = await member.call(member.node.segments, Run.SHARDS)
+        on_disk = await member.call(member.node.segments, SegmentKind.SHARDS)
         if next(self._healer.lacks(member), None) is None:
             for segment in member.shards.lost.difference(on_disk):
                 member.shards.forget(segment)
         member.standing.looked_through()
         member.shards.lost.clear()
 
-    def _batches(self, member: Member, weak: bool, end: bytes) -> Iterator[list[Here]]:
+    def _batches(self, member: Member, weak: bool, end: bytes) -> Iterator[list[StripeShards]]:
         """Stripes before `end` with shards on a node that lack, or do not lack, shards elsewhere.
 
         A batch may be empty, so that others can run.
@@ -131,7 +131,7 @@ class Rejoin:
             drop = _set_journals_aside if self._log.doubt else _drop_journals
             await member.call(drop, member.node, self._committer.journal.segment + GAP_MAX + 1)
         if member.late_segment:  # a new file, which no late write knows
-            await member.call(member.node.delete, Run.JOURNAL, member.late_segment)
+            await member.call(member.node.delete, SegmentKind.JOURNAL, member.late_segment)
             member.late_segment = 0
         async with self._committer.lock:
             self._committer.journal.roll()
@@ -178,12 +178,12 @@ class Rejoin:
 
 
 def _drop_journals(node: Node, before: int) -> None:
-    for segment in node.segments(Run.JOURNAL):
+    for segment in node.segments(SegmentKind.JOURNAL):
         if segment < before:
-            node.delete(Run.JOURNAL, segment)
+            node.delete(SegmentKind.JOURNAL, segment)
 
 
 def _set_journals_aside(node: Node, before: int) -> None:
-    for segment in node.segments(Run.JOURNAL):
+    for segment in node.segments(SegmentKind.JOURNAL):
         if segment < before:
-            node.set_aside(Run.JOURNAL, segment)
+            node.set_aside(SegmentKind.JOURNAL, segment)

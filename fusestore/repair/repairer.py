@@ -49,7 +49,7 @@ from ..system.files import sync_directory
 from .heal import Healer, Progress
 from .rejoin import Rejoin
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _EMPTY = {"journal", "shards", "lost+found"}
 """What the directory of a node that was wiped may hold."""
@@ -59,9 +59,9 @@ class Repairer:
     """Repairs nodes when asked to, and lets new ones join."""
 
     def __init__(
-        self, state: Log, reader: Reader, committer: Committer, healer: Healer, rejoin: Rejoin
+        self, log: Log, reader: Reader, committer: Committer, healer: Healer, rejoin: Rejoin
     ) -> None:
-        self._log = state
+        self._log = log
         self._reader = reader
         self._committer = committer
         self.healer = healer

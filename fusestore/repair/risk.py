@@ -49,8 +49,8 @@ class Rates:
 class Safety:
     """Looks at all stripes of an open store."""
 
-    def __init__(self, state: Log, reader: Reader, path_of: Callable[[int], str]) -> None:
-        self._log = state
+    def __init__(self, log: Log, reader: Reader, path_of: Callable[[int], str]) -> None:
+        self._log = log
         self._reader = reader
         self._path_of = path_of
 

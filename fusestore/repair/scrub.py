@@ -26,7 +26,7 @@ from ..members.standing import State
 from .rebuild import not_intact
 from .repairer import Repairer
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 DAY_SECONDS = 86_400
 
@@ -66,19 +66,19 @@ class Scrubber:
 
     def __init__(
         self,
-        state: Log,
+        log: Log,
         committer: Committer,
         repairer: Repairer,
         rows: RowKeeper,
         every_days: int,
     ) -> None:
         self._rows = rows
-        self._log = state
-        self._limits = state.limits
+        self._log = log
+        self._limits = log.limits
         self._committer = committer
         self._repairer = repairer
         self._every_days = every_days
-        self.job = BackgroundJob(state, store_rows.SCRUB_KEY, Scrub, REFUSALS)
+        self.job = BackgroundJob(log, store_rows.SCRUB_KEY, Scrub, REFUSALS)
         self._walk_from = (0.0, 0)
         """When this walk began, by the monotonic clock, and the stripes read before."""
 
@@ -137,7 +137,7 @@ class Scrubber:
                 try:
                     await self._walk()
                 except (NodeError, NotDurableError, MetadataError) as error:
-                    log.error("The scrub is paused: %s", error)
+                    logger.error("The scrub is paused: %s", error)
                     if self.job.is_running:
                         self.job.pause()
             if not self.job.is_running:
@@ -188,7 +188,7 @@ class Scrubber:
                 self.scrub.unread += 1
                 continue
             for lost in copied.unknown:
-                log.error("Scrub: no node can read what was there: %s", lost.error)
+                logger.error("Scrub: no node can read what was there: %s", lost.error)
             self.scrub.unread += len(copied.unknown)
             self.scrub.found += max(copied.records, copied.mended)
 
@@ -197,7 +197,7 @@ class Scrubber:
         try:
             return len(await self._rows.mend())
         except (MetadataError, ReplayError) as error:
-            log.error("The metadata cannot be mended: %s", error)
+            logger.error("The metadata cannot be mended: %s", error)
             return 1
 
     async def _verify(self, batch: list[tuple[int, Stripe]]) -> None:
@@ -236,7 +236,7 @@ class Scrubber:
         now = self._log.stripe(number)
         key = stripe_rows.missing_key(place.node, number, index)
         if now is not None and now.shards[index] == place and self._log.engine.get(key) is None:
-            log.warning("Scrub: shard %d of stripe %#x is bad or gone.", index, number)
+            logger.warning("Scrub: shard %d of stripe %#x is bad or gone.", index, number)
             self.scrub.found += 1
             self._log.apply({key: b""})
 

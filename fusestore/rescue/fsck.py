@@ -97,7 +97,7 @@ async def _end_doubt(store: Store) -> None:
     if not log.doubt or not all(member.in_sync for member in log.members.all):
         return
     async with store.committer.lock:
-        log.state = replace(log.state, doubt="")
+        log.position = replace(log.position, doubt="")
         await store.committer.commit_now(checkpoint=True)
     store.reclaimer.wake()
 

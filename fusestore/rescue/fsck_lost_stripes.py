@@ -12,7 +12,7 @@ from collections import defaultdict
 from ..errors import NodeError
 from ..format import erasure
 from ..format.erasure import Code
-from ..format.records import Header, Run, block_checksums, checksum
+from ..format.records import Header, SegmentKind, block_checksums, checksum
 from ..format.stripe_rows import ShardPlace, Stripe
 from ..log.log import Log
 from ..members.member import Member
@@ -20,17 +20,17 @@ from ..write.shard_record import NOT_WRITTEN, headers
 from .fsck_findings import Finding, Phase, finding
 from .fsck_view import StoreView
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-_Found = tuple[Member, ShardPlace, Header]
+_FoundShard = tuple[Member, ShardPlace, Header]
 
 
-def lost_stripes(state: Log, view: StoreView, findings: list[Finding]) -> list[Finding]:
+def lost_stripes(log: Log, view: StoreView, findings: list[Finding]) -> list[Finding]:
     """In a thread: findings that put stripes back of which others say that they are lost."""
     wanted = {one.arguments[1].stripe for one in findings if one.fix == "lose_extent"}
     made = []
-    for number, shards in _shards_of(state, wanted).items() if wanted else ():
-        row, count = _row(state, number, shards)
+    for number, shards in _shards_of(log, wanted).items() if wanted else ():
+        row, count = _row(log, number, shards)
         known = view.stripe(number)
         if row is not None and (known is None or not row.is_same(known)):
             what = "no row" if known is None else "a wrong row"
@@ -39,24 +39,24 @@ def lost_stripes(state: Log, view: StoreView, findings: list[Finding]) -> list[F
     return made
 
 
-def _shards_of(state: Log, wanted: set[int]) -> dict[int, list[_Found]]:
+def _shards_of(log: Log, wanted: set[int]) -> dict[int, list[_FoundShard]]:
     """The records of shards of some stripes, on all nodes that answer."""
-    found: dict[int, list[_Found]] = defaultdict(list)
-    for member in state.members.all:
+    found: dict[int, list[_FoundShard]] = defaultdict(list)
+    for member in log.members.all:
         if member.out_of_use:
             continue
         try:
-            for segment in member.node.segments(Run.SHARDS):
-                for offset, header in headers(state, member, segment):
+            for segment in member.node.segments(SegmentKind.SHARDS):
+                for offset, header in headers(log, member, segment):
                     if header.number in wanted:
                         place = ShardPlace(member.id, segment, offset)
                         found[header.number].append((member, place, header))
         except NodeError as error:
-            log.warning("%s", error)
+            logger.warning("%s", error)
     return found
 
 
-def _row(state: Log, number: int, shards: list[_Found]) -> tuple[Stripe | None, int]:
+def _row(log: Log, number: int, shards: list[_FoundShard]) -> tuple[Stripe | None, int]:
     """The row of a stripe, from k whole shards that fit together; how many there are."""
     payloads: dict[int, bytes] = {}
     places: dict[int, ShardPlace] = {}
@@ -78,7 +78,7 @@ def _row(state: Log, number: int, shards: list[_Found]) -> tuple[Stripe | None, 
     decoded = erasure.rebuild(code, size, dict(list(payloads.items())[:k]), every)
     if any(decoded[index] != payload for index, payload in payloads.items()):
         return None, len(payloads)
-    for index, member in enumerate(state.members.place(code, number)):
+    for index, member in enumerate(log.members.place(code, number)):
         places.setdefault(index, ShardPlace(member.id, NOT_WRITTEN, 0))
     row = Stripe(
         code,
@@ -92,7 +92,9 @@ def _row(state: Log, number: int, shards: list[_Found]) -> tuple[Stripe | None, 
 def _payload(member: Member, place: ShardPlace, header: Header, length: int) -> bytes | None:
     """The payload of a record, if it is what its header says."""
     try:
-        data = member.node.read(Run.SHARDS, place.segment, place.offset, header.payload_length)
+        data = member.node.read(
+            SegmentKind.SHARDS, place.segment, place.offset, header.payload_length
+        )
     except NodeError:
         return None
     whole = len(data) == length and checksum(data, length) == header.payload_checksum

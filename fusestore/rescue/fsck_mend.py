@@ -27,8 +27,8 @@ LOST_TARGET = b"(lost)"
 class Mender:
     """Changes rows so that a finding is none any more; its public methods are the fixes."""
 
-    def __init__(self, state: Log) -> None:
-        self._log = state
+    def __init__(self, log: Log) -> None:
+        self._log = log
         self._txn: Transaction
 
     def mend(self, finding: Finding) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import NodeError
-from ..format.records import Run
+from ..format.records import SegmentKind
 from ..format.segment_numbers import GAP_MAX
 from ..members.member import Member
 from ..nodes.base import Strays
@@ -21,8 +21,8 @@ async def strays(store: Store) -> list[str]:
         if member.out_of_use:
             continue
         known = {
-            Run.JOURNAL: [store.committer.journal.segment],
-            Run.SHARDS: [0, member.shards.current, *member.shards.states],
+            SegmentKind.JOURNAL: [store.committer.journal.segment],
+            SegmentKind.SHARDS: [0, member.shards.current, *member.shards.states],
         }
         try:
             others = await member.call(_strays_of, member, known)
@@ -37,13 +37,13 @@ async def strays(store: Store) -> list[str]:
     return found
 
 
-def _strays_of(member: Member, known: dict[Run, list[int]]) -> Strays:
+def _strays_of(member: Member, known: dict[SegmentKind, list[int]]) -> Strays:
     """In a thread: what is no segment, or has a number that the store has not come to."""
     others = member.node.strays()
     far = [
-        ascii(segment_path(run, number))
-        for run, numbers in known.items()
-        for number in member.node.segments(run)
+        ascii(segment_path(kind, number))
+        for kind, numbers in known.items()
+        for number in member.node.segments(kind)
         if number > max(numbers) + GAP_MAX
     ]
     return Strays(others.count + len(far), (*others.names, *far[:_FAR_NAMED_MAX]))

@@ -16,7 +16,7 @@ import trio
 from ..errors import FormatError, NodeError
 from ..format import file_rows, keys, stripe_rows, tables
 from ..format.file_rows import Inode
-from ..format.records import HEADER_BYTES, Header, Run
+from ..format.records import HEADER_BYTES, Header, SegmentKind
 from ..format.store_rows import Counters
 from ..format.stripe_rows import SegmentState, Stripe
 from ..log.log import Log
@@ -129,7 +129,7 @@ def _shard_at(log: Log, node: int, segment: int, offset: int) -> tuple[int, int]
     if member.out_of_use:
         return None
     try:
-        data = member.watched[1].read(Run.SHARDS, segment, start, HEADER_BYTES)
+        data = member.watched[1].read(SegmentKind.SHARDS, segment, start, HEADER_BYTES)
         header = Header.decode(data, log.shards(member.name, segment).seed(start))
     except (NodeError, FormatError):
         return None
@@ -157,7 +157,7 @@ def _wrong_headers(
     place, wrong = log.shards(member.name, segment), []
     for start, number, index in shards:
         try:
-            data = member.node.read(Run.SHARDS, segment, start, HEADER_BYTES)
+            data = member.node.read(SegmentKind.SHARDS, segment, start, HEADER_BYTES)
             header = Header.decode(data, place.seed(start))
         except FormatError:
             wrong.append((number, index))

@@ -31,8 +31,8 @@ from ..config.store_config import StoreConfig
 from ..errors import NodeError, ReplayError, UsageError
 from ..format import store_rows, tables
 from ..format.file_rows import Inode
-from ..format.records import Run
-from ..format.store_rows import CommitId, GivenUp, LogState
+from ..format.records import SegmentKind
+from ..format.store_rows import CommitId, GivenUp, LogPosition
 from ..limits import DEFAULTS, Limits
 from ..log.journal import Entry, Journals, make_readable
 from ..log.journal_scan import read_journals
@@ -44,7 +44,7 @@ from .recover_nodes import FoundNodes, find_nodes
 from .recover_output import draft_database, recovered_config, write_config
 from .recover_report import recovery_report
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 HOW_TO_GIVE_UP = "say --accept-loss"
 _COMMITS_LOOKED_AT = 100
@@ -146,9 +146,11 @@ def _journal_bytes(nodes: dict[str, Node]) -> int:
     total = 0
     for node in nodes.values():
         try:
-            total += sum(node.size(Run.JOURNAL, n) for n in node.segments(Run.JOURNAL))
+            total += sum(
+                node.size(SegmentKind.JOURNAL, n) for n in node.segments(SegmentKind.JOURNAL)
+            )
         except NodeError as error:
-            log.warning("%s", error)
+            logger.warning("%s", error)
     return total
 
 
@@ -156,7 +158,7 @@ def _open_log(
     engine: Engine,
     found: FoundNodes,
     journals: Journals,
-    checkpoint: LogState,
+    checkpoint: LogPosition,
     metadata: Path,
 ) -> tuple[Log, StoreConfig, list[int]]:
     """The log of the loaded tables, the configuration for it, and who is in sync (ids of nodes)."""
@@ -165,8 +167,8 @@ def _open_log(
     format_row = latest_row(engine, journals, checkpoint, store_rows.FORMAT_KEY)
     config = recovered_config(found, rows, format_row, metadata)
     members = open_members(config, rows, read_only=True)
-    state = Log(engine, members, config.uuid, config.code, read_only=True)
-    return state, config, [row.id for row in rows if row.in_sync]
+    log = Log(engine, members, config.uuid, config.code, read_only=True)
+    return log, config, [row.id for row in rows if row.in_sync]
 
 
 # --- what must not be lost ---------------------------------------------------
@@ -198,15 +200,15 @@ def _unconnected(engine: Engine, journals: Journals, history: str) -> set[str]:
     return found
 
 
-def _refuse_nothing(state: Log, journals: Journals, replayed: Replayed) -> None:
+def _refuse_nothing(log: Log, journals: Journals, replayed: Replayed) -> None:
     """ReplayError when no commit was found: an empty store is no recovery."""
-    if replayed.state.commit > 0:
+    if replayed.position.commit > 0:
         return
     unread = journals.complaints()
     if unread:
         raise ReplayError(f"No commit can be read from the journals. {make_readable(unread)}")
-    for member in state.members.all:
-        if member.is_open and member.node.segments(Run.SHARDS):
+    for member in log.members.all:
+        if member.is_open and member.node.segments(SegmentKind.SHARDS):
             raise ReplayError(
                 f"Node {member.name} holds shards, but no journal that is there holds a commit: "
                 "bring more nodes back, and name them with --from."
@@ -215,52 +217,52 @@ def _refuse_nothing(state: Log, journals: Journals, replayed: Replayed) -> None:
 
 
 def _may_lack(
-    state: Log, journals: Journals, replayed: Replayed, given_up: set[str], accept_loss: bool
+    log: Log, journals: Journals, replayed: Replayed, given_up: set[str], accept_loss: bool
 ) -> bool:
     """Whether nodes that are not there could have gone on without those that are; ReplayError."""
     vouching = {
         member.id
-        for member in state.members.all
+        for member in log.members.all
         if member.is_open
         and replayed.reached[member.id] >= replayed.durable
         and member.id not in replayed.blind
     }
-    others = {m.id for m in state.members.all if m.name not in given_up} - vouching
-    if not others & replayed.in_sync or not state.members.could_store(state.code, others):
+    others = {m.id for m in log.members.all if m.name not in given_up} - vouching
+    if not others & replayed.in_sync or not log.members.could_store(log.code, others):
         return False
     if not accept_loss:
-        away = ", ".join(m.name for m in state.members.all if m.id in others)
+        away = ", ".join(m.name for m in log.members.all if m.id in others)
         unread = [
             m.standing.error
-            for m in state.members.all
+            for m in log.members.all
             if m.id in others and m.out_of_use and m.standing.unread
         ]
         if replayed.blind or unread:
             raise ReplayError(
-                f"Newer commits than {replayed.state.commit} may be on {away}. "
+                f"Newer commits than {replayed.position.commit} may be on {away}. "
                 f"{make_readable([*journals.complaints(), *unread])}"
             )
         raise ReplayError(
-            f"Newer commits than {replayed.state.commit} may be on {away}: bring these nodes, or "
-            "newer copies of them, back and name their places with --from, or say --accept-loss if "
-            "they are gone for good."
+            f"Newer commits than {replayed.position.commit} may be on {away}: bring these nodes, "
+            "or newer copies of them, back and name their places with --from, or say --accept-loss "
+            "if they are gone for good."
         )
     return True
 
 
-def _settle(state: Log, replayed: Replayed) -> LogState:
+def _settle(log: Log, replayed: Replayed) -> LogPosition:
     """Go on from what there is: whatever else turns up later, of this history, is void."""
-    state.apply(suspect_shards(state, replayed))
-    last = replayed.state.commit
+    log.apply(suspect_shards(log, replayed))
+    last = replayed.position.commit
     rows = []
-    for member in state.members.all:
+    for member in log.members.all:
         whole = (
             member.is_open and member.id in replayed.in_sync and replayed.reached[member.id] >= last
         )
         holds = 0 if whole else store_rows.NEVER_WHOLE
         rows.append(replace(member.row(), in_sync=whole, holds=holds))
-    state.apply({store_rows.NODES_KEY: store_rows.encode_nodes(rows)})
-    epoch = replayed.state.epoch + EPOCHS_SKIPPED
-    ends = [*state.given_up, GivenUp(last, epoch)]
-    state.apply({store_rows.GIVEN_UP_KEY: store_rows.encode_given_up(ends)})
-    return replace(replayed.state, epoch=epoch, doubt="losses were accepted")
+    log.apply({store_rows.NODES_KEY: store_rows.encode_nodes(rows)})
+    epoch = replayed.position.epoch + EPOCHS_SKIPPED
+    ends = [*log.given_up, GivenUp(last, epoch)]
+    log.apply({store_rows.GIVEN_UP_KEY: store_rows.encode_given_up(ends)})
+    return replace(replayed.position, epoch=epoch, doubt="losses were accepted")

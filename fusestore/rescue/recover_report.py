@@ -18,21 +18,21 @@ from ..members.opening import shard_sizes
 from ..read.reader import Reader
 from .recover_nodes import FoundNodes
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def recovery_report(
-    found: FoundNodes, journals: Journals, state: Log, replayed: Replayed
+    found: FoundNodes, journals: Journals, log: Log, replayed: Replayed
 ) -> dict[str, Any]:
     """What was found, and what was lost, by file."""
-    tree, reader = Tree(state), Reader(state)
-    counters = state.engine.get(store_rows.COUNTERS_KEY)
+    tree, reader = Tree(log), Reader(log)
+    counters = log.engine.get(store_rows.COUNTERS_KEY)
     known = Counters.decode(counters) if counters else Counters(files=0)
-    sizes = _segment_sizes(state)
-    lost = [number for number, row in _stripes(state) if not _readable(state, sizes, number, row)]
+    sizes = _segment_sizes(log)
+    lost = [number for number, row in _stripes(log) if not _readable(log, sizes, number, row)]
     return {
         "store": str(found.store),
-        "commit": replayed.state.commit,
+        "commit": replayed.position.commit,
         "files": known.files,
         "bytes": known.file_bytes,
         "commits": sum(len(entries) for entries in journals.commits.values()),
@@ -46,36 +46,36 @@ def recovery_report(
                 "last_commit": journals.last(member.name),
                 "problem": found.problems.get(member.name, member.standing.error),
             }
-            for member in state.members.all
+            for member in log.members.all
         ],
         "dropped": [_dropped(journals, tree, number) for number in replayed.dropped],
         "lost": sorted({tree.path(ino) for number in lost for ino in reader.owners(number)}),
     }
 
 
-def _stripes(state: Log) -> Iterator[tuple[int, Stripe]]:
-    for key, value in state.engine.scan(stripe_rows.STRIPES_START, stripe_rows.STRIPES_END):
+def _stripes(log: Log) -> Iterator[tuple[int, Stripe]]:
+    for key, value in log.engine.scan(stripe_rows.STRIPES_START, stripe_rows.STRIPES_END):
         yield stripe_rows.decode_stripe_key(key), Stripe.decode(value)
 
 
-def _segment_sizes(state: Log) -> dict[int, dict[int, int]]:
+def _segment_sizes(log: Log) -> dict[int, dict[int, int]]:
     """By node, and segment: the bytes that are there."""
     sizes: dict[int, dict[int, int]] = {}
-    for member in state.members.all:
+    for member in log.members.all:
         if member.is_open:
             try:
                 sizes[member.id] = shard_sizes(member.node)
             except NodeError as error:
-                log.warning("%s", error)
+                logger.warning("%s", error)
     return sizes
 
 
-def _readable(state: Log, sizes: dict[int, dict[int, int]], number: int, row: Stripe) -> bool:
+def _readable(log: Log, sizes: dict[int, dict[int, int]], number: int, row: Stripe) -> bool:
     """Whether k shards of a stripe seem to be there; their bytes are not read."""
     there = 0
     for index, place in enumerate(row.shards):
         size = sizes.get(place.node, {}).get(place.segment, 0)
-        missing = state.engine.get(stripe_rows.missing_key(place.node, number, index)) is not None
+        missing = log.engine.get(stripe_rows.missing_key(place.node, number, index)) is not None
         there += place.written and not missing and size >= place.offset + row.shard_length
     return there >= row.code.k
 

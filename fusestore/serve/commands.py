@@ -62,7 +62,7 @@ from .messages.safety import (
     ScrubRequest,
 )
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Q = TypeVar("Q", bound=Request[Any])
 R = TypeVar("R")
@@ -281,7 +281,7 @@ async def log_level(context: Context, request: LogLevelRequest) -> LogLevelResul
     if request.level:
         before = logs.get_level()
         logs.set_level(request.level)
-        log.warning("the log level is now %s; it was %s", logs.get_level(), before)
+        logger.warning("the log level is now %s; it was %s", logs.get_level(), before)
     return LogLevelResult(logs.get_level())
 
 

@@ -40,7 +40,7 @@ from .control_client import (
     socket_address,
 )
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Handler = Callable[[Message, Progress], Awaitable[Message]]
 """Runs a command: takes its arguments and a callback for progress, and returns the result.
@@ -150,7 +150,7 @@ class ControlServer:
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the client is gone
         except Exception:
-            log.exception("a client of the control socket could not be served")
+            logger.exception("a client of the control socket could not be served")
         finally:
             self._clients -= 1
             stream.socket.close()
@@ -183,7 +183,7 @@ async def _outcome(handler: Handler, command: str, arguments: Message, progress:
         cause = _single(error)
         if isinstance(cause, FusestoreError):
             return encode(error_message(cause))
-        log.exception("the command %r failed with an unexpected error", command)
+        logger.exception("the command %r failed with an unexpected error", command)
         unexpected = f"The command {command!r} failed unexpectedly: see the daemon's log."
         return encode(error_message(FusestoreError(unexpected)))
 

@@ -34,7 +34,7 @@ from .control_server import ControlServer, lock_store
 from .offline import unwrapped
 from .operations import TALLIES, Operations
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 READY_SECONDS = 60.0
 """A mount that does not answer within this time has failed."""
@@ -96,7 +96,7 @@ class _Daemon:
                         await outer.start(ControlServer(commands).serve, self._config.store)
                         async with self._mount(files):
                             on_ready(store.warnings())
-                            log.info("%s is mounted on %s", self._config.store, self._mountpoint)
+                            logger.info("%s is mounted on %s", self._config.store, self._mountpoint)
                             outer.start_soon(self._watch_signals)
                             nursery.start_soon(self._read_further_ahead)
                             nursery.start_soon(self._tell_ready, store)
@@ -135,7 +135,7 @@ class _Daemon:
         monitor = Monitor(store, TALLIES, self.about)
         server = WebServer(*parse_address(address), monitor.routes())
         self._url = server.url
-        log.info("metrics and the status page are at %s", server.url)
+        logger.info("metrics and the status page are at %s", server.url)
         nursery.start_soon(monitor.run)
         try:
             yield
@@ -213,13 +213,13 @@ class _Daemon:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async for number in signals:
                 if self._unmounted.is_set():
-                    log.info("%s: already ending", signal.Signals(number).name)
+                    logger.info("%s: already ending", signal.Signals(number).name)
                     continue
-                log.info("%s: unmounting", signal.Signals(number).name)
+                logger.info("%s: unmounting", signal.Signals(number).name)
                 try:
                     await trio.to_thread.run_sync(mounts.unmount, self._mountpoint)
                 except FusestoreError as error:
                     if self._unmounted.is_set():  # unmounted meanwhile
                         continue
-                    log.warning("%s The daemon commits everything and exits anyway.", error)
+                    logger.warning("%s The daemon commits everything and exits anyway.", error)
                     pyfuse3.terminate()

@@ -26,7 +26,7 @@ from ..errors import FusestoreError, StoreBusyError, UsageError
 from ..system import linux, logs, mounts
 from .control_client import Message, encode, error_message, error_of
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 READY_BYTES_MAX = 1 << 20
 END_SECONDS = 30.0
@@ -49,7 +49,7 @@ def prepare_mountpoint(config: StoreConfig, path: Path, options: MountOptions) -
                 f"clear it with `fusestore umount {place}`."
             )
         mounts.clear_dead(place)
-        log.warning("cleared the mount that a dead daemon left on %s", place)
+        logger.warning("cleared the mount that a dead daemon left on %s", place)
     try:
         entries = os.listdir(place)
     except (FileNotFoundError, NotADirectoryError):
@@ -102,7 +102,7 @@ def run(
             nonlocal ready_fd
             if ready_fd is None:
                 for warning in warnings:
-                    log.warning("%s", warning)
+                    logger.warning("%s", warning)
             else:
                 _say(ready_fd, {"ready": True, "warnings": warnings})
                 ready_fd = None
@@ -121,7 +121,7 @@ def run(
                 error = FusestoreError(f"The daemon cannot start: {error}.")
             _say(ready_fd, error_message(error))
         elif in_background:
-            log.error("%s", error)
+            logger.error("%s", error)
             raise SystemExit(3) from error
         raise
 
@@ -131,7 +131,7 @@ def _say(fd: int, message: Message) -> None:
     try:
         os.write(fd, encode(message))
     except BrokenPipeError:
-        log.warning("the command that started this daemon has exited")
+        logger.warning("the command that started this daemon has exited")
     finally:
         os.close(fd)
 

@@ -28,7 +28,7 @@ from ..limits import NAME_BYTES_MAX
 from ..tally import Tallies, Tally
 from .lookups import Lookups
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 CACHED_SECONDS = 300
 """How long the kernel may cache names and attributes; they change only through this mount."""
@@ -88,14 +88,14 @@ def _answered(handler: _Handler) -> _Handler:
         except errors.FusestoreError as error:
             number = ERRNO.get(type(error))
             if number is None:
-                log.error("%s: %s", handler.__name__, error)
+                logger.error("%s: %s", handler.__name__, error)
                 number = errno.EIO
             if isinstance(error, errors.MetadataError):
                 args[0].found_damage()
             tally.answered(number)
             raise FUSEError(number) from None
         except Exception:
-            log.exception("%s failed with an unexpected error", handler.__name__)
+            logger.exception("%s failed with an unexpected error", handler.__name__)
             tally.answered(errno.EIO)
             raise FUSEError(errno.EIO) from None
         finally:

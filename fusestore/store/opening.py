@@ -31,9 +31,9 @@ from ..errors import (
 )
 from ..format import erasure, store_rows, stripe_rows, tables
 from ..format.erasure import Code
-from ..format.records import Run
+from ..format.records import SegmentKind
 from ..format.segment_numbers import following, reachable
-from ..format.store_rows import CommitId, Counters, LogState, NodeRow
+from ..format.store_rows import CommitId, Counters, LogPosition, NodeRow
 from ..format.stripe_rows import SegmentState
 from ..log.journal_scan import SEARCHED_BYTES_MAX
 from ..log.lineage import Lineage, lineage
@@ -49,7 +49,7 @@ from ..system.io_uring import Ring
 from .rows_at_mount import mend_rows
 from .store import Store
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @asynccontextmanager
@@ -93,25 +93,25 @@ async def open_store(
                 nursery.start_soon(_open, member, config, read_only, busy)
         if busy:  # going on without the node would begin a second history
             raise StoreBusyError(str(busy[0]))
-        state = Log(engine, members, config.uuid, config.code, read_only=read_only)
-        state.mended = tuple(map(str, wrong))
-        state.rows_mended = len(wrong)
-        start = _load(state, config)
+        log = Log(engine, members, config.uuid, config.code, read_only=read_only)
+        log.mended = tuple(map(str, wrong))
+        log.rows_mended = len(wrong)
+        start = _load(log, config)
         in_sync = [row.id for row in rows if row.in_sync]
         with members.watched():
             replayed = await trio.to_thread.run_sync(
-                partial(replay, state, start, in_sync, accept_loss=accept_loss)
+                partial(replay, log, start, in_sync, accept_loss=accept_loss)
             )
-            suspects = await trio.to_thread.run_sync(suspect_shards, state, replayed)
-            await trio.to_thread.run_sync(_refuse_to_begin, state, replayed)
-        _apply(state, replayed, suspects)
+            suspects = await trio.to_thread.run_sync(suspect_shards, log, replayed)
+            await trio.to_thread.run_sync(_refuse_to_begin, log, replayed)
+        _apply(log, replayed, suspects)
         async with trio.open_nursery() as nursery:
             ring = Ring.open()
             if ring is not None:
                 nursery.start_soon(ring.run)
                 for member in members.all:
                     member.ring = ring
-            store = Store(config, state, nursery)
+            store = Store(config, log, nursery)
             store.comeback.damaged = replayed.damaged
             _adopt_tails(store)
             if read_only:
@@ -150,7 +150,9 @@ async def _note_lost_segments(members: Members) -> None:
     for member in members.all:
         if not member.out_of_use:
             try:
-                member.shards.note_present(await member.call(member.node.segments, Run.SHARDS))
+                member.shards.note_present(
+                    await member.call(member.node.segments, SegmentKind.SHARDS)
+                )
             except NodeError as error:
                 member.fail(error)
 
@@ -161,7 +163,7 @@ async def _close_nodes(members: Members | None) -> None:
         try:
             await member.call(member.node.close)
         except NodeError as error:
-            log.warning("%s", error)
+            logger.warning("%s", error)
 
 
 async def _open(
@@ -195,16 +197,16 @@ def _check_format(config: StoreConfig, engine: Engine) -> list[NodeRow]:
     return store_rows.decode_nodes(nodes) if nodes else []
 
 
-def _load(state: Log, config: StoreConfig) -> LogState:
+def _load(log: Log, config: StoreConfig) -> LogPosition:
     """What the last checkpoint holds; for a new store, what there is at first."""
-    engine, members = state.engine, state.members
+    engine, members = log.engine, log.members
     log_row = engine.get(store_rows.LOG_KEY)
     if log_row is not None:
-        return LogState.decode(log_row)
-    if state.read_only:
+        return LogPosition.decode(log_row)
+    if log.read_only:
         raise UsageError("The store was never mounted: mount it read-write once.")
     for member in members.all:
-        for run, what in ((Run.JOURNAL, "a journal"), (Run.SHARDS, "shards")):
+        for run, what in ((SegmentKind.JOURNAL, "a journal"), (SegmentKind.SHARDS, "shards")):
             if member.is_open and member.node.segments(run):
                 raise MetadataError(
                     f"Node {member.name} holds {what}, but the metadata is gone: mounting would "
@@ -215,24 +217,26 @@ def _load(state: Log, config: StoreConfig) -> LogState:
             raise NodeError(f"A new store needs all of its nodes: {member.standing.error}")
     # From here on the metadata says that this is its store: a crash before the first
     # checkpoint leaves a journal that can be replayed.
-    engine.apply({store_rows.FORMAT_KEY: _format(config), store_rows.LOG_KEY: LogState().encode()})
+    engine.apply(
+        {store_rows.FORMAT_KEY: _format(config), store_rows.LOG_KEY: LogPosition().encode()}
+    )
     engine.freeze()
     engine.write()
     engine.thaw()
     sync_directory(config.metadata)
-    return LogState()
+    return LogPosition()
 
 
-def _refuse_to_begin(state: Log, replayed: Replayed) -> None:
+def _refuse_to_begin(log: Log, replayed: Replayed) -> None:
     """In a thread: an empty database must not be the beginning of a store that holds data."""
-    if replayed.state.commit > 0 or state.read_only:
+    if replayed.position.commit > 0 or log.read_only:
         return
-    for member in state.members.all:
-        if not member.out_of_use and (replayed.dropped or member.node.segments(Run.SHARDS)):
+    for member in log.members.all:
+        if not member.out_of_use and (replayed.dropped or member.node.segments(SegmentKind.SHARDS)):
             raise ReplayError(
                 f"The metadata knows of no commit, but node {member.name} holds data: mounting "
                 "would start an empty store. Move the metadata away, and run 'fusestore recover "
-                f"{state.members.config.store}'."
+                f"{log.members.config.store}'."
             )
 
 
@@ -242,17 +246,17 @@ def _format(config: StoreConfig) -> bytes:
     return json.dumps(value).encode()
 
 
-def _apply(state: Log, replayed: Replayed, suspects: dict[bytes, bytes | None]) -> None:
+def _apply(log: Log, replayed: Replayed, suspects: dict[bytes, bytes | None]) -> None:
     """Take over what was replayed, and say which nodes are in sync."""
-    engine = state.engine
-    state.state = replayed.state
-    state.apply(replayed.changes)
-    state.apply(suspects)
+    engine = log.engine
+    log.position = replayed.position
+    log.apply(replayed.changes)
+    log.apply(suspects)
     counters = engine.get(store_rows.COUNTERS_KEY)
     if counters is not None:
-        state.counters = Counters.decode(counters)
-    new = replayed.state.commit == 0
-    for member in state.members.all:
+        log.counters = Counters.decode(counters)
+    new = replayed.position.commit == 0
+    for member in log.members.all:
         if member.out_of_use:
             continue
         if new or (
@@ -263,12 +267,12 @@ def _apply(state: Log, replayed: Replayed, suspects: dict[bytes, bytes | None]) 
             member.standing.missed()
     nodes = engine.get(store_rows.NODES_KEY)
     if not new:
-        for member in state.members.all:
+        for member in log.members.all:
             member.standing.recorded(store_rows.NEVER_WHOLE)  # unless the log knows it
     for row in store_rows.decode_nodes(nodes) if nodes else ():
-        owner = state.members.by_id.get(row.id)
+        owner = log.members.by_id.get(row.id)
         if owner is None:
-            config = state.members.config
+            config = log.members.config
             raise ConfigError(
                 f"{config.store / CONFIG_NAME} lacks node {row.name} (region {row.region}, at "
                 f"{row.path}), which the store has: put it back, and use 'fusestore node remove'."
@@ -280,13 +284,13 @@ def _apply(state: Log, replayed: Replayed, suspects: dict[bytes, bytes | None]) 
     for key, value in engine.scan(stripe_rows.SEGMENTS_START, stripe_rows.SEGMENTS_END):
         if tables.readable(key, value):
             node, segment = stripe_rows.decode_segment_key(key)
-            owner = state.members.by_id.get(node)
+            owner = log.members.by_id.get(node)
             if owner is not None:
                 owner.shards.states[segment] = SegmentState.decode(value)
-    if state.read_only:
+    if log.read_only:
         return
-    if not state.members.in_sync:
-        problems = " ".join(m.standing.error for m in state.members.all if m.standing.error)
+    if not log.members.in_sync:
+        problems = " ".join(m.standing.error for m in log.members.all if m.standing.error)
         raise ReplayError(
             "No node that holds every commit is there: bring one back, then mount again. "
             + problems
@@ -308,35 +312,35 @@ def _adopt_tails(store: Store) -> None:
 
 async def _begin_epoch(store: Store) -> None:
     """Log again what was replayed, in a new epoch, and checkpoint it."""
-    state, committer = store.log, store.committer
-    state.state = replace(state.state, epoch=state.state.epoch + 1, nonce=os.urandom(16).hex())
-    known, journals = [state.state.journal_segment], list[int]()
-    for member in state.members.all:
+    log, committer = store.log, store.committer
+    log.position = replace(log.position, epoch=log.position.epoch + 1, nonce=os.urandom(16).hex())
+    known, journals = [log.position.journal_segment], list[int]()
+    for member in log.members.all:
         if not member.out_of_use:
             try:
                 journals += _take_over(store, member, await member.call(_tidy, store, member))
             except FusestoreError as error:
                 member.fail(error)
-    _refuse_without_foreign(state)
+    _refuse_without_foreign(log)
     committer.journal.segment = following(known + reachable(journals, known))
     committer.epoch_base = committer.checkpointer.reached
-    if state.state.commit == 0 or state.engine.get(store_rows.FORMAT_KEY) != _format(store.config):
-        state.apply({store_rows.FORMAT_KEY: _format(store.config)})
-    given_up = state.engine.get(store_rows.GIVEN_UP_KEY)
+    if log.position.commit == 0 or log.engine.get(store_rows.FORMAT_KEY) != _format(store.config):
+        log.apply({store_rows.FORMAT_KEY: _format(store.config)})
+    given_up = log.engine.get(store_rows.GIVEN_UP_KEY)
     if given_up is not None:  # recover writes it to the database only; others have to learn it
-        state.apply({store_rows.GIVEN_UP_KEY: given_up})
-        if state.doubt:
-            for key in (store_rows.NODES_KEY, *(key for key, _ in state.engine.scan(b"M", b"N"))):
-                state.apply({key: state.engine.get(key)})
+        log.apply({store_rows.GIVEN_UP_KEY: given_up})
+        if log.doubt:
+            for key in (store_rows.NODES_KEY, *(key for key, _ in log.engine.scan(b"M", b"N"))):
+                log.apply({key: log.engine.get(key)})
     store.writer.seal_all()
     async with committer.lock:
         await committer.commit_now(checkpoint=True)
 
 
-def _refuse_without_foreign(state: Log) -> None:
+def _refuse_without_foreign(log: Log) -> None:
     """ReplayError when too few nodes are left beside those of another history."""
-    members = state.members
-    if not members.foreign or members.can_store(state.code):
+    members = log.members
+    if not members.foreign or members.can_store(log.code):
         return
     names = ", ".join(member.name for member in members.foreign)
     raise ReplayError(
@@ -348,7 +352,7 @@ def _refuse_without_foreign(state: Log) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _NodeContents:
     """What a node holds when its store is opened."""
 
     journals: list[int]
@@ -360,21 +364,21 @@ class _Found:
     """Whose history its journal is of; None for a node in sync."""
 
 
-def _tidy(store: Store, member: Member) -> _Found:
+def _tidy(store: Store, member: Member) -> _NodeContents:
     """In a thread: look at a node, and give back what it has allocated ahead."""
     node = member.node
-    journals, shards = node.segments(Run.JOURNAL), shard_sizes(node)
+    journals, shards = node.segments(SegmentKind.JOURNAL), shard_sizes(node)
     found = None if member.in_sync else _lineage(store, member)
     if found is not None and _is_foreign(member, found):
-        return _Found(journals, {}, 0, found)
+        return _NodeContents(journals, {}, 0, found)
     since = [segment for segment in journals if segment >= store.dumper.first_segment]
-    size = sum(min(node.size(Run.JOURNAL, n), SEARCHED_BYTES_MAX) for n in since)
+    size = sum(min(node.size(SegmentKind.JOURNAL, n), SEARCHED_BYTES_MAX) for n in since)
     for segment in list(shards)[-2:]:
         if segment in member.shards.states:
-            node.truncate(Run.SHARDS, segment, node.size(Run.SHARDS, segment))
+            node.truncate(SegmentKind.SHARDS, segment, node.size(SegmentKind.SHARDS, segment))
     for segment in journals[-2:]:
-        node.truncate(Run.JOURNAL, segment, node.size(Run.JOURNAL, segment))
-    return _Found(journals, shards, size, found)
+        node.truncate(SegmentKind.JOURNAL, segment, node.size(SegmentKind.JOURNAL, segment))
+    return _NodeContents(journals, shards, size, found)
 
 
 def _is_foreign(member: Member, found: Lineage) -> bool:
@@ -389,17 +393,17 @@ def _lineage(store: Store, member: Member) -> Lineage:
         (member.name, member.node),
         [(m.name, m.node) for m in members.in_sync],
         {m.name: m.id for m in members.all},
-        log.state,
+        log.position,
         CommitId(member.standing.holds, member.standing.checksum),
         log.given_up,
     )
 
 
-def _take_over(store: Store, member: Member, found: _Found) -> list[int]:
+def _take_over(store: Store, member: Member, found: _NodeContents) -> list[int]:
     """Go on with a node where it stands; its journal segments."""
     if found.lineage is not None and _is_foreign(member, found.lineage):
         problem = found.lineage.problem(str(store.config.store), member.name)
-        log.error("Node %s: %s", member.name, problem)
+        logger.error("Node %s: %s", member.name, problem)
         member.standing.set_apart(problem)
         return found.journals
     if member.in_sync:
@@ -416,12 +420,12 @@ def _take_over(store: Store, member: Member, found: _Found) -> list[int]:
     strays = {segment: found.shards[segment] for segment in near if segment not in states}
     store.reclaimer.strays[member.id] = strays
     for segment in found.shards.keys() - set(near):
-        log.warning(
+        logger.warning(
             "Node %s (%s) holds a file %s, a number that this store has not come to: it is "
             "ignored.",
             member.name,
             member.config.path,
-            segment_path(Run.SHARDS, segment),
+            segment_path(SegmentKind.SHARDS, segment),
         )
     return found.journals
 
@@ -437,7 +441,7 @@ async def _finish(store: Store) -> None:
             try:
                 await member.call(_trim, committer, member)
             except NodeError as error:
-                log.warning("%s", error)
+                logger.warning("%s", error)
 
 
 def _trim(committer: Committer, member: Member) -> None:
@@ -445,8 +449,8 @@ def _trim(committer: Committer, member: Member) -> None:
     node = member.node
     try:
         if member.in_sync and committer.journal.offset:
-            node.truncate(Run.JOURNAL, committer.journal.segment, committer.journal.offset)
+            node.truncate(SegmentKind.JOURNAL, committer.journal.segment, committer.journal.offset)
         if member.shards.offset:
-            node.truncate(Run.SHARDS, member.shards.current, member.shards.offset)
+            node.truncate(SegmentKind.SHARDS, member.shards.current, member.shards.offset)
     finally:
         node.close()

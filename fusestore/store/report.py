@@ -47,7 +47,7 @@ class Reporter:
     def __init__(
         self,
         config: StoreConfig,
-        state: Log,
+        log: Log,
         reader: Reader,
         committer: Committer,
         repairer: Repairer,
@@ -55,7 +55,7 @@ class Reporter:
         reclaimer: Reclaimer,
     ) -> None:
         self._config = config
-        self._log = state
+        self._log = log
         self._reader = reader
         self._committer = committer
         self._repairer = repairer
@@ -85,9 +85,9 @@ class Reporter:
 
     def report(self, missing: Missing) -> dict[str, Any]:
         """The fields, from what is known without asking a node."""
-        state, committer = self._log, self._committer
-        members = state.members
-        codes = list(dict.fromkeys([state.code, *self._known_codes()]))
+        log, committer = self._log, self._committer
+        members = log.members
+        codes = list(dict.fromkeys([log.code, *self._known_codes()]))
         lacking = {
             m.id
             for m in members.all
@@ -95,39 +95,39 @@ class Reporter:
         }
         whole = not lacking
         unused = {member.id for member in members.all if member.out_of_use}
-        size, free = members.usable(state.code)
+        size, free = members.usable(log.code)
         try:
-            metadata_bytes = state.engine.bytes_used
+            metadata_bytes = log.engine.bytes_used
         except OSError:
             metadata_bytes = 0
         return {
-            "healthy": whole and not state.broken and not state.metadata_error,
+            "healthy": whole and not log.broken and not log.metadata_error,
             "store": str(self._config.store),
             "uuid": str(self._config.uuid),
-            "code": str(state.code),
+            "code": str(log.code),
             "unsafe_codes": [
                 str(code) for code in codes if check_region_rule(code, members.config.regions)
             ],
             "regions_borne": members.losses_borne(codes, lacking),
             "readable": members.losses_borne(codes, unused) >= 0,
-            "read_only": state.read_only or bool(state.broken),
-            "error": state.broken,
-            "metadata_error": state.metadata_error,
-            "files": state.counters.files,
-            "bytes": state.counters.file_bytes,
+            "read_only": log.read_only or bool(log.broken),
+            "error": log.broken,
+            "metadata_error": log.metadata_error,
+            "files": log.counters.files,
+            "bytes": log.counters.file_bytes,
             "bytes_total": size,
             "bytes_free": free,
-            "stripes": state.counters.stripes,
-            "last_commit": state.state.commit,
+            "stripes": log.counters.stripes,
+            "last_commit": log.position.commit,
             "last_commit_at": committer.committed_at,
-            "uncommitted_bytes": state.unwritten(),
+            "uncommitted_bytes": log.unwritten(),
             "checkpoint": committer.checkpointer.reached,
-            "epoch": state.state.epoch,
+            "epoch": log.position.epoch,
             "metadata_bytes": metadata_bytes,
             "degraded_reads": self._reader.degraded,
             "failed_reads": self._reader.errors,
-            "rows_mended": state.rows_mended,
-            "rows_in_doubt": state.rows_in_doubt,
+            "rows_mended": log.rows_mended,
+            "rows_in_doubt": log.rows_in_doubt,
             "repair": self._repair(missing),
             "repairs": self._repairer.past(),
             "scrub": self._scrubber.report(),

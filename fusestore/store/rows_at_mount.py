@@ -15,7 +15,7 @@ from ..members.opening import open_node
 from ..metadata.engine import Engine
 from ..nodes.base import Node
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 ROWS_TOLD_MAX = 20
 """Rows that were mended of which the log has a line each."""
@@ -42,7 +42,7 @@ async def mend_rows(config: StoreConfig, engine: Engine, *, read_only: bool) -> 
             mend_at_rest, engine, config.uuid, nodes, config.metadata
         )
     except (ReplayError, MetadataError) as error:
-        log.error(
+        logger.error(
             "The metadata is damaged (%d rows do not match their checksum), and the journals do "
             "not tell what is right: %s Bring all nodes back, or run 'fusestore recover'.",
             len(examined.bad),
@@ -54,7 +54,7 @@ async def mend_rows(config: StoreConfig, engine: Engine, *, read_only: bool) -> 
             with suppress(NodeError):
                 await trio.to_thread.run_sync(node_opened.close)
     for row in wrong[:ROWS_TOLD_MAX]:
-        log.error("The metadata is damaged: %s. It is mended.", row)
+        logger.error("The metadata is damaged: %s. It is mended.", row)
     if not read_only:
         engine.freeze()
         await trio.to_thread.run_sync(engine.write)

@@ -15,7 +15,7 @@ from ..commit.row_keeper import RowKeeper
 from ..config.store_config import StoreConfig
 from ..errors import MetadataError
 from ..format import store_rows
-from ..format.store_rows import LogState
+from ..format.store_rows import LogPosition
 from ..grow.rebalance import Rebalancer
 from ..grow.topology import Topology
 from ..log.log import Log
@@ -30,38 +30,38 @@ from ..repair.scrub import Scrubber
 from ..write.writer import Writer
 from .report import Reporter
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Store:
     """What the file system and the control commands work on."""
 
-    def __init__(self, config: StoreConfig, state: Log, nursery: trio.Nursery) -> None:
+    def __init__(self, config: StoreConfig, log: Log, nursery: trio.Nursery) -> None:
         self.config = config
-        self.log = state
-        self.reader = Reader(state)
-        self.committer = Committer(state, nursery)
-        self.writer = Writer(state, nursery, self.committer.ask)
+        self.log = log
+        self.reader = Reader(log)
+        self.committer = Committer(log, nursery)
+        self.writer = Writer(log, nursery, self.committer.ask)
         self.committer.writer = self.writer
-        checkpoint = state.engine.get(store_rows.LOG_KEY)
+        checkpoint = log.engine.get(store_rows.LOG_KEY)
         if checkpoint is not None:
-            self.committer.checkpointer.reached = LogState.decode(checkpoint).commit
-        nodes = state.engine.get(store_rows.NODES_KEY)
+            self.committer.checkpointer.reached = LogPosition.decode(checkpoint).commit
+        nodes = log.engine.get(store_rows.NODES_KEY)
         self.committer.rows = store_rows.decode_nodes(nodes) if nodes else []
-        self.rows = RowKeeper(state, self.committer)
-        state.on_damage = self.rows.wake
-        self.reclaimer = Reclaimer(state)
-        self.dumper = MetadataDumper(state, self.committer)
-        self.healer = Healer(state, self.reader, self.committer)
-        self.rejoin = Rejoin(state, self.committer, self.healer)
-        self.comeback = Comeback(state, self.healer, self.rejoin)
-        self.repairer = Repairer(state, self.reader, self.committer, self.healer, self.rejoin)
-        self.rebalancer = Rebalancer(state, self.committer, self.repairer)
-        self.topology = Topology(state, self.committer, self.repairer, self.rebalancer)
-        self.scrubber = Scrubber(state, self.committer, self.repairer, self.rows, config.scrub_days)
+        self.rows = RowKeeper(log, self.committer)
+        log.on_damage = self.rows.wake
+        self.reclaimer = Reclaimer(log)
+        self.dumper = MetadataDumper(log, self.committer)
+        self.healer = Healer(log, self.reader, self.committer)
+        self.rejoin = Rejoin(log, self.committer, self.healer)
+        self.comeback = Comeback(log, self.healer, self.rejoin)
+        self.repairer = Repairer(log, self.reader, self.committer, self.healer, self.rejoin)
+        self.rebalancer = Rebalancer(log, self.committer, self.repairer)
+        self.topology = Topology(log, self.committer, self.repairer, self.rebalancer)
+        self.scrubber = Scrubber(log, self.committer, self.repairer, self.rows, config.scrub_days)
         self.reporter = Reporter(
             config,
-            state,
+            log,
             self.reader,
             self.committer,
             self.repairer,
@@ -83,7 +83,7 @@ class Store:
             try:
                 await run()
             except MetadataError as error:
-                log.error("%s", error)
+                logger.error("%s", error)
                 self.log.on_damage()
                 await trio.sleep(self.log.limits.probe_seconds)
 

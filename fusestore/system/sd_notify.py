@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 
 import trio
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 BEAT_SECONDS_MAX = 15.0
 """The longest time between keep-alive messages."""
@@ -80,4 +80,4 @@ class ServiceManager:
             try:
                 manager.sendto(message.encode(errors="replace"), self._address)
             except OSError as error:
-                log.warning("%r could not be sent to the service manager: %s", lines[0], error)
+                logger.warning("%r could not be sent to the service manager: %s", lines[0], error)

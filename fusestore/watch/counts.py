@@ -21,7 +21,7 @@ from ..config.store_config import COUNTS_NAME
 from ..system.files import write_whole
 from ..tally import Tallies, Tally, combined, summary
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 KEEP_SECONDS = 60.0
 FORMAT = 1
@@ -66,7 +66,7 @@ class Counts:
             AttributeError,
             RecursionError,
         ) as error:
-            log.warning("%s cannot be used, and the counts restart at zero: %s", file, error)
+            logger.warning("%s cannot be used, and the counts restart at zero: %s", file, error)
         return cls(time.time(), 0.0, {})
 
     def write(self, store: Path) -> None:
@@ -121,7 +121,7 @@ class LiveCounts:
             async with self._writing:
                 await trio.to_thread.run_sync(self.now().write, self._store)
         except OSError as error:
-            log.warning("the counts of operations cannot be written: %s", error)
+            logger.warning("the counts of operations cannot be written: %s", error)
 
     async def run(self) -> None:
         """Write the file every minute, until cancelled."""

@@ -23,7 +23,7 @@ from typing import Any
 
 from ..errors import FusestoreError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 CLIENTS_MAX = 16
 CLIENT_SECONDS = 15.0
@@ -84,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
         except FusestoreError as error:
             return Answer(f"{error}\n".encode(), status=HTTPStatus.SERVICE_UNAVAILABLE)
         except Exception:
-            log.exception("%s could not be answered", self.path)
+            logger.exception("%s could not be answered", self.path)
             text = b"Unexpected error: see the daemon's log.\n"
             return Answer(text, status=HTTPStatus.INTERNAL_SERVER_ERROR)
 
@@ -101,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
         return "fusestore"
 
     def log_message(self, format: str, *args: Any) -> None:
-        log.debug(format, *args)
+        logger.debug(format, *args)
 
 
 class _Server(ThreadingHTTPServer):
@@ -139,7 +139,7 @@ class _Server(ThreadingHTTPServer):
                     pass  # the connection has just ended
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log.debug("a client of the status page disconnected: %s", sys.exception())
+        logger.debug("a client of the status page disconnected: %s", sys.exception())
 
 
 class WebServer:

@@ -19,7 +19,7 @@ from ..format.records import (
     Header,
     Kind,
     Place,
-    Run,
+    SegmentKind,
     checksum,
     payload_checksum,
 )
@@ -68,7 +68,7 @@ def write_shard(
     """Write a shard's record at its place; may block; NodeError."""
     start = place.offset - HEADER_BYTES
     seed = log.shards(member.name, place.segment).seed(start)
-    member.node.write(Run.SHARDS, place.segment, start, [header.encode(seed), payload])
+    member.node.write(SegmentKind.SHARDS, place.segment, start, [header.encode(seed), payload])
 
 
 def whole_payload(log: Log, member: Member, number: int, row: Stripe, index: int) -> bytes | None:
@@ -80,7 +80,7 @@ def whole_payload(log: Log, member: Member, number: int, row: Stripe, index: int
     place = row.shards[index]
     start = place.offset - HEADER_BYTES
     size = HEADER_BYTES + row.shard_length
-    data = member.node.read(Run.SHARDS, place.segment, start, size)
+    data = member.node.read(SegmentKind.SHARDS, place.segment, start, size)
     header = _header(log.shards(member.name, place.segment), data, start)
     payload = data[HEADER_BYTES:]
     wanted = (number, index, row.code.k, row.code.m, row.length)
@@ -100,15 +100,17 @@ def may_overwrite(
     start, end = place.offset - HEADER_BYTES, place.offset + header.payload_length
     at = log.shards(member.name, place.segment)
     try:
-        size = member.node.size(Run.SHARDS, place.segment)
+        size = member.node.size(SegmentKind.SHARDS, place.segment)
         if size <= start:
             return True
         before = max(0, start - _RECORD_BYTES_MAX)
-        found = member.node.read(Run.SHARDS, place.segment, start, min(HEADER_BYTES, size - start))
+        found = member.node.read(
+            SegmentKind.SHARDS, place.segment, start, min(HEADER_BYTES, size - start)
+        )
         lies_there = _header(at, found, start)
         if lies_there is not None:
             return _identity(lies_there) == _identity(header)
-        found = member.node.read(Run.SHARDS, place.segment, before, min(end, size) - before)
+        found = member.node.read(SegmentKind.SHARDS, place.segment, before, min(end, size) - before)
     except NodeLacksError:
         return True
     except NodeError as error:
@@ -134,7 +136,7 @@ def header_at(log: Log, member: Member, segment: int, offset: int) -> Header | N
     """Return the header of the record with its payload at an offset; NodeError; in a thread."""
     start = offset - HEADER_BYTES
     try:
-        data = member.node.read(Run.SHARDS, segment, start, HEADER_BYTES)
+        data = member.node.read(SegmentKind.SHARDS, segment, start, HEADER_BYTES)
     except NodeLacksError:
         return None
     return _header(log.shards(member.name, segment), data, start)
@@ -143,7 +145,7 @@ def header_at(log: Log, member: Member, segment: int, offset: int) -> Header | N
 def is_whole(member: Member, segment: int, offset: int, header: Header) -> bool:
     """Return whether the payload at an offset matches its header; NodeError; in a thread."""
     try:
-        data = member.node.read(Run.SHARDS, segment, offset, header.payload_length)
+        data = member.node.read(SegmentKind.SHARDS, segment, offset, header.payload_length)
     except NodeLacksError:
         return False
     return checksum(data, len(data)) == header.payload_checksum
@@ -157,12 +159,14 @@ def headers(log: Log, member: Member, segment: int) -> Iterator[tuple[int, Heade
     """
     at = log.shards(member.name, segment)
     try:
-        size = min(member.node.size(Run.SHARDS, segment), _SEGMENT_BYTES_MAX)
+        size = min(member.node.size(SegmentKind.SHARDS, segment), _SEGMENT_BYTES_MAX)
     except NodeLacksError:
         return
     offset = 0
     while offset + HEADER_BYTES <= size:
-        found = _header(at, member.node.read(Run.SHARDS, segment, offset, HEADER_BYTES), offset)
+        found = _header(
+            at, member.node.read(SegmentKind.SHARDS, segment, offset, HEADER_BYTES), offset
+        )
         if found is None:
             offset = _next_header(member, at, offset + RECORD_ALIGN_BYTES, size)
             continue
@@ -175,10 +179,10 @@ def may_be_ours(log: Log, member: Member, segment: int) -> bool:
 
     It begins with a record, or with zeros if a crash came before the record was on the disk.
     """
-    if member.node.size(Run.SHARDS, segment) == 0:
+    if member.node.size(SegmentKind.SHARDS, segment) == 0:
         return True
     try:
-        data = member.node.read(Run.SHARDS, segment, 0, HEADER_BYTES)
+        data = member.node.read(SegmentKind.SHARDS, segment, 0, HEADER_BYTES)
     except NodeLacksError:
         return False
     return not any(data) or _header(log.shards(member.name, segment), data, 0) is not None
@@ -187,7 +191,9 @@ def may_be_ours(log: Log, member: Member, segment: int) -> bool:
 def _next_header(member: Member, at: Place, start: int, size: int) -> int:
     """Return the offset of the next header from `start` on, or the size of the segment."""
     while start < size:
-        piece = member.node.read(Run.SHARDS, at.segment, start, min(STRIPE_BYTES, size - start))
+        piece = member.node.read(
+            SegmentKind.SHARDS, at.segment, start, min(STRIPE_BYTES, size - start)
+        )
         for offset in _magics(piece):
             if _header(at, piece[offset : offset + HEADER_BYTES], start + offset) is not None:
                 return start + offset

@@ -19,7 +19,7 @@ import pytest
 from typing_extensions import Buffer
 
 from fusestore.errors import NodeError, NodeFullError
-from fusestore.format.records import HEADER_BYTES, Run
+from fusestore.format.records import HEADER_BYTES, SegmentKind
 from fusestore.nodes.base import Node
 
 
@@ -45,31 +45,33 @@ class FaultyNode:
     def _error(self) -> NodeError:
         return NodeFullError("no room, as told") if self.full else NodeError("failed, as told")
 
-    def write(self, run: Run, segment: int, offset: int, buffers: Sequence[Buffer]) -> None:
+    def write(
+        self, kind: SegmentKind, segment: int, offset: int, buffers: Sequence[Buffer]
+    ) -> None:
         """Write all, or a part and fail."""
         if self._count():
             whole = b"".join(bytes(buffer) for buffer in buffers)
-            self.node.write(run, segment, offset, [whole[: len(whole) // 2]])
+            self.node.write(kind, segment, offset, [whole[: len(whole) // 2]])
             raise self._error()
-        self.node.write(run, segment, offset, buffers)
+        self.node.write(kind, segment, offset, buffers)
 
-    def flush(self, run: Run, segments: Sequence[int]) -> None:
+    def flush(self, kind: SegmentKind, segments: Sequence[int]) -> None:
         """Flush, or fail."""
         if segments and self._count():
             raise self._error()
-        self.node.flush(run, segments)
+        self.node.flush(kind, segments)
 
-    def read(self, run: Run, segment: int, offset: int, length: int) -> bytes:
+    def read(self, kind: SegmentKind, segment: int, offset: int, length: int) -> bytes:
         """Read, or fail."""
         if self._count():
             raise self._error()
-        return self.node.read(run, segment, offset, length)
+        return self.node.read(kind, segment, offset, length)
 
-    def read_now(self, run: Run, segment: int, offset: int, length: int) -> bytes | None:
+    def read_now(self, kind: SegmentKind, segment: int, offset: int, length: int) -> bytes | None:
         """Never have it at hand, so that every read counts."""
         return None
 
-    def opened(self, run: Run, segment: int) -> None:
+    def opened(self, kind: SegmentKind, segment: int) -> None:
         """Be asked for everything."""
 
     def check(self) -> None:
@@ -138,11 +140,13 @@ class SlowNode:
     def __init__(self, node: Any, gate: threading.Event, but: int) -> None:
         self.node, self.gate, self.but = node, gate, but
 
-    def write(self, run: Run, segment: int, offset: int, buffers: Sequence[Buffer]) -> None:
+    def write(
+        self, kind: SegmentKind, segment: int, offset: int, buffers: Sequence[Buffer]
+    ) -> None:
         """Write, a shard when the gate is open."""
-        if run is Run.SHARDS and offset + HEADER_BYTES != self.but:
+        if kind is SegmentKind.SHARDS and offset + HEADER_BYTES != self.but:
             self.gate.wait(20)
-        self.node.write(run, segment, offset, buffers)
+        self.node.write(kind, segment, offset, buffers)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.node, name)
@@ -162,11 +166,11 @@ class HangingNode:
         """From now on nothing returns."""
         self.awake.clear()
 
-    def read_now(self, run: Run, segment: int, offset: int, length: int) -> bytes | None:
+    def read_now(self, kind: SegmentKind, segment: int, offset: int, length: int) -> bytes | None:
         """Never have it at hand."""
         return None
 
-    def opened(self, run: Run, segment: int) -> None:
+    def opened(self, kind: SegmentKind, segment: int) -> None:
         """Be asked for everything."""
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from fusestore.config.store_config import StoreConfig
-from fusestore.format.records import Run
+from fusestore.format.records import SegmentKind
 from fusestore.limits import STRIPE_BYTES
 from fusestore.nodes.directory import segment_path
 from support.opened_store import Opened, opened
@@ -39,7 +39,7 @@ def shard_bytes(config: StoreConfig) -> dict[str, bytes]:
 
 def damage(config: StoreConfig, node: int, segment: int, offset: int) -> None:
     """Change a byte of a shard segment."""
-    path = config.nodes[node - 1].path / segment_path(Run.SHARDS, segment)
+    path = config.nodes[node - 1].path / segment_path(SegmentKind.SHARDS, segment)
     with path.open("r+b") as file:
         file.seek(offset)
         byte = file.read(1)[0]

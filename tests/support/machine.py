@@ -30,7 +30,7 @@ from typing_extensions import Buffer
 from fusestore.config.node_identity import IDENTITY_NAME, write_identity_in
 from fusestore.config.store_config import NodeConfig, StoreConfig
 from fusestore.errors import NodeError
-from fusestore.format.records import Run
+from fusestore.format.records import SegmentKind
 from fusestore.members import member
 from fusestore.members import opening as node_opening
 from fusestore.metadata.engine import Engine
@@ -137,92 +137,94 @@ class RecordedNode:
         if error is not None:
             raise error
 
-    def _exists(self, run: Run, segment: int) -> bool:
+    def _exists(self, kind: SegmentKind, segment: int) -> bool:
         path: Path = self.node.path  # type: ignore[attr-defined]
-        return (path / segment_path(run, segment)).exists()
+        return (path / segment_path(kind, segment)).exists()
 
-    def write(self, run: Run, segment: int, offset: int, buffers: Sequence[Buffer]) -> None:
+    def write(
+        self, kind: SegmentKind, segment: int, offset: int, buffers: Sequence[Buffer]
+    ) -> None:
         """Write; an ill node writes a part, or nothing."""
         pause()
         data = b"".join(bytes(buffer) for buffer in buffers)
         error = self._machine.operate(self.name, "write")
         if error is not None:
             data = data[: self._machine.chance.randrange(len(data) + 1)]
-        there = self._exists(run, segment)
+        there = self._exists(kind, segment)
         if data:
-            self.node.write(run, segment, offset, [data])
-            if not there and self._exists(run, segment):
-                self._note(Created(self.name, (run, segment)))
-            self._note(Written(self.name, (run, segment), offset, data))
+            self.node.write(kind, segment, offset, [data])
+            if not there and self._exists(kind, segment):
+                self._note(Created(self.name, (kind, segment)))
+            self._note(Written(self.name, (kind, segment), offset, data))
         if error is not None:
             raise error
 
-    def flush(self, run: Run, segments: Sequence[int]) -> None:
+    def flush(self, kind: SegmentKind, segments: Sequence[int]) -> None:
         """Flush, one segment after the other."""
         for segment in segments:
-            self._flush(run, segment)
+            self._flush(kind, segment)
 
-    def _flush(self, run: Run, segment: int) -> None:
+    def _flush(self, kind: SegmentKind, segment: int) -> None:
         pause()
         error = self._machine.operate(self.name, "flush")
         if error is not None:
-            self._note(Flushed(self.name, (run, segment), failed=True))
+            self._note(Flushed(self.name, (kind, segment), failed=True))
             raise error
-        self.node.flush(run, [segment])
-        self._note(Flushed(self.name, (run, segment), failed=False))
+        self.node.flush(kind, [segment])
+        self._note(Flushed(self.name, (kind, segment), failed=False))
 
-    def read_back(self, run: Run, segment: int, offset: int, length: int) -> bytes:
+    def read_back(self, kind: SegmentKind, segment: int, offset: int, length: int) -> bytes:
         """Flush, and read."""
-        self._flush(run, segment)
-        return self.node.read_back(run, segment, offset, length)
+        self._flush(kind, segment)
+        return self.node.read_back(kind, segment, offset, length)
 
-    def truncate(self, run: Run, segment: int, size: int) -> None:
+    def truncate(self, kind: SegmentKind, segment: int, size: int) -> None:
         """Set the size."""
         self._operate("truncate")
-        self.node.truncate(run, segment, size)
-        self._note(Truncated(self.name, (run, segment), size))
+        self.node.truncate(kind, segment, size)
+        self._note(Truncated(self.name, (kind, segment), size))
 
     def punch(self, segment: int, offset: int, length: int) -> None:
         """Give room back."""
         self._operate("punch")
         self.node.punch(segment, offset, length)
-        self._note(Punched(self.name, (Run.SHARDS, segment), offset, length))
+        self._note(Punched(self.name, (SegmentKind.SHARDS, segment), offset, length))
 
-    def replace(self, run: Run, segment: int, content: Buffer) -> None:
+    def replace(self, kind: SegmentKind, segment: int, content: Buffer) -> None:
         """Put another file in a segment's place."""
         self._operate("write")
-        self.node.replace(run, segment, content)
-        self._note(Replaced(self.name, (run, segment), bytes(content)))
+        self.node.replace(kind, segment, content)
+        self._note(Replaced(self.name, (kind, segment), bytes(content)))
 
-    def set_aside(self, run: Run, segment: int) -> None:
+    def set_aside(self, kind: SegmentKind, segment: int) -> None:
         """Take a segment away."""
         self._operate("delete")
-        self.node.set_aside(run, segment)
-        self._note(Deleted(self.name, (run, segment)))
+        self.node.set_aside(kind, segment)
+        self._note(Deleted(self.name, (kind, segment)))
 
     def drop_aside(self) -> None:
         """Remove what was set aside, which is not on the tape."""
         self._operate("delete")
         self.node.drop_aside()
 
-    def delete(self, run: Run, segment: int) -> None:
+    def delete(self, kind: SegmentKind, segment: int) -> None:
         """Remove a segment."""
         self._operate("delete")
-        self.node.delete(run, segment)
-        self._note(Deleted(self.name, (run, segment)))
+        self.node.delete(kind, segment)
+        self._note(Deleted(self.name, (kind, segment)))
 
-    def read(self, run: Run, segment: int, offset: int, length: int) -> bytes:
+    def read(self, kind: SegmentKind, segment: int, offset: int, length: int) -> bytes:
         """Read."""
         self._operate("read")
-        return self.node.read(run, segment, offset, length)
+        return self.node.read(kind, segment, offset, length)
 
-    def read_now(self, run: Run, segment: int, offset: int, length: int) -> bytes | None:
+    def read_now(self, kind: SegmentKind, segment: int, offset: int, length: int) -> bytes | None:
         """Read from memory, or not: both happen."""
         if self._machine.chance.random() < 0.5:
             return None
-        return self.node.read_now(run, segment, offset, length)
+        return self.node.read_now(kind, segment, offset, length)
 
-    def opened(self, run: Run, segment: int) -> None:
+    def opened(self, kind: SegmentKind, segment: int) -> None:
         """See Node: here everything is asked for."""
 
     def check(self) -> None:
@@ -230,15 +232,15 @@ class RecordedNode:
         self._operate("check")
         self.node.check()
 
-    def segments(self, run: Run) -> list[int]:
+    def segments(self, kind: SegmentKind) -> list[int]:
         """See Node."""
         self._operate("segments")
-        return self.node.segments(run)
+        return self.node.segments(kind)
 
-    def size(self, run: Run, segment: int) -> int:
+    def size(self, kind: SegmentKind, segment: int) -> int:
         """See Node."""
         self._operate("size")
-        return self.node.size(run, segment)
+        return self.node.size(kind, segment)
 
     def space(self) -> Space:
         """See Node."""

@@ -48,7 +48,7 @@ from pathlib import Path
 
 from fusestore.config.node_identity import IDENTITY_NAME
 from fusestore.config.store_config import CONFIG_NAME, StoreConfig, load
-from fusestore.format.records import Run
+from fusestore.format.records import SegmentKind
 from fusestore.nodes.directory import segment_path
 
 SECTOR_BYTES = 512
@@ -57,7 +57,7 @@ META_PAGES = 2
 """The first pages of `data.mdb`; one of them says which of the others count."""
 
 
-Key = tuple[Run, int]
+Key = tuple[SegmentKind, int]
 """A segment of a node."""
 
 
@@ -426,10 +426,10 @@ def read_disks(config: StoreConfig) -> Tape:
     for node in config.nodes:
         identity = node.path / IDENTITY_NAME
         disk = disks[node.name] = Disk(identity.read_bytes() if identity.exists() else None)
-        for run in Run:
-            folder = (node.path / segment_path(run, 1)).parent
+        for kind in SegmentKind:
+            folder = (node.path / segment_path(kind, 1)).parent
             for path in folder.glob("*.[ls][oe]g") if folder.exists() else ():
-                disk.files[run, int(path.stem)] = File(bytearray(path.read_bytes()))
+                disk.files[kind, int(path.stem)] = File(bytearray(path.read_bytes()))
     metadata = config.metadata / "data.mdb"
     return Tape(disks, metadata.read_bytes() if metadata.exists() else None)
 
@@ -448,8 +448,8 @@ def write_disks(tape: Tape, origin: StoreConfig, to: Path) -> StoreConfig:
         if disk.identity is None:
             continue
         (node.path / IDENTITY_NAME).write_bytes(disk.identity)
-        for run in Run:
-            (node.path / segment_path(run, 1)).parent.mkdir()
-        for (run, segment), file in disk.files.items():
-            (node.path / segment_path(run, segment)).write_bytes(file.seen())
+        for kind in SegmentKind:
+            (node.path / segment_path(kind, 1)).parent.mkdir()
+        for (kind, segment), file in disk.files.items():
+            (node.path / segment_path(kind, segment)).write_bytes(file.seen())
     return config

@@ -11,7 +11,7 @@ from typing import Any
 from xxhash import xxh3_64_intdigest
 
 from fusestore.config.store_config import StoreConfig
-from fusestore.format.records import Header, Place, Run, records
+from fusestore.format.records import Header, Place, SegmentKind, records
 from fusestore.rescue.recover import recover
 from fusestore.serve.control_server import lock_store
 from support.mounted_store import FUSESTORE, REPOSITORY
@@ -96,7 +96,7 @@ def journal_records(config: StoreConfig, node: int) -> list[tuple[Path, int, Hea
     """(file, offset, header) of the records of a node's journal, in order."""
     found = []
     for path in sorted((config.nodes[node].path / "journal").iterdir()):
-        place = Place(config.uuid, config.nodes[node].name, Run.JOURNAL, int(path.stem))
+        place = Place(config.uuid, config.nodes[node].name, SegmentKind.JOURNAL, int(path.stem))
         found += [(path, offset, header) for offset, header, _ in records(place, path.read_bytes())]
     return found
 
