@@ -14,20 +14,19 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from ..errors import FormatError, NodeError, NodeLacksError, ReplayError
+from ..errors import FormatError, NodeError, ReplayError
 from ..format import store_rows, stripe_rows
-from ..format.records import HEADER_BYTES, Commit, Header, SegmentKind
+from ..format.records import HEADER_BYTES, Header, SegmentKind
 from ..format.store_rows import CommitId, GivenUp, LogPosition
 from ..format.stripe_rows import ShardPlace, Stripe
 from ..log.journal import Entry, Journals, Unreadable, is_void, make_readable
 from ..log.journal_scan import read_journals
 from ..log.log import Log
 from ..members.member import Member
-from ..read.reader import verified
+from .commit_shards import UndecidedError, counts, flush_shards
 
 logger = logging.getLogger(__name__)
 
@@ -61,14 +60,6 @@ class Replayed:
     """Names of the nodes whose journals have places that cannot be read."""
     blind: frozenset[int] = frozenset()
     """Ids of the nodes whose journal past the last commit could not be read."""
-
-
-class _UndecidedError(Exception):
-    """Nodes that are away, or shards that cannot be read, could decide."""
-
-    def __init__(self, nodes: Sequence[str], unread: Sequence[str]) -> None:
-        super().__init__(", ".join(sorted(set(nodes))))
-        self.unread = unread
 
 
 def replay(
@@ -281,11 +272,11 @@ class _Replay:
         for entry in chain:
             commit = entry.commit()
             if commit.number > durable:
-                _flush_shards(self._log, commit)
+                flush_shards(self._log, commit)
                 try:
-                    if not _counts(self._log, commit):
+                    if not counts(self._log, commit):
                         break
-                except _UndecidedError as error:
+                except UndecidedError as error:
                     self._refuse_or_accept(
                         result,
                         f"Whether commit {commit.number} counts depends on nodes that are away "
@@ -367,88 +358,3 @@ def _has_header(log: Log, member: Member, place: ShardPlace, number: int, index:
     except (NodeError, FormatError):
         return False
     return (header.number, header.index) == (number, index)
-
-
-def _flush_shards(log: Log, commit: Commit) -> None:
-    """Have the disks hold the shards of a commit, and no cache: what is read then lasts.
-
-    A node that cannot flush is out of use.
-    """
-    wanted: dict[int, set[int]] = defaultdict(set)
-    for key, value in commit.changes.items():
-        if key[:1] == b"S" and value is not None:
-            for place in Stripe.decode(value).shards:
-                if place.written:
-                    wanted[place.node].add(place.segment)
-    for node, segments in wanted.items():
-        member = log.members.by_id.get(node)
-        for segment in sorted(segments) if member is not None else ():
-            if member is None or member.out_of_use:
-                break
-            try:
-                member.node.flush(SegmentKind.SHARDS, [segment])
-            except NodeLacksError:
-                continue
-            except NodeError as error:
-                member.fail(error)
-
-
-def _counts(log: Log, commit: Commit) -> bool:
-    """Whether each stripe that a commit names has k intact shards; _UndecidedError if unknown."""
-    for key, value in commit.changes.items():
-        if key[:1] != b"S" or value is None:
-            continue
-        row = Stripe.decode(value)
-        intact, away, unread = 0, list[str](), list[str]()
-        for index, place in enumerate(row.shards):
-            member = log.members.by_id.get(place.node)
-            if not place.written:
-                continue
-            if member is None or member.out_of_use:
-                away.append(member.name if member else str(place.node))
-                continue
-            try:
-                intact += _verify(member, row, index)
-            except NodeLacksError:
-                continue
-            except NodeError as error:
-                logger.warning("%s", error)
-                away.append(member.name)
-                unread.append(str(error))
-        if intact >= row.code.k:
-            continue
-        if intact + len(away) >= row.code.k:
-            raise _UndecidedError(away, unread)
-        return False
-    return True
-
-
-def shard_is_intact(member: Member, row: Stripe, index: int) -> bool:
-    """Read a whole shard and check it; blocks."""
-    try:
-        return _verify(member, row, index)
-    except NodeError:
-        return False
-
-
-def _verify(member: Member, row: Stripe, index: int) -> bool:
-    place = row.shards[index]
-    data = member.node.read(SegmentKind.SHARDS, place.segment, place.offset, row.shard_length)
-    return verified(row, index, 0, data)
-
-
-def suspect_shards(log: Log, replayed: Replayed) -> dict[bytes, bytes | None]:
-    """Rows of `missing` for shards of replayed commits that may not have reached their node."""
-    rows: dict[bytes, bytes | None] = {}
-    for key, value in replayed.doubtful.items():
-        if key[:1] != b"S" or value is None:
-            continue
-        number, row = stripe_rows.decode_stripe_key(key), Stripe.decode(value)
-        for index, place in enumerate(row.shards):
-            member = log.members.by_id.get(place.node)
-            if member is None or not place.written:
-                continue
-            # Of a node that is away nobody can tell: it may have flushed nothing of this.
-            if member.out_of_use or not shard_is_intact(member, row, index):
-                rows[stripe_rows.missing_key(place.node, number, index)] = b""
-    return rows

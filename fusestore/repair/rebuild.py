@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from typing_extensions import Buffer
 
-from ..commit.replay import shard_is_intact
+from ..commit.commit_shards import shard_is_intact
 from ..errors import LostError, NodeError
 from ..format import stripe_rows
 from ..format.records import HEADER_BYTES, Header, SegmentKind

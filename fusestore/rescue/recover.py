@@ -25,8 +25,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..commit.commit_shards import suspect_shards
 from ..commit.load_tables import Progress, latest_row, load_tables, save
-from ..commit.replay import EPOCHS_SKIPPED, Replayed, replay, suspect_shards
+from ..commit.replay import EPOCHS_SKIPPED, Replayed, replay
 from ..config.store_config import StoreConfig
 from ..errors import NodeError, ReplayError, UsageError
 from ..format import store_rows, tables
@@ -252,7 +253,7 @@ def _may_lack(
 
 def _settle(log: Log, replayed: Replayed) -> LogPosition:
     """Go on from what there is: whatever else turns up later, of this history, is void."""
-    log.apply(suspect_shards(log, replayed))
+    log.apply(suspect_shards(log, replayed.doubtful))
     last = replayed.position.commit
     rows = []
     for member in log.members.all:

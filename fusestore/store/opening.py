@@ -11,13 +11,14 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import trio
 
+from ..commit.commit_shards import suspect_shards
 from ..commit.committer import Committer
-from ..commit.replay import Replayed, replay, suspect_shards
+from ..commit.replay import Replayed, replay
 from ..config.store_config import CONFIG_NAME, StoreConfig
 from ..errors import (
     ConfigError,
@@ -35,17 +36,14 @@ from ..format.records import SegmentKind
 from ..format.segment_numbers import following, reachable
 from ..format.store_rows import CommitId, Counters, LogPosition, NodeRow
 from ..format.stripe_rows import SegmentState
-from ..log.journal_scan import SEARCHED_BYTES_MAX
-from ..log.lineage import Lineage, lineage
 from ..log.log import Log
 from ..members.member import Member
 from ..members.members import Members
-from ..members.opening import open_members, open_node, shard_sizes
-from ..members.standing import State
+from ..members.opening import open_members, open_node
 from ..metadata.engine import DATABASE, DATABASE_LOCK, Engine
-from ..nodes.directory import segment_path
 from ..system.files import sync_directory
 from ..system.io_uring import Ring
+from .node_contents import take_over, tidy
 from .rows_at_mount import mend_rows
 from .store import Store
 
@@ -102,7 +100,7 @@ async def open_store(
             replayed = await trio.to_thread.run_sync(
                 partial(replay, log, start, in_sync, accept_loss=accept_loss)
             )
-            suspects = await trio.to_thread.run_sync(suspect_shards, log, replayed)
+            suspects = await trio.to_thread.run_sync(suspect_shards, log, replayed.doubtful)
             await trio.to_thread.run_sync(_refuse_to_begin, log, replayed)
         _apply(log, replayed, suspects)
         async with trio.open_nursery() as nursery:
@@ -318,7 +316,7 @@ async def _begin_epoch(store: Store) -> None:
     for member in log.members.all:
         if not member.out_of_use:
             try:
-                journals += _take_over(store, member, await member.call(_tidy, store, member))
+                journals += take_over(store, member, await member.call(tidy, store, member))
             except FusestoreError as error:
                 member.fail(error)
     _refuse_without_foreign(log)
@@ -349,85 +347,6 @@ def _refuse_without_foreign(log: Log) -> None:
         "move the metadata away, keep it, and run 'fusestore recover "
         f"{members.config.store}', which names the histories and lets you choose."
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _NodeContents:
-    """What a node holds when its store is opened."""
-
-    journals: list[int]
-    shards: dict[int, int]
-    """Segments, and their bytes."""
-    journal_bytes: int
-    """Since the last metadata dump."""
-    lineage: Lineage | None
-    """Whose history its journal is of; None for a node in sync."""
-
-
-def _tidy(store: Store, member: Member) -> _NodeContents:
-    """In a thread: look at a node, and give back what it has allocated ahead."""
-    node = member.node
-    journals, shards = node.segments(SegmentKind.JOURNAL), shard_sizes(node)
-    found = None if member.in_sync else _lineage(store, member)
-    if found is not None and _is_foreign(member, found):
-        return _NodeContents(journals, {}, 0, found)
-    since = [segment for segment in journals if segment >= store.dumper.first_segment]
-    size = sum(min(node.size(SegmentKind.JOURNAL, n), SEARCHED_BYTES_MAX) for n in since)
-    for segment in list(shards)[-2:]:
-        if segment in member.shards.states:
-            node.truncate(SegmentKind.SHARDS, segment, node.size(SegmentKind.SHARDS, segment))
-    for segment in journals[-2:]:
-        node.truncate(SegmentKind.JOURNAL, segment, node.size(SegmentKind.JOURNAL, segment))
-    return _NodeContents(journals, shards, size, found)
-
-
-def _is_foreign(member: Member, found: Lineage) -> bool:
-    """Whether a node holds a history that nobody decided to give up."""
-    return found.foreign is not None and member.standing.holds != store_rows.NEVER_WHOLE
-
-
-def _lineage(store: Store, member: Member) -> Lineage:
-    log, members = store.log, store.log.members
-    return lineage(
-        log.store,
-        (member.name, member.node),
-        [(m.name, m.node) for m in members.in_sync],
-        {m.name: m.id for m in members.all},
-        log.position,
-        CommitId(member.standing.holds, member.standing.checksum),
-        log.given_up,
-    )
-
-
-def _take_over(store: Store, member: Member, found: _NodeContents) -> list[int]:
-    """Go on with a node where it stands; its journal segments."""
-    if found.lineage is not None and _is_foreign(member, found.lineage):
-        problem = found.lineage.problem(str(store.config.store), member.name)
-        logger.error("Node %s: %s", member.name, problem)
-        member.standing.set_apart(problem)
-        return found.journals
-    if member.in_sync:
-        store.committer.journal.commit_bytes = found.journal_bytes - store.dumper.last_bytes
-    member.shards.begin_after(found.shards)
-    member.shards.note_present(found.shards)
-    if member.state is State.BEHIND:
-        # Unless it is doubted, it lacks no more than what is in `missing`.
-        assert found.lineage is not None
-        member.standing.found(found.lineage.last)
-        member.standing.entered()
-    states = member.shards.states
-    near = reachable(found.shards, [0, *states])
-    strays = {segment: found.shards[segment] for segment in near if segment not in states}
-    store.reclaimer.strays[member.id] = strays
-    for segment in found.shards.keys() - set(near):
-        logger.warning(
-            "Node %s (%s) holds a file %s, a number that this store has not come to: it is "
-            "ignored.",
-            member.name,
-            member.config.path,
-            segment_path(SegmentKind.SHARDS, segment),
-        )
-    return found.journals
 
 
 async def _finish(store: Store) -> None:

@@ -1,0 +1,99 @@
+"""A node when its store is opened: what it holds, and whose history that is."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from ..format import store_rows
+from ..format.records import SegmentKind
+from ..format.segment_numbers import reachable
+from ..format.store_rows import CommitId
+from ..log.journal_scan import SEARCHED_BYTES_MAX
+from ..log.lineage import Lineage, lineage
+from ..members.member import Member
+from ..members.opening import shard_sizes
+from ..members.standing import State
+from ..nodes.directory import segment_path
+from .store import Store
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeContents:
+    """What a node holds when its store is opened."""
+
+    journals: list[int]
+    shards: dict[int, int]
+    """Segments, and their bytes."""
+    journal_bytes: int
+    """Since the last metadata dump."""
+    lineage: Lineage | None
+    """Whose history its journal is of; None for a node in sync."""
+
+
+def tidy(store: Store, member: Member) -> NodeContents:
+    """In a thread: look at a node, and give back what it has allocated ahead."""
+    node = member.node
+    journals, shards = node.segments(SegmentKind.JOURNAL), shard_sizes(node)
+    found = None if member.in_sync else _lineage(store, member)
+    if found is not None and _is_foreign(member, found):
+        return NodeContents(journals, {}, 0, found)
+    since = [segment for segment in journals if segment >= store.dumper.first_segment]
+    size = sum(min(node.size(SegmentKind.JOURNAL, n), SEARCHED_BYTES_MAX) for n in since)
+    for segment in list(shards)[-2:]:
+        if segment in member.shards.states:
+            node.truncate(SegmentKind.SHARDS, segment, node.size(SegmentKind.SHARDS, segment))
+    for segment in journals[-2:]:
+        node.truncate(SegmentKind.JOURNAL, segment, node.size(SegmentKind.JOURNAL, segment))
+    return NodeContents(journals, shards, size, found)
+
+
+def _is_foreign(member: Member, found: Lineage) -> bool:
+    """Whether a node holds a history that nobody decided to give up."""
+    return found.foreign is not None and member.standing.holds != store_rows.NEVER_WHOLE
+
+
+def _lineage(store: Store, member: Member) -> Lineage:
+    log, members = store.log, store.log.members
+    return lineage(
+        log.store,
+        (member.name, member.node),
+        [(m.name, m.node) for m in members.in_sync],
+        {m.name: m.id for m in members.all},
+        log.position,
+        CommitId(member.standing.holds, member.standing.checksum),
+        log.given_up,
+    )
+
+
+def take_over(store: Store, member: Member, found: NodeContents) -> list[int]:
+    """Go on with a node where it stands; its journal segments."""
+    if found.lineage is not None and _is_foreign(member, found.lineage):
+        problem = found.lineage.problem(str(store.config.store), member.name)
+        logger.error("Node %s: %s", member.name, problem)
+        member.standing.set_apart(problem)
+        return found.journals
+    if member.in_sync:
+        store.committer.journal.commit_bytes = found.journal_bytes - store.dumper.last_bytes
+    member.shards.begin_after(found.shards)
+    member.shards.note_present(found.shards)
+    if member.state is State.BEHIND:
+        # Unless it is doubted, it lacks no more than what is in `missing`.
+        assert found.lineage is not None
+        member.standing.found(found.lineage.last)
+        member.standing.entered()
+    states = member.shards.states
+    near = reachable(found.shards, [0, *states])
+    strays = {segment: found.shards[segment] for segment in near if segment not in states}
+    store.reclaimer.strays[member.id] = strays
+    for segment in found.shards.keys() - set(near):
+        logger.warning(
+            "Node %s (%s) holds a file %s, a number that this store has not come to: it is "
+            "ignored.",
+            member.name,
+            member.config.path,
+            segment_path(SegmentKind.SHARDS, segment),
+        )
+    return found.journals
