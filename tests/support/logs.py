@@ -90,6 +90,10 @@ SEGMENT_IN_USE = r"commit\.reclaim: Segment \d+ of node \S+ was to be freed"
 NOT_IN_TABLES = r"commit\.reclaim: Segment \d+ of node \d+ is in use and not in the tables"
 CHECKPOINT_FAILED = r"commit\.checkpoint: .* The checkpoint will be tried again"
 JOURNAL_DAMAGED = r"journal_scan: Node \S+: .* no record was found in the last .* it is damaged"
-FOREIGN_FILES = r"nodes\.directory: .* holds what is no segment of this store"
-OTHER_HISTORY = r"(opening|comeback): Node \S+: It holds commits \d+ to \d+ of another history"
+FOREIGN_FILES = (
+    r"nodes\.directory: .* holds what is no segment of this store"
+    r"|node_contents: .* holds a file shards/\S+ a number that this store has not come to"
+    r"|commit\.reclaim: Segment \d+ of node \S+ is not of this store: it is ignored"
+)
+OTHER_HISTORY = r"(node_contents|comeback): Node \S+: It holds commits \d+ to \d+ of another history"
 NOT_DELETED = r"grow\.topology: What node \S+ kept could not be deleted"
