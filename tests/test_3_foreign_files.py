@@ -26,7 +26,24 @@ from fusestore.nodes.directory import DirectoryNode
 from fusestore.rescue.fsck import fsck
 from support.foreign_files import FILES, KINDS, PLACES, VICTIM, Outside, last, plant, quick
 from support.foreign_files import following as next_of
+from support.logs import (
+    FOREIGN_FILES,
+    JOURNAL_DAMAGED,
+    NOT_DELETED,
+    NOT_WHERE_ITS_ROW_SAYS,
+    OUT_OF_USE,
+    UNREAD_FILE,
+)
 from support.opened_store import Opened, opened
+
+pytestmark = pytest.mark.expects_log(
+    FOREIGN_FILES,
+    UNREAD_FILE,
+    OUT_OF_USE,
+    JOURNAL_DAMAGED,
+    NOT_DELETED,
+    NOT_WHERE_ITS_ROW_SAYS,
+)
 
 SECONDS_MAX = 20
 

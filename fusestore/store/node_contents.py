@@ -88,12 +88,15 @@ def take_over(store: Store, member: Member, found: NodeContents) -> list[int]:
     near = reachable(found.shards, [0, *states])
     strays = {segment: found.shards[segment] for segment in near if segment not in states}
     store.reclaimer.strays[member.id] = strays
-    for segment in found.shards.keys() - set(near):
+    far = sorted(found.shards.keys() - set(near))
+    if far:
         logger.warning(
-            "Node %s (%s) holds a file %s, a number that this store has not come to: it is "
-            "ignored.",
+            "Node %s (%s) holds %d files with numbers that this store has not reached, from %s to "
+            "%s: they are ignored.",
             member.name,
             member.config.path,
-            segment_path(SegmentKind.SHARDS, segment),
+            len(far),
+            segment_path(SegmentKind.SHARDS, far[0]),
+            segment_path(SegmentKind.SHARDS, far[-1]),
         )
     return found.journals

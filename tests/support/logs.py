@@ -89,11 +89,16 @@ SEGMENT_KEPT = r"commit\.reclaim: Segment \d+ of node \S+ is in no table"
 SEGMENT_IN_USE = r"commit\.reclaim: Segment \d+ of node \S+ was to be freed"
 NOT_IN_TABLES = r"commit\.reclaim: Segment \d+ of node \d+ is in use and not in the tables"
 CHECKPOINT_FAILED = r"commit\.checkpoint: .* The checkpoint will be tried again"
-JOURNAL_DAMAGED = r"journal_scan: Node \S+: .* no record was found in the last .* it is damaged"
+JOURNAL_DAMAGED = (
+    r"journal_scan: Node \S+: .* no record was found in the last .* it is damaged"
+    r"|journal_scan: Node \S+ has many journal segments without records, and was not read"
+)
 FOREIGN_FILES = (
     r"nodes\.directory: .* holds what is no segment of this store"
-    r"|node_contents: .* holds a file shards/\S+ a number that this store has not come to"
+    r"|node_contents: .* holds \d+ files with numbers that this store has not reached"
     r"|commit\.reclaim: Segment \d+ of node \S+ is not of this store: it is ignored"
 )
-OTHER_HISTORY = r"(node_contents|comeback): Node \S+: It holds commits \d+ to \d+ of another history"
+OTHER_HISTORY = (
+    r"(node_contents|comeback): Node \S+: It holds commits \d+ to \d+ of another history"
+)
 NOT_DELETED = r"grow\.topology: What node \S+ kept could not be deleted"
