@@ -337,7 +337,7 @@ async def test_repair_claims_no_directory_that_holds_other_files(
     (outside.folder / "node.toml").unlink()
     outside.before = outside.seen()
     async with opened(config) as one:
-        with pytest.raises(NodeError, match="holds other files"):
+        with pytest.raises(NodeError, match="contains files that are not a node"):
             await one.store.repairer.repair(first.name, lambda message: None, one.files.tree.path)
         await reads(one)
 

@@ -253,7 +253,7 @@ async def test_nothing_is_overwritten_where_something_else_lies(
             assert status["rows_in_doubt"] == one.store.log.rows_in_doubt == 1
             await one.checkpoint()
             await all_right(one)
-    assert "what lies there is left alone" in caplog.text
+    assert "the data there is kept" in caplog.text
     after = shard_bytes(config)
     for name, data in before.items():
         assert after[name][: len(data)] == data, name

@@ -106,6 +106,6 @@ def _write_anew(place: Place, node: Node, entries: list[Entry], lacking: list[En
             or checksum_of(payload, header.payload_length) != header.payload_checksum
         ):
             raise NodeError(
-                f"Node {place.node} gives back other bytes than it was given: replace its disk."
+                f"Node {place.node} returned other bytes than were written: replace its disk."
             )
     return sum(entry in lacking for entry in written)

@@ -1,4 +1,4 @@
-"""Nodes that were away are brought back, and nodes that are up are looked after, by itself."""
+"""Automatic care of nodes: returning nodes are brought back, and nodes that are up are healed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class Comeback:
-    """Looks after the nodes, now and then."""
+    """Checks and heals all nodes at intervals."""
 
     def __init__(self, log: Log, healer: Healer, rejoin: Rejoin) -> None:
         self._log = log
@@ -35,11 +35,11 @@ class Comeback:
         """Names of the nodes whose journals had places that could not be read at the mount."""
 
     def wake(self) -> None:
-        """There may be something to heal."""
+        """Check now: a node may lack shards."""
         self._wake.set()
 
     async def run(self) -> None:
-        """Heal, and bring back nodes that were away, now and then, until cancelled."""
+        """Heal nodes, and bring back nodes that were away, at intervals, until cancelled."""
         await self._mend_journals()
         while True:
             async with self._healer.busy:
@@ -57,7 +57,7 @@ class Comeback:
             self._wake = trio.Event()
 
     async def _mend_journals(self) -> None:
-        """Write journal segments anew that could not be read at the mount, from other nodes."""
+        """Rewrite journal segments that could not be read at the mount, from other nodes."""
         async with self._healer.busy:
             for member in self._log.members.in_sync:
                 if member.name in self.damaged:
@@ -67,7 +67,7 @@ class Comeback:
                         member.fail(error)
 
     async def catch_up(self, shards_max: int | None) -> None:
-        """Bring back each node that was away and is there again, if it lacks at most that much."""
+        """Bring back each node that has returned, if it lacks at most `shards_max` shards."""
         for member in self._log.members.all:
             now = trio.current_time()
             if self._log.broken or (member.state is State.UP and shards_max is None):
@@ -92,7 +92,7 @@ class Comeback:
                     member.fail(error)
 
     async def _bring_back(self, member: Member, quick: bool) -> None:
-        """Let a node that was away be in sync again; when it cannot be, try later."""
+        """Bring a node that was away back in sync; if this fails, try again later."""
         try:
             node = None
             if member.state is not State.REBUILDING:
@@ -114,7 +114,7 @@ class Comeback:
             if isinstance(error, NodeTimeoutError):
                 member.standing.leave_alone(trio.current_time())
             return
-        logger.info("Node %s is there again: it gets what it missed.", member.name)
+        logger.info("Node %s is back: it gets the data that it missed.", member.name)
         try:
             with self._healer.following(member) as progress:
                 await self._rejoin.copy_journal(member, progress)
@@ -131,7 +131,7 @@ class Comeback:
             logger.info("Node %s is up and in sync.", member.name)
 
     def _set_apart(self, member: Member, node: Node, found: Lineage) -> None:
-        """A node of another history: an operator decides; it is looked at again all the same."""
+        """Keep out a node of another history until an operator decides; it is still checked."""
         node.close()
         problem = found.problem(str(self._log.members.config.store), member.name)
         if member.state is not State.FOREIGN:
@@ -140,7 +140,7 @@ class Comeback:
         member.standing.leave_alone(trio.current_time())
 
     async def _look_after(self, member: Member) -> None:
-        """See that a node is still there, and give it what it lacks; FusestoreError."""
+        """Check that a node still answers, and rebuild the shards that it lacks; FusestoreError."""
         await member.call(member.sample)
         if member.shards.lost:
             with self._healer.following(member) as progress:

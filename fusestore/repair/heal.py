@@ -1,6 +1,6 @@
 """Healing: nodes get the shards that `missing` says they lack.
 
-One node at a time is healed, rebuilt or brought back: who does that holds `busy`.
+Only one node at a time is healed, rebuilt or brought back; the task that does it holds `busy`.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ class Running:
 
     node: int
     by_itself: bool
-    """Nobody asked for it: a node came back, or lacks some shards."""
+    """It is automatic: a node came back, or lacks some shards."""
     phase: str = "begin"
     """begin, journal, shards or healing."""
     since: float = 0.0
     """When the phase began, by the monotonic clock."""
     done: int = 0
     total: int = 0
-    """Bytes of the phase; of healing: shards, and 0, as `missing` has what is left."""
+    """Bytes of the phase.  For healing: shards, and a total of 0; `missing` has the rest."""
 
     def enter(self, phase: str, done: int, total: int) -> None:
-        """Note how far it is."""
+        """Record the progress."""
         if phase != self.phase:
             self.phase, self.since = phase, time.monotonic()
         self.done, self.total = done, total
@@ -59,11 +59,11 @@ class Healer:
         self.busy = trio.Lock()
         """Held while a node is brought back or shards are healed or moved."""
         self.running: Running | None = None
-        """What repairs, or heals, right now."""
+        """The repair or healing under way."""
 
     @contextmanager
     def following(self, member: Member, progress: Progress | None = None) -> Iterator[Progress]:
-        """Keep `running` up to date during a repair, and tell the caller as well."""
+        """Keep `running` up to date during a repair, and pass progress on to the caller."""
         outer = self.running
         running = self.running = outer or Running(member.id, by_itself=progress is None)
 
@@ -78,13 +78,13 @@ class Healer:
             self.running = outer
 
     def lacks(self, member: Member) -> Iterator[int]:
-        """Stripes of which a node lacks a shard, as far as that is known."""
+        """The stripes of which a node is known to lack a shard."""
         prefix = stripe_rows.missing_prefix(member.id)
         for key, _ in self._log.engine.scan(prefix, keys.after(prefix)):
             yield stripe_rows.decode_missing_key(key)[1]
 
     async def heal_all(self) -> None:
-        """Rebuild what the nodes that are up lack."""
+        """Rebuild the shards that nodes which are up lack."""
         async with self.busy:
             for member in self._log.members.all:
                 if member.state is State.UP:
@@ -96,12 +96,12 @@ class Healer:
                         self.give_up(member, error)
 
     def give_up(self, member: Member, error: Exception) -> None:
-        """A node failed: it is out of use, which the next commit has to say."""
+        """Take a failed node out of use, and ask for a commit that records this."""
         member.fail(error)
         self._committer.ask()
 
     async def look_at(self, member: Member) -> None:
-        """Notice now whether a node is still there."""
+        """Check now whether a node still answers."""
         if not member.out_of_use:
             try:
                 await member.call(member.sample)
@@ -109,7 +109,7 @@ class Healer:
                 self.give_up(member, error)
 
     async def heal(self, member: Member, pace: Pace | None = None) -> tuple[int, int]:
-        """Rebuild what `missing` has of a node; (shards, bytes) rebuilt; NodeError."""
+        """Rebuild a node's shards in `missing`; (shards, bytes) rebuilt; NodeError."""
         if next(self.lacks(member), None) is None:
             return 0, 0
         with self.following(member):

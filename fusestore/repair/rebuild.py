@@ -1,8 +1,8 @@
-"""Shards computed anew or moved: written, read back from the medium, and only then counted.
+"""Rebuilt and moved shards: they are written, read back from the medium, and only then counted.
 
-Shared by healing, repair and moving.  A shard that is on its way counts for nobody:
-its row of `missing`, or its old place, goes in one step with the new one when what
-the node gives back is right.
+Healing, repair and moving share this.  A shard that is on its way does not count.  When
+the node has returned the right bytes, one step adds the new place, and removes the
+shard's row in `missing` or its old place.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Rebuilt:
-    """A shard that was written, and does not count yet."""
+    """A shard that was written but does not count yet."""
 
     number: int
     index: int
@@ -37,7 +37,7 @@ class _Rebuilt:
     """The stripe as it was read."""
     place: ShardPlace
     doubted: bool
-    """What lies at the place that the row names is not known to be this shard's."""
+    """The data at the place in the row is not known to belong to this shard."""
 
 
 StripeShards = tuple[int, Stripe, list[int]]
@@ -51,7 +51,7 @@ class Rebuilder:
         self._log = log
         self._reader = reader
         self.told: set[int] = set()
-        """Stripes that cannot be rebuilt now, and of which the log has a line."""
+        """Stripes that cannot be rebuilt now, and that were logged."""
 
     def cost(self, number: int) -> int:
         """Bytes of I/O that rebuilding a shard of a stripe takes."""
@@ -59,7 +59,7 @@ class Rebuilder:
         return (row.code.k + 1) * row.shard_length if row is not None else 0
 
     async def rebuild(self, member: Member, wanted: dict[int, list[int]]) -> tuple[int, int]:
-        """Rebuild shards by stripe; those that cannot be stay in `missing`; NodeError."""
+        """Rebuild shards by stripe; shards that cannot be rebuilt stay in `missing`; NodeError."""
         written: list[_Rebuilt] = []
         try:
             for number, indices in wanted.items():
@@ -107,9 +107,9 @@ class Rebuilder:
         *,
         seen: bool = False,
     ) -> None:
-        """Write a shard where it was, or, if it was not on this node, to a new place.
+        """Write a shard to its old place, or, if it was not on this node, to a new one.
 
-        To a new place, too, when something else lies where the row says that it was;
+        It also goes to a new place if other data lies at the place in the row.
         `seen`: it was read there.
         """
         place = row.shards[index]
@@ -124,9 +124,9 @@ class Rebuilder:
     async def _is_in_doubt(
         self, member: Member, place: ShardPlace, header: Header, data: Buffer
     ) -> bool:
-        """Whether something else lies at a shard's place, which must be left alone then.
+        """Whether other data lies at a shard's place, which must then not be touched.
 
-        A node that the shard leaves may not answer: its place is looked at again before
+        The node that the shard leaves need not answer: the place is checked again before
         it is freed.  NodeError of `member`, which gets the shard.
         """
         owner = self._log.members.by_id.get(place.node)
@@ -143,7 +143,7 @@ class Rebuilder:
         self._log.rows_in_doubt += 1
         logger.error(
             "Shard %d of stripe %#x is not where its row says, in segment %d of node %s at %d: "
-            "what lies there is left alone. Run 'fusestore fsck'.",
+            "the data there is kept. Run 'fusestore fsck'.",
             header.index,
             header.number,
             place.segment,
@@ -157,8 +157,8 @@ class Rebuilder:
     ) -> tuple[int, int]:
         """Give shards (stripe, row, index) of other nodes to a node; (shards, bytes) moved.
 
-        Each counts there, and its old place is to be reclaimed, from when it was read
-        back.  Hold `busy`.  LostError when one cannot be read, NodeError of the target.
+        Once read back, each counts there, and its old place is to be reclaimed.  Hold
+        `busy`.  LostError if a shard cannot be read, NodeError of the target.
         """
         written: list[_Rebuilt] = []
         try:
@@ -177,12 +177,12 @@ class Rebuilder:
             raise
 
     async def _prove(self, member: Member, written: list[_Rebuilt]) -> tuple[int, int]:
-        """Read rebuilt shards back; those that are right count from then on."""
+        """Read rebuilt shards back; the right ones count from then on."""
         node = member.node
         segments = sorted({shard.place.segment for shard in written})
         await member.call(node.flush, SegmentKind.SHARDS, segments)
         for segment in filter(member.shards.is_full, segments):
-            # A seal may still be writing to what it has reserved.
+            # A seal may still be writing to the range that it reserved.
             state = member.shards.states.get(segment)
             await member.call(_give_back_ahead, node, segment, state.size if state else 0)
         shards = total = 0
@@ -195,7 +195,7 @@ class Rebuilder:
         return shards, total
 
     async def _read_back(self, member: Member, shard: _Rebuilt) -> None:
-        """NodeError unless the node gives back what it was given."""
+        """NodeError unless the node returns the bytes that were written."""
         row, place = shard.row, shard.place
         start, size = place.offset - HEADER_BYTES, HEADER_BYTES + row.shard_length
         data = await member.call(
@@ -204,16 +204,16 @@ class Rebuilder:
         seed = self._log.shards(member.name, place.segment).seed(start)
         sums = row.checksums[shard.index]
         header = shard_header(row.code, row.length, shard.number, shard.index, sums)
-        # What was written matched the row, so nothing but the node can be at fault.
+        # The written bytes matched the row, so only the node can be at fault.
         if data[:HEADER_BYTES] != header.encode(seed) or not verified(
             row, shard.index, 0, data[HEADER_BYTES:]
         ):
             raise NodeError(
-                f"Node {member.name} gives back other bytes than it was given: replace its disk."
+                f"Node {member.name} returned other bytes than were written: replace its disk."
             )
 
     def _count(self, member: Member, shard: _Rebuilt) -> bool:
-        """Let a shard count from now on; False when its stripe was freed or moved meanwhile."""
+        """Count a shard from now on; False if its stripe was freed or moved meanwhile."""
         number, index, row, place = shard.number, shard.index, shard.row, shard.place
         now, before = self._log.stripe(number), row.shards[index]
         key = stripe_rows.missing_key(before.node, number, index)
@@ -233,7 +233,7 @@ class Rebuilder:
 
     @staticmethod
     def _give_back(member: Member, shard: _Rebuilt) -> None:
-        """A place that was reserved for a rebuilt shard is not needed."""
+        """Release the place that was reserved for a rebuilt shard."""
         row, place = shard.row, shard.place
         if place != row.shards[shard.index]:
             member.shards.count(place, row.shard_length)
@@ -241,14 +241,14 @@ class Rebuilder:
 
 
 def _give_back_ahead(node: Node, segment: int, reserved: int) -> None:
-    """In a thread: give back what was allocated past the end of a segment that is full."""
+    """In a thread: release the space allocated past the end of a full segment."""
     node.truncate(
         SegmentKind.SHARDS, segment, max(reserved, node.size(SegmentKind.SHARDS, segment))
     )
 
 
 def not_intact(member: Member, batch: list[StripeShards]) -> dict[int, list[int]]:
-    """In a thread: by stripe the shards of a node that are not there or not right."""
+    """In a thread: the shards of a node that are missing or wrong, by stripe."""
     found = {}
     for number, row, here in batch:
         bad = [i for i in here if not row.shards[i].written or not shard_is_intact(member, row, i)]

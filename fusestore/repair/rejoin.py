@@ -1,10 +1,10 @@
-"""The way of a node back to being in sync: its shards, its journal, and the last step.
+"""How a node gets back in sync: its shards, its journal, and the last step.
 
-1. `enter`: the loss is committed, so that what the node lacks is known; new shards
-   go there from then on.
-2. `copy_journal`: it gets the journal as it is, while commits go on.
-3. `rebuild_all`: every stripe with a shard on the node is looked at, those that lack
-   other shards first.  A node that still holds what it held is not read through.
+1. `enter`: the loss is committed, so the metadata lists the shards that the node lacks.
+   New shards go to the node from then on.
+2. `copy_journal`: the node gets the journal as it is, while commits continue.
+3. `rebuild_all`: every stripe with a shard on the node is checked, stripes that lack
+   other shards first.  A node that kept its shards is not read.
 4. `join`: between two commits the rest of the journal is copied, and the node is in
    sync.
 
@@ -34,7 +34,7 @@ from .rebuild import StripeShards, not_intact
 
 
 class Rejoin:
-    """The steps that make a node whole; comeback and repair take them."""
+    """The steps that complete a node; comeback and repair use them."""
 
     def __init__(self, log: Log, committer: Committer, healer: Healer) -> None:
         self._log = log
@@ -42,7 +42,7 @@ class Rejoin:
         self._healer = healer
 
     async def lineage(self, member: Member, node: Node) -> Lineage:
-        """Whose history the journal of a node that is not in sync is of; NodeError."""
+        """The history that the journal of a node which is not in sync belongs to; NodeError."""
         members = self._log.members
         async with self._log.journals:
             return await member.call(
@@ -59,12 +59,12 @@ class Rejoin:
     async def enter(self, member: Member, node: Node) -> None:
         """Let new shards go to a node that is not in sync yet."""
         async with self._committer.lock:
-            # The loss itself is committed first, so that what it lacks is known.
+            # The loss itself is committed first, so that the missing shards are known.
             await self._committer.commit_now()
             await self.take_in(member, node)
 
     async def take_in(self, member: Member, node: Node) -> None:
-        """The same with `Committer.lock` held, and the loss committed."""
+        """Like `enter`, with `Committer.lock` held, and the loss committed."""
         member.enter(node, await member.call(node.segments, SegmentKind.SHARDS))
 
     async def rebuild_all(
@@ -89,7 +89,7 @@ class Rejoin:
         return shards, size
 
     async def _forget_lost(self, member: Member) -> None:
-        """All shards of a node have been looked at: what is not there now counts for nothing."""
+        """Drop the record of lost segments, after all shards of a node were checked."""
         on_disk = await member.call(member.node.segments, SegmentKind.SHARDS)
         if next(self._healer.lacks(member), None) is None:
             for segment in member.shards.lost.difference(on_disk):
@@ -98,7 +98,7 @@ class Rejoin:
         member.shards.lost.clear()
 
     def _batches(self, member: Member, weak: bool, end: bytes) -> Iterator[list[StripeShards]]:
-        """Stripes before `end` with shards on a node that lack, or do not lack, shards elsewhere.
+        """Stripes before `end` with shards on a node, which lack, or do not lack, other shards.
 
         A batch may be empty, so that others can run.
         """
@@ -120,14 +120,14 @@ class Rejoin:
         )
 
     def total(self, member: Member) -> int:
-        """About how many bytes the node holds when it is whole."""
+        """About how many bytes the node holds when it is complete."""
         return sum(max(state.live, 0) for state in member.shards.states.values())
 
     async def copy_journal(self, member: Member, progress: Progress) -> None:
-        """Copy the journal as it is, while commits go on; what comes later is copied at the end."""
+        """Copy the journal as it is, while commits continue; `join` copies the rest."""
         if member.in_sync:
             return
-        if member.standing.holds == NEVER_WHOLE:  # what it has may be of another history
+        if member.standing.holds == NEVER_WHOLE:  # its journal may be of another history
             drop = _set_journals_aside if self._log.doubt else _drop_journals
             await member.call(drop, member.node, self._committer.journal.segment + GAP_MAX + 1)
         if member.late_segment:  # a new file, which no late write knows
@@ -138,7 +138,7 @@ class Rejoin:
         await self._copy_journals(member, self._committer.journal.segment, progress)
 
     async def join(self, member: Member, progress: Progress) -> None:
-        """Copy the rest of the journal between two commits, and let the node be in sync."""
+        """Copy the rest of the journal between two commits; the node is then in sync."""
         async with self._committer.lock:
             await self._healer.heal(member)
             if not member.in_sync:
@@ -152,7 +152,7 @@ class Rejoin:
     async def mend_journal(self, member: Member) -> Copied:
         """Give a node in sync the records that it lost or cannot read; NodeError of it.
 
-        What no node can read is in the metadata: a dump of that takes its place.
+        Records that no node can read are in the metadata: a dump replaces them.
         """
         async with self._committer.lock:
             self._committer.journal.roll()

@@ -1,19 +1,20 @@
-"""The repair path: a node that lost its data gets all of it again, and proves it.
+"""The repair path: a node that lost its data gets all of it back, verified.
 
 1. The directory becomes the node again (a wiped one gets a new incarnation), and
    new shards go there.
 2. The journal is copied from the nodes in sync, read back and checked.
-3. Every stripe with a shard on the node, those that lack other shards first: a
-   shard that is there and intact stays; any other is computed from k others and
-   written where it was, or, if the node never had it, to a new place.  It counts
-   when it was flushed, read back from the medium and checked.
-   A node that was only away, and still holds what it held, is not read through:
-   `missing` has what it lacks.
-4. Between two commits the rest of the journal is copied, and the node joins those
-   that are in sync.
+3. Every stripe with a shard on the node is checked, stripes that lack other shards
+   first.  An intact shard stays.  Any other is computed from k others and written
+   to its old place, or, if the node never had it, to a new one.  It counts after it
+   was flushed, read back from the medium and checked.
+   A node that was only away, and kept its shards, is not read: `missing` lists the
+   shards that it lacks.
+4. Between two commits the rest of the journal is copied, and the node joins the
+   nodes in sync.
 
-What cannot be rebuilt stays in `missing` and is named, file by file.  Repair
-may be killed at any moment and begun again: what is intact is not done twice.
+Shards that cannot be rebuilt stay in `missing`, and repair reports each file with a
+lost shard.  Repair may be killed at any moment and restarted: intact shards are not
+rebuilt again.
 """
 
 from __future__ import annotations
@@ -52,11 +53,11 @@ from .rejoin import Rejoin
 logger = logging.getLogger(__name__)
 
 _EMPTY = {"journal", "shards", "lost+found"}
-"""What the directory of a node that was wiped may hold."""
+"""Names that the directory of a wiped node may contain."""
 
 
 class Repairer:
-    """Repairs nodes when asked to, and lets new ones join."""
+    """Repairs nodes on request, and lets new ones join."""
 
     def __init__(
         self, log: Log, reader: Reader, committer: Committer, healer: Healer, rejoin: Rejoin
@@ -68,7 +69,7 @@ class Repairer:
         self._rejoin = rejoin
 
     def member(self, name: str) -> Member:
-        """The node with this name; UsageError when there is none."""
+        """The node with this name; UsageError if there is none."""
         member = self._log.members.named(name)
         if member is None:
             known = ", ".join(m.name for m in self._log.members.all)
@@ -85,12 +86,12 @@ class Repairer:
         rate: float | None = None,
         discard_history: bool = False,
     ) -> dict[str, Any]:
-        """Bring a node back, at a new place if one is given; counts, and the paths of what is lost.
+        """Bring a node back, at a new place if one is given; counts, and the paths of lost files.
 
         A node that holds another history is refused (NodeError) unless that is discarded.
 
-        `rate` is in bytes of I/O a second.  UsageError when there is no such node, or
-        the new place makes no sense; NodeError when its place cannot be used.
+        `rate` is in bytes of I/O a second.  UsageError if there is no such node, or the
+        new place is invalid; NodeError if the place cannot be used.
         """
         pace = Pace(self._log, rate, polite=False)
         started = time.monotonic()
@@ -113,8 +114,8 @@ class Repairer:
                 raise reason from error
             except BaseException:
                 if member.state is State.REBUILDING:
-                    # The client went away: a node with only a part of its shards must
-                    # not be taken for one that was merely away.
+                    # The client disconnected: a node with only some of its shards must
+                    # not be mistaken for one that was only away.
                     interrupted = NodeError(f"Repair of node {name} was interrupted.")
                     self.healer.give_up(member, interrupted)
                 raise
@@ -141,7 +142,7 @@ class Repairer:
         return json.loads(value) if value else []
 
     def _remember(self, name: str, size: int, seconds: float) -> None:
-        """Keep how long repairs took."""
+        """Record how long a repair took."""
         if size == 0:
             return
         known = self.past()
@@ -150,7 +151,7 @@ class Repairer:
         self._log.apply({store_rows.REPAIRS_KEY: row})
 
     async def _begin(self, member: Member, discard_history: bool) -> None:
-        """Open or make the node's directory, and let new shards go there."""
+        """Open or create the node's directory, and let new shards go there."""
         if member.state is State.UP:
             try:
                 await member.call(member.node.check)
@@ -167,9 +168,9 @@ class Repairer:
         await self._rejoin.enter(member, node)
 
     async def _move(self, member: Member, to: Path) -> None:
-        """Give a node another place, in the configuration, too; it is empty yet.
+        """Give a node another, empty place, also in the configuration.
 
-        FusestoreError when it cannot be there; nothing has changed then.
+        FusestoreError if the place cannot be used; nothing has changed then.
         """
         moved = replace(member.config, path=to)
         config = self._log.members.config
@@ -183,14 +184,14 @@ class Repairer:
         member.config = moved
 
     async def join(self, member: Member, progress: Progress) -> None:
-        """Let a node that the store has not had take part; NodeError when it fails meanwhile.
+        """Let a new node take part; NodeError if it fails meanwhile.
 
-        Its configuration is in the file already.
+        The file already has its configuration.
         """
         node = await member.call(self.prepare_directory, member.config)
         async with self.healer.busy:
             async with self._committer.lock:
-                # With what the metadata has then, a mount would give it the same id.
+                # A mount from the metadata at this point would give it the same id.
                 await self._committer.commit_now(checkpoint=True)
                 nodes = self._log.members.config.nodes
                 member.id = node_ids(nodes, self._committer.rows)[member.name]
@@ -208,16 +209,16 @@ class Repairer:
                 raise
 
     def prepare_directory(self, node: NodeConfig) -> Node:
-        """In a thread: open a node's directory, made anew if it is gone or wiped."""
+        """In a thread: open a node's directory, and recreate it if it is gone or wiped."""
         path = node.path
         if not os.path.lexists(path):
             path.mkdir(mode=0o700, parents=True)
             sync_directory(path.parent)
-        directory = Directory.at(path)  # what is claimed is what is looked at here
+        directory = Directory.at(path)  # the same directory is checked here and claimed below
         if not directory.has(IDENTITY_NAME):
             if any(entry.name not in _EMPTY for entry in directory.entries()):
                 raise NodeIdentityError(
-                    f"{path} holds other files than a node's: empty it, or give the node "
+                    f"{path} contains files that are not a node's: empty it, or give the node "
                     "another place."
                 )
             identity = NodeIdentity(

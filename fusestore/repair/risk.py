@@ -1,7 +1,7 @@
-"""How safe the data is: what each stripe and file would survive, and whether that is true.
+"""How safe the data is: the losses that each stripe would survive, with a test of this.
 
-`risk` counts, from what is known; `drill` reads without a region, and verifies;
-`plan` says what repairing a node would take.
+`risk` counts from the metadata; `drill` reads without a region, and verifies; `plan`
+reports the cost of repairing a node.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Progress = Callable[[dict[str, Any]], None]
 
 
 ASSUMED_REPAIR_RATE = 50e6
-"""Bytes a second, for a store on which nothing was repaired yet."""
+"""Bytes a second, for a store without a past repair."""
 YEAR_SECONDS = 365.25 * 86_400
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What the model assumes."""
+    """The assumptions of the model."""
 
     disk_failures: float = 0.015
     """A disk and year."""
@@ -47,7 +47,7 @@ class Rates:
 
 
 class Safety:
-    """Looks at all stripes of an open store."""
+    """Examines all stripes of an open store."""
 
     def __init__(self, log: Log, reader: Reader, path_of: Callable[[int], str]) -> None:
         self._log = log
@@ -55,7 +55,7 @@ class Safety:
         self._path_of = path_of
 
     async def _stripes(self) -> AsyncIterator[list[tuple[int, Stripe]]]:
-        """All sealed stripes, some at a time."""
+        """All sealed stripes, in batches."""
         for batch in self._log.batches():
             yield batch
             await trio.lowlevel.checkpoint()
@@ -164,7 +164,7 @@ class Safety:
     async def drill(
         self, region: str, sample: float, rate: float | None, progress: Progress
     ) -> dict[str, Any]:
-        """Decode a share of all stripes without a region, and verify what comes out."""
+        """Decode a share of all stripes without a region, and verify the result."""
         self._check_regions([region])
         gone = {m.id for m in self._log.members.all if m.config.region == region}
         pace = Pace(self._log, rate)
@@ -199,9 +199,9 @@ class Safety:
     # --- the plan of a repair ------------------------------------------------
 
     async def plan(self, member: Member, *, anew: bool) -> dict[str, Any]:
-        """What repairing a node takes, as far as is known without reading its shards.
+        """The cost of repairing a node, as far as is known without reading its shards.
 
-        `anew`: it is to be filled from nothing.
+        `anew`: the node is filled from nothing.
         """
         stripes = shards = check = rebuild = weak = hopeless = 0
         reads: Counter[str] = Counter()
@@ -241,7 +241,7 @@ class Safety:
 
 
 def _losses_a_year(regions: int, bears: int, rate: float, down: float) -> float:
-    """How often a year more regions than a code bears are down at a time.
+    """How often a year more regions are down at once than a code tolerates.
 
     Independent failures at `rate` a region and year, each down for `down` years: the
     usual first-order term of the Markov model of arrays of disks.

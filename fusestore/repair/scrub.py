@@ -1,8 +1,8 @@
-"""The scrub: every journal and every shard is read and verified, and what fails is repaired.
+"""The scrub: every journal and every shard is read and verified, and damage is repaired.
 
-Where it stands is a row of the metadata, so it goes on where it was after a
-restart.  Shards are walked stripe by stripe; what is already known to be missing
-is left to healing and is no finding.
+A row of the metadata has its state, so it continues after a restart.  Shards are
+read stripe by stripe.  Shards that are already known to be missing are left to
+healing, and are no findings.
 """
 
 from __future__ import annotations
@@ -39,26 +39,26 @@ REFUSALS = {
 
 @dataclass(slots=True)
 class Scrub(JobRow):
-    """Where a scrub stands, or how the last one ended."""
+    """The state of a scrub, or the result of the last one."""
 
     position: str = ""
     """The key of the next stripe, in hexadecimal; empty while the journals are read."""
     end: str = ""
-    """The first key past those that there were when it began, in hexadecimal."""
+    """The first key past all stripes that existed when it began, in hexadecimal."""
     stripes: int = 0
     total: int = 0
-    """Stripes read, and about how many there are."""
+    """Stripes read, and about how many exist."""
     shards: int = 0
     size: int = 0
     """Shards read and verified, and their bytes."""
     skipped: int = 0
     """Shards of nodes that were not up."""
     found: int = 0
-    """Shards and records of journals that were bad or gone."""
+    """Shards and journal records that were bad or gone."""
     left: int = 0
     """Shards that are still missing at the end."""
     unread: int = 0
-    """Places of journals that no node could read."""
+    """Journal ranges that no node could read."""
 
 
 class Scrubber:
@@ -80,15 +80,15 @@ class Scrubber:
         self._every_days = every_days
         self.job = BackgroundJob(log, store_rows.SCRUB_KEY, Scrub, REFUSALS)
         self._walk_from = (0.0, 0)
-        """When this walk began, by the monotonic clock, and the stripes read before."""
+        """When this run began, by the monotonic clock, and the stripes read before."""
 
     @property
     def scrub(self) -> Scrub:
-        """Where it stands."""
+        """The state of the current or last scrub."""
         return self.job.row
 
     def report(self) -> dict[str, Any]:
-        """Where it stands, and `eta_seconds`, when it should end, if that can be told."""
+        """The state, and `eta_seconds`, the expected time to the end, or None if unknown."""
         scrub = self.scrub
         began, before = self._walk_from
         done = scrub.stripes - before
@@ -102,10 +102,10 @@ class Scrubber:
     async def command(
         self, action: str, rate: float | None, *, wait: bool, alone: bool, progress: Progress
     ) -> dict[str, Any]:
-        """Start, pause or resume a scrub, or report where it stands; with `wait`, when it ended.
+        """Start, pause or resume a scrub, or report its state; with `wait`, after it ended.
 
-        A start that waits takes one that runs already for its own.  `alone`:
-        nothing else uses the store, and one that was begun before goes on.
+        A start with `wait` joins a scrub that already runs.  `alone`: nothing else uses
+        the store, and a scrub that was begun before continues.
         """
         begun = self.scrub.state in ("running", "paused")
         if alone and begun and action in ("start", "resume"):
@@ -128,7 +128,7 @@ class Scrubber:
     # --- the work ------------------------------------------------------------
 
     async def run(self) -> None:
-        """Scrub when told to, and when the last one is too long ago, until cancelled."""
+        """Scrub on request, and when the last scrub is too long ago, until cancelled."""
         if self.scrub.state == "never" and not self.scrub.finished:
             self.scrub.finished = time.time()  # the first one is due a while after this
             self.job.note()
@@ -149,7 +149,7 @@ class Scrubber:
         """Seconds until the next scrub by schedule."""
         if not self._every_days or self.scrub.state == "paused":
             return float("inf")
-        # A scrub that skipped nodes is soon made again: their shards are unverified.
+        # A scrub that skipped nodes is soon repeated: their shards are unverified.
         days = 1 if self.scrub.skipped else self._every_days
         return max(0.0, self.scrub.finished + days * DAY_SECONDS - time.time())
 
@@ -161,7 +161,7 @@ class Scrubber:
             scrub.found += await self._metadata()
             scrub.position = stripe_rows.STRIPES_START.hex()
             scrub.total = self._log.counters.stripes
-            # What is written from now on is read when it is its turn, else there were no end.
+            # Stripes written from now on wait for the next scrub; else this one might not end.
             scrub.end = self._log.stripes_end().hex()
         end = bytes.fromhex(scrub.end) or stripe_rows.STRIPES_END
         self._walk_from = (time.monotonic(), scrub.stripes)
@@ -178,7 +178,7 @@ class Scrubber:
             self.job.note_after(self._limits.scrub_note_seconds)
 
     async def _journals(self) -> None:
-        """Verify the journals of the nodes in sync against each other, and mend them."""
+        """Compare the journals of the nodes in sync with each other, and repair them."""
         for member in self._log.members.in_sync:
             try:
                 copied = await self._repairer.mend_journal(member)
@@ -188,12 +188,12 @@ class Scrubber:
                 self.scrub.unread += 1
                 continue
             for lost in copied.unknown:
-                logger.error("Scrub: no node can read what was there: %s", lost.error)
+                logger.error("Scrub: no node can read a part of the journals: %s", lost.error)
             self.scrub.unread += len(copied.unknown)
             self.scrub.found += max(copied.records, copied.mended)
 
     async def _metadata(self) -> int:
-        """Verify all rows of the metadata; those that were wrong."""
+        """Verify all rows of the metadata; the number of wrong rows."""
         try:
             return len(await self._rows.mend())
         except (MetadataError, ReplayError) as error:
@@ -201,7 +201,7 @@ class Scrubber:
             return 1
 
     async def _verify(self, batch: list[tuple[int, Stripe]]) -> None:
-        """Read all shards of some stripes, every node in its own thread."""
+        """Read all shards of some stripes, each node in its own thread."""
         async with trio.open_nursery() as nursery:
             for member in self._log.members.all:
                 mine = [
@@ -231,7 +231,7 @@ class Scrubber:
                 self._damaged(number, row, index)
 
     def _damaged(self, number: int, row: Stripe, index: int) -> None:
-        """Have a bad shard rebuilt, unless it was freed or moved meanwhile, or is owed anyway."""
+        """Have a bad shard rebuilt, unless it was freed or moved, or is in `missing` already."""
         place = row.shards[index]
         now = self._log.stripe(number)
         key = stripe_rows.missing_key(place.node, number, index)
