@@ -1,8 +1,8 @@
-"""What each node holds against its share, and which shards had better lie elsewhere.
+"""The load of each node compared with its share, and the choice of shards to move.
 
 `Draining` and `Balance` choose the moves of one stripe at a time; rebalance.py makes
-them.  A shard stays in its region while a node there is not to be drained, and no
-region ever gets more shards of a stripe than it may lose.
+them.  A shard stays in its region while the region has a node that is not drained.  No
+region gets more shards of a stripe than the stripe may lose.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from ..members.members import Members
 from ..members.standing import State
 
 BALANCED = 0.02
-"""A rebalance has ended when every node is so near to its share, or no move makes it nearer."""
+"""A rebalance ends when every node is this close to its share, or no move brings it closer."""
 BALANCE_SLACK = 0.01
-"""A rebalance leaves a node alone that is so near to its share."""
+"""A rebalance ignores a node that is this close to its share."""
 
 Moves = Iterator[tuple[int, Member]]
-"""Of one stripe: indices of shards that move, and where to."""
+"""For one stripe: the index of each shard that moves, and its target."""
 
 
 def staying(members: Members, region: str) -> list[Member]:
-    """The nodes of a region that are not drained, up or not."""
+    """The nodes of a region that are not being drained, up or not."""
     return [m for m in members.all if m.config.region == region and not m.config.draining]
 
 
@@ -40,35 +40,35 @@ def targets(members: Members, region: str) -> list[Member]:
     return [member for member in staying(members, region) if member.state is State.UP]
 
 
-# --- what there is -----------------------------------------------------------
+# --- the load of nodes -----------------------------------------------------------
 
 
 @dataclass(slots=True)
 class Census:
-    """What the nodes hold, by the rows of all stripes."""
+    """The load of the nodes, from the rows of all stripes."""
 
     shards: Counter[int] = field(default_factory=Counter)
     held: Counter[int] = field(default_factory=Counter)
     """By node: shards and their bytes."""
     share: dict[int, float] = field(default_factory=dict)
-    """By node: the bytes that are its share of what its region holds."""
+    """By node: its share of the bytes in its region."""
     codes: set[Code] = field(default_factory=set)
 
     def off(self, node: int) -> float:
-        """How far a node is from its share, relatively."""
+        """The relative distance of a node from its share."""
         return abs(self.held[node] / self.share[node] - 1) if self.share[node] else 0.0
 
     @property
     def off_balance(self) -> float:
-        """How far the node that is farthest from its share is from it, relatively."""
+        """The largest relative distance of a node from its share."""
         return max(map(self.off, self.share), default=0.0)
 
 
 async def take_census(log: Log) -> Census:
-    """Count what each node holds."""
+    """Count the shards of each node."""
     members, found = log.members, Census()
     stay = Counter(member.config.region for member in members.all if not member.config.draining)
-    most: Counter[str] = Counter()  # one node's, without two shards of a stripe for nothing
+    most: Counter[str] = Counter()  # for one node, with no avoidable second shard of a stripe
     for batch in log.batches():
         for _, row in batch:
             found.codes.add(row.code)
@@ -91,16 +91,16 @@ async def take_census(log: Log) -> Census:
     return found
 
 
-# --- what moves --------------------------------------------------------------
+# --- moves --------------------------------------------------------------
 
 
 @dataclass(slots=True)
 class Draining:
-    """Chooses where the shards of nodes that are drained go."""
+    """Chooses new places for the shards of nodes that are being drained."""
 
     members: Members
     notes: dict[int, str]
-    """By node: why shards of it cannot be moved now."""
+    """By node: why its shards cannot be moved now."""
 
     def choose(self, number: int, row: Stripe) -> Moves:
         """The moves of one stripe."""
@@ -114,8 +114,8 @@ class Draining:
             candidates = targets(self.members, region)
             if not candidates:
                 self.notes[place.node] = (
-                    f"No node that is up may take its shards: add one to region "
-                    f"{source.region}, or repair those that are there."
+                    f"No node that is up may take its shards: add a node to region "
+                    f"{source.region}, or repair its nodes."
                 )
                 continue
             target = min(
@@ -126,7 +126,7 @@ class Draining:
             yield index, target
 
     def _other_region(self, code: Code, here: Counter[int]) -> str:
-        """The region that has the fewest shards of a stripe, and may have more; empty: none."""
+        """The region with the fewest shards of a stripe that may get one more; empty: none."""
         members = self.members
         held: Counter[str] = Counter()
         for node, count in here.items():
@@ -139,13 +139,13 @@ class Draining:
 
 @dataclass(slots=True)
 class Balance:
-    """Chooses shards to move within a region, so that nodes come nearer to their shares."""
+    """Chooses shards to move within a region, which brings nodes closer to their shares."""
 
     members: Members
     held: dict[int, float]
     share: dict[int, float]
     strict: bool
-    """Only to where placement would put them."""
+    """Move shards only to nodes that placement would choose."""
 
     def choose(self, number: int, row: Stripe) -> Moves:
         """The moves of one stripe."""
@@ -161,7 +161,7 @@ class Balance:
                 if fewer <= 0:
                     continue
                 better = self._gain(source.id, target.id, row.shard_length)
-                if fewer > 1:  # two of a stripe on one node, and none on the other
+                if fewer > 1:  # two shards of a stripe on one node, and none on the other
                     better += 1.0
                 elif self.strict and not (
                     here[source.id] > wanted[source.id] and here[target.id] < wanted[target.id]
@@ -177,10 +177,10 @@ class Balance:
                 yield index, best
 
     def _gain(self, source: int, target: int, length: int) -> float:
-        """How much of its share a node lacks to which a shard moves, 0 if that is no better."""
+        """The fraction of its share that the target lacks; 0 if the move is no improvement."""
         above = self.held[source] - self.share[source]
         below = self.share[target] - self.held[target]
         if min(above, below) * 2 < length * 1.001:
-            return 0.0  # it would be as far from its share on the other side, and come back
+            return 0.0  # it would overshoot its share by as much, and the shard would move back
         near = (BALANCE_SLACK * self.share[source], BALANCE_SLACK * self.share[target])
         return below / self.share[target] if above > near[0] or below > near[1] else 0.0

@@ -1,16 +1,18 @@
-"""Shards move between nodes: off those that are drained, and until each has its share.
+"""Shards move between nodes: away from nodes that are drained, and to even the load.
 
-A shard is written to its new node, flushed, read back and verified (repair.py); in
-one step the stripe's row then names that place, and the old one becomes debt to be
-reclaimed, after the checkpoint that holds both.  So a kill at any moment leaves each
-shard at one place or the other, and what was begun goes on with what the rows say.
+A shard is written to its new node, flushed, read back and verified (repair/rebuild.py).
+One step then puts the new place into the stripe's row, and the old place into
+`reclaim`; its room is freed after the checkpoint that holds both.  A kill at any moment
+therefore leaves each shard at one place or the other, and the work continues from the
+rows.
 
-1. Draining comes first, for as long as a node of the configuration is to be drained.
-   A shard stays in its region while a node there may take it.
-2. A rebalance, while its row says that it is running, moves shards within a region
-   from nodes above their share to nodes below: at first those that placement would
-   put elsewhere now, so that all stripes give alike, then any, until nothing gets
-   better.  Two shards of a stripe on one node part when another node may take one.
+1. Draining comes first, as long as the configuration has a node to drain.  A shard
+   stays in its region while a node there may take it.
+2. A running rebalance moves shards within a region, from nodes above their share to
+   nodes below it.  At first it moves only shards that placement would now put
+   elsewhere, which spreads the moves over all stripes; then any, until no move is an
+   improvement.  Two shards of a stripe on one node are separated when another node may
+   take one.
 """
 
 from __future__ import annotations
@@ -49,15 +51,15 @@ REFUSALS = {
 
 @dataclass(slots=True)
 class Rebalance(JobRow):
-    """Where a rebalance stands, or how the last one ended."""
+    """The state of a rebalance, or the result of the last one."""
 
     shards: int = 0
     size: int = 0
     """Shards moved, and their bytes."""
     total: int = 0
-    """About how many bytes there are to move."""
+    """About how many bytes are to be moved."""
     error: str = ""
-    """Why nothing can be moved now though there is something to move, for people."""
+    """Why shards that are to be moved cannot be moved now, for people."""
 
 
 class Rebalancer:
@@ -70,17 +72,17 @@ class Rebalancer:
         self._repairer = repairer
         self.job = BackgroundJob(log, store_rows.REBALANCE_KEY, Rebalance, REFUSALS)
         self.drained: set[int] = set()
-        """Nodes to be drained that were found empty."""
+        """Nodes to drain that were found empty."""
         self.stuck: dict[int, str] = {}
-        """By node: why draining it does not go on."""
+        """By node: why draining it does not continue."""
         self._notes: dict[int, str] = {}
-        """By node: why shards of it were not moved, in this pass."""
+        """By node: why some of its shards were not moved in this pass."""
         self.moved: Counter[int] = Counter()
-        """By node: bytes that were moved off it since the store was opened."""
+        """By node: bytes moved away since the store was opened."""
 
     @property
     def row(self) -> Rebalance:
-        """Where it stands."""
+        """The state of the current or last rebalance."""
         return self.job.row
 
     # --- commands ------------------------------------------------------------
@@ -88,12 +90,12 @@ class Rebalancer:
     async def command(
         self, action: str, rate: float | None, *, wait: bool, progress: Progress
     ) -> dict[str, Any]:
-        """Start or stop a rebalance, or say where it stands; with `wait`, when it ended.
+        """Start or stop a rebalance, or report its state; with `wait`, after it ended.
 
-        With `wait` NodeError when it cannot go on now; it is tried again by itself.
+        With `wait`, NodeError if it cannot continue now; it is retried automatically.
         """
         if action != "status":
-            self._log.transaction()  # raises when nothing can be changed
+            self._log.transaction()  # raises if the store cannot be changed
         if action == "start":
             if not (wait and self.job.is_running):
                 self.job.begin(Rebalance(rate=rate))
@@ -110,7 +112,7 @@ class Rebalancer:
 
     def _progress(self) -> dict[str, Any]:
         if self.row.error:
-            raise NodeError(f"Shards wait to be moved, as soon as they can be: {self.row.error}")
+            raise NodeError(f"Shards cannot be moved now, and are retried: {self.row.error}")
         return {
             "phase": "rebalance",
             "done": self.row.size,
@@ -118,7 +120,7 @@ class Rebalancer:
         }
 
     def wake(self) -> None:
-        """There may be something to move."""
+        """Check now: there may be shards to move."""
         self.job.wake()
 
     # --- the work ------------------------------------------------------------
@@ -133,7 +135,7 @@ class Rebalancer:
                 if not self._log.broken and self.job.is_running:
                     moved += await self._rebalance()
             except FusestoreError as error:
-                logger.error("Moving shards is tried again later: %s", error)
+                logger.error("Shards cannot be moved, and it will be tried again: %s", error)
             if not moved:
                 await self.job.changed(self._limits.probe_seconds)
 
@@ -143,9 +145,9 @@ class Rebalancer:
         return [member for member in draining if member.id not in self.drained]
 
     async def _drain(self) -> int:
-        """One pass over all stripes; how many shards were moved."""
+        """Make one pass over all stripes; the number of moved shards."""
         draining = {member.id: member.config for member in self._to_drain()}
-        # What was on its way there when the draining began has a row from here on.
+        # Shards that were being written there when the draining began have rows after this.
         await self._committer.commit()
         self._notes = {}
         choose = Draining(self._log.members, self._notes).choose
@@ -155,7 +157,7 @@ class Rebalancer:
             left = (await take_census(self._log)).shards
             for node, config in draining.items():
                 if self._log.members.by_id[node].config is not config:
-                    continue  # it was called off meanwhile
+                    continue  # the draining was cancelled meanwhile
                 if left[node]:
                     self._notes.setdefault(node, f"{left[node]:,} shards cannot be moved now.")
                 else:
@@ -164,7 +166,7 @@ class Rebalancer:
         return told.shards
 
     async def _rebalance(self) -> int:
-        """Move shards until nothing gets better; how many were moved."""
+        """Move shards until no move is an improvement; the number of moved shards."""
         row, strict = self.row, True
         first = row.shards
         while self._rebalancing(row):
@@ -193,14 +195,14 @@ class Rebalancer:
         return row.shards - first
 
     def _hindrance(self, census: Census) -> str:
-        """Why nothing can be moved now though nodes are not at their shares; empty: nothing."""
+        """Why shards cannot be moved now though nodes are off their shares; empty: no reason."""
         for member in self._log.members.all:
             if member.state is not State.UP and census.off(member.id) > BALANCED:
                 return f"Node {member.name} is {member.state}."
         return next(iter(self._notes.values()), "")
 
     def _rebalancing(self, row: Rebalance) -> bool:
-        """Whether to go on: not when it was stopped, or there is a node to drain."""
+        """Whether to continue: not after a stop, or while there is a node to drain."""
         to_drain = any(member.id not in self.stuck for member in self._to_drain())
         return self.job.is_current(row) and not to_drain
 
@@ -211,7 +213,7 @@ class Rebalancer:
         going: Callable[[], bool],
         told: Rebalance,
     ) -> bool:
-        """Move what is chosen of each stripe, and count it; whether all of it was moved."""
+        """Move the chosen shards of each stripe, and count them; whether all were moved."""
         whole = True
         for batch in self._log.batches():
             wanted: dict[int, list[_Shard]] = defaultdict(list)
@@ -233,7 +235,7 @@ class Rebalancer:
         return whole
 
     async def _move(self, target: Member, shards: Sequence[_Shard]) -> int:
-        """Move some shards to a node, as far as they are still where they were."""
+        """Move some shards to a node, except those whose place has changed."""
         async with self._repairer.healer.busy:
             there = [shard for shard in shards if self._is_there(*shard)]
             if not target.takes or target.state is not State.UP or not there:
@@ -241,7 +243,7 @@ class Rebalancer:
             try:
                 await target.call(target.sample)
                 size = sum(row.shard_length for _, row, _ in there)
-                # Writes that were accepted find their place.
+                # This keeps room for writes that were accepted.
                 kept_free = self._limits.reserve_bytes + self._limits.between_commits_bytes
                 if target.space is None or target.space.free < size + kept_free:
                     full = f"Node {target.name} has no room left: add a node to its region."
@@ -254,7 +256,7 @@ class Rebalancer:
                 return 0
 
     async def _move_those(self, target: Member, shards: Sequence[_Shard]) -> int:
-        """The same; of those that cannot be read it is noted.  NodeError."""
+        """Like `_move`; notes shards that cannot be read.  NodeError."""
         try:
             await self._repairer.healer.rebuilder.move(target, shards)
         except LostError as error:
@@ -268,7 +270,7 @@ class Rebalancer:
         return len(shards)
 
     def _is_there(self, number: int, row: Stripe, index: int) -> bool:
-        """Whether a shard may be moved: nothing has happened to it, and a commit holds it."""
+        """Whether a shard may be moved: its place is the same, and a commit holds it."""
         now = self._log.stripe(number)
         return (
             now is not None

@@ -1,10 +1,10 @@
-"""Which nodes a store has: one is added, drained, or removed, while the store is in use.
+"""The nodes of a store: they are added, drained and removed while the store is in use.
 
-`fusestore.toml` says which nodes there are; the log has them as rows, too, so that
-the nodes alone are enough to recover from.  The file never has fewer nodes than the
-rows: one that is added is in the file first, one that is removed is in the rows last.
-So a kill at any moment leaves a node that joins at the next mount, or one that is to
-be removed again.
+`fusestore.toml` lists the nodes.  The log has them as rows, too: the nodes alone are
+enough for a recovery.  The file never has fewer nodes than the rows: a new node enters
+the file first, and a removed node leaves the file last.  A kill at any moment
+therefore leaves a node that joins at the next mount, or one whose removal is to be
+repeated.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Progress = Callable[[dict[str, Any]], None]
 
 
 class Topology:
-    """Changes which nodes there are, one change at a time."""
+    """Changes the set of nodes, one change at a time."""
 
     def __init__(
         self, log: Log, committer: Committer, repairer: Repairer, rebalancer: Rebalancer
@@ -53,10 +53,10 @@ class Topology:
         self._rebalancer = rebalancer
         self._changing = trio.Lock()
 
-    # --- looking -------------------------------------------------------------
+    # --- listing -------------------------------------------------------------
 
     async def list(self) -> dict[str, Any]:
-        """The nodes, what they hold, and what their shares are."""
+        """The nodes, their load, and their shares."""
         census = await take_census(self._log)
         return {
             "nodes": [
@@ -87,7 +87,7 @@ class Topology:
     async def add(
         self, name: str, region: str, path: Path, weight: float, progress: Progress
     ) -> dict[str, Any]:
-        """Let one more node take part; begun again, it goes on.  UsageError, NodeError."""
+        """Add a node; a repeated call continues an interrupted one.  UsageError, NodeError."""
         self._log.transaction()  # raises when nothing can be changed
         async with self._changing:
             members = self._log.members
@@ -97,8 +97,8 @@ class Topology:
             member = members.named(name)
             if member is not None:
                 if member.config != node:
-                    raise UsageError(f"There is a node {name!r} already: choose another name.")
-                if not member.in_sync:  # it was begun, and interrupted
+                    raise UsageError(f"There is already a node {name!r}: choose another name.")
+                if not member.in_sync:  # an earlier call was interrupted
                     await self._repairer.repair(name, progress, self._log.path_of)
                 return result
             problem = check_name(name) or check_name(region)
@@ -115,7 +115,7 @@ class Topology:
             return result
 
     def _prepare(self, nodes: tuple[NodeConfig, ...]) -> None:
-        """In a thread: make the directory of the last node, if it can be there."""
+        """In a thread: create the directory of the last node, if its place is allowed."""
         members, node = self._log.members, nodes[-1]
         problem = check_places(members.config.store, members.config.metadata, nodes)
         if problem:
@@ -129,10 +129,10 @@ class Topology:
     async def drain(
         self, name: str, *, cancel: bool, wait: bool, progress: Progress
     ) -> dict[str, Any]:
-        """Give a node no new shards, and its shards to others; with `wait`, until it has none.
+        """Give a node no new shards, and move its shards away; with `wait`, until it has none.
 
-        It goes on when the client is gone, and after a restart.  UsageError when the
-        store cannot do without the node, NodeError when no more shards can be moved.
+        It continues without the client, and after a restart.  UsageError if the store
+        needs the node, NodeError if no more shards can be moved.
         """
         self._log.transaction()
         async with self._changing:
@@ -145,7 +145,7 @@ class Topology:
                 self._check_without(member, self._codes(census))
                 self._check_room(member, census)
                 await self._set_draining(member, True)
-            self._rebalancer.stuck.pop(member.id, None)  # it is tried anew
+            self._rebalancer.stuck.pop(member.id, None)  # it is retried
             self._rebalancer.wake()
         before, total = self._rebalancer.moved[member.id], census.held[member.id]
         while wait and not self._is_drained(member):
@@ -153,7 +153,7 @@ class Topology:
                 raise UsageError(f"Draining {name} was cancelled.")
             stuck = self._rebalancer.stuck.get(member.id)
             if stuck:
-                raise NodeError(f"{name} is not drained yet, and is tried again by itself: {stuck}")
+                raise NodeError(f"{name} is not drained yet, and is retried automatically: {stuck}")
             done = min(self._rebalancer.moved[member.id] - before, total)
             progress({"phase": f"drain {name}", "done": done, "total": total})
             await trio.sleep(LOOK_SECONDS)
@@ -165,7 +165,7 @@ class Topology:
         }
 
     def _is_drained(self, member: Member) -> bool:
-        """Whether a node has no shards any more, be it that it was even removed meanwhile."""
+        """Whether a node has no shards left, or was removed."""
         return member.id in self._rebalancer.drained or member not in self._log.members.all
 
     async def _set_draining(self, member: Member, draining: bool) -> None:
@@ -188,12 +188,12 @@ class Topology:
             await self._committer.commit_now()
 
     def _codes(self, census: Census) -> set[Code]:
-        """Codes that stripes have, or new ones may get."""
+        """Codes that stripes have or new stripes may get."""
         known = store_rows.decode_codes(self._log.engine.get(store_rows.CODES_KEY))
         return {self._log.code, *known, *census.codes}
 
     def _check_without(self, member: Member, codes: Iterable[Code]) -> None:
-        """UsageError when a code in use would not survive the loss of a region without a node."""
+        """UsageError if, without a node, a code in use would not survive the loss of a region."""
         members = self._log.members
         regions = [
             other.config.region
@@ -201,17 +201,17 @@ class Topology:
             if other is not member and not other.config.draining
         ]
         if not regions:
-            raise UsageError(f"{member.name} cannot go: it is the last node.")
+            raise UsageError(f"{member.name} cannot leave the store: it is the last node.")
         for code in sorted(codes, key=str):
             problem = check_region_rule(code, regions)
             if problem and not members.config.allow_unsafe:
                 raise UsageError(
-                    f"{member.name} cannot go, as it is the last of region {member.config.region}: "
-                    f"{problem[0].lower()}{problem[1:]}"
+                    f"{member.name} cannot leave the store, as it is the last node of region "
+                    f"{member.config.region}: {problem[0].lower()}{problem[1:]}"
                 )
 
     def _check_room(self, member: Member, census: Census) -> None:
-        """UsageError when the others of a region have no room for what a node holds."""
+        """UsageError if the other nodes of a region have no room for the data of a node."""
         region = member.config.region
         others = [m for m in self._log.members.all if m is not member and m.takes]
         inside = [m for m in others if m.config.region == region] or others
@@ -226,7 +226,7 @@ class Topology:
     # --- removing ------------------------------------------------------------
 
     async def remove(self, name: str) -> dict[str, Any]:
-        """Take a node that nothing needs out of the store, and empty it; UsageError."""
+        """Remove a drained node from the store, and empty it; UsageError."""
         self._log.transaction()
         store = self._log.members.config.store
         async with self._changing, self._repairer.healer.busy:
@@ -241,12 +241,12 @@ class Topology:
             if census.shards[member.id]:
                 raise UsageError(
                     f"Node {name} still has {census.shards[member.id]:,} shards: wait until "
-                    f"'fusestore node drain {store} {name}' has ended."
+                    f"'fusestore node drain {store} {name}' has finished."
                 )
             self._check_without(member, self._codes(census))
             members = self._log.members
             if not any(other.in_sync for other in members.all if other is not member):
-                raise UsageError(f"{name} cannot go: no other node holds every commit.")
+                raise UsageError(f"{name} cannot be removed: no other node holds every commit.")
             await trio.to_thread.run_sync(members.check_file)
             await self._forget(member)
             rest = tuple(node for node in members.config.nodes if node.name != name)
@@ -256,13 +256,13 @@ class Topology:
                 journal, shards = self._committer.journal.segment, [*member.shards.states]
                 await member.call(_clear, members.config, member.config, journal, shards)
             except NodeError as error:
-                logger.warning("What node %s kept could not be deleted: %s", name, error)
+                logger.warning("The data of removed node %s could not be deleted: %s", name, error)
                 emptied = False
             member.node.close()
         return {"node": name, "path": str(member.config.path), "emptied": emptied}
 
     async def _forget(self, member: Member) -> None:
-        """No row speaks of a node any more; the metadata and all other nodes have flushed that."""
+        """Delete all rows of a node; the metadata and all other nodes have flushed this."""
         engine = self._log.engine
         owed = stripe_rows.reclaim_key(member.id, 0, 0)[:3]
         missing = stripe_rows.missing_prefix(member.id)
@@ -284,8 +284,8 @@ class Topology:
 def _clear(config: StoreConfig, place: NodeConfig, journal: int, shards: list[int]) -> None:
     """In a thread: delete the segments of a node that the store can have made, then the node.
 
-    `journal` is the current segment, `shards` are those with rows.  NodeError if another
-    node is there now, or if other files are.
+    `journal` is the current segment, `shards` are those with rows.  NodeError if the place
+    has another node now, or has other files.
     """
     node = open_node(config, place)
     try:

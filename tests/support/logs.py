@@ -87,7 +87,7 @@ MENDED = r"(row_keeper|rows_at_mount): The metadata is damaged: .* It is mended"
 DROPPED = r"commit\.replay: \d+ commits that were never acknowledged are dropped"
 SEGMENT_KEPT = r"commit\.reclaim: Segment \d+ of node \S+ is in no table"
 SEGMENT_IN_USE = r"commit\.reclaim: Segment \d+ of node \S+ was to be freed"
-NOT_IN_TABLES = r"commit\.reclaim: Segment \d+ of node \d+ is in use and not in the tables"
+NOT_IN_TABLES = r"commit\.reclaim: Segment \d+ of node \d+ is in use but not in the tables"
 CHECKPOINT_FAILED = r"commit\.checkpoint: .* The checkpoint will be tried again"
 JOURNAL_DAMAGED = (
     r"journal_scan: Node \S+: .* no record was found in the last .* it is damaged"
@@ -101,4 +101,4 @@ FOREIGN_FILES = (
 OTHER_HISTORY = (
     r"(node_contents|comeback): Node \S+: It holds commits \d+ to \d+ of another history"
 )
-NOT_DELETED = r"grow\.topology: What node \S+ kept could not be deleted"
+NOT_DELETED = r"grow\.topology: The data of removed node \S+ could not be deleted"
