@@ -1000,7 +1000,7 @@ async def test_a_piece_that_is_rotten_everywhere_is_told(
         path, offset, _ = pieces(config, node)[1]
         spoil(path, offset)
     for accept_loss in (False, True):
-        with pytest.raises(ReplayError, match="no metadata dump in them is whole"):
+        with pytest.raises(ReplayError, match="no complete metadata dump"):
             recovered(config, accept_loss=accept_loss)
         assert not has_metadata(config)
 

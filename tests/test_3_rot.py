@@ -328,7 +328,7 @@ async def test_fsck_has_it_as_a_finding(
     change_stored(config, change)
     async with open_store(config, background=False) as store:
         found = await fsck(store, repair=False, at_rest=True)
-        assert any("the journals have the right one" in text for text in found["findings"])
+        assert any("the journals have the right version" in text for text in found["findings"])
         assert found["left"]
         mended = await fsck(store, repair=True, at_rest=True)
         assert mended["left"] == []
@@ -345,7 +345,7 @@ async def test_without_journals_nothing_is_guessed(
     config = limited(config, rows_examined_at_mount_max=0)
 
     def unknown(*_: object) -> None:
-        raise ReplayError("The journals that are there do not lead to commit 7.")
+        raise ReplayError("The available journals do not lead to commit 7.")
 
     change_stored(config, change)
     monkeypatch.setattr(row_keeper, "wrong_rows", unknown)

@@ -368,7 +368,7 @@ async def test_a_mount_refuses_when_the_last_commit_cannot_be_read(
 ) -> None:
     crash, number = await late_commit(config, tmp_path / "crash")
     spoil_everywhere(crash, bad, number)
-    with pytest.raises(ReplayError, match="Whether a commit came after") as refused:
+    with pytest.raises(ReplayError, match="It is unknown whether a commit followed") as refused:
         await read(crash)
     gives_no_bad_advice(refused.value)
     bad.clear()

@@ -1,8 +1,8 @@
-"""Checkpoints: what flushed commits changed is written to the metadata database.
+"""Checkpoints: the changes of flushed commits are written to the metadata database.
 
-A commit sets the changes so far aside (`freeze`); once it is flushed they may be written
-(`flushed`), in one transaction in a thread, while operations go on.  A checkpoint that
-fails loses nothing: what was set aside is still in memory.
+A commit sets the changes so far aside (`freeze`).  After it is flushed (`flushed`) they
+may be written, in one transaction in a thread, while operations continue.  A failed
+checkpoint loses nothing: these changes are still in memory.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ class Checkpointer:
         self._lock = trio.Lock()
         self._at = trio.current_time()
         self._frozen_at: LogPosition | None = None
-        """The log at the commit up to which changes are set aside, once it is flushed."""
+        """The position of the commit up to which changes are set aside, once it is flushed."""
         self.reached = 0
-        """The commit up to which the metadata database is whole."""
+        """The commit up to which the metadata database is complete."""
         self.took = Histogram()
-        """How long each checkpoint took."""
+        """The duration of each checkpoint."""
         self.on_checkpoint: list[Callable[[], None]] = []
 
     def is_due(self) -> bool:
-        """Whether enough changes wait, or for long enough."""
+        """Whether enough changes wait, or some wait for long enough."""
         changed = self._log.engine.changed_keys
         return changed > 0 and (
             changed >= self._limits.checkpoint_changes_max
@@ -48,31 +48,31 @@ class Checkpointer:
         )
 
     def flushed(self, position: LogPosition) -> None:
-        """What is set aside is part of a flushed commit, at which the log stood so."""
+        """The changes set aside are flushed, with the commit at this position."""
         self._frozen_at = position
 
     @property
     def is_owed(self) -> bool:
-        """Whether something may be written, and nobody writes it."""
+        """Whether changes may be written, and no checkpoint runs."""
         return self._frozen_at is not None and not self._lock.locked()
 
     async def write_later(self) -> None:
-        """A checkpoint that nobody waits for: when it fails, a later commit tries again."""
+        """Write a checkpoint that no caller waits for; if it fails, a later commit retries it."""
         with contextlib.suppress(NotDurableError):
             await self.write()
 
     async def write(self) -> None:
-        """Write what was set aside, if the commit that set it aside has been flushed.
+        """Write the changes set aside, if the commit that set them aside has been flushed.
 
-        NotDurableError when the metadata cannot be written.  What was set aside is
-        kept; until it could be written, only what takes room away is refused.
+        NotDurableError if the metadata cannot be written.  The changes are kept; until
+        they are written, only operations that take room are refused.
         """
         async with self._lock:
             engine, position = self._log.engine, self._frozen_at
             if position is None:
                 return
             if position.commit > self._log.position.commit:
-                raise InvariantError(f"A checkpoint would be ahead of commit {position.commit}.")
+                raise InvariantError(f"A checkpoint is ahead of commit {position.commit}.")
             engine.amend({store_rows.LOG_KEY: position.encode()})
             began = time.perf_counter_ns()
             try:

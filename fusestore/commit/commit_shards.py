@@ -1,4 +1,4 @@
-"""Which shards of a commit the disks hold: a commit counts when its stripes can be read."""
+"""The shards of a commit on the disks: a commit counts if its stripes can be read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class UndecidedError(Exception):
-    """Nodes that are away, or shards that cannot be read, could decide."""
+    """The answer depends on nodes that are away, or on shards that cannot be read."""
 
     def __init__(self, nodes: Sequence[str], unread: Sequence[str]) -> None:
         super().__init__(", ".join(sorted(set(nodes))))
@@ -26,9 +26,9 @@ class UndecidedError(Exception):
 
 
 def flush_shards(log: Log, commit: Commit) -> None:
-    """Have the disks hold the shards of a commit, and no cache: what is read then lasts.
+    """Flush the shards of a commit to the disks: later reads then find durable bytes only.
 
-    A node that cannot flush is out of use.
+    A node that cannot flush goes out of use.
     """
     wanted: dict[int, set[int]] = defaultdict(set)
     for key, value in commit.changes.items():
@@ -50,7 +50,7 @@ def flush_shards(log: Log, commit: Commit) -> None:
 
 
 def counts(log: Log, commit: Commit) -> bool:
-    """Whether each stripe that a commit names has k intact shards; UndecidedError if unknown."""
+    """Whether each stripe in a commit has k intact shards; UndecidedError if unknown."""
     for key, value in commit.changes.items():
         if key[:1] != b"S" or value is None:
             continue
@@ -96,7 +96,7 @@ def _verify(member: Member, row: Stripe, index: int) -> bool:
 def suspect_shards(log: Log, doubtful: Mapping[bytes, bytes | None]) -> dict[bytes, bytes | None]:
     """Rows of `missing` for shards that may not have reached their node.
 
-    `doubtful` are the changes of commits that not every node is known to have flushed.
+    `doubtful` are the changes of commits that some nodes may not have flushed.
     """
     rows: dict[bytes, bytes | None] = {}
     for key, value in doubtful.items():
@@ -107,7 +107,7 @@ def suspect_shards(log: Log, doubtful: Mapping[bytes, bytes | None]) -> dict[byt
             member = log.members.by_id.get(place.node)
             if member is None or not place.written:
                 continue
-            # Of a node that is away nobody can tell: it may have flushed nothing of this.
+            # A node that is away may have flushed none of these shards.
             if member.out_of_use or not shard_is_intact(member, row, index):
                 rows[stripe_rows.missing_key(place.node, number, index)] = b""
     return rows

@@ -1,17 +1,17 @@
 """The commit: everything since the last one becomes durable with one parallel flush.
 
 A commit takes the open stripes and the pending changes without an await in
-between, waits until what it took is sealed, appends one COMMIT record to the
-journal of every node in sync, and flushes what was written, all nodes in
-parallel.  Who asks when none is under way does it; who asks during one shares
-the next with all others who do.
+between, waits until these stripes are sealed, appends one COMMIT record to the
+journal of every node in sync, and flushes all nodes in parallel.  A caller that
+asks while no commit runs makes the commit itself; callers that ask during a commit
+share the next one.
 
-A node that fails leaves the set.  That is a change of its own: it is
-committed on the remaining nodes and checkpointed before anything is
-acknowledged without the node.
+A node that fails leaves the set.  This is a change of its own: it is committed on
+the remaining nodes and checkpointed before anything is acknowledged without the
+node.
 
-A checkpoint writes to the metadata database what a commit that has been
-flushed had set aside.  Operations go on meanwhile.
+A checkpoint writes the changes that a flushed commit had set aside to the metadata
+database.  Operations continue meanwhile.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class _Round:
-    """Those who wait for the same commit."""
+    """The callers that wait for the same commit."""
 
     done: trio.Event = field(default_factory=trio.Event)
     error: str = ""
 
 
 class Committer:
-    """Commits when asked, and every five seconds; checkpoints now and then."""
+    """Commits on request and every five seconds, and makes checkpoints."""
 
     def __init__(self, log: Log, nursery: trio.Nursery) -> None:
         self._log = log
@@ -64,33 +64,33 @@ class Committer:
         self._next: _Round | None = None
         self._wanted = trio.Event()
         self.lock = trio.Lock()
-        """Held during a commit; who holds it may change the set of nodes in sync."""
+        """Held during a commit; only its holder may change the set of nodes in sync."""
         self._checkpoint_owed = False
-        """Nothing is acknowledged before the metadata knows which nodes are in sync."""
+        """Nothing is acknowledged before the metadata has the set of nodes in sync."""
         self._counters = b""
         self.rows: list[NodeRow] = []
-        """The nodes as the last commit has them."""
+        """The nodes in the last commit."""
         self._durable_through = 0
         self._uncovered = False
-        """The last commit changed something, and none after it says that it is durable."""
+        """The last commit had changes, and no later commit records that it is durable."""
         self.epoch_base: int | None = None
-        """Until an epoch's first commit: the commit past which that one holds every change."""
+        """Until an epoch's first commit: that commit repeats all changes after this one."""
         self.journal = JournalWriter(log)
         self.checkpointer = Checkpointer(log)
         self.commits = Histogram()
-        """How long each took, from what it took being sealed to it being durable."""
+        """The duration of each, from the seal of its stripes until it was durable."""
         self.committed_at: float | None = None
-        """When the last commit was durable, in seconds since the epoch."""
+        """When the last commit became durable, in seconds since the epoch."""
         self.on_commit: list[Callable[[], None]] = []
 
     # --- asking --------------------------------------------------------------
 
     def ask(self) -> None:
-        """Have a commit begin soon."""
+        """Ask for a commit soon."""
         self._wanted.set()
 
     async def commit(self) -> None:
-        """Return when all that was done before the call is durable; NotDurableError."""
+        """Return when every change made before the call is durable; NotDurableError."""
         if self._log.read_only:
             return
         if not self.lock.locked() and not self._wanted.is_set():
@@ -100,7 +100,7 @@ class Committer:
                 await self.commit_now()
             finally:
                 self.lock.release()
-            if self._log.position.commit == before:  # who asks again and again lets others run
+            if self._log.position.commit == before:  # a caller in a loop must let other tasks run
                 await trio.lowlevel.checkpoint()
             return
         joined = self._next = self._next or _Round()
@@ -110,7 +110,7 @@ class Committer:
             raise NotDurableError(joined.error)
 
     async def run(self) -> None:
-        """Commit every five seconds, and for those who asked meanwhile, until cancelled."""
+        """Commit every five seconds, and on request, until cancelled."""
         while True:
             with trio.move_on_after(self._limits.commit_seconds_max) as pause:
                 await self._wanted.wait()
@@ -126,12 +126,12 @@ class Committer:
     # --- a commit ------------------------------------------------------------
 
     async def commit_now(self, *, checkpoint: bool = False, cover: bool = False) -> None:
-        """One commit, with the lock held; with the checkpoint of it, if that is asked for.
+        """Make one commit, with the lock held, and its checkpoint if `checkpoint` is set.
 
-        With `cover`, when there is nothing to commit, an empty commit says that the
-        last one was flushed by all, so that it counts whatever happens to a shard.
-        NotDurableError when no sufficient set of nodes has flushed it.  Once it has
-        begun it is not cancelled: what it took must reach the journals.
+        With `cover`, if there is nothing to commit, an empty commit records that all
+        nodes flushed the last one, which then counts even if shards are lost later.
+        NotDurableError if no sufficient set of nodes has flushed it.  A commit that has
+        begun is not cancelled: the changes that it took must reach the journals.
         """
         with trio.CancelScope(shield=True):
             try:
@@ -139,9 +139,9 @@ class Committer:
             except NotDurableError:
                 raise
             except BaseException:
-                # What it took is lost to the journals: nothing may be built on it.
+                # Its changes are not in the journals: no later commit may build on them.
                 self._log.break_(
-                    "A commit met an unexpected error: the mount is read-only now; mount it again."
+                    "A commit met an unexpected error: the mount is now read-only; mount it again."
                 )
                 raise
 
@@ -177,7 +177,7 @@ class Committer:
         return [member.row() for member in self._log.members.all]
 
     def _left(self) -> list[Member]:
-        """Nodes that the last commit counts on, and that failed since."""
+        """Nodes that are in the last commit and have failed since."""
         before = {row.id for row in self.rows if row.in_sync}
         return [
             member
@@ -187,7 +187,7 @@ class Committer:
         ]
 
     def _note_nodes(self) -> bool:
-        """Put a changed set of nodes, and what lost ones lack, among the changes."""
+        """Log a changed set of nodes, and the shards that lost nodes lack."""
         for member in self._left():
             for stripe, index in member.shards.unflushed:
                 if self._log.engine.get(stripe_rows.stripe_key(stripe)) is not None:
@@ -200,7 +200,7 @@ class Committer:
         if not self._log.members.can_store(self._log.code):
             self._log.break_(
                 "Too few nodes are left to keep new data safe: "
-                "the mount is read-only now; mend the nodes and mount again."
+                "the mount is now read-only; repair the nodes and mount again."
             )
             raise NotDurableError(self._log.broken)
         self.rows = rows
@@ -208,7 +208,7 @@ class Committer:
         return True
 
     def _take(self, *, force: bool, cover: bool) -> CommitBatch | None:
-        """What there is to commit, or None; no await in here."""
+        """The changes to commit, or None; no await in here."""
         log, engine = self._log, self._log.engine
         self.writer.settle()
         sealing = self.writer.being_sealed()
@@ -246,7 +246,7 @@ class Committer:
         for stripe in batch.stripes:
             await stripe.sealed.wait()
         if log.broken:
-            # What was taken stays seen, but nothing more is acknowledged.
+            # The changes that were taken stay visible, but nothing more is acknowledged.
             raise NotDurableError(log.broken)
         began = time.perf_counter_ns()
         commit = Commit(
@@ -269,8 +269,8 @@ class Committer:
         await self.journal.append(header, payload)
         if not self._is_held(batch):
             log.break_(
-                "Too few nodes could take a commit: the mount is read-only now; "
-                "mend the nodes and mount again."
+                "Too few nodes could take a commit: the mount is now read-only; "
+                "repair the nodes and mount again."
             )
             raise NotDurableError(log.broken)
         self._check_flushed(commit)
@@ -290,7 +290,7 @@ class Committer:
         self.epoch_base = None
 
     def _check_flushed(self, commit: Commit) -> None:
-        """Nothing is acknowledged unless every node in sync flushed it, and none was left out."""
+        """InvariantError unless every node in sync has flushed this commit and all before it."""
         log = self._log
         if commit.number != log.position.commit + 1:
             raise InvariantError(f"Commit {commit.number} follows commit {log.position.commit}.")
@@ -299,12 +299,12 @@ class Committer:
                 raise InvariantError(f"Node {member.name} has not flushed commit {commit.number}.")
 
     def _puts(self, batch: CommitBatch) -> list[bytes]:
-        """Keys of the new stripes that a commit puts."""
+        """Keys of the new stripes in a commit."""
         keys = map(stripe_rows.stripe_key, self.writer.sealer.fresh)
         return [key for key in keys if batch.changes.get(key) is not None]
 
     def _is_held(self, batch: CommitBatch) -> bool:
-        """Whether a commit counts with the nodes that have flushed it, and may be checkpointed."""
+        """Whether the nodes that flushed a commit suffice to count and checkpoint it."""
         members, engine = self._log.members, self._log.engine
         lost = {
             shard

@@ -1,8 +1,8 @@
-"""Records on their way to the journals of all nodes, durable on each when `append` returns.
+"""Writing records to the journals of all nodes; each is durable when `append` returns.
 
-A record goes to the same segment and offset on every node in sync.  When no node has
-anything else to flush, the short way writes all journals by one call of the kernel's
-ring, over zeros that lie ready; else each node has a thread, which also flushes the
+A record goes to the same segment and offset on every node in sync.  If no node has
+anything else to flush, the short way writes all journals with one call of the kernel's
+ring, over prepared zeros.  Otherwise each node has a thread, which also flushes the
 shards that were written there.
 """
 
@@ -23,11 +23,11 @@ from ..system import linux
 from ..system.io_uring import Operation
 
 _NOT_TRIED = (-errno.EAGAIN, -errno.EINVAL)
-"""What the ring says of a write that the file system did not begin."""
+"""Results of the ring for a write that the file system did not begin."""
 
 
 class JournalWriter:
-    """Where the journals go on; appends with `Committer.lock` held."""
+    """Has the end of the journals, and appends to them with `Committer.lock` held."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
@@ -35,14 +35,14 @@ class JournalWriter:
         self.segment = 1
         self.offset = 0
         self._rolled: list[tuple[int, int]] = []
-        """Segments that are finished, and their sizes, until they are trimmed."""
+        """Finished segments, and their sizes, until they are trimmed."""
         self.commit_bytes = 0
-        """Of the commits in each journal since the last dump of the metadata began."""
+        """Bytes of commits in each journal since the last metadata dump began."""
 
     async def append(self, header: Header, payload: bytes) -> None:
         """Append a record to the journals of all nodes in sync, and flush all nodes.
 
-        A node that cannot is failed; whether enough are left is for the caller.
+        A node that cannot do this fails; the caller checks whether enough nodes are left.
         """
         if self.offset >= self._limits.journal_segment_bytes:
             self.roll()
@@ -60,9 +60,9 @@ class JournalWriter:
         self._log.refresh_room()
 
     async def _append_directly(self, offset: int, header: Header, payload: bytes) -> bool:
-        """The short way of a record when no node has anything else to flush: without threads.
+        """Append a record the short way, without threads, if no node has other data to flush.
 
-        False when it was not taken, or not all was written: the long way then tells why.
+        False if this was not possible, or a write was short: the long way then finds the error.
         """
         members, now = self._log.members.writable, trio.current_time()
         ring = members[0].ring if members else None
@@ -93,7 +93,7 @@ class JournalWriter:
                 member.journal_room, member.late_segment = None, self.segment
             elif result in _NOT_TRIED or 0 <= result < operation.length:
                 whole = False
-            elif result < 0:  # never asked again: a second flush may say that all is well
+            elif result < 0:  # never retried: a second flush may wrongly succeed
                 reason = os.strerror(-result)
                 member.fail(NodeError(f"Node {member.name} cannot write its journal: {reason}."))
             elif linux.is_linked(room.fd):
@@ -130,7 +130,7 @@ class JournalWriter:
     def _write_node(
         self, member: Member, offset: int, header: Header, payload: bytes, dirty: list[int]
     ) -> None:
-        """In a thread: append the record and flush what the node was given."""
+        """In a thread: append the record and flush all data written to the node."""
         node = member.node
         if member.in_sync:
             seed = self._log.journal(member.name, self.segment).seed(offset)
@@ -149,7 +149,7 @@ class JournalWriter:
         member.sample()
 
     def roll(self) -> None:
-        """Go on in a new journal segment."""
+        """Continue in a new journal segment."""
         if self.offset:
             self._rolled.append((self.segment, self.offset))
         self.segment += 1

@@ -1,7 +1,7 @@
-"""The journals become the tables that a checkpoint would hold.
+"""Building the tables of a checkpoint from the journals.
 
-For recover, which makes the database anew, and for what compares the database with
-the journals.
+recover uses this to rebuild the database, and the row check to compare the database
+with the journals.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..log.journal import Entry, Journals, make_readable
 from ..metadata.engine import Engine
 
 Progress = Callable[[dict[str, Any]], None]
-"""Called with a phase, and how many bytes of how many are done."""
+"""Called with a phase, the bytes done, and the total bytes."""
 
 
 def load_tables(
@@ -26,8 +26,7 @@ def load_tables(
 ) -> LogPosition:
     """Fill the database up to the last commit that was certainly acknowledged; ReplayError.
 
-    With `at` up to that commit, and not further; ReplayError when the journals do not
-    lead there.
+    With `at`, fill it up to that commit; ReplayError if the journals do not lead there.
     """
     end = journals.durable if at is None else at.commit
     start, pieces = _newest_dump(journals, end)
@@ -35,19 +34,19 @@ def load_tables(
     if at is not None:
         last = chain[-1].header.payload_checksum if chain else start.checksum
         if (chain[-1].number if chain else start.commit, last) != (at.commit, at.checksum):
-            raise ReplayError(f"The journals that are there do not lead to commit {at.commit}.")
+            raise ReplayError(f"The available journals do not lead to commit {at.commit}.")
     if not chain and start.commit == 0 and journals.commits:
         first = min(journals.commits)
         unread = journals.complaints()
         if first > 1 and unread:
             raise ReplayError(
-                f"What can be read of the journals begins with commit {first}, and no metadata "
-                f"dump in them is whole. {make_readable(unread)}"
+                f"The readable part of the journals begins with commit {first}, and has no "
+                f"complete metadata dump. {make_readable(unread)}"
             )
         if first > 1:
             raise ReplayError(
-                f"The journals that are there begin with commit {first}, and no metadata dump in "
-                "them is whole: bring more nodes back, and name them with --from."
+                f"The available journals begin with commit {first}, and have no complete metadata "
+                "dump: bring more nodes back, and name them with --from."
             )
     total = sum(entry.header.payload_length for entry in [*pieces, *chain])
     done = 0
@@ -76,9 +75,9 @@ def load_tables(
 
 
 def _newest_dump(journals: Journals, end: int) -> tuple[LogPosition, list[Entry]]:
-    """Where the newest metadata dump that was whole at commit `end` begins, and its pieces.
+    """The start of the newest metadata dump complete at commit `end`, and its pieces.
 
-    Without one, the very start.
+    Without a dump, the start of the log.
     """
     named = [e for entries in journals.commits.values() for e in entries if e.dump]
     for entry in sorted(named, key=lambda e: (e.number, e.header.epoch), reverse=True):
@@ -102,7 +101,7 @@ def _newest_dump(journals: Journals, end: int) -> tuple[LogPosition, list[Entry]
 
 
 def save(engine: Engine, changes: Changes | None = None) -> None:
-    """Write what was applied to the database."""
+    """Write the applied changes to the database."""
     engine.freeze()
     engine.amend(changes or {})
     engine.write()
@@ -110,7 +109,7 @@ def save(engine: Engine, changes: Changes | None = None) -> None:
 
 
 def latest_row(engine: Engine, journals: Journals, after: LogPosition, key: bytes) -> bytes | None:
-    """A row as the last commit of the chain has it, whether that counts or not."""
+    """A row as of the last commit of the chain, even if that commit does not count."""
     value = engine.get(key)
     for entry in journals.chain(after):
         value = entry.commit().changes.get(key, value)

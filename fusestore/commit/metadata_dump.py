@@ -1,9 +1,9 @@
-"""The metadata dump: all tables written to the journals, so that older journal can go.
+"""The metadata dump: all tables are written to the journals, and older journals deleted.
 
 All tables are dumped as METADATA_DUMP records, a few keys at a time, while changes
-go on.  Changes are absolute, so loading the dump and replaying every commit
-from the one at which it began gives the state.  It counts when the commit that
-names it is durable; until then the previous one and its commits stay.
+continue.  Changes are absolute: the dump, with every commit replayed from the one at
+which it began, gives the state.  A dump counts when the commit that names it is
+durable; until then the previous dump and its commits stay.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from .row_check import examine
 logger = logging.getLogger(__name__)
 
 _FIRST, _END = b"A", b"["
-"""All tables lie in between; the super table lies above `Z` and below `[`."""
+"""All tables lie between these keys; the super table lies above `Z` and below `[`."""
 
 
 class MetadataDumper:
-    """Dumps the metadata when the journal since the last dump has outgrown it."""
+    """Dumps the metadata when the journal since the last dump is larger than the dump."""
 
     def __init__(self, log: Log, committer: Committer) -> None:
         self._log = log
@@ -39,11 +39,11 @@ class MetadataDumper:
         value = log.engine.get(store_rows.METADATA_DUMP_KEY)
         row = json.loads(value) if value else {"bytes": 0, "segment": 0}
         self.last_bytes: int = row["bytes"]
-        """Of the last metadata dump, and the journal segment that it begins in."""
+        """The size of the last metadata dump, and the journal segment in which it begins."""
         self.first_segment: int = row["segment"]
 
     def look(self) -> None:
-        """A commit has been made: see whether it is time."""
+        """After a commit: start a dump if one is due."""
         grown = self._committer.journal.commit_bytes
         if self._log.dump_wanted or grown > max(
             self._limits.dump_journal_bytes_min, self.last_bytes
@@ -51,7 +51,7 @@ class MetadataDumper:
             self._wake.set()
 
     async def run(self) -> None:
-        """Dump the metadata whenever it is time, until cancelled."""
+        """Dump the metadata whenever a dump is due, until cancelled."""
         while True:
             await self._wake.wait()
             try:
@@ -59,18 +59,18 @@ class MetadataDumper:
             except NotDurableError as error:
                 logger.error("No metadata dump: %s", error)
             except MetadataError as error:
-                # What was dumped so far counts for nothing: the older dump and all journal
-                # after it, which have the rows, stay.
+                # The pieces so far do not count: the older dump and all journals after it,
+                # which have the rows, stay.
                 logger.error("No metadata dump: %s", error)
                 self._log.on_damage()
                 await trio.sleep(self._limits.retry_seconds_max)
             self._wake = trio.Event()
 
     async def take(self) -> None:
-        """Dump all tables, then delete the journal segments that are not needed any more.
+        """Dump all tables, then delete the journal segments that are no longer needed.
 
-        DamagedMetadataError when a row is not right, or some are gone: the dump would take the
-        place of the journal that has them.
+        DamagedMetadataError if rows are wrong or missing: the dump would replace the
+        journals that have them.
         """
         await self._examine()
         committer = self._committer
@@ -106,7 +106,7 @@ class MetadataDumper:
         self._log.apply({store_rows.METADATA_DUMP_KEY: json.dumps(row).encode()})
         self.last_bytes, self.first_segment = total, first_segment
         await committer.commit()
-        # The dump counts for certain before what it replaces goes.
+        # The dump must certainly count before the journals that it replaces are deleted.
         async with committer.lock:
             await committer.commit_now(cover=True)
         await self._delete_before(first_segment)
@@ -121,7 +121,7 @@ class MetadataDumper:
             raise DamagedMetadataError(f"The metadata is damaged: {what}.")
 
     async def _piece(self, start: bytes) -> tuple[Changes, bytes | None]:
-        """The next rows from `start` on, and where to go on, None at the end."""
+        """The next rows from `start` on, and the next start, None at the end."""
         piece: dict[bytes, bytes | None] = {}
         size = 0
         while size < self._limits.dump_piece_bytes:
@@ -141,9 +141,9 @@ class MetadataDumper:
         return piece, start
 
     async def _delete_before(self, segment: int) -> None:
-        """Journal before `segment` is not needed, once a checkpoint is past it too.
+        """Delete the journals before `segment`, once a checkpoint is past it too.
 
-        It is kept while the history is in doubt: the next dump deletes it.
+        They are kept while the history is in doubt; the next dump deletes them.
         """
         async with self._committer.lock:
             await self._committer.commit_now(checkpoint=True)

@@ -1,20 +1,19 @@
-"""Room of freed stripes goes back to the nodes, after the checkpoint that freed them.
+"""Freeing the room of deleted stripes on the nodes, after the checkpoint of the deletion.
 
-Only rows of `reclaim` that a checkpoint holds are worked off: before that, a
-replay might still want the shards.  A shard segment of which the tables say that
-nothing else lives in it is deleted; else the dead payloads are punched out.
-Headers are never punched.
-A node that is away keeps its debt.
+Only rows of `reclaim` that are in a checkpoint are processed: before that, a replay
+might still need the shards.  A shard segment without live shards in the tables is
+deleted; in others, holes are punched in place of the dead payloads.  Headers are
+never punched.  The rows of a node that is away stay.
 
-Segments that a crash left behind, of which no commit speaks, are deleted after
-the mount, and only when no stripe has a shard in them: a lost row of `segments`
-must not cost what it counts.  While the history is in doubt (`Log.doubt`) they are
-in quarantine: kept, and shown by status; and a segment of which the tables say that
-nothing lives in it is punched, not deleted.  While a node holds another history,
-nothing is freed at all: that history needs shards of all nodes.
+Segments that a crash left behind are in no commit.  They are deleted after the mount,
+and only if no stripe has a shard in them: a lost row of `segments` must not cost the
+shards that it counts.  While the history is in doubt (`Log.doubt`) they are in
+quarantine: kept, and shown by status; and a segment without live shards is punched,
+not deleted.  While a node holds another history, nothing is freed: that history needs
+the shards of all nodes.
 
-Nothing is freed that its own header does not agree to: the header says which shard it
-is, and where that stripe's row has it there, it is in use, whatever the counts say.
+Nothing is freed against its own header.  The header names the shard; if the row of its
+stripe has the shard at this place, it is in use, regardless of the counts.
 """
 
 from __future__ import annotations
@@ -39,17 +38,17 @@ Debt = dict[int, list[tuple[int, int]]]
 
 
 class Reclaimer:
-    """Works off `reclaim` in the background."""
+    """Processes `reclaim` in the background."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
         self._limits = log.limits
         self._wake = trio.Event()
         self.strays: dict[int, dict[int, int]] = {}
-        """By node: segments on it that the tables do not have, and their bytes."""
+        """By node: its segments that are not in the tables, and their bytes."""
 
     def wake(self) -> None:
-        """A checkpoint has been made."""
+        """Run soon: a checkpoint has been made."""
         self._wake.set()
 
     async def run(self) -> None:
@@ -64,7 +63,7 @@ class Reclaimer:
                     await self._reclaim(member)
 
     async def _sweep(self) -> None:
-        """Delete the segments that no commit speaks of, once no stripe is found in them."""
+        """Delete the segments that are in no commit, if no stripe is found in them."""
         for batch in self._log.batches():
             if not any(self.strays.values()):
                 break
@@ -74,7 +73,7 @@ class Reclaimer:
                     if place.written and place.segment in strays:
                         del strays[place.segment]
                         logger.error(
-                            "Segment %d of node %d is in use and not in the tables: run "
+                            "Segment %d of node %d is in use but not in the tables: run "
                             "'fusestore fsck --repair'.",
                             place.segment,
                             place.node,
@@ -94,7 +93,7 @@ class Reclaimer:
                         await member.call(member.node.delete, SegmentKind.SHARDS, segment)
                     else:
                         logger.error(
-                            "Segment %d of node %s is in no table, and has whole shards that no "
+                            "Segment %d of node %s is in no table, but has complete shards that no "
                             "crash left behind: it is kept. Run 'fusestore fsck'.",
                             segment,
                             member.name,
@@ -104,10 +103,10 @@ class Reclaimer:
         self.strays.clear()
 
     async def _is_left_over(self, member: Member, segment: int) -> bool:
-        """Whether a segment has nothing but what the last mount left, or was freed; NodeError.
+        """Whether a segment has only shards that the last mount left or freed; NodeError.
 
-        A whole shard of an earlier mount, or of a stripe that other rows know, was in use:
-        its row was lost.
+        A complete shard of an earlier mount, or of a stripe that other rows name, was in
+        use: its row was lost.
         """
         found = await member.call(lambda: list(headers(self._log, member, segment)))
         for offset, header in found:
@@ -117,7 +116,7 @@ class Reclaimer:
         return True
 
     def _is_known(self, number: int) -> bool:
-        """Whether rows name a stripe that has none of its own."""
+        """Whether other rows name a stripe that has no row."""
         engine, prefix = self._log.engine, stripe_rows.owners_key(number, 0)[:9]
         return (
             engine.get(stripe_rows.live_key(number)) is not None
@@ -155,9 +154,9 @@ class Reclaimer:
     async def _alive(
         self, member: Member, segment: int, shards: list[tuple[int, int]] | None
     ) -> set[int]:
-        """Payload offsets at which a record is the shard of a stripe whose row has it there.
+        """Payload offsets of records that are shards at the place in their stripe's row.
 
-        Of some shards, or of all in the segment; NodeError.
+        Among some shards, or all in the segment; NodeError.
         """
 
         def look() -> list[tuple[int, Header]]:
@@ -177,10 +176,10 @@ class Reclaimer:
     def _spare(
         self, member: Member, segment: int, shards: list[tuple[int, int]], alive: set[int]
     ) -> list[tuple[int, int]]:
-        """What may be freed of shards, when others in their segment, or some of them, are alive."""
+        """The shards that may be freed, if some in their segment are alive."""
         self._log.rows_in_doubt += 1
         logger.error(
-            "Segment %d of node %s was to be freed, and has shards that are in use: they are kept. "
+            "Segment %d of node %s was to be freed, but has shards in use: they are kept. "
             "Run 'fusestore fsck --repair'.",
             segment,
             member.name,
@@ -195,7 +194,7 @@ class Reclaimer:
         return [shard for shard in shards if shard[0] not in alive]
 
     async def _drop(self, member: Member, segment: int, shards: list[tuple[int, int]]) -> None:
-        """Delete a segment in which nothing lives."""
+        """Delete a segment without live shards."""
         await member.call(member.node.delete, SegmentKind.SHARDS, segment)
         self._paid(member, segment, shards)
         member.shards.states.pop(segment, None)

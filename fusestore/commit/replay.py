@@ -1,14 +1,14 @@
-"""The mount's first work: from the last checkpoint to the last commit that counts.
+"""Replay at the mount: from the last checkpoint to the last commit that counts.
 
-1. Read the journals of all nodes that are there, from the checkpoint's segment on.
+1. Read the journals of all available nodes, from the checkpoint's segment on.
 2. Follow the chain: each commit carries the checksum of the one before it.
-3. Commits up to a `durable_through` that any record carries always count: a shard
-   that they lack is damage.  Later ones count if each stripe that they name has
-   k intact shards.  What comes after the first that does not count is dropped.
-   What counts is flushed first, and read past the page cache: a process that was killed
-   may have left shards there that no disk has yet.
-4. When nodes that are away might have made a commit count, refuse.  So when what could
-   not be read may hold a commit that was acknowledged: unreadable is not absent.
+3. Commits up to the `durable_through` of any record always count: a missing shard is
+   damage.  Later commits count if each of their stripes has k intact shards.  All
+   commits after the first that does not count are dropped.
+   Shards are first flushed, then read past the page cache: a process that was killed
+   may have left shards in the cache that are not on a disk yet.
+4. Refuse if nodes that are away might make a commit count.  Also refuse if an unread
+   range may hold an acknowledged commit: unreadable is not absent.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from .commit_shards import UndecidedError, counts, flush_shards
 logger = logging.getLogger(__name__)
 
 EPOCHS_SKIPPED = 1000
-"""With accepted losses: epochs that nodes which are not there may have opened meanwhile."""
+"""With accepted losses: epochs that missing nodes may have opened meanwhile."""
 
 
 @dataclass(slots=True)
 class Replayed:
-    """What the journals hold past the checkpoint."""
+    """The contents of the journals past the checkpoint."""
 
     position: LogPosition
     changes: dict[bytes, bytes | None] = field(default_factory=dict)
     doubtful: dict[bytes, bytes | None] = field(default_factory=dict)
-    """Of the changes those that not every node is known to have flushed."""
+    """The changes that some nodes may not have flushed."""
     commits: int = 0
     durable: int = 0
     """The last commit that every node in sync is known to hold."""
@@ -49,15 +49,15 @@ class Replayed:
     dropped: list[int] = field(default_factory=list)
     """Commits that do not count."""
     lossy: bool = False
-    """Something was dropped that may have been acknowledged."""
+    """An acknowledged commit may have been dropped."""
     in_sync: frozenset[int] = frozenset()
-    """Ids of the nodes that the last commit counts as in sync."""
+    """Ids of the nodes that are in sync in the last commit."""
     reached: dict[int, int] = field(default_factory=dict)
-    """By node: the last commit of the chain that its journal holds."""
+    """By node: the last commit of the chain in its journal."""
     unknown: list[Unreadable] = field(default_factory=list)
-    """What could not be read, and may have held an acknowledged commit after the last."""
+    """Unread ranges that may have held an acknowledged commit after the last."""
     damaged: set[str] = field(default_factory=set)
-    """Names of the nodes whose journals have places that cannot be read."""
+    """Names of the nodes whose journals have unreadable ranges."""
     blind: frozenset[int] = frozenset()
     """Ids of the nodes whose journal past the last commit could not be read."""
 
@@ -70,10 +70,10 @@ def replay(
     accept_loss: bool = False,
     how: str = "mount with -o accept_loss",
 ) -> Replayed:
-    """Read the journals; blocks; ReplayError when the store must not be mounted so.
+    """Read the journals; blocks; ReplayError if the store must not be mounted like this.
 
-    With `accept_loss` what cannot be decided, or is gone, is dropped instead; `how`
-    tells people how to say that.
+    With `accept_loss`, undecided and lost commits are dropped instead; `how` tells
+    people how to request this.
     """
     nodes = [(member.name, member.node) for member in log.members.all if member.is_open]
     journals = read_journals(log.store, nodes, start.journal_segment)
@@ -94,7 +94,7 @@ class _Replay:
         self._accept_loss, self._how = accept_loss, how
         self._before = journals.at(start)
         self._chain = [self._before] if self._before is not None else []
-        """The commits that count; first, if it was found, the one at which it begins."""
+        """The commits that count; the first is the one at which the chain begins, if found."""
         journals.forget_before(start.epoch)
 
     def run(self, in_sync: Sequence[int]) -> Replayed:
@@ -119,11 +119,11 @@ class _Replay:
         if durable > last.commit:
             self._refuse_or_accept(
                 result,
-                f"Commit {last.commit + 1} was acknowledged, and no node that is there holds it",
+                f"Commit {last.commit + 1} was acknowledged, but no available node holds it",
             )
         elif result.unknown:
             self._refuse_or_accept(
-                result, f"Whether a commit came after commit {last.commit} cannot be told"
+                result, f"It is unknown whether a commit followed commit {last.commit}"
             )
         if result.dropped:
             logger.warning(
@@ -138,7 +138,7 @@ class _Replay:
         return result
 
     def _doubt(self, result: Replayed) -> str:
-        """Why nothing that no table names may be deleted yet; empty when it may."""
+        """Why segments in no table may not be deleted yet; empty if they may."""
         if result.lossy:
             return "losses were accepted"
         if result.blind or self._journals.failed:
@@ -148,10 +148,10 @@ class _Replay:
     # --- one history ---------------------------------------------------------
 
     def _refuse_another_history(self, result: Replayed) -> None:
-        """ReplayError when no node in sync holds the commit that the database stands at.
+        """ReplayError if no node in sync holds the commit at which the database stands.
 
-        Each of them holds it, and it is in the segments that were read: else the
-        database was restored from an old copy, or the nodes were.
+        Normally each of them holds it, in the segments that were read.  Otherwise the
+        database or the nodes were restored from an old copy.
         """
         start, journals = self._start, self._journals
         names = {m.name for m in self._log.members.all if m.is_open and m.id in result.in_sync}
@@ -163,7 +163,7 @@ class _Replay:
         if next(journals.chain(start), None) is not None:
             return
         last = {name: journals.last(name) for name in sorted(names)}
-        if not any(last.values()):  # they may all end before the segment that was read first
+        if not any(last.values()):  # all journals may end before the first segment that was read
             nodes = [(m.name, m.node) for m in self._log.members.all if m.name in names]
             older = read_journals(self._log.store, nodes)
             last = {name: older.last(name) for name in sorted(names)}
@@ -171,14 +171,14 @@ class _Replay:
             return
         held = ", ".join(f"{name} to commit {number}" for name, number in last.items())
         raise ReplayError(
-            f"The metadata stands at commit {start.commit}, which no node holds ({held}): the "
+            f"The metadata is at commit {start.commit}, which no node holds ({held}): the "
             "metadata or the nodes were restored from an old copy, or belong to a copy of the "
             "store that was used on its own. Move the metadata away, keep it, and run "
             f"'fusestore recover {self._log.members.config.store}'."
         )
 
     def _refuse_fork(self, chain: Sequence[Entry]) -> None:
-        """ReplayError when two histories part after the start, and both were acknowledged."""
+        """ReplayError if two histories diverge after the start, and both were acknowledged."""
         ours = {entry.id for entry in chain}
         given_up = [*self._log.given_up, *(end for entry in chain for end in entry.given_up)]
         for entry in chain:
@@ -194,16 +194,16 @@ class _Replay:
                 if through < rival.number or is_void(rival, given_up):
                     continue
                 raise ReplayError(
-                    f"Two histories part after commit {entry.number - 1}, and both were "
+                    f"Two histories diverge after commit {entry.number - 1}, and both were "
                     f"acknowledged: {_names(entry)} to commit {chain[-1].number}, "
                     f"{_names(rival)} to commit {max(e.number for e in after)}. Move the nodes "
-                    "of the one that is not wanted away, and mount again; nothing was changed."
+                    "of the unwanted history away, and mount again; nothing was changed."
                 )
 
     def _durable(self, chain: Sequence[Entry]) -> int:
-        """The last commit that was acknowledged for certain, by those who hold ours.
+        """The last commit that was certainly acknowledged, according to nodes of our history.
 
-        What nodes of other histories say of theirs is nothing to us.
+        Records of other histories on other nodes do not matter.
         """
         tip = chain[-1] if chain else self._before
         if tip is None:
@@ -220,10 +220,10 @@ class _Replay:
         )
 
     def _refuse_unreadable_future(self, result: Replayed) -> None:
-        """ReplayError when what is ahead of the database cannot be read with the nodes there.
+        """ReplayError if available nodes do not suffice to read commits ahead of the database.
 
-        A node in sync that lacks what was acknowledged was restored from an old copy, and
-        the database with it, perhaps: then the stripes of what is ahead lack shards.
+        A node in sync that lacks acknowledged commits was restored from an old copy, perhaps
+        together with the database: then the stripes of the later commits lack shards.
         """
         members = self._log.members
         lacking = [
@@ -245,16 +245,16 @@ class _Replay:
             ahead = [m.name for m in members.all if result.reached[m.id] >= result.durable]
             raise ReplayError(
                 f"{', '.join(ahead)} {'is' if len(ahead) == 1 else 'are'} ahead of the metadata, "
-                f"which stands at commit {self._start.commit}: commits {self._start.commit + 1} "
+                f"which is at commit {self._start.commit}: commits {self._start.commit + 1} "
                 f"to {result.durable} were acknowledged, and {len(bad):,} of their stripes lack "
                 f"shards, as {', '.join(m.name for m in lacking)} do not hold these commits. "
-                "Probably these, and the metadata, were restored from an older copy. Bring the "
-                f"newer ones back; or move {', '.join(ahead)} away, and mount what was restored: "
+                "These nodes and the metadata were probably restored from an older copy. Bring the "
+                f"newer ones back, or move {', '.join(ahead)} away, and mount the restored copy; "
                 "nothing was changed."
             )
 
     def _has_shards(self, key: bytes, value: bytes) -> bool:
-        """Whether k shards of a stripe have their headers where they should be."""
+        """Whether k shards of a stripe have their headers at their places."""
         number, row = stripe_rows.decode_stripe_key(key), Stripe.decode(value)
         there = 0
         for index, place in enumerate(row.shards):
@@ -264,10 +264,10 @@ class _Replay:
             there += member.out_of_use or _has_header(self._log, member, place, number, index)
         return there >= row.code.k
 
-    # --- what counts ---------------------------------------------------------
+    # --- commits that count ---------------------------------------------------------
 
     def _follow(self, result: Replayed, chain: Sequence[Entry], durable: int) -> LogPosition:
-        """Take the commits that count, in their order; where that ends."""
+        """Take the commits that count, in order; the position of the last."""
         last = self._start
         for entry in chain:
             commit = entry.commit()
@@ -293,9 +293,9 @@ class _Replay:
         return last
 
     def _reached(self, name: str) -> int:
-        """The last commit of the chain that a node holds, or may hold where it cannot be read.
+        """The last commit of the chain that a node holds, or may hold in an unreadable range.
 
-        A node in sync holds all that were acknowledged; what it cannot read is mended later.
+        A node in sync holds all acknowledged commits; its unreadable ranges are repaired later.
         """
         held = [entry.number for entry in self._chain if self._journals.may_hold(name, entry)]
         first = self._start.journal_segment
@@ -306,7 +306,7 @@ class _Replay:
         return max(held, default=0)
 
     def _look_past(self, result: Replayed, last: int) -> None:
-        """See what no node could read where a commit after the last may stand."""
+        """Find ranges that no node could read and that may hold a commit after the last."""
         members = self._log.members.all
         end = (self._start.journal_segment, 0)
         if self._chain:
@@ -315,15 +315,15 @@ class _Replay:
         blind = {lost.node for lost in self._journals.unknown((), end)}
         result.blind = frozenset(member.id for member in members if member.name in blind)
         in_sync = {member.name: member.id for member in members if member.id in result.in_sync}
-        # One that holds the last commit would hold the next if that was acknowledged.
+        # A node that holds the last commit would hold the next if that was acknowledged.
         witnesses = {name for name, number in in_sync.items() if result.reached[number] == last}
         unknown = self._journals.unknown(witnesses, end)
         result.unknown = [lost for lost in unknown if lost.node in in_sync]
 
     def _refuse_or_accept(self, result: Replayed, what: str, unread: Sequence[str] = ()) -> None:
-        """Go on with a loss if that was accepted; else ReplayError, with what helps.
+        """Continue with a loss if that was accepted; else ReplayError, with the remedy.
 
-        Nobody is told to give up what may be read again.
+        The message never advises to give up data that may become readable again.
         """
         if self._accept_loss:
             result.lossy = True
@@ -350,7 +350,7 @@ def _names(entry: Entry) -> str:
 
 
 def _has_header(log: Log, member: Member, place: ShardPlace, number: int, index: int) -> bool:
-    """Whether the record at a place says that it is this shard; blocks."""
+    """Whether the header of the record at a place names this shard; blocks."""
     start = place.offset - HEADER_BYTES
     try:
         data = member.node.read(SegmentKind.SHARDS, place.segment, start, HEADER_BYTES)

@@ -1,11 +1,11 @@
-"""The database against the journals: rows that rotted, are gone or are old, and what they were.
+"""The database compared with the journals: damaged, lost or old rows, and their right values.
 
 Each row has a checksum, and each table the number of its rows and the sum of their
-checksums (format/row_sums).  When either is not right, the tables are made anew beside
-the database, from the newest metadata dump and the commits after it, up to the commit
-that the database stands at: by the same code as recover uses.  Any difference is wrong.
+checksums (format/row_sums).  If either is wrong, the tables are rebuilt beside the
+database, from the newest metadata dump and the commits after it, up to the commit at
+which the database stands.  recover uses the same code.  Any difference is an error.
 
-Everything here blocks, and is for a thread.
+All functions here block, and must be called in a thread.
 """
 
 from __future__ import annotations
@@ -41,29 +41,29 @@ _CAUTIOUS = (store_rows.NODES_KEY, store_rows.GIVEN_UP_KEY)
 
 @dataclass(slots=True)
 class Examined:
-    """What the checksums say of all rows of a database."""
+    """The result of checking all rows of a database."""
 
     rows: int = 0
     bad: set[bytes] = field(default_factory=set)
     """Keys of rows that do not match their checksum."""
     miscounted: list[str] = field(default_factory=list)
-    """Tables that lack rows, or have others than the last checkpoint counted."""
+    """Tables whose rows differ from the counts of the last checkpoint."""
 
     @property
     def is_right(self) -> bool:
-        """Whether every row is what was written."""
+        """Whether every row is as it was written."""
         return not self.bad and not self.miscounted
 
 
 @dataclass(frozen=True, slots=True)
 class WrongRow:
-    """A row of the database that is not what the journals say."""
+    """A row of the database that differs from the journals."""
 
     key: bytes
     stored: bytes | None
-    """What the database has, checksum included; None: nothing."""
+    """The value in the database, checksum included; None if there is no such row."""
     value: bytes | None
-    """What it must be; None: there must be no such row."""
+    """The right value; None if there must be no such row."""
 
     def __str__(self) -> str:
         what = f"row {self.key.hex()}"
@@ -72,10 +72,10 @@ class WrongRow:
         elif unseal(self.key, self.stored) is None:
             what += " does not match its checksum"
         elif self.value is None:
-            what += " should not be there any more"
+            what += " should have been deleted"
         else:
-            what += " is not what was last written"
-        return f"{table_name(self.key)}: {what}; the journals have the right one"
+            what += " is not the last written version"
+        return f"{table_name(self.key)}: {what}; the journals have the right version"
 
 
 def table_name(key: bytes) -> str:
@@ -84,20 +84,20 @@ def table_name(key: bytes) -> str:
 
 
 def examine(view: View) -> Examined:
-    """Verify all rows of the database; DamagedMetadataError when it cannot be read."""
+    """Verify all rows of the database; DamagedMetadataError if it cannot be read."""
     found, sums = Examined(), RowSums()
     for key, stored in view.all_stored():
         sums.add(key, stored)
         if unseal(key, stored) is None:
             found.bad.add(key)
-        if view.stored(key) != stored:  # a search goes another way than a walk
+        if view.stored(key) != stored:  # a search takes another path through the pages than a scan
             raise DamagedMetadataError(
                 f"The metadata database is damaged (row {key.hex()} cannot be found by its key): "
-                "unmount, move the metadata away and run 'fusestore recover'."
+                "unmount the store, move the metadata away, and run 'fusestore recover'."
             )
         found.rows += 1
         if found.rows % _LET_OTHERS_ROWS == 0:
-            time.sleep(0)  # the event loop comes first
+            time.sleep(0)  # let the event loop run first
     counted = view.sums()
     if counted is not None:
         found.miscounted += [table_name(letter) for letter in sums.differing(counted)]
@@ -107,7 +107,7 @@ def examine(view: View) -> Examined:
 
 
 def examine_some(view: View, letters: Iterable[bytes]) -> Examined:
-    """Verify the rows of some tables against their own checksums alone."""
+    """Verify the rows of some tables against their own checksums only."""
     found = Examined()
     view.passes_over = found.bad
     for letter in letters:
@@ -122,7 +122,7 @@ def wrong_rows(
     metadata: Path,
     limits: Limits,
 ) -> list[WrongRow]:
-    """The rows that the journals of these nodes contradict; ReplayError.
+    """The rows that differ from the journals of these nodes; ReplayError.
 
     Rows that changed since the checkpoint are in memory, and are not compared.
     """
@@ -130,13 +130,13 @@ def wrong_rows(
     value = unseal(store_rows.LOG_KEY, stored) if stored is not None else None
     if value is None:
         raise DamagedMetadataError(
-            "The metadata does not say which commit it stands at: unmount, move the metadata away "
-            "and run 'fusestore recover'."
+            "The metadata does not name its last commit: unmount the store, move the metadata "
+            "away, and run 'fusestore recover'."
         )
     position, journals = LogPosition.decode(value), read_journals(store, nodes)
     at = journals.at(position)
     if at is None:
-        raise ReplayError(f"No journal that can be read holds commit {position.commit}.")
+        raise ReplayError(f"No readable journal holds commit {position.commit}.")
     journals.keep_history(at)
     scratch = metadata / SCRATCH_NAME
     shutil.rmtree(scratch, ignore_errors=True)
@@ -155,7 +155,7 @@ def wrong_rows(
 
 
 def _differences(view: View, right: View) -> Iterator[WrongRow]:
-    """Each row that one has and the other has not, or has with another value."""
+    """Each row that only one of the two has, or that has different values."""
     here, there = view.all_stored(), right.all_stored()
     mine, other = next(here, None), next(there, None)
     count = 0
@@ -181,7 +181,7 @@ def _differences(view: View, right: View) -> Iterator[WrongRow]:
 
 
 def _is_cautious(key: bytes, stored: bytes | None) -> bool:
-    """Whether a good row of the database is right whatever the journals say.
+    """Whether an intact row of the database is right regardless of the journals.
 
     `Zlog` is in no journal.  When recover accepts losses, it writes to the database alone
     which shards and nodes may lack something, and which histories are void: the next
@@ -192,7 +192,7 @@ def _is_cautious(key: bytes, stored: bytes | None) -> bool:
 
 
 def still_wrong(engine: Engine, rows: Iterable[WrongRow]) -> dict[bytes, bytes | None]:
-    """The right values of those rows that nothing has changed since they were looked at."""
+    """The right values of those rows that have not changed since they were examined."""
     with engine.view() as view:
         return {
             row.key: row.value
@@ -204,10 +204,10 @@ def still_wrong(engine: Engine, rows: Iterable[WrongRow]) -> dict[bytes, bytes |
 def mend_at_rest(
     engine: Engine, store: UUID, nodes: Iterable[tuple[str, Node]], metadata: Path
 ) -> list[WrongRow]:
-    """Make a database that nobody uses yet what the journals say; the rows that were wrong.
+    """Repair a database that is not in use yet from the journals; the rows that were wrong.
 
-    The journals have these rows, so they are written to the database alone; ReplayError
-    when the journals do not have them, DamagedMetadataError.
+    The rows come from the journals, and are therefore written to the database only;
+    ReplayError if the journals do not have them, DamagedMetadataError.
     """
     with engine.view() as view:
         wrong = wrong_rows(view, store, nodes, metadata, engine.limits)

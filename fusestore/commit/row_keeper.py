@@ -1,8 +1,8 @@
-"""Rows of an open store that turn out to be wrong are put right while it is in use.
+"""Wrong rows of an open store are repaired while it is in use.
 
-Who meets a row that does not match its checksum gets an error (BadRowError), and nothing
-goes past it.  Then, and in each scrub, all rows are examined, and those that are not what
-the journals say are logged again with their right value, like any change.
+A reader of a row that does not match its checksum gets an error (BadRowError); the row
+is never used.  After such an error, and in each scrub, all rows are examined.  Rows that
+differ from the journals are logged again with their right value, like any change.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .row_check import Examined, WrongRow, examine, still_wrong, wrong_rows
 logger = logging.getLogger(__name__)
 
 _TOLD_MAX = 20
-"""Rows of which the log has a line, each time that some are mended."""
+"""The number of rows that are logged each time that rows are repaired."""
 
 
 class RowKeeper:
-    """Examines all rows when asked, and mends them."""
+    """Examines all rows on request, and repairs them."""
 
     def __init__(self, log: Log, committer: Committer) -> None:
         self._log = log
@@ -36,11 +36,11 @@ class RowKeeper:
         self._wake = trio.Event()
 
     def wake(self) -> None:
-        """A row was met that is not right."""
+        """Run soon: a wrong row was found."""
         self._wake.set()
 
     async def run(self) -> None:
-        """Mend whenever somebody met a bad row, until cancelled."""
+        """Repair rows whenever a wrong row was found, until cancelled."""
         while True:
             await self._wake.wait()
             self._wake = trio.Event()
@@ -49,16 +49,16 @@ class RowKeeper:
                 await self.mend()
             except (MetadataError, ReplayError, NodeError, NotDurableError) as error:
                 logger.error("The metadata cannot be mended: %s", error)
-                pause = self._log.limits.retry_seconds_max  # all journals were read for it
+                pause = self._log.limits.retry_seconds_max  # each attempt reads all journals
             await trio.sleep(pause)
 
     async def compare(self, *, thorough: bool = False) -> tuple[Examined, list[WrongRow]]:
-        """Examine all rows, and if they are not right, compare them with the journals.
+        """Examine all rows, and compare them with the journals if some are wrong.
 
-        With `thorough` compare them anyway: checksums do not tell what the program itself
-        did wrong.
+        With `thorough`, always compare them: checksums do not reveal errors of the program
+        itself.
 
-        ReplayError when the journals do not lead to what the database stands at.
+        ReplayError if the journals do not lead to the database's commit.
         """
         engine = self._log.engine
         with engine.view() as view:
@@ -71,9 +71,9 @@ class RowKeeper:
             return found, await trio.to_thread.run_sync(wrong_rows, *arguments)
 
     async def mend(self, *, thorough: bool = False) -> list[str]:
-        """Put right what the journals tell; what was wrong, a line each.
+        """Repair rows from the journals; a line for each wrong row.
 
-        ReplayError or DamagedMetadataError when that cannot be told.
+        ReplayError or DamagedMetadataError if the right values are not available.
         """
         async with self._busy:
             try:
@@ -98,7 +98,7 @@ class RowKeeper:
             return texts or ["the counts of rows are wrong"]
 
     def _apply(self, changes: Changes) -> None:
-        """Log the rows again; what is in memory of them, and has not changed, is theirs."""
+        """Log the rows again; with no other changes pending, update their copies in memory."""
         idle = not self._log.pending
         self._log.apply(changes)
         for key, value in changes.items() if idle else ():

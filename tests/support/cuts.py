@@ -196,7 +196,7 @@ class Cut:
     @staticmethod
     def _legitimate(error: Exception, disks: Tape) -> None:
         """Only what depends on the node that is away may be refused, and a first mount."""
-        allowed = ["depends on nodes that are away", "no node that is there holds it"]
+        allowed = ["depends on nodes that are away", "no available node holds it"]
         if not disks.metadata:
             allowed.append("A new store needs all of its nodes")
         if not any(reason in str(error) for reason in allowed):
