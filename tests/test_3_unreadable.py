@@ -346,7 +346,7 @@ async def test_the_command_fails_with_a_sentence(config: StoreConfig) -> None:
         timeout=120,
     )
     assert (done.returncode, has_metadata(config)) == (3, False), done
-    assert "Make what cannot be read readable" in done.stderr
+    assert "Make the unreadable data readable" in done.stderr
     assert "accept" not in done.stderr
     assert command(config).returncode == 0
 

@@ -204,7 +204,7 @@ def still_wrong(engine: Engine, rows: Iterable[WrongRow]) -> dict[bytes, bytes |
 def mend_at_rest(
     engine: Engine, store: UUID, nodes: Iterable[tuple[str, Node]], metadata: Path
 ) -> list[WrongRow]:
-    """Repair a database that is not in use yet from the journals; the rows that were wrong.
+    """Mend a database that is not in use yet from the journals; the rows that were wrong.
 
     The rows come from the journals, and are therefore written to the database only;
     ReplayError if the journals do not have them, DamagedMetadataError.

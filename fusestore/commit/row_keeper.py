@@ -1,4 +1,4 @@
-"""Wrong rows of an open store are repaired while it is in use.
+"""Wrong rows of an open store are mended while it is in use.
 
 A reader of a row that does not match its checksum gets an error (BadRowError); the row
 is never used.  After such an error, and in each scrub, all rows are examined.  Rows that
@@ -23,11 +23,11 @@ from .row_check import Examined, WrongRow, examine, still_wrong, wrong_rows
 logger = logging.getLogger(__name__)
 
 _TOLD_MAX = 20
-"""The number of rows that are logged each time that rows are repaired."""
+"""The number of rows that are logged each time that rows are mended."""
 
 
 class RowKeeper:
-    """Examines all rows on request, and repairs them."""
+    """Examines all rows on request, and mends them."""
 
     def __init__(self, log: Log, committer: Committer) -> None:
         self._log = log
@@ -40,7 +40,7 @@ class RowKeeper:
         self._wake.set()
 
     async def run(self) -> None:
-        """Repair rows whenever a wrong row was found, until cancelled."""
+        """Mend rows whenever a wrong row was found, until cancelled."""
         while True:
             await self._wake.wait()
             self._wake = trio.Event()
@@ -71,7 +71,7 @@ class RowKeeper:
             return found, await trio.to_thread.run_sync(wrong_rows, *arguments)
 
     async def mend(self, *, thorough: bool = False) -> list[str]:
-        """Repair rows from the journals; a line for each wrong row.
+        """Mend rows from the journals; a line for each wrong row.
 
         ReplayError or DamagedMetadataError if the right values are not available.
         """

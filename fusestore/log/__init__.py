@@ -1,1 +1,1 @@
-"""What changes, and where it is written: transactions and journals."""
+"""Changes, and the journals that hold them: transactions and journals."""

@@ -30,7 +30,7 @@ from ..errors import UsageError
 from .log import Log
 
 LOOK_SECONDS = 0.2
-"""How often a caller that waits is told of progress."""
+"""The interval of progress reports to a waiting caller."""
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -110,7 +110,7 @@ class BackgroundJob(Generic[Row]):
         self._go("stop", "stopped")
 
     def end(self) -> None:
-        """All is done."""
+        """Record that the work is complete."""
         self.check("end")
         self.row.finished = time.time()
         self._go("end", "done")
@@ -138,12 +138,12 @@ class BackgroundJob(Generic[Row]):
         self._noted_at = trio.current_time()
 
     def note_after(self, seconds: float) -> None:
-        """Put the row if the last time was so long ago."""
+        """Put the row if it was last put at least so many seconds ago."""
         if trio.current_time() - self._noted_at > seconds:
             self.note()
 
     def wake(self) -> None:
-        """Let the work look again, now or, if it is busy, after that."""
+        """Let the work check again, now or after its current step."""
         self._changed.set()
 
     async def changed(self, seconds: float) -> None:

@@ -1,8 +1,8 @@
-"""What the journals of the nodes hold: an index of their records, and the chain of commits.
+"""The records in the journals of the nodes: an index, and the chain of commits.
 
-Each node has all commits, so what is rotten on one, or cannot be read, is read from
-another.  Only the index is kept in memory (journal_scan makes it); a commit's changes
-are read when it is its turn.
+Each node has all commits: a record that is damaged or unreadable on one node is read
+from another.  Only the index is kept in memory (journal_scan makes it); the changes of
+a commit are read when they are needed.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Unreadable:
     segment: int
     start: int
     end: int | None
-    """None: to its end, wherever that is."""
+    """None: to its end, which is unknown."""
     error: str
-    """Why, in a sentence that names the node."""
+    """The reason, in a sentence that names the node."""
 
 
 @dataclass(slots=True, eq=False)
@@ -66,11 +66,11 @@ class Entry:
     put_together: bytes | None = None
     """The payload, when no node can read all of it."""
     given_up: list[GivenUp] = field(default_factory=list)
-    """The histories that were given up, if the record says so."""
+    """The histories that the record gives up."""
 
     @property
     def id(self) -> CommitId:
-        """Which commit it is."""
+        """The identity of the commit."""
         return CommitId(self.number, self.header.payload_checksum)
 
     @property
@@ -80,16 +80,16 @@ class Entry:
 
     @property
     def segment(self) -> int:
-        """The journal segment that it lies in; the same on every node."""
+        """The journal segment that contains it; the same on every node."""
         return self.places[0][1]
 
     @property
     def offset(self) -> int:
-        """Where its header lies in the segment; the same on every node."""
+        """The offset of its header in the segment; the same on every node."""
         return self.places[0][2] - HEADER_BYTES
 
     def payload(self) -> bytes:
-        """Its payload, from whichever node still has it; ReplayError."""
+        """Return its payload from any node that still has it; ReplayError."""
         if self.put_together is not None:
             return self.put_together
         for node, segment, offset in self.places:
@@ -100,26 +100,26 @@ class Entry:
                 continue
             if checksum_of(data, len(data)) == self.header.payload_checksum:
                 return data
-        raise ReplayError(f"Record {self.number} of the journal cannot be read any more.")
+        raise ReplayError(f"Record {self.number} of the journal can no longer be read.")
 
     def commit(self) -> Commit:
-        """The commit that it holds, without rows that no database takes; ReplayError."""
+        """Return its commit, without rows that the database would refuse; ReplayError."""
         commit = decode_commit(self.header, self.payload())
         return replace(commit, changes=self._fitting(commit.changes))
 
     def piece(self) -> Changes:
-        """The rows of a piece of a dump, without those that no database takes; ReplayError."""
+        """Return its piece of a dump, without rows that the database would refuse; ReplayError."""
         return self._fitting(decode_changes(self.payload()))
 
     def _fitting(self, changes: Changes) -> Changes:
-        """The changes without rows that are too long.
+        """Return the changes without rows that are too long.
 
-        Early versions wrote such a row after they had refused the operation that made it.
+        Early versions wrote such rows although they had refused the operation.
         """
         for key in [key for key, value in changes.items() if not tables.fits(key, value)]:
             logger.error(
-                "Record %d of the journal has a row %s that is too long for the metadata: "
-                "it is left out, as its operation was refused.",
+                "Record %d of the journal has a row %s that is too long for the metadata: the row "
+                "is ignored, as its operation was refused.",
                 self.number,
                 key[:16].hex(),
             )
@@ -136,22 +136,22 @@ class Journals:
     pieces: dict[tuple[int, int, int], Entry] = field(default_factory=dict)
     """Of metadata dumps, by segment, offset and checksum."""
     failed: dict[str, NodeError] = field(default_factory=dict)
-    """Nodes whose journal could not be read at all, or not to its end."""
+    """Nodes whose journal could not be read, or not to its end, with the reason."""
     unreadable: list[Unreadable] = field(default_factory=list)
-    """What could not be read of the others'."""
+    """The unreadable ranges of the other nodes."""
     size: int = 0
     """Bytes read."""
     latest: set[CommitId] = field(default_factory=set)
-    """What is known of the history that `keep_latest` kept."""
+    """The known commits of the history that `keep_latest` kept."""
     held: dict[str, set[CommitId]] = field(default_factory=dict)
-    """By node's name: the commits that it holds, those that were left out, too."""
+    """By name of node: all its commits, including those that were left out."""
 
     def keep_latest(self, holder: str = "") -> list[Entry]:
-        """Leave out the commits of other histories than the latest; those that may count.
+        """Leave out all histories but the latest; return those of their commits that may count.
 
-        The latest epoch decides, or that of the node `holder`.  What is known of it is
-        followed backwards, and other commits from where that begins are left out.  What
-        is returned was acknowledged, and not given up since.
+        The latest history is that of the latest epoch, or that of the node `holder`.  It
+        is followed backwards, and other commits from its beginning on are left out.  The
+        returned commits were acknowledged, and not given up since.
         """
         known = [e for e in self.entries() if not holder or holder in e.holders]
         at = max(known, key=lambda e: (e.header.epoch, e.number), default=None)
@@ -169,11 +169,11 @@ class Journals:
         return [e for e in rivals if e.number <= through]
 
     def keep_history(self, at: Entry) -> None:
-        """Leave out the commits of other histories than the one that leads to a commit."""
+        """Leave out all histories but the one that leads to a commit."""
         self._keep(self._leading_to(at))
 
     def _leading_to(self, at: Entry | None) -> dict[int, Entry]:
-        """A commit and those before it, followed backwards, by number."""
+        """Return a commit and its predecessors, by number."""
         kept: dict[int, Entry] = {}
         while at is not None:
             kept[at.number] = at
@@ -190,7 +190,7 @@ class Journals:
                     del self.commits[number]
 
     def predecessor(self, entry: Entry) -> Entry | None:
-        """The commit that an entry was built on, or that its epoch began behind."""
+        """Return the commit before an entry, or the one after which its epoch began."""
         for before in self.commits.get(entry.number - 1, ()):
             if before.header.payload_checksum == entry.previous:
                 return before
@@ -203,7 +203,7 @@ class Journals:
         return max(earlier, key=lambda e: (e.number, e.header.epoch), default=None)
 
     def at(self, position: LogPosition) -> Entry | None:
-        """The commit at which the log stood so, if a node that could be read holds it."""
+        """Return the commit at a position of the log, if a readable node holds it."""
         return next(
             (
                 entry
@@ -214,7 +214,7 @@ class Journals:
         )
 
     def may_hold(self, name: str, entry: Entry) -> bool:
-        """Whether a node holds a commit, or cannot be read where it would stand."""
+        """Return whether a node holds a commit, or cannot be read at its place."""
         record = Unreadable(
             "", entry.segment, entry.offset, entry.offset + entry.header.record_length, ""
         )
@@ -229,7 +229,7 @@ class Journals:
 
     @property
     def durable(self) -> int:
-        """The last commit that was acknowledged for certain; 0 for none."""
+        """The last commit that was certainly acknowledged; 0 for none."""
         return max((e.durable_through for e in self.entries()), default=0)
 
     @property
@@ -242,18 +242,18 @@ class Journals:
         return max((e.number for e in self.entries() if name in e.holders), default=0)
 
     def entries(self) -> Iterator[Entry]:
-        """All commits, in no order."""
+        """Return all commits, in no order."""
         for entries in self.commits.values():
             yield from entries
 
     def unknown(
         self, witnesses: Collection[str] = (), after: tuple[int, int] = (0, 0)
     ) -> list[Unreadable]:
-        """What may hold records that nobody has: the ranges that could not be read anywhere.
+        """Return ranges that no node could read, and that may hold unknown records.
 
-        Left out is what a record of another node fills, what lies before `after`
-        (segment, offset), and what one of the witnesses could read: a node in sync
-        has every record of the others.
+        Left out are ranges that a record of another node fills, that lie before `after`
+        (segment, offset), or that one of the witnesses could read: a node in sync has
+        every record of the others.
         """
         found = [part for lost in self.unreadable for part in self._not_filled(lost)]
         return [
@@ -267,12 +267,12 @@ class Journals:
         ]
 
     def complaints(self) -> list[str]:
-        """A sentence for all that could not be read and that no other node has."""
+        """Return a sentence for each unreadable range that no other node has."""
         failed = [str(error) for error in self.failed.values()]
         return list(dict.fromkeys([lost.error for lost in self.unknown()] + failed))
 
     def _is_lost(self, name: str, range_: Unreadable) -> bool:
-        """Whether a node cannot read all of a range, either."""
+        """Return whether a node, too, cannot read all of a range."""
         return any(
             lost.node == name
             and lost.segment == range_.segment
@@ -282,7 +282,7 @@ class Journals:
         )
 
     def _not_filled(self, lost: Unreadable) -> Iterator[Unreadable]:
-        """The parts of a range that no known record fills."""
+        """Yield the parts of a range that no known record fills."""
         known = sorted(
             (entry.offset, entry.offset + entry.header.record_length)
             for entry in (*self.entries(), *self.pieces.values())
@@ -299,10 +299,10 @@ class Journals:
             yield replace(lost, start=at)
 
     def chain(self, start: LogPosition) -> Iterator[Entry]:
-        """The commits that follow the one at `start`, each built on the one before.
+        """Yield the commits that follow the one at `start`, each built on the one before.
 
-        The first commit of an epoch repeats what its mount replayed, so it also
-        follows when the ones right before it are missing.
+        The first commit of an epoch repeats the changes that its mount replayed.  It
+        therefore also follows when the commits right before it are missing.
         """
         number, digest, epoch = start.commit, start.checksum, start.epoch
         while True:
@@ -314,7 +314,7 @@ class Journals:
             yield entry
 
     def _contradicts(self, entry: Entry, number: int, digest: int) -> bool:
-        """Whether all who hold a commit hold others than the one of this number and checksum."""
+        """Return whether all holders of a commit lack the one of this number and checksum."""
         there = self.commits.get(number, ())
         right = {n for e in there if e.header.payload_checksum == digest for n in e.holders}
         wrong = {n for e in there for n in e.holders} - right
@@ -335,9 +335,9 @@ class Journals:
 
 
 def make_readable(complaints: Collection[str]) -> str:
-    """What to do about what cannot be read: never to give it up."""
+    """Return the complaints and the remedy, which is never to give up the data."""
     return (
-        f"{' '.join(dict.fromkeys(complaints))} Make what cannot be read readable, for example "
+        f"{' '.join(dict.fromkeys(complaints))} Make the unreadable data readable, for example "
         "by copying it to another disk, or bring another node back."
     )
 
@@ -347,14 +347,14 @@ def _end(lost: Unreadable) -> int:
 
 
 def is_void(entry: Entry, given_up: Sequence[GivenUp]) -> bool:
-    """Whether a commit is of a history that somebody decided to give up."""
+    """Return whether a commit belongs to a history that was given up."""
     return any(entry.number > end.commit and entry.header.epoch < end.epoch for end in given_up)
 
 
 def first_needed(engine: Engine) -> int:
-    """The journal segment before which nothing is needed: where the last metadata dump begins.
+    """Return the first journal segment that is needed: there the last metadata dump begins.
 
-    As the last checkpoint has it: a dump that is under way does not count yet.
+    This is the dump in the last checkpoint; a running dump does not count yet.
     """
     rows = engine.scan_stored(
         store_rows.METADATA_DUMP_KEY, keys.after(store_rows.METADATA_DUMP_KEY)

@@ -1,7 +1,7 @@
-"""Copying journals from node to node: what one lacks, or cannot read, others give it.
+"""Copying journals between nodes: a node gets records that it lacks or cannot read.
 
-A segment is written anew as a whole, and takes the place of the old one when it is
-durable.  So a block that cannot be read is not written over: the new file lies elsewhere.
+A segment is rewritten as a whole, and replaces the old one when it is durable.  An
+unreadable block is therefore not overwritten: the new file lies elsewhere.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """What became of a node's journal."""
+    """The result of copying to a node's journal."""
 
     records: int
-    """Records that it lacked, or that were damaged, and that it has now."""
+    """Records that were missing or damaged, and that the node now has."""
     mended: int
-    """Segments with blocks that could not be read, and that were written anew."""
+    """Segments that had unreadable blocks, and that were rewritten."""
     unknown: list[Unreadable] = field(default_factory=list)
-    """What neither the node nor any other can read."""
+    """Ranges that no node can read."""
 
 
 def copy_journals(
@@ -41,10 +41,10 @@ def copy_journals(
     first: int,
     before: int,
 ) -> Copied:
-    """Give a node the records that others have in segments from `first` on and below `before`.
+    """Give a node the records of others in the segments first <= n < before.
 
-    Blocks; NodeError of the target.  A source that fails, or has damage, gives what it
-    can.  What is written is read back from the medium and checked.
+    Blocks; NodeError of the target.  From a failing or damaged source, all readable
+    records are taken.  Written records are read back from the medium and checked.
     """
     name, node = target
     journals = read_journals(store, [*sources, target], first)
@@ -63,7 +63,7 @@ def copy_journals(
     ]
     damaged = {lost.segment for lost in journals.unreadable if lost.node == name}
     kept = {lost.segment for lost in unknown}
-    """What is unknown may be read some day: it is not replaced."""
+    """Unknown ranges may become readable later: they are not replaced."""
     count = mended = 0
     for segment in sorted((whole.keys() | {n for n in damaged if n < before}) - kept):
         lacking = [entry for entry in whole[segment] if name not in entry.holders]
@@ -75,13 +75,13 @@ def copy_journals(
 
 
 def _write_anew(place: Place, node: Node, entries: list[Entry], lacking: list[Entry]) -> int:
-    """Write a segment with these records anew; how many of those it lacked it has now."""
+    """Rewrite a segment with these records; return how many lacking ones it now has."""
     content, written = bytearray(), list[Entry]()
     for entry in sorted(entries, key=lambda entry: (entry in lacking, entry.offset)):
         header, offset = entry.header, entry.offset
         end = offset + header.record_length
         if any(content[offset : min(end, len(content))]):
-            continue  # another history wrote here, too: what the node has stays
+            continue  # another history wrote here, too: the node's bytes stay
         try:
             payload = entry.payload()
         except ReplayError as error:

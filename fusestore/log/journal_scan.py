@@ -1,10 +1,10 @@
-"""Reading the journals of the nodes: what cannot be read costs a block, not the node.
+"""Reading the journals of the nodes: an unreadable block costs a block, not the node.
 
 A segment is read in pieces.  A piece that fails is read again in halves, down to a
-block.  A block that cannot be read is noted, and reads as zeros here, so that the scan
-goes on at the next record.  Such a block is *unknown*; where a segment ends, or is not
-there, nothing is.  A record that no node can read as a whole is put together from what
-each can read: the payloads are equal on all.
+block.  An unreadable block is noted, and reads as zeros here; the scan continues at the
+next record.  Such a block is *unknown*.  The end of a segment, or a missing segment, is
+not unknown: it holds nothing.  A record that no node can read completely is assembled
+from the readable parts of all: the payloads are equal on all nodes.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ logger = logging.getLogger(__name__)
 _PIECE_BYTES = 1 << 20
 _BLOCK_BYTES = 4096
 SEARCHED_BYTES_MAX = 64 << 20
-"""Bytes without a record that are looked through behind the last intact one; a segment that is
-not longer is read as it is."""
+"""Bytes without a record that are searched behind the last intact one; a segment that is not
+longer is read completely."""
 BARREN_BYTES_MAX = 256 << 20
-"""Bytes without a record that are read of a node's journal; then the rest counts as unread."""
+"""Bytes without a record that are read from a node's journal; the rest counts as unread."""
 SEGMENTS_MAX = 100_000
 """Journal segments of a node that are read, unless another node has half as many."""
 _ZEROS_MAX = 2 << 20
 """Bytes without a record that a crash may leave behind in a segment: zeros and a torn record."""
 BLOCKS_TRIED_MAX = 64
-"""Blocks of a node that fail before the rest of its journal is not tried any more: each may
-take the disk seconds."""
+"""Blocks of a node that may fail before the rest of its journal is given up: each may take
+the disk seconds."""
 
 
 def read_journals(
@@ -68,8 +68,8 @@ def read_journals(
 ) -> Journals:
     """Index the journals of these nodes (by name) from segment `first` on; blocks.
 
-    A node of which nothing can be read, or that has far more segments than others, is in
-    `failed`; of others what could not be read is in `unreadable`.
+    A node whose journal is unreadable, or that has far more segments than others, is in
+    `failed`; unreadable ranges of the others are in `unreadable`.
     """
     found = Journals()
     whole: list[tuple[str, Node]] = []
@@ -97,9 +97,9 @@ def read_journals(
 def _listed(
     nodes: Sequence[tuple[str, Node]], first: int, failed: dict[str, NodeError]
 ) -> dict[str, list[int]]:
-    """The segments from `first` on, by node; why a node has none that are read is in `failed`.
+    """Return the segments from `first` on, by node; nodes that are not read go to `failed`.
 
-    Nodes in sync have the same segments.  The number of these has no fixed bound.
+    Nodes in sync have the same segments.  Their number has no fixed bound.
     """
     found: dict[str, list[int]] = {}
     for name, node in nodes:
@@ -114,35 +114,35 @@ def _listed(
         if count > max(SEGMENTS_MAX, 2 * max(others, default=count)):
             del found[name]
             failed[name] = NodeError(
-                f"Node {name} holds {count:,} files with the names of journal segments, far more "
-                "than other nodes: remove those that are not of this store, or empty the node, and "
-                "repair it."
+                f"Node {name} has {count:,} files with the names of journal segments, far more "
+                "than other nodes: remove files that do not belong to this store, or empty the "
+                "node, and repair it."
             )
     return found
 
 
 @dataclass(slots=True)
 class _SegmentReader:
-    """Reads the journal segments of a node, as far as they can be read."""
+    """Reads the journal segments of a node, as far as possible."""
 
     name: str
     node: Node
     unreadable: list[Unreadable] = field(default_factory=list)
     _failed: int = 0
     _barren: int = 0
-    """Bytes without a record, but for what crashes leave."""
+    """Bytes without a record, except those that crashes leave."""
 
     @property
     def gave_up(self) -> bool:
-        """Whether the rest of the node is not tried any more."""
+        """Whether the rest of the node is given up."""
         return self._failed >= BLOCKS_TRIED_MAX or self._barren >= BARREN_BYTES_MAX
 
     def indexed(self, size: int, records: int) -> None:
-        """Count what of a segment of this size are no records."""
+        """Count the bytes without records in a segment of this size."""
         self._barren += max(0, size - records - _ZEROS_MAX)
 
     def read(self, place: Place) -> bytearray:
-        """A segment, with zeros where it cannot be read; NodeError when the node is gone."""
+        """Return a segment, with zeros where it is unreadable; NodeError if the node is gone."""
         segment = place.segment
         if self._barren >= BARREN_BYTES_MAX:
             self._note(
@@ -150,8 +150,8 @@ class _SegmentReader:
                 0,
                 None,
                 f"Node {self.name} has many journal segments without records, and was not read to "
-                "the end: remove files that are not of this store, or empty the node, and repair "
-                "it.",
+                "the end: remove files that do not belong to this store, or empty the node, and "
+                "repair it.",
             )
             return bytearray()
         try:
@@ -173,7 +173,7 @@ class _SegmentReader:
                     size,
                     f"Node {self.name}: {segment_path(SegmentKind.JOURNAL, segment)} is "
                     f"{size:,} bytes long, and no record was found in the last "
-                    f"{SEARCHED_BYTES_MAX:,} that were looked through: it is damaged.",
+                    f"{SEARCHED_BYTES_MAX:,} bytes of the search: it is damaged.",
                 )
                 size = end
         data = bytearray(size)
@@ -183,10 +183,10 @@ class _SegmentReader:
         return data
 
     def _end(self, place: Place, size: int) -> int:
-        """Where to stop in a segment that is longer than others.
+        """Return where to stop in a segment that is longer than others.
 
-        Its records may be long.  But where none begins for so many bytes, there is none
-        any more: the size is wrong, or the file is not ours.
+        Its records may be long.  But if no record begins for so many bytes, no more
+        follow: the size is wrong, or the file is not of this store.
         """
         offset = 0
         try:
@@ -203,13 +203,13 @@ class _SegmentReader:
         return min(offset + SEARCHED_BYTES_MAX, size)
 
     def _pieces(self, segment: int, start: int, end: int) -> Iterator[tuple[int, bytes]]:
-        """(offset, bytes) of what can be read of start <= i < end."""
+        """Yield (offset, bytes) of each readable part of start <= i < end."""
         if self.gave_up:
-            self._note(segment, start, end, f"Node {self.name} cannot be read at too many places.")
+            self._note(segment, start, end, f"Node {self.name} has too many unreadable blocks.")
             return
         try:
             yield start, self.node.read(SegmentKind.JOURNAL, segment, start, end - start)
-        except NodeLacksError as error:  # the file shrank under us
+        except NodeLacksError as error:  # the file became shorter meanwhile
             logger.info("%s", error)
         except (NodeIdentityError, NodeTimeoutError):
             raise
@@ -241,7 +241,7 @@ def _index_records(
 ) -> int:
     """Add the records of a segment, and return their bytes.
 
-    Not `held`: the node cannot read them by itself.
+    Not `held`: the node alone cannot read them.
     """
     segment, size = place.segment, 0
     for offset, header, payload in records(place, data):
@@ -274,7 +274,7 @@ def _index_records(
 def _put_together(
     found: Journals, store: UUID, nodes: Sequence[tuple[str, Node]], segment: int
 ) -> None:
-    """Find the records of a damaged segment that only several nodes together can read."""
+    """Find records of a damaged segment that only several nodes together can read."""
     readers = {name: _SegmentReader(name, node) for name, node in nodes}
     images: dict[str, bytearray] = {}
     for name, reader in readers.items():

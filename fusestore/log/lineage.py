@@ -1,8 +1,8 @@
-"""Whose history the journal of a node is of: commits are compared by number and checksum.
+"""The history that a node's journal belongs to: commits are compared by number and checksum.
 
-A commit that is not one of ours was acknowledged for certain when a later one of its
-history says so.  Else a node of its own in-sync list that lacks it disproves it: it is
-what a crash left behind.  A commit of ours is one that the chain leads back to.
+A commit is ours if the chain leads back to it.  Another commit was certainly
+acknowledged if a later one of its history records this.  Otherwise a node of its own
+in-sync list that lacks the commit disproves it: a crash left it behind.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from .journal_scan import read_journals
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """What a node's journal is, beside the history of the store."""
+    """A node's journal, compared with the history of the store."""
 
     last: int
-    """The last commit of the store's history that it holds, 0 for none."""
+    """Its last commit of the store's history, 0 for none."""
     foreign: tuple[int, int] | None = None
-    """The first and the last commit that it holds of another history."""
+    """Its first and its last commit of another history."""
     older: bool = False
-    """It ends before the journals here begin, so nobody can tell whose history it is of."""
+    """It ends before the journals here begin: its history is unknown."""
 
     def problem(self, store: str, name: str) -> str:
-        """What is said of a node that holds another history; empty for one that does not."""
+        """Return the message for a node that holds another history; else an empty string."""
         if self.foreign is None:
             return ""
         first, last = self.foreign
         what = f"It holds commits {first} to {last} of another history"
         why = "a copy of the store was used, or this store was restored from an older copy"
         if self.older:
-            what = f"It holds commits {first} to {last}, and the journals here begin later"
+            what = f"It holds commits {first} to {last}, but the journals here begin later"
             why = "it was restored from an old copy, perhaps one of another history"
         return (
-            f"{what}: {why}. Nothing of it is used or overwritten, and nothing is freed anywhere "
+            f"{what}: {why}. The node is not used or overwritten, and no node frees room "
             f"meanwhile. 'fusestore repair {store} {name} --discard-history' gives these "
             "commits up."
         )
@@ -81,7 +81,7 @@ def lineage(
 
 
 def ancestry(journals: Journals, position: LogPosition) -> set[CommitId]:
-    """The commits that the chain leads back to from a state of the log, with that one."""
+    """Return the commit at a position of the log, and all that the chain leads back to."""
     found = {CommitId(position.commit, position.checksum)}
     entry = journals.at(position)
     while entry is not None:
@@ -97,7 +97,7 @@ def _counts_there(
     others: Sequence[tuple[str, Node]],
     ids: Mapping[str, int],
 ) -> bool:
-    """Whether a commit that is not ours was acknowledged, or nobody can disprove that."""
+    """Return whether a foreign commit was acknowledged, or this cannot be disproved."""
     if entry.number <= max(other.durable_through for other in strange):
         return True
     here = {name for name, _ in others if name not in journals.failed}

@@ -1,9 +1,9 @@
-"""The log of an open store: changes on their way to the nodes, and who may make them.
+"""The log of an open store: changes on their way to the nodes, and the transactions.
 
 Operations change metadata in transactions.  A transaction collects absolute
-puts and deletes and applies them together when it succeeded; they are seen at
+puts and deletes, and applies them together when it succeeds.  They are visible at
 once, and wait in `pending` for the next commit.  There is no await inside a
-transaction, so each is atomic on the event loop.
+transaction: each is atomic on the event loop.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Transaction:
         self._log = log
         self.changes: dict[bytes, bytes | None] = {}
         self.files = self.file_bytes = self.stripes = 0
-        """What to add to the counters."""
+        """The changes of the counters."""
 
     def __enter__(self) -> Self:
         return self
@@ -80,7 +80,7 @@ class Transaction:
         self.changes[key] = value
 
     def delete(self, key: bytes) -> None:
-        """Remove a key, if it is there."""
+        """Remove a key, if it exists."""
         self.changes[key] = None
 
     def scan(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -94,12 +94,12 @@ class Transaction:
     # --- stripes -------------------------------------------------------------
 
     def point_at(self, stripe: int, length: int) -> None:
-        """`length` bytes of a stripe came to be part of a file."""
+        """Record that `length` bytes of a stripe became part of a file."""
         self.put(stripe_rows.live_key(stripe), stripe_rows.live_value(self._live(stripe) + length))
         self.file_bytes += length
 
     def let_go(self, stripe: int, length: int) -> None:
-        """`length` bytes of a stripe are part of no file any more; the last free it."""
+        """Record that `length` bytes of a stripe left a file; the last ones free the stripe."""
         self.file_bytes -= length
         if stripe == LOST_STRIPE:
             return  # it has no bytes, and is not counted
@@ -109,9 +109,9 @@ class Transaction:
             self._free(stripe)
             return
         if left < 0:
-            # The count is wrong, so nobody knows whether files still need the stripe.
+            # The count is wrong, so files may still need the stripe.
             logger.error(
-                "Stripe %#x counts %d live bytes too few: it is kept. Run 'fusestore fsck'.",
+                "Stripe %#x counts %d too few live bytes: it is kept. Run 'fusestore fsck'.",
                 stripe,
                 -left,
             )
@@ -129,7 +129,7 @@ class Transaction:
             self.reclaim(stripe, Stripe.decode(value))
         unsealed = self._log.unsealed.get(stripe)
         if unsealed is not None:
-            # Its shards, if it is being sealed, are reclaimed by the sealer.
+            # If it is being sealed, the sealer reclaims its shards.
             for offset in unsealed.tails:
                 self.delete(stripe_rows.tail_key(stripe, offset))
         prefix = stripe_rows.owners_key(stripe, 0)[:9]
@@ -145,7 +145,7 @@ class Transaction:
 
 
 class Log:
-    """State that the write path, the commit and the operations share."""
+    """The state that the write path, the commit and the operations share."""
 
     def __init__(
         self, engine: Engine, members: Members, store: UUID, code: Code, *, read_only: bool
@@ -155,42 +155,42 @@ class Log:
         self.limits = members.config.limits
         self.store = store
         self.code = code
-        """For files below no directory with a code of its own."""
+        """The code of files below no directory with its own code."""
         self.counters = Counters()
         self.position = LogPosition()
         self.pending: dict[bytes, bytes | None] = {}
-        """Changes that no commit has taken yet."""
+        """Changes that are not in a commit yet."""
         self.unsealed: dict[int, Unsealed] = {}
         """Stripes that are read from memory, by number."""
         self.read_only = read_only
         self.broken = ""
-        """Why nothing can be committed any more; the mount is read-only then."""
+        """Why commits are no longer possible; the mount is then read-only."""
         self.metadata_error = ""
         """Why the last checkpoint failed; nothing may grow until one succeeds."""
         self.rows_in_doubt = 0
-        """Rows that the nodes contradict, and that could not be mended, since the mount."""
+        """Rows that differ from the nodes and could not be mended, since the mount."""
         self.rows_mended = 0
-        """Rows that were wrong, and are right again, since the mount."""
+        """Wrong rows that were mended, since the mount."""
         self.mended: tuple[str, ...] = ()
-        """What was wrong in the database when the store was opened, and was mended."""
+        """The wrong rows that were mended when the store was opened."""
         self.used_at = 0.0
         """When a file was last read or written, by trio's clock."""
         self.journals = trio.Lock()
-        """Held while old journal is deleted, or journals are compared and mended."""
+        """Held while old journals are deleted, or journals are compared and repaired."""
         self.dump_wanted = False
-        """A part of the journals cannot be read on any node: a metadata dump takes its place."""
+        """No node can read a part of the journals: a metadata dump replaces it."""
         self._room = 0
         self.path_of: Callable[[int], str] = lambda ino: f"inode {ino}"
-        """A path of an inode, for people; the file system tells."""
+        """Returns a path of an inode, for people; the file system sets this."""
         self.unwritten: Callable[[], int] = lambda: 0
-        """Bytes of file data that are not on the nodes yet; the writer tells."""
+        """Returns the bytes of file data that are not on the nodes yet; the writer sets this."""
         self.on_damage: Callable[[], None] = lambda: None
-        """Called by who met a row that does not match its checksum; the store mends it."""
+        """Called when a row does not match its checksum; the store mends it."""
         self._next_stripe = 1
 
     @property
     def doubt(self) -> str:
-        """Why what no table names is kept; empty when it may be deleted."""
+        """Why segments that are in no table are kept; empty if they may be deleted."""
         return self.position.doubt
 
     @property
@@ -200,7 +200,7 @@ class Log:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether nothing at all may be freed: a node holds another history of the same shards."""
+        """Whether no room may be freed: a node holds another history of the same shards."""
         return bool(self.members.foreign)
 
     def journal(self, node: str, segment: int) -> Place:
@@ -212,10 +212,10 @@ class Log:
         return Place(self.store, node, SegmentKind.SHARDS, segment)
 
     def transaction(self, grows: int = 0) -> Transaction:
-        """Begin an operation that changes something; ReadOnlyError.
+        """Begin an operation that changes the store; ReadOnlyError.
 
-        `grows` are the bytes that it may add to the metadata, 0 for one that only
-        takes away: NoSpaceError when there is no room for them.
+        `grows` are the bytes that it may add to the metadata, 0 if it only removes:
+        NoSpaceError if there is no room for them.
         """
         if self.read_only:
             raise ReadOnlyError("The store is mounted read-only.")
@@ -229,8 +229,8 @@ class Log:
         return Transaction(self)
 
     def apply(self, changes: Changes) -> None:
-        """Make changes that the next commit takes; RowTooLargeError: none of them was made."""
-        self.engine.apply(changes)  # first: what it refuses must not reach the journals
+        """Make changes for the next commit; after RowTooLargeError none of them was made."""
+        self.engine.apply(changes)  # first: refused rows must not reach the journals
         self.pending.update(changes)
 
     def next_stripe(self) -> int:
@@ -240,7 +240,7 @@ class Log:
         return number
 
     def stripe(self, number: int) -> Stripe | None:
-        """A sealed stripe's row, as it is now."""
+        """Return the current row of a sealed stripe."""
         value = self.engine.get(stripe_rows.stripe_key(number))
         return Stripe.decode(value) if value is not None else None
 
@@ -250,7 +250,7 @@ class Log:
         end: bytes = stripe_rows.STRIPES_END,
         count: int | None = None,
     ) -> Iterator[list[tuple[int, Stripe]]]:
-        """The sealed stripes, some at a time; others may run in between."""
+        """Yield the sealed stripes in batches; other tasks may run in between."""
         count = count or self.limits.repair_scan_rows
         while rows := list(islice(self.engine.scan(start, end), count)):
             yield [
@@ -259,16 +259,16 @@ class Log:
             start = rows[-1][0] + b"\0"
 
     def stripes_end(self) -> bytes:
-        """The first key past those of the stripes that there are now."""
+        """Return the first key past the existing stripes."""
         last = self.engine.last(stripe_rows.STRIPES_START, stripe_rows.STRIPES_END)
         return last[0] + b"\0" if last is not None else stripe_rows.STRIPES_START
 
     def break_(self, reason: str) -> None:
-        """Turn read-only for good: what was promised cannot be kept."""
+        """Become read-only until the next mount, because a promise cannot be kept."""
         self.broken = self.broken or reason
 
     def has_shard(self, number: int, index: int, place: ShardPlace) -> bool:
-        """Whether a shard is where it should be, as far as is known without reading it."""
+        """Return whether a shard is at its place, as far as is known without reading it."""
         member = self.members.by_id.get(place.node)
         return (
             place.written
@@ -282,15 +282,15 @@ class Log:
     # --- room ----------------------------------------------------------------
 
     def refresh_room(self) -> None:
-        """Ask the devices what fits; called at each commit."""
+        """Measure the room on the devices; called at each commit."""
         _, room = self.members.usable(self.code)
         self._room = room - self.unwritten()
 
     def take_room(self, length: int) -> None:
         """Take room for `length` bytes of file data; NoSpaceError.
 
-        What is taken counts until the next commit asks the devices again, with what
-        is still in memory taken off.
+        The taken room counts until the next commit measures the devices again, and
+        subtracts the bytes still in memory.
         """
         if self.metadata_error:
             raise NoSpaceError(self.metadata_error)

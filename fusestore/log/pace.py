@@ -1,4 +1,4 @@
-"""How fast work in the background goes: at a set rate, and slower while users are busy."""
+"""The pace of background work: a set rate, and slower while users are busy."""
 
 from __future__ import annotations
 

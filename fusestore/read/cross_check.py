@@ -1,10 +1,10 @@
-"""When a stripe's row and its shards disagree: which of them is wrong.
+"""Deciding between a stripe's row and its shards when they disagree.
 
-The row has a checksum of each block of each shard, and so decides what a shard must be.
-But a row can be wrong, too.  Each shard lies in a record with a checksum of its own, and
-the code ties the shards of a stripe together.  So k + 1 shards that fit together, each of
-which its own record vouches for, are right, and a row that says otherwise is
-wrong: k shards alone fit together whatever they are.
+The row has a checksum of each block of each shard, and thereby defines the shards.
+But a row can be wrong, too.  Each shard lies in a record with its own checksum, and the
+code links the shards of a stripe.  k + 1 consistent shards, each of which matches its
+own record, are therefore right, and a row that differs is wrong.  k shards would not be
+enough: any k shards are consistent.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Agreed:
-    """What k + 1 shards of a stripe agree on."""
+    """The stripe on which k + 1 shards agree."""
 
     row: Stripe
-    """With the checksums of these shards, and of those that they give."""
+    """The row, with the checksums of these shards and of those decoded from them."""
     shards: dict[int, bytes]
-    """Whole payloads that lie on nodes, by index."""
+    """Complete payloads on the nodes, by index."""
 
 
 async def cross_check(log: Log, number: int, row: Stripe) -> Agreed | None:
-    """What the shards of a stripe agree on, read as a whole; None if they do not, or too few."""
+    """Read all shards of a stripe; return their agreement, None if too few agree."""
     found: dict[int, bytes] = {}
     for index, place in enumerate(row.shards):
         member = log.members.by_id.get(place.node)

@@ -1,10 +1,9 @@
 """The read path: a file's extents, the shards they touch, every byte verified.
 
-What is in memory is copied from there.  Else the blocks that a range touches
-are read from the data shards, without blocking first and in a thread if that
-does not do, and checked against the checksums in the metadata.  When a shard
-is missing or bad, the same blocks of any k others are read and decoded, and
-the damage is noted for healing.
+Bytes in memory are copied from there.  Otherwise the blocks of a range are read
+from the data shards, at first without blocking, then in a thread, and checked
+against the checksums in the metadata.  If a shard is missing or bad, the same
+blocks of any k others are read and decoded, and the damage is noted for healing.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _SUM_BYTES = 8
 COMBINATIONS_MAX = 64
-"""Ways to take k of some shards that are tried, each time that one more is read."""
+"""Combinations of k shards that are tried, each time that one more shard is read."""
 
 
 class Reader:
@@ -44,11 +43,11 @@ class Reader:
         rows_max = log.limits.stripes_cached_max
         self._cache: LeastRecentlyUsed[int, Stripe] = LeastRecentlyUsed(rows_max)
         self._told: LeastRecentlyUsed[tuple[int, int], bool] = LeastRecentlyUsed(rows_max)
-        """Files (inodes) and stripes of theirs of which the log says that they are lost."""
+        """Files (inodes) and their stripes that were logged as lost."""
         self.errors = 0
         """Reads that were answered with EIO."""
         self.degraded = 0
-        """Ranges that had to be decoded because a shard was missing or bad."""
+        """Ranges that were decoded because a shard was missing or bad."""
 
     @property
     def cached(self) -> int:
@@ -99,13 +98,13 @@ class Reader:
             return await self.read_stripe(extent.stripe, start, end)
         except LostError as error:
             again = list(self.extents(ino, extent.offset, extent.end))
-            if again == [extent]:  # else it was overwritten or moved meanwhile
+            if again == [extent]:  # otherwise it was overwritten or moved meanwhile
                 self._lost(ino, extent, error)
                 raise
         return memoryview(await self.read(ino, extent.offset, extent.end))
 
     def _lost(self, ino: int, extent: Extent, error: LostError) -> None:
-        """Bytes of a file cannot be had: say so, once for each stripe of a file."""
+        """Log that bytes of a file are lost, once for each stripe of a file."""
         self.errors += 1
         if not self._told.get((ino, extent.stripe)):
             self._told[ino, extent.stripe] = True
@@ -125,7 +124,7 @@ class Reader:
         return row
 
     def forget(self, number: int) -> None:
-        """A stripe's row has changed, or is gone."""
+        """Drop cached data of a stripe whose row has changed or is gone."""
         self._cache.discard(number)
 
     async def read_stripe(self, number: int, start: int, end: int) -> bytes | memoryview:
@@ -151,7 +150,7 @@ class Reader:
     async def _read_shard(
         self, number: int, row: Stripe, index: int, start: int, end: int
     ) -> memoryview:
-        """Bytes start <= i < end of one data shard, however they can be had."""
+        """Return the bytes start <= i < end of a data shard, read or decoded."""
         low = start // BLOCK_BYTES * BLOCK_BYTES
         high = min(-(-end // BLOCK_BYTES) * BLOCK_BYTES, row.shard_length)
         blocks: bytes | bytearray | None = await self.read_blocks(number, row, index, low, high)
@@ -163,16 +162,16 @@ class Reader:
     async def read_blocks(
         self, number: int, row: Stripe, index: int, low: int, high: int, *, patient: bool = False
     ) -> bytes | bytearray | None:
-        """Whole blocks of a shard, verified; None when they are missing, late or bad.
+        """Return complete blocks of a shard, verified; None if they are missing, late or bad.
 
-        With `patient` a slow node is waited for as long as for a write.
+        With `patient`, a slow node has as much time as for a write.
         """
         place = row.shards[index]
         member = self._log.members.by_id[place.node]
         if not place.written or not member.is_open:
             return None
         if member.out_of_use and not self._log.broken:
-            return None  # once too few are up, whatever still answers is asked
+            return None  # when too few nodes are up, every node that answers is used
         standing = member.standing
         if (standing.doubted or standing.is_slow(trio.current_time())) and not patient:
             return None
@@ -199,7 +198,7 @@ class Reader:
         return None
 
     async def _vouched_for(self, member: Member, number: int, row: Stripe, index: int) -> bool:
-        """Whether a shard is what its own record says, so that not its disk is at fault."""
+        """Return whether a shard matches its own record, and its disk is not at fault."""
         try:
             arguments = (self._log, member, number, row, index)
             return await member.call(whole_payload, *arguments) is not None
@@ -209,7 +208,7 @@ class Reader:
     async def _failed(
         self, member: Member, number: int, row: Stripe, index: int, error: NodeError
     ) -> None:
-        """A read failed: because of the node, or of this shard alone."""
+        """Handle a failed read: the fault is the node's, or only this shard's."""
         try:
             await member.call(member.node.check)
         except NodeError as gone:
@@ -234,16 +233,16 @@ class Reader:
     async def decode(
         self, number: int, row: Stripe, wanted: list[int], low: int, high: int
     ) -> dict[int, bytearray]:
-        """The same blocks of the shards `wanted`, from any k others, verified; LostError.
+        """Decode the same blocks of the shards `wanted` from any k others; LostError.
 
-        What is decoded must match the row's checksums of the blocks that were wanted.  If
-        it does not, one of the k is wrong though it matches its own: others are taken.
+        The result must match the checksums in the row.  If it does not, one of the k is
+        wrong although it matches its own checksum, and others are used.
         """
         others = [index for index in range(row.code.n) if index not in wanted]
         found = await self._gather(number, row, others, wanted, low, high)
         if found is not None:
             return found
-        # Shards that are bad in different blocks may still give every block.
+        # Shards with different bad blocks may together still give every block.
         result: dict[int, bytearray] = {index: bytearray() for index in wanted}
         for start in range(low, high, BLOCK_BYTES):
             end = min(start + BLOCK_BYTES, high)
@@ -257,15 +256,15 @@ class Reader:
                 nodes = ", ".join(self._log.members.by_id[p.node].name for p in row.shards)
                 raise LostError(
                     f"Stripe {number:#x} has fewer than the {row.code.k} good shards that it "
-                    f"needs, or they do not fit together (nodes {nodes}): repair the nodes that "
-                    "are not up."
+                    f"needs, or they are inconsistent (nodes {nodes}): repair the nodes that are "
+                    "not up."
                 )
             for index in wanted:
                 result[index] += found[index]
         return result
 
     def _mend(self, number: int, row: Stripe, agreed: Agreed) -> None:
-        """The row of a stripe is wrong: let it have the checksums that its shards agree on."""
+        """Mend the wrong row of a stripe: set the checksums on which its shards agree."""
         self.forget(number)
         now = self._log.stripe(number)
         if now is None or now.checksums != row.checksums:
@@ -287,7 +286,7 @@ class Reader:
         self._log.apply(changes)
 
     async def reads_without(self, number: int, row: Stripe, without: Sequence[int]) -> bool:
-        """Whether a stripe can be read without some shards, and what is decoded is right."""
+        """Return whether a stripe can be decoded without some shards, and the result is right."""
         length = row.shard_length
         if await self._decodes(number, row, without, 0, length):
             return True
@@ -314,9 +313,9 @@ class Reader:
         *,
         patient: bool = False,
     ) -> dict[int, bytearray] | None:
-        """The blocks of the shards `wanted` from k good ones of `sources`.
+        """Return the blocks of the shards `wanted` from k good ones of `sources`.
 
-        None when there are too few, or no k of them give blocks that match the row.
+        None if there are too few, or no k of them give blocks that match the row.
         """
         present: dict[int, bytes | bytearray] = {}
         for index in sources:
@@ -333,7 +332,7 @@ class Reader:
 
 
 def verified(row: Stripe, index: int, low: int, data: bytes | bytearray) -> bool:
-    """Whether blocks of a shard from offset `low` on match the stripe's checksums."""
+    """Return whether blocks of a shard from offset `low` on match the stripe's checksums."""
     first = low // BLOCK_BYTES * _SUM_BYTES
     found = block_checksums(data, len(data))
     return row.checksums[index][first : first + len(found)] == found
