@@ -1,22 +1,24 @@
-"""Time stamps are in the order of events, whoever stamps, as make and backups need them."""
+"""Time stamps are in the order of events, as make and backups need; far times are clamped."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
 from fusestore.system import clock
 from support.mounted_store import Directory, Store
-from support.posixly import fresh
+from support.posixly import AT_FDCWD, Timespec, fresh, libc, make
 
 MakeStore = Callable[..., Store | Directory]
 pytestmark = pytest.mark.mounted
 TIMES = 100
+AT_SYMLINK_NOFOLLOW = 0x100
 
 
 @pytest.fixture(scope="module", params=["", "writeback", "noxattr"])
@@ -143,6 +145,97 @@ def test_find_sees_what_is_newer(top: Path) -> None:
     assert older.stdout == ""
     late = [(directory / f"late-{number}").stat().st_mtime_ns for number in range(TIMES)]
     assert late == sorted(late)
+
+
+# --- far times ---------------------------------------------------------------
+
+NS = 10**9
+FIRST, LAST = -(1 << 63), (1 << 63) - 1
+FAR_TIMES = {
+    "0000": (-62_167_219_200 * NS, FIRST),
+    "1600": (-11_676_096_000 * NS, FIRST),
+    "before the first": (FIRST - 1, FIRST),
+    "the first": (FIRST, FIRST),
+    "1969": (-86_400 * NS - 1, -86_400 * NS - 1),
+    "2038": (2_147_558_400 * NS + 5, 2_147_558_400 * NS + 5),
+    "2106": (4_294_987_200 * NS, 4_294_987_200 * NS),
+    "the last": (LAST, LAST),
+    "after the last": (LAST + 1, LAST),
+    "2300": (10_413_792_000 * NS, LAST),
+    "9999": (253_402_214_400 * NS, LAST),
+    "the kernel's first": (-(1 << 63) * NS, FIRST),
+    "the kernel's last": (((1 << 63) - 1) * NS, LAST),
+}
+
+
+def set_times(path: Path, atime: int, mtime: int) -> None:
+    """Set times, as os.utime does, which refuses the kernel's extremes."""
+    times = (Timespec * 2)(Timespec(*divmod(atime, NS)), Timespec(*divmod(mtime, NS)))
+    assert libc.utimensat(AT_FDCWD, os.fsencode(path), times, AT_SYMLINK_NOFOLLOW) == 0
+
+
+def far_files(top: Path) -> dict[Path, tuple[int, int]]:
+    """Make files of each type with far times; by path, the access and change time they have."""
+    made = {}
+    for name, (asked, kept) in FAR_TIMES.items():
+        for kind in ("file", "link", "empty"):
+            path = top / f"{name}-{kind}"
+            make(path, kind)
+            set_times(path, 0, asked)
+            set_times(path, asked, asked)
+            made[path] = kept, kept
+        set_times(top / f"{name}-file", 1, asked)
+        made[top / f"{name}-file"] = 1, kept
+    return made
+
+
+def times_of(paths: Iterable[Path]) -> dict[Path, tuple[int, int]]:
+    return {path: (s.st_atime_ns, s.st_mtime_ns) for path in paths for s in [os.lstat(path)]}
+
+
+def test_far_times_are_clamped_and_kept(make_store: Callable[..., Store]) -> None:
+    store = make_store()
+    store.mount()
+    made = far_files(store.mountpoint)
+    assert times_of(made) == made
+    fd = os.open(store.mountpoint, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+    store.kill()
+    store.mount()
+    assert times_of(made) == made
+    store.remount()
+    assert times_of(made) == made
+    done = store.cli("fsck", store.store)
+    assert "Clean" in done.stdout
+
+
+def test_programs_that_copy_times_take_far_ones(shared_mount: Path, tmp_path: Path) -> None:
+    """What they read from another file system, and from an archive."""
+    source, archive = tmp_path / "source", tmp_path / "archive.tar"
+    source.mkdir()
+    (source / "file").write_text("x")
+    with tarfile.open(archive, "w", format=tarfile.PAX_FORMAT) as tar:
+        for year, seconds in (("1500", -14_831_769_600), ("9999", 253_402_214_400)):
+            member = tarfile.TarInfo(year)
+            member.mtime = seconds
+            tar.addfile(member)
+    for command in (
+        ["touch", "-d", "9999-12-31 UTC", source / "file"],
+        ["cp", "-p", source / "file", shared_mount / "copied"],
+        ["tar", "-C", shared_mount, "-xf", archive],
+        ["touch", "-d", "1600-01-01 UTC", shared_mount / "touched"],
+        ["touch", "-ad", "2300-01-01 UTC", shared_mount / "touched"],
+        ["cp", "-a", shared_mount / "touched", shared_mount / "again"],
+    ):
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    found = {name: os.stat(shared_mount / name).st_mtime_ns for name in os.listdir(shared_mount)}
+    assert found.pop("copied") == min(os.stat(source / "file").st_mtime_ns, LAST)
+    assert found == {"1500": FIRST, "9999": LAST, "touched": FIRST, "again": FIRST}
+    assert os.stat(shared_mount / "again").st_atime_ns == LAST
+
+
+# --- the clock ---------------------------------------------------------------
 
 
 def test_a_stamp_of_the_kernel_that_is_ahead_within_a_tick_is_followed(

@@ -411,18 +411,21 @@ class Tree:
                 inode.uid = change.uid
             if change.gid is not None:
                 inode.gid = change.gid
-            for stamp in (change.atime, change.mtime, change.ctime):
-                if stamp is not None:
-                    clock.came(stamp)
             if change.atime is not None:
-                inode.atime = change.atime
+                inode.atime = self._stamp(change.atime)
             if change.mtime is not None:
-                inode.mtime = change.mtime
-            inode.ctime = change.ctime if change.ctime is not None else clock.now()
+                inode.mtime = self._stamp(change.mtime)
+            inode.ctime = clock.now() if change.ctime is None else self._stamp(change.ctime)
             txn.put(file_rows.inode_key(ino), inode.encode())
         return inode
 
     # --- shared steps --------------------------------------------------------
+
+    @staticmethod
+    def _stamp(time: int) -> int:
+        """Return the nearest time to one from the kernel that an inode can have."""
+        clock.came(time)
+        return min(max(time, file_rows.TIME_MIN), file_rows.TIME_MAX)
 
     def _moved(self, ino: int) -> None:
         for tell in self.on_move:
