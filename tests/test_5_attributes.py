@@ -23,6 +23,7 @@ from support.posixly import (
     AT_FDCWD,
     BOB,
     KIB,
+    Timespec,
     fresh,
     libc,
     opened,
@@ -233,10 +234,6 @@ def test_times_are_kept_to_the_nanosecond(
     for name in ("file", "directory", "link"):
         found = os.lstat(top / name)
         assert (found.st_atime_ns, found.st_mtime_ns) == (atime, mtime)
-
-
-class Timespec(ctypes.Structure):
-    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
 
 
 def test_one_time_can_be_left_alone_or_set_to_now(shared_mount: Path) -> None:

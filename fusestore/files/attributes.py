@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import stat
-import time
 from typing import Any
 
 from ..errors import (
@@ -37,6 +36,7 @@ from ..limits import FILE_BYTES_MAX, XATTR_BYTES_MAX, XATTR_LIST_BYTES_MAX
 from ..log.log import Log
 from ..nodes.directory import segment_path
 from ..read.reader import Reader
+from ..system import clock
 from .tree import Tree
 
 _NAMESPACES = (b"user.", b"trusted.", b"security.")
@@ -102,7 +102,7 @@ class Attributes:
                 taken = sum(len(known) + 1 for known in self.names(ino))
                 if taken + len(name) + 1 > XATTR_LIST_BYTES_MAX:
                     raise AttributeTooLargeError("The inode has too many attributes.")
-            inode.ctime = time.time_ns()
+            inode.ctime = clock.now()
             txn.put(file_rows.inode_key(ino), inode.encode())
             if stored is None:
                 txn.delete(key)
@@ -127,7 +127,7 @@ class Attributes:
             if txn.get(key) is None:
                 raise NoAttributeError("There is no such attribute.")
             inode = self._inode(ino)
-            inode.ctime = time.time_ns()
+            inode.ctime = clock.now()
             txn.put(file_rows.inode_key(ino), inode.encode())
             txn.delete(key)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import stat
-import time
 from itertools import islice
 
 import trio
@@ -23,6 +22,7 @@ from ..format.file_rows import Extent, Inode
 from ..limits import FILE_BYTES_MAX
 from ..log.log import Log, Transaction
 from ..read.reader import Reader
+from ..system import clock
 from ..write.writer import Writer
 from . import quota
 
@@ -71,7 +71,7 @@ class Contents:
             await self.settled(ino)
         with self._log.transaction() as txn:
             inode = self._inode(txn, ino)
-            inode.mtime = inode.ctime = time.time_ns()
+            inode.mtime = inode.ctime = clock.now()
             if offset < inode.size and self._overwrite(ino, offset, data):
                 txn.put(file_rows.inode_key(ino), inode.encode())
                 return len(data)
@@ -227,7 +227,7 @@ class Contents:
         with self._log.transaction() as txn:
             inode = self._inode(txn, ino)
             shrinks, before = size < inode.size, inode.allocated
-            inode.mtime = inode.ctime = time.time_ns()
+            inode.mtime = inode.ctime = clock.now()
             inode.size = size
             more = shrinks and self.trim_batch(txn, ino, inode, size)
             if inode.quota_root:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import stat
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -32,6 +31,7 @@ from ..format.erasure import Code
 from ..format.file_rows import ROOT, Inode
 from ..limits import LINKS_MAX, NAME_BYTES_MAX, TARGET_BYTES_MAX
 from ..log.log import Log, Transaction
+from ..system import clock
 from . import quota
 
 
@@ -63,7 +63,7 @@ class Tree:
     def make_root(self) -> None:
         """Make the root directory of a new store; the user of the first mount owns it."""
         if self._log.engine.get(file_rows.inode_key(ROOT)) is None:
-            now = time.time_ns()
+            now = clock.now()
             owner = os.getuid(), os.getgid()
             root = Inode(stat.S_IFDIR | 0o755, *owner, 2, 0, 0, now, now, now, parent=ROOT)
             self._log.apply({file_rows.inode_key(ROOT): root.encode()})
@@ -158,7 +158,7 @@ class Tree:
             if not stat.S_ISDIR(inode.mode):
                 raise NotPermittedError("Only the code of a directory can be set.")
             inode.k, inode.m = (code.k, code.m) if code else (0, 0)
-            inode.ctime = time.time_ns()
+            inode.ctime = clock.now()
             txn.put(file_rows.inode_key(ino), inode.encode())
             if code is not None:
                 self.note_code(txn, code)
@@ -191,7 +191,7 @@ class Tree:
         with log.transaction(grows=len(name) + len(target or b"")) as txn:
             folder = self._folder(txn, parent)
             self._check_new(txn, parent, name)
-            now = time.time_ns()
+            now = clock.now()
             directory = stat.S_ISDIR(mode)
             if folder.mode & stat.S_ISGID:
                 gid = folder.gid
@@ -241,7 +241,7 @@ class Tree:
                 raise TooManyLinksError(f"A file may have at most {LINKS_MAX} names.")
             if inode.quota_root != folder.quota_root:
                 raise CrossesQuotaError("All names of a file must be in the same quota.")
-            now = time.time_ns()
+            now = clock.now()
             cookie = self._log.counters.next_cookie
             inode.nlink += 1
             inode.ctime = now
@@ -266,7 +266,7 @@ class Tree:
             inode = self._get(txn, ino)
             if stat.S_ISDIR(inode.mode):
                 raise IsDirectoryError("Use rmdir to remove a directory.")
-            now = time.time_ns()
+            now = clock.now()
             self._drop_name(txn, parent, name, cookie)
             self._drop_link(txn, ino, inode, now)
             self._touch(txn, parent, folder, now)
@@ -281,7 +281,7 @@ class Tree:
             if not stat.S_ISDIR(inode.mode):
                 raise NotDirectoryError("Not a directory.")
             self._check_empty(ino)
-            now = time.time_ns()
+            now = clock.now()
             self._drop_name(txn, parent, name, cookie)
             self._drop_link(txn, ino, inode, now)
             folder.nlink -= 1
@@ -313,7 +313,7 @@ class Tree:
             if directory:
                 self._check_outside(ino, new_parent)
                 self._check_fences(parent, new_parent)
-            now = time.time_ns()
+            now = clock.now()
             lost: tuple[int, Inode] | None = None
             found = txn.get(file_rows.name_key(new_parent, new_name))
             if found is None:
@@ -366,7 +366,7 @@ class Tree:
             two, two_cookie = self._entry(txn, new_parent, new_name)
             if one == two:
                 return
-            now = time.time_ns()
+            now = clock.now()
             moves = (
                 (one, parent, new_parent, new_name, two_cookie),
                 (two, new_parent, parent, name, one_cookie),
@@ -412,14 +412,20 @@ class Tree:
             if change.gid is not None:
                 inode.gid = change.gid
             if change.atime is not None:
-                inode.atime = change.atime
+                inode.atime = self._stamp(change.atime)
             if change.mtime is not None:
-                inode.mtime = change.mtime
-            inode.ctime = change.ctime if change.ctime is not None else time.time_ns()
+                inode.mtime = self._stamp(change.mtime)
+            inode.ctime = clock.now() if change.ctime is None else self._stamp(change.ctime)
             txn.put(file_rows.inode_key(ino), inode.encode())
         return inode
 
     # --- shared steps --------------------------------------------------------
+
+    @staticmethod
+    def _stamp(time: int) -> int:
+        """Return the nearest time to one from the kernel that an inode can have."""
+        clock.came(time)
+        return min(max(time, file_rows.TIME_MIN), file_rows.TIME_MAX)
 
     def _moved(self, ino: int) -> None:
         for tell in self.on_move:

@@ -16,6 +16,8 @@ Ino = NewType("Ino", int)
 ROOT = Ino(1)
 FIRST_COOKIE = 16
 """The first cookie of an entry; `.` and `..` have smaller cookies."""
+TIME_MIN, TIME_MAX = -(1 << 63), (1 << 63) - 1
+"""The times that an inode can have, in ns since the epoch: the years 1677 to 2262."""
 
 
 @dataclass(slots=True)

@@ -7,7 +7,6 @@ fix made needless does nothing.  Counts are left to the findings of phase 4.
 from __future__ import annotations
 
 import stat
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -18,6 +17,7 @@ from ..format.file_rows import ROOT, Extent, Inode, Quota
 from ..format.stripe_rows import LOST_STRIPE, OWNER, SegmentState, ShardPlace, Stripe
 from ..limits import OWNERS_PER_ROW_MAX
 from ..log.log import Log, Transaction
+from ..system import clock
 from .fsck_findings import Finding
 
 LOST_AND_FOUND = b"lost+found"
@@ -72,7 +72,7 @@ class Mender:
                 self.change(ino, mode=kind | stat.S_IMODE(inode.mode), size=0)
             return
         kind = kind or self._kind(ino)
-        now = time.time_ns()
+        now = clock.now()
         mode = kind | (0o700 if kind == stat.S_IFDIR else 0o600)
         size = self._end(ino) if kind == stat.S_IFREG else 0
         code = self._code(kind)

@@ -26,6 +26,10 @@ AT_FDCWD = -100
 libc = ctypes.CDLL(None, use_errno=True)
 
 
+class Timespec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
 @contextmanager
 def refused(*numbers: int) -> Iterator[None]:
     """The block must end with an OSError of one of the errnos."""
