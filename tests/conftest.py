@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,6 +35,10 @@ hypothesis.settings.register_profile(
     print_blob=True,
 )
 hypothesis.settings.load_profile("fusestore")
+
+
+# A shell starts what it runs in the background with SIGINT ignored, and so are its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # --- options -----------------------------------------------------------------

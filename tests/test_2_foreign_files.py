@@ -33,6 +33,7 @@ from support.logs import (
     JOURNAL_DAMAGED,
     NOT_WHERE_ITS_ROW_SAYS,
     OUT_OF_USE,
+    SCRUBBED,
     UNREAD_FILE,
 )
 from support.opened_store import opened
@@ -107,7 +108,13 @@ async def repaired(config: StoreConfig, files: dict[str, bytes]) -> None:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.expects_log(
-    OUT_OF_USE, CORRUPT, UNREAD_FILE, NOT_WHERE_ITS_ROW_SAYS, JOURNAL_DAMAGED, FOREIGN_FILES
+    OUT_OF_USE,
+    CORRUPT,
+    UNREAD_FILE,
+    NOT_WHERE_ITS_ROW_SAYS,
+    JOURNAL_DAMAGED,
+    FOREIGN_FILES,
+    SCRUBBED,
 )
 async def test_an_oddity_costs_that_node_only(
     config: StoreConfig, outside: Outside, caplog: pytest.LogCaptureFixture, kind: str, place: str

@@ -504,6 +504,7 @@ def shard_files(config: StoreConfig) -> dict[str, int]:
     }
 
 
+@pytest.mark.expects_log(MENDED)
 async def test_what_recover_wrote_with_losses_is_not_undone(config: StoreConfig) -> None:
     """It is in the database alone until a mount logs it: what nodes lack, and their state."""
     async with opened(config) as one:

@@ -10,9 +10,21 @@ from pathlib import Path
 import pytest
 
 from support.foreign_files import FILES, VICTIM, Outside, last, plant
+from support.logs import (
+    FOREIGN_FILES,
+    JOURNAL_DAMAGED,
+    NOT_WHERE_ITS_ROW_SAYS,
+    OUT_OF_USE,
+    UNREAD_FILE,
+)
 from support.mounted_store import Store
 
-pytestmark = pytest.mark.mounted
+pytestmark = [
+    pytest.mark.mounted,
+    pytest.mark.expects_log(
+        FOREIGN_FILES, UNREAD_FILE, OUT_OF_USE, JOURNAL_DAMAGED, NOT_WHERE_ITS_ROW_SAYS
+    ),
+]
 
 SECONDS_MAX = 20
 """Of a mount; nothing may wait for a foreign file, or read it to its end."""
