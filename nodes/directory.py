@@ -39,7 +39,13 @@ from ..errors import (
     NodeLacksError,
 )
 from ..format.records import SegmentKind
-from ..format.segment_numbers import LISTED_MAX, segment_number
+from ..format.segment_numbers import (
+    FOLDERS,
+    LISTED_MAX,
+    segment_name,
+    segment_number,
+    segment_path,
+)
 from ..limits import DEFAULTS, Limits
 from ..system import linux, locks
 from ..system.beneath import Directory
@@ -53,7 +59,6 @@ _BLOCK_BYTES = 4096
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)
 _NOT_TO_BE_WRITTEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EMLINK)
 """What may still be read: such a file system or file, or a file with several names."""
-_FOLDERS = {SegmentKind.JOURNAL: ("journal", "log"), SegmentKind.SHARDS: ("shards", "seg")}
 _KEPT = ".kept"
 """Behind the name of a segment that was set aside, and before a number."""
 _DRAFT = ".new"
@@ -61,18 +66,9 @@ _DRAFT = ".new"
 _STRAYS_NAMED_MAX = 10
 
 
-def segment_path(kind: SegmentKind, segment: int) -> str:
-    """A segment's path relative to its node."""
-    return f"{_FOLDERS[kind][0]}/{_segment_name(kind, segment)}"
-
-
-def _segment_name(kind: SegmentKind, segment: int) -> str:
-    return f"{segment:08d}.{_FOLDERS[kind][1]}"
-
-
 def _number(kind: SegmentKind, entry: os.DirEntry[str]) -> int | None:
     """The number of the segment that a name in the folder of its kind stands for, or None."""
-    number = segment_number(entry.name, _FOLDERS[kind][1])
+    number = segment_number(entry.name, FOLDERS[kind][1])
     # What stands in the place of a journal segment may hide one: reading it fails.
     # Of shards the rows say where they are.
     if kind is SegmentKind.JOURNAL or (number is not None and entry.is_file(follow_symlinks=False)):
@@ -83,7 +79,7 @@ def _number(kind: SegmentKind, entry: os.DirEntry[str]) -> int | None:
 def _is_temporary(kind: SegmentKind, entry: os.DirEntry[str]) -> bool:
     """Whether a file is a segment that was set aside, or the draft of one."""
     base = entry.name.removesuffix(_DRAFT).partition(_KEPT)[0]
-    is_ours = base != entry.name and segment_number(base, _FOLDERS[kind][1]) is not None
+    is_ours = base != entry.name and segment_number(base, FOLDERS[kind][1]) is not None
     return is_ours and entry.is_file(follow_symlinks=False)
 
 
@@ -134,7 +130,7 @@ class DirectoryNode:
             raise NodeIdentityError(f"Another directory has taken the place of {path} meanwhile.")
         self._owned = self._own(self._directory, owner, shared=read_only)
         self._flags = os.O_RDONLY if read_only else os.O_RDWR
-        for kind, (folder, _) in _FOLDERS.items():
+        for kind, (folder, _) in FOLDERS.items():
             with self._errors(f"open its folder {folder}"):
                 if not read_only:
                     self._directory.make_folder(folder)
@@ -197,7 +193,7 @@ class DirectoryNode:
 
     def _folder(self, kind: SegmentKind) -> Directory:
         """The open folder of a kind; OSError when it is none, or the node is closed."""
-        return self._top().folder(_FOLDERS[kind][0])
+        return self._top().folder(FOLDERS[kind][0])
 
     def check(self) -> None:
         """See Node."""
@@ -241,18 +237,18 @@ class DirectoryNode:
         """See Node."""
         count, names = 0, list[str]()
         with self._errors("list its files"):
-            for kind in _FOLDERS:
+            for kind in FOLDERS:
                 with contextlib.suppress(FileNotFoundError):
                     for entry in self._folder(kind).entries():
                         if _number(kind, entry) is None and not _is_temporary(kind, entry):
                             count += 1
                             if len(names) < _STRAYS_NAMED_MAX:
-                                names.append(ascii(f"{_FOLDERS[kind][0]}/{entry.name}"))
+                                names.append(ascii(f"{FOLDERS[kind][0]}/{entry.name}"))
         return Strays(count, tuple(sorted(names)))
 
     def _ignore(self, kind: SegmentKind, strays: list[str]) -> None:
         """Say once that what is not of this store is left alone."""
-        names = {f"{_FOLDERS[kind][0]}/{name}" for name in strays}
+        names = {f"{FOLDERS[kind][0]}/{name}" for name in strays}
         new, self._strays = names - self._strays, self._strays | names
         if new:
             logger.warning(
@@ -270,7 +266,7 @@ class DirectoryNode:
             found = self._open.get((kind, segment))
             if found is not None and not (write and found.refused):
                 return found
-            folder, name = self._folder(kind), _segment_name(kind, segment)
+            folder, name = self._folder(kind), segment_name(kind, segment)
             try:
                 opened = self._opened(folder, name)
             except FileNotFoundError:
@@ -374,7 +370,7 @@ class DirectoryNode:
             opened = self.opened(kind, segment)
             if opened is not None:
                 return os.fstat(opened.fd).st_size
-            return self._folder(kind).look_at_file(_segment_name(kind, segment)).st_size
+            return self._folder(kind).look_at_file(segment_name(kind, segment)).st_size
 
     def flush(self, kind: SegmentKind, segments: Sequence[int]) -> None:
         """See Node."""
@@ -410,7 +406,7 @@ class DirectoryNode:
 
     def replace(self, kind: SegmentKind, segment: int, content: Buffer) -> None:
         """See Node."""
-        name = _segment_name(kind, segment)
+        name = segment_name(kind, segment)
         draft = name + _DRAFT
         with self._errors(f"replace {segment_path(kind, segment)}"):
             folder = self._folder(kind)
@@ -433,12 +429,12 @@ class DirectoryNode:
         """See Node."""
         with self._errors(f"delete {segment_path(kind, segment)}"), self._lock:
             with contextlib.suppress(FileNotFoundError):
-                self._folder(kind).unlink(_segment_name(kind, segment))
+                self._folder(kind).unlink(segment_name(kind, segment))
             self._open.discard((kind, segment))
 
     def set_aside(self, kind: SegmentKind, segment: int) -> None:
         """See Node."""
-        name = _segment_name(kind, segment)
+        name = segment_name(kind, segment)
         with self._errors(f"set {segment_path(kind, segment)} aside"), self._lock:
             folder = self._folder(kind)
             taken = {e.name for e in folder.entries() if e.name.startswith(name + _KEPT)}
@@ -466,7 +462,7 @@ class DirectoryNode:
         """See Node."""
         total = 0
         with self._errors("tell its size"):
-            for kind in _FOLDERS:
+            for kind in FOLDERS:
                 for entry in self._folder(kind).entries():
                     with contextlib.suppress(FileNotFoundError):  # it was deleted meanwhile
                         total += entry.stat(follow_symlinks=False).st_blocks * 512
@@ -476,7 +472,7 @@ class DirectoryNode:
         """Remove the folders, which must be empty, and the identity last; NodeError."""
         with self._errors("be removed"):
             directory = self._top()
-            for name, _ in reversed(_FOLDERS.values()):
+            for name, _ in reversed(FOLDERS.values()):
                 directory.remove_folder(name)
             directory.unlink(IDENTITY_NAME)
 

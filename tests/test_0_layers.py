@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -161,3 +162,16 @@ def test_test_modules_share_only_what_lies_in_support() -> None:
                 if name == "conftest" or name.startswith("test_")
             ]
     assert wrong == []
+
+
+def test_the_documents_name_files_that_exist() -> None:
+    """A file or folder of the project that a document names in backticks."""
+    named = re.compile(r"`((?:fusestore|nodes|tests|tools|docs)/[\w./]+)`")
+    documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    found = {
+        (document.name, path)
+        for document in documents
+        for path in named.findall(document.read_text())
+    }
+    assert len(found) > 20
+    assert not [(document, path) for document, path in found if not (ROOT / path).exists()]

@@ -16,9 +16,10 @@ from fusestore.config.node_identity import IDENTITY_VERSION, NodeIdentity, write
 from fusestore.config.store_config import NodeConfig
 from fusestore.errors import NodeFullError
 from fusestore.format.records import SegmentKind
+from fusestore.format.segment_numbers import segment_path
 from fusestore.limits import DEFAULTS
 from fusestore.members.member import Member
-from fusestore.nodes.directory import DirectoryNode, segment_path
+from fusestore.nodes.directory import DirectoryNode
 from fusestore.system.io_uring import Ring
 
 

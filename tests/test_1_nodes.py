@@ -15,9 +15,10 @@ import pytest
 from fusestore.config.node_identity import IDENTITY_VERSION, NodeIdentity, write_identity
 from fusestore.errors import NodeError, NodeIdentityError
 from fusestore.format.records import SegmentKind
+from fusestore.format.segment_numbers import segment_path
 from fusestore.limits import DEFAULTS, Limits
 from fusestore.nodes.base import Node
-from fusestore.nodes.directory import DirectoryNode, segment_path
+from fusestore.nodes.directory import DirectoryNode
 from fusestore.system.beneath import Directory
 from support.faults import FaultyNode
 from support.logs import FOREIGN_FILES

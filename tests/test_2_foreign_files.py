@@ -18,10 +18,16 @@ from fusestore.config.store_config import StoreConfig, load
 from fusestore.errors import ConfigError, NodeError, NodeIdentityError
 from fusestore.format.records import Commit, Header, Kind, Place, SegmentKind, encode_commit
 from fusestore.format.records import checksum as checksum_of
-from fusestore.format.segment_numbers import GAP_MAX, SEGMENT_MAX, reachable, segment_number
+from fusestore.format.segment_numbers import (
+    GAP_MAX,
+    SEGMENT_MAX,
+    reachable,
+    segment_number,
+    segment_path,
+)
 from fusestore.log.journal_scan import SEARCHED_BYTES_MAX, read_journals
 from fusestore.members.opening import open_node
-from fusestore.nodes.directory import DirectoryNode, segment_path
+from fusestore.nodes.directory import DirectoryNode
 from fusestore.rescue.recover import recover
 from fusestore.system.beneath import Directory
 from fusestore.system.files import write_whole

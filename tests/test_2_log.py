@@ -43,11 +43,11 @@ from fusestore.format.records import (
     decode_commit,
     records,
 )
+from fusestore.format.segment_numbers import segment_path
 from fusestore.format.stripe_rows import Stripe
 from fusestore.limits import DEFAULTS, STRIPE_BYTES
 from fusestore.members.opening import open_node
 from fusestore.metadata.engine import Engine
-from fusestore.nodes.directory import segment_path
 from fusestore.serve.messages.safety import FsckRequest
 from fusestore.serve.offline import offline
 from fusestore.system.io_uring import Batch, Operation, Ring

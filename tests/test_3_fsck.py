@@ -30,9 +30,9 @@ from fusestore.files.filesystem import FileSystem
 from fusestore.format import file_rows, stripe_rows
 from fusestore.format.file_rows import ROOT, Extent, Inode
 from fusestore.format.records import HEADER_BYTES, SegmentKind
+from fusestore.format.segment_numbers import segment_path
 from fusestore.format.stripe_rows import Stripe
 from fusestore.limits import STRIPE_BYTES
-from fusestore.nodes.directory import segment_path
 from fusestore.repair.risk import Safety
 from fusestore.rescue import fsck_mend
 from fusestore.rescue.fsck import fsck

@@ -23,11 +23,11 @@ from fusestore.config.store_config import StoreConfig, load
 from fusestore.errors import MetadataError, NodeError, ReplayError
 from fusestore.format import store_rows
 from fusestore.format.records import Kind, SegmentKind
+from fusestore.format.segment_numbers import segment_path
 from fusestore.format.store_rows import LogPosition
 from fusestore.log.journal_scan import BLOCKS_TRIED_MAX
 from fusestore.members.opening import open_node
 from fusestore.metadata.engine import Engine
-from fusestore.nodes.directory import segment_path
 from fusestore.rescue.fsck import fsck
 from fusestore.store.opening import open_store
 from support.faults import BadSectors

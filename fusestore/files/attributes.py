@@ -32,9 +32,9 @@ from ..format.erasure import Code
 from ..format.file_rows import Inode
 from ..format.placement import check_region_rule, regions_borne
 from ..format.records import SegmentKind
+from ..format.segment_numbers import segment_path
 from ..limits import FILE_BYTES_MAX, XATTR_BYTES_MAX, XATTR_LIST_BYTES_MAX
 from ..log.log import Log
-from ..nodes.directory import segment_path
 from ..read.reader import Reader
 from ..system import clock
 from .tree import Tree

@@ -1,4 +1,4 @@
-"""The numbers of segments: parsing names, and rejecting impossible numbers.
+"""The names and numbers of segments; impossible numbers are rejected.
 
 A folder on a node may contain files that no store made.  Their names and numbers must
 not affect the number of the next segment.
@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 
 from ..errors import NodeError
+from .records import SegmentKind
 
 SEGMENT_MAX = 2**32 - 2
 GAP_MAX = 1_000_000
@@ -20,7 +21,20 @@ MOUNT_MAX = 1 << 27
 LISTED_MAX = 4_000_000
 """The most segments of one kind that are listed on a node: 256 TiB of shards."""
 
+FOLDERS = {SegmentKind.JOURNAL: ("journal", "log"), SegmentKind.SHARDS: ("shards", "seg")}
+"""By kind: the folder of a node that holds the segments, and the suffix of their names."""
+
 _NAME = re.compile(r"([0-9]{8,10})\.([a-z]+)", re.ASCII)
+
+
+def segment_name(kind: SegmentKind, segment: int) -> str:
+    """Return the name of a segment in the folder of its kind."""
+    return f"{segment:08d}.{FOLDERS[kind][1]}"
+
+
+def segment_path(kind: SegmentKind, segment: int) -> str:
+    """Return the path of a segment relative to its node."""
+    return f"{FOLDERS[kind][0]}/{segment_name(kind, segment)}"
 
 
 def segment_number(name: str, suffix: str) -> int | None:

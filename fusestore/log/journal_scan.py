@@ -36,9 +36,9 @@ from ..format.records import (
     decode_commit,
     records,
 )
+from ..format.segment_numbers import segment_path
 from ..format.store_rows import GivenUp
 from ..nodes.base import Node
-from ..nodes.directory import segment_path
 from ..nodes.unexpected import costs_only
 from .journal import Entry, Journals, Unreadable
 

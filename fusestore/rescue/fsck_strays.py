@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from ..errors import NodeError
 from ..format.records import SegmentKind
-from ..format.segment_numbers import GAP_MAX
+from ..format.segment_numbers import GAP_MAX, segment_path
 from ..members.member import Member
 from ..nodes.base import Strays
-from ..nodes.directory import segment_path
 from ..store.store import Store
 
 _FAR_NAMED_MAX = 3

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 from ..format import store_rows
 from ..format.records import SegmentKind
-from ..format.segment_numbers import reachable
+from ..format.segment_numbers import reachable, segment_path
 from ..format.store_rows import CommitId
 from ..log.journal_scan import SEARCHED_BYTES_MAX
 from ..log.lineage import Lineage, lineage
 from ..members.member import Member
 from ..members.opening import shard_sizes
 from ..members.standing import State
-from ..nodes.directory import segment_path
 from .store import Store
 
 logger = logging.getLogger(__name__)

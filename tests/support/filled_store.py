@@ -6,8 +6,8 @@ import random
 
 from fusestore.config.store_config import StoreConfig
 from fusestore.format.records import SegmentKind
+from fusestore.format.segment_numbers import segment_path
 from fusestore.limits import STRIPE_BYTES
-from fusestore.nodes.directory import segment_path
 from support.opened_store import Opened, opened
 
 FILES = {f"f{i}": random.Random(i).randbytes(900_000) for i in range(6)}

@@ -31,11 +31,11 @@ from fusestore.config.node_identity import IDENTITY_NAME, write_identity_in
 from fusestore.config.store_config import NodeConfig, StoreConfig
 from fusestore.errors import NodeError
 from fusestore.format.records import SegmentKind
+from fusestore.format.segment_numbers import segment_path
 from fusestore.members import member
 from fusestore.members import opening as node_opening
 from fusestore.metadata.engine import Engine
 from fusestore.nodes.base import Node, Space
-from fusestore.nodes.directory import segment_path
 from fusestore.repair import comeback, repairer
 from fusestore.store import opening
 from fusestore.system.beneath import Directory

@@ -49,7 +49,7 @@ from pathlib import Path
 from fusestore.config.node_identity import IDENTITY_NAME
 from fusestore.config.store_config import CONFIG_NAME, StoreConfig, load
 from fusestore.format.records import SegmentKind
-from fusestore.nodes.directory import segment_path
+from fusestore.format.segment_numbers import segment_path
 
 SECTOR_BYTES = 512
 PAGE_BYTES = 4096
