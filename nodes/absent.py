@@ -19,7 +19,7 @@ class AbsentNode:
         self._name = name
 
     def _refuse(self) -> NoReturn:
-        raise NodeError(f"Node {self._name} is not there.")
+        raise NodeError(f"Node {self._name} is missing.")
 
     def check(self) -> None:
         """See Node."""
@@ -96,4 +96,4 @@ class AbsentNode:
         self._refuse()
 
     def close(self) -> None:
-        """There is nothing to give up."""
+        """There is nothing to close."""

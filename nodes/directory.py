@@ -7,12 +7,12 @@
 Segments are opened without O_APPEND (with it Linux ignores the offset of
 pwritev) and room is allocated ahead in steps, without changing the size.  A
 segment and its directory entry are durable before its first byte is written.
-A descriptor lives as long as somebody uses it, so a segment that is deleted
-or dropped from the cache still reads to the end for who holds it.
+A descriptor stays open as long as it is used: a segment that is deleted or
+dropped from the cache can still be read by its holders.
 
-The path may lead through links.  What lies beneath it is somebody else's: it is
-opened name by name from the directory's descriptor (system/beneath), and what is
-not a segment, by its name or its kind, is neither used nor deleted.
+The path may lead through links.  The files beneath it may be changed by others:
+they are opened name by name from the directory's descriptor (system/beneath), and
+a file that is not a segment, by its name or its kind, is neither used nor deleted.
 """
 
 from __future__ import annotations
@@ -58,46 +58,46 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _BLOCK_BYTES = 4096
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)
 _NOT_TO_BE_WRITTEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EMLINK)
-"""What may still be read: such a file system or file, or a file with several names."""
+"""Errors after which a file may still be readable, as may a file with several names."""
 _KEPT = ".kept"
-"""Behind the name of a segment that was set aside, and before a number."""
+"""The suffix of a segment that was set aside; a number follows."""
 _DRAFT = ".new"
-"""Behind the name of a segment that is being replaced."""
+"""The suffix of a segment that is being replaced."""
 _STRAYS_NAMED_MAX = 10
 
 
 def _number(kind: SegmentKind, entry: os.DirEntry[str]) -> int | None:
-    """The number of the segment that a name in the folder of its kind stands for, or None."""
+    """Return the number of the segment with this name in the folder of its kind, or None."""
     number = segment_number(entry.name, FOLDERS[kind][1])
-    # What stands in the place of a journal segment may hide one: reading it fails.
-    # Of shards the rows say where they are.
+    # A file in place of a journal segment may hide one: reading it fails.
+    # The places of shards are in their rows.
     if kind is SegmentKind.JOURNAL or (number is not None and entry.is_file(follow_symlinks=False)):
         return number
     return None
 
 
 def _is_temporary(kind: SegmentKind, entry: os.DirEntry[str]) -> bool:
-    """Whether a file is a segment that was set aside, or the draft of one."""
+    """Return whether a file is a segment that was set aside, or the draft of one."""
     base = entry.name.removesuffix(_DRAFT).partition(_KEPT)[0]
     is_ours = base != entry.name and segment_number(base, FOLDERS[kind][1]) is not None
     return is_ours and entry.is_file(follow_symlinks=False)
 
 
 def _drop_cached(descriptor: int, offset: int, length: int) -> None:
-    """Have the kernel forget its copy of what is durable, if the file system knows how."""
+    """Drop durable bytes from the page cache, if the file system supports this."""
     with contextlib.suppress(OSError):
         os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 class _Segment:
-    """An open segment; the descriptor is closed when the last user lets go."""
+    """An open segment; the descriptor is closed after its last use."""
 
     __slots__ = ("allocated", "fd", "refused")
 
     def __init__(self, fd: int, refused: OSError | None = None) -> None:
         self.fd = fd
         self.refused = refused
-        """Why it is open for reading alone, though the node is not."""
+        """Why it is open for reading only, although the node is not."""
         self.allocated = os.fstat(fd).st_size
 
     def __del__(self) -> None:
@@ -118,7 +118,7 @@ class DirectoryNode:
     ) -> None:
         """Use the directory of the node with this identity, which has been verified.
 
-        NodeBusyError when somebody else than `owner`, the path of a store, uses it.
+        NodeBusyError if another owner than `owner`, the path of a store, uses it.
         """
         self.path = path
         self._name = identity.node
@@ -141,13 +141,13 @@ class DirectoryNode:
         self._lock = threading.Lock()
         self._open = self._none_open()
         self._strays: frozenset[str] = frozenset()
-        """Names that were said to be ignored."""
+        """Names that were logged as ignored."""
 
     def _none_open(self) -> LeastRecentlyUsed[tuple[SegmentKind, int], _Segment]:
         return LeastRecentlyUsed(self._limits.open_segments_max)
 
     def _own(self, directory: Directory, owner: str, *, shared: bool) -> locks.Lock:
-        """Lock the directory, or, where that cannot be, the file that says whose it is."""
+        """Lock the directory or, if this is not supported, its identity file."""
         with self._errors("lock"):
             try:
                 lock = locks.take(".", owner, shared=shared, dir_fd=directory.fd)
@@ -161,7 +161,7 @@ class DirectoryNode:
                 ) from error
         if not lock.is_held:
             logger.warning(
-                "Node %s (%s) cannot be locked: see to it that no other machine uses it.",
+                "Node %s (%s) cannot be locked: make sure that no other machine uses it.",
                 self._name,
                 self.path,
             )
@@ -185,14 +185,14 @@ class DirectoryNode:
             raise unexpected(self._name, error) from error
 
     def _top(self) -> Directory:
-        """The open directory of the node; OSError when the node is closed."""
-        directory = self._directory  # `close` takes it from us
+        """Return the open directory of the node; OSError if the node is closed."""
+        directory = self._directory  # `close` may clear it
         if directory is None:
             raise OSError(errno.EBADF, "it is closed")
         return directory
 
     def _folder(self, kind: SegmentKind) -> Directory:
-        """The open folder of a kind; OSError when it is none, or the node is closed."""
+        """Return the open folder of a kind; OSError if it is no folder, or the node is closed."""
         return self._top().folder(FOLDERS[kind][0])
 
     def check(self) -> None:
@@ -206,7 +206,7 @@ class DirectoryNode:
             ) from error
         if not os.path.samestat(there, self._there) or not os.path.samestat(now, self._marker):
             raise NodeIdentityError(f"Node {self._name} at {self.path} was replaced by another.")
-        with self._errors("look at its segments"), self._lock:
+        with self._errors("check its segments"), self._lock:
             for (kind, segment), opened in self._open.items():
                 if os.fstat(opened.fd).st_nlink == 0:
                     raise NodeError(
@@ -247,12 +247,12 @@ class DirectoryNode:
         return Strays(count, tuple(sorted(names)))
 
     def _ignore(self, kind: SegmentKind, strays: list[str]) -> None:
-        """Say once that what is not of this store is left alone."""
+        """Log once that files which do not belong to this store are ignored."""
         names = {f"{FOLDERS[kind][0]}/{name}" for name in strays}
         new, self._strays = names - self._strays, self._strays | names
         if new:
             logger.warning(
-                "Node %s (%s) holds what is no segment of this store: %s: it is ignored.",
+                "Node %s (%s) has files that are not segments of this store, and are ignored: %s.",
                 self._name,
                 self.path,
                 ", ".join(map(ascii, sorted(new))),
@@ -261,7 +261,7 @@ class DirectoryNode:
     def _segment(
         self, kind: SegmentKind, segment: int, *, write: bool = False, create: bool = False
     ) -> _Segment:
-        """The open segment, to be written to if asked for; OSError when it cannot be opened."""
+        """Return the open segment, for writing if requested; OSError if it cannot be opened."""
         with self._lock:
             found = self._open.get((kind, segment))
             if found is not None and not (write and found.refused):
@@ -311,7 +311,7 @@ class DirectoryNode:
 
     @staticmethod
     def _allocate(target: _Segment, start: int, end: int, ahead: int) -> None:
-        """Find room for start <= i < end before it is written, and some more if there is."""
+        """Allocate room for start <= i < end before the write, and more ahead if possible."""
         try:
             linux.allocate(target.fd, start, end - start + ahead)
             end += ahead
@@ -366,7 +366,7 @@ class DirectoryNode:
 
     def size(self, kind: SegmentKind, segment: int) -> int:
         """See Node."""
-        with self._errors(f"look at {segment_path(kind, segment)}"):
+        with self._errors(f"examine {segment_path(kind, segment)}"):
             opened = self.opened(kind, segment)
             if opened is not None:
                 return os.fstat(opened.fd).st_size
@@ -444,7 +444,7 @@ class DirectoryNode:
 
     def drop_aside(self) -> None:
         """See Node."""
-        with self._errors("remove what was set aside"):
+        with self._errors("remove segments that were set aside"):
             for kind in SegmentKind:
                 folder = self._folder(kind)
                 kept = (entry for entry in folder.entries() if _KEPT in entry.name)
@@ -453,7 +453,7 @@ class DirectoryNode:
 
     def space(self) -> Space:
         """See Node."""
-        with self._errors("tell its free space"):
+        with self._errors("report its free space"):
             found = os.statvfs(self.path)
             device = os.stat(self.path).st_dev
         return Space(device, found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize)
@@ -461,7 +461,7 @@ class DirectoryNode:
     def bytes_used(self) -> int:
         """See Node."""
         total = 0
-        with self._errors("tell its size"):
+        with self._errors("report its size"):
             for kind in FOLDERS:
                 for entry in self._folder(kind).entries():
                     with contextlib.suppress(FileNotFoundError):  # it was deleted meanwhile
@@ -478,6 +478,6 @@ class DirectoryNode:
 
     def close(self) -> None:
         """See Node."""
-        # Without the lock: a thread that hangs may hold it, and what it uses stays open.
+        # Without the lock: a hanging thread may hold it, and its files stay open.
         self._open, self._directory = self._none_open(), None
         self._owned.release()

@@ -1,4 +1,4 @@
-"""An error that no node may raise is a bug: it costs the node that met it, not the mount."""
+"""An unexpected error in a node is a bug: it costs the node, not the mount."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def costs_only(name: str) -> Iterator[None]:
-    """NodeError in the place of an error that is none of fusestore's; that is logged."""
+    """Turn an exception that is not a FusestoreError into a NodeError, and log it."""
     try:
         yield
     except FusestoreError:
@@ -23,7 +23,7 @@ def costs_only(name: str) -> Iterator[None]:
 
 
 def unexpected(name: str, error: Exception) -> NodeError:
-    """What to raise in the place of an error that is none of fusestore's; it is logged."""
+    """Return the NodeError that replaces an unexpected exception, which is logged."""
     logger.error("Node %s met an unexpected error.", name, exc_info=error)
     return NodeError(
         f"Node {name} met an unexpected error ({type(error).__name__}): see the log, and please "

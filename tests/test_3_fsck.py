@@ -529,6 +529,6 @@ async def test_files_that_cannot_be_read_are_not_clean(config: StoreConfig, how:
     async with open_store(config, read_only=True) as store, trio.open_nursery() as nursery:
         done = await fsck(store, repair=False, at_rest=True)
         assert done["clean"] is False
-        assert "fewer shards than it takes" in done["unreadable"][0]
+        assert "too few shards to be read" in done["unreadable"][0]
         safety = Safety(store.log, store.reader, FileSystem(store, nursery).tree.path)
         assert how == "cut" or (await safety.risk([]))["lost"] != []

@@ -1066,11 +1066,11 @@ async def test_two_directories_that_are_one_node(config: StoreConfig, tmp_path: 
     await write(config, made("twins", "a"))
     forget(config)
     copy_tree(config.nodes[0].path, tmp_path / "twin")
-    with pytest.raises(UsageError, match=f"both say that they are node {REGIONS[0]}"):
+    with pytest.raises(UsageError, match=f"are both node {REGIONS[0]}"):
         recovered(config, tmp_path / "twin")
     (config.store / "fusestore.toml").unlink()
     copy_tree(config.nodes[0].path, config.store / "twin")
-    with pytest.raises(UsageError, match=f"both say that they are node {REGIONS[0]}"):
+    with pytest.raises(UsageError, match=f"are both node {REGIONS[0]}"):
         recovered(config)
     assert not has_metadata(config)
     shutil.rmtree(config.store / "twin")

@@ -274,7 +274,7 @@ async def test_fsck_finds_a_wrong_place_first(
     await change_rows(config, change)
     async with open_store(config, background=False) as store:
         mended = await fsck(store, repair=True, at_rest=True)
-        assert any("lies where another does" in text for text in mended["findings"])
+        assert any("overlaps another shard" in text for text in mended["findings"])
         assert mended["left"] == []
     async with opened(config) as one:
         await all_right(one)

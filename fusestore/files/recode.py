@@ -1,16 +1,16 @@
-"""Recoding: files that exist get another code, while they are read and written.
+"""Recoding: existing files get another code, while they are read and written.
 
-File by file: new bytes of it have the new code from then on; then, from its
-beginning to its end, what lies in stripes of another code is read, verified, and
-written to stripes of the new one.  One transaction, and so one commit, gives up to
-RECODE_BYTES in up to RECODE_EXTENTS extents their new places, if they are still
-what was read; else they are read again.  Files up to that size go over as a whole,
-larger ones run by run: no transaction may be larger, and a file that is always
-written to would never go over otherwise.  At every moment, and after a crash at any
-moment, a file reads what was last written to it.
+Files are recoded one after another.  New bytes of the file have the new code from then
+on.  Then, from its beginning to its end, bytes in stripes of another code are read,
+verified, and written to stripes of the new one.  One transaction, and therefore one
+commit, gives up to RECODE_BYTES in up to RECODE_EXTENTS extents their new places, if
+they have not changed since; otherwise they are read again.  Files up to this size are
+recoded as a whole, larger ones run by run: this limits transactions, and a file with
+constant writes would otherwise never be recoded.  A read always returns the last
+written bytes, also after a crash at any moment.
 
-Which files are done can be seen from their extents, so a recoding that was cut
-short begins its walk again, and only looks at them.
+The extents of a file show whether it is done.  An interrupted recoding therefore
+restarts its walk, and only checks these files.
 """
 
 from __future__ import annotations
@@ -48,23 +48,23 @@ REFUSALS = {
 
 @dataclass(slots=True)
 class Recoding(JobRow):
-    """What is recoded, and how far."""
+    """The target of a recoding, and its progress."""
 
     ino: int = 0
     """A file, or a directory with all below it."""
     path: str = ""
-    """Where that was when it was started."""
+    """Its path at the start."""
     to: str = ""
-    """The code; empty: that of new files in the directory of each file."""
+    """The code; empty: the code of new files in the directory of each file."""
     files: int = 0
     total_files: int = 0
     size: int = 0
     total: int = 0
-    """Files that were looked at, of how many, and the bytes that they hold."""
+    """Files checked, the total number of files, and the bytes in them."""
     recoded: int = 0
-    """Bytes that got another code, since it was started."""
+    """Bytes recoded since the start."""
     unreadable: int = 0
-    """Files with bytes that cannot be read; these keep their place."""
+    """Files with unreadable bytes; these bytes keep their places."""
 
 
 class Recoder:
@@ -80,7 +80,7 @@ class Recoder:
         self._job = BackgroundJob(store.log, store_rows.RECODE_KEY, Recoding, REFUSALS)
         self._running = False
         self._began = (0.0, 0)
-        """When this run began to recode, by trio's clock, and the bytes done by then."""
+        """The start of this run, by trio's clock, and the bytes done before."""
         self._waits_for = ""
         self._unreadable: dict[str, None] = {}
 
@@ -92,7 +92,7 @@ class Recoder:
     # --- commands ------------------------------------------------------------
 
     def start(self, ino: int, to: Code | None, rate: float | None) -> None:
-        """Begin; UsageError when one is running, or there is nothing to recode."""
+        """Begin; UsageError if a recoding runs, or this is no file or directory."""
         self._job.check("begin")
         mode = self._tree.inode(ino).mode
         if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
@@ -106,11 +106,11 @@ class Recoder:
         self.resume()
 
     def stop(self) -> None:
-        """End it where it is; UsageError when none is running."""
+        """Stop it at its present place; UsageError if none runs."""
         self._job.stop()
 
     async def wait(self, progress: Progress) -> dict[str, Any]:
-        """Return when it has ended, or cannot go on before the next mount."""
+        """Return after it has ended, or if it cannot continue before the next mount."""
         await self._job.wait(self._progress, progress)
         return self.status()
 
@@ -121,7 +121,7 @@ class Recoder:
         return {"phase": what, "done": self.job.size, "total": self.job.total}
 
     def status(self) -> dict[str, Any]:
-        """How far it is, with `waits_for` and `seconds_left`, None if unknown."""
+        """Return its progress, with `waits_for` and `seconds_left`, None if unknown."""
         job = self.job
         since, before = self._began
         done, left = job.size - before, max(job.total - job.size, 0)
@@ -136,7 +136,7 @@ class Recoder:
         }
 
     def resume(self) -> None:
-        """Go on with what is not done."""
+        """Continue with the remaining files."""
         if self._job.is_running and not self._running:
             self._running = True
             self._nursery.start_soon(self._run)
@@ -153,12 +153,12 @@ class Recoder:
                 if self._job.is_current(job):
                     self._job.end()
         except FusestoreError as error:
-            logger.error("Recoding stopped: %s The next mount goes on.", error)
+            logger.error("Recoding stopped: %s The next mount continues it.", error)
         finally:
             self._running = False
 
     async def _count(self, job: Recoding) -> None:
-        """What there is to look at, for the progress; what is made meanwhile comes on top."""
+        """Count the files to check, for the progress; files made meanwhile are added."""
         job.files = job.total_files = job.size = job.total = job.unreadable = 0
         files = total = 0
         with Walk(self._tree, job.ino) as walk:
@@ -189,7 +189,7 @@ class Recoder:
                 await trio.lowlevel.checkpoint()
 
     async def _file(self, job: Recoding, ino: int, code: Code, pace: Pace) -> None:
-        """Recode one file; StaleError when it is gone."""
+        """Recode one file; StaleError if it is gone."""
         inode = self._tree.inode(ino)
         if not stat.S_ISREG(inode.mode):
             return
@@ -224,7 +224,7 @@ class Recoder:
             begun = job.size
 
     def _choose(self, rows: list[Extent], code: Code) -> tuple[list[Extent], int]:
-        """The extents of one transaction, and the offset up to which the file is done then."""
+        """Return the extents of one transaction, and the offset up to which it does the file."""
         run: list[Extent] = []
         size = 0
         for extent in rows:
@@ -244,9 +244,9 @@ class Recoder:
         return row.code if row is not None else None
 
     async def _read(self, ino: int, run: list[Extent]) -> list[tuple[Extent, Data | None]]:
-        """The bytes of extents; None for what is in memory still, and may change there.
+        """Return the bytes of extents; None for bytes still in memory, which may change.
 
-        Extents that cannot be read are left out, and their file is named.
+        Extents that cannot be read are left out, and their file is noted.
         """
         parts: list[tuple[Extent, Data | None]] = []
         for extent in run:
@@ -260,7 +260,7 @@ class Recoder:
                 if self._contents.has(ino, extent):
                     self._lost(ino, error)
                     continue
-                data = b""  # it was let go of meanwhile: the transaction will see that
+                data = b""  # it was freed meanwhile: the transaction will notice this
             parts.append((extent, data))
         return parts
 

@@ -3,16 +3,17 @@
 Changes go to a sorted table in memory; a checkpoint writes them to LMDB in one
 transaction with a full sync, in a thread of its own.  Reads look into the
 memory first, then into an LMDB read transaction that is renewed after each
-checkpoint.  So the database is never ahead of the journals, operations do not
-pause for a checkpoint, and a transaction that fails loses nothing: its changes
+checkpoint.  Therefore the database is never ahead of the journals, operations do
+not pause for a checkpoint, and a failed transaction loses nothing: its changes
 are still in memory, and the next checkpoint writes them.
 
-LMDB has no checksums.  So each stored value ends with a checksum that is seeded with its
-key, and is verified whenever it is read from the database: no read, no scan and no `last`
-goes past a row that does not match (BadRowError).  What is in memory is not verified.
+LMDB has no checksums.  Therefore each stored value ends with a checksum that is seeded
+with its key, and is verified whenever it is read from the database: no read, no scan
+and no `last` passes a row that does not match (BadRowError).  Rows in memory are not
+verified.
 
-Everything but `write` runs on the event loop and is not to be interleaved with
-an await; a scan must be read to its end, or dropped, before the next change.
+All methods but `write` run on the event loop, without an await in between; a scan must
+be read to its end, or dropped, before the next change.
 Only this module and `view` import lmdb.
 """
 
@@ -52,7 +53,7 @@ from .view import (
 )
 
 DATABASE, DATABASE_LOCK = "data.mdb", "lock.mdb"
-"""What LMDB makes in the directory."""
+"""The files that LMDB creates in the directory."""
 ROWS = b"rows"
 """In the environment's unnamed database: the name of the database of the rows."""
 
@@ -69,10 +70,10 @@ class Engine:
         owner: str = "",
         guard: bytes = b"",
     ) -> None:
-        """Open or make the environment in `directory`; MetadataError when it cannot be used.
+        """Open or create the environment in `directory`; MetadataError if it cannot be used.
 
-        StoreBusyError when somebody else than `owner`, the path of a store, uses it.  A
-        value of the key `guard` that nobody wrote through this engine ends all writing.
+        StoreBusyError if another owner than `owner`, the path of a store, uses it.  If the
+        key `guard` has a value that this engine did not write, all writing ends.
         """
         self._directory = directory
         self._guard = guard
@@ -82,7 +83,7 @@ class Engine:
         self._frozen: ChangedRows | None = None
         self._to_recount = False
         self._views: WeakSet[View] = WeakSet()
-        """Those that are open: threads may be reading them."""
+        """Open views: threads may be reading them."""
         try:
             check_pages(directory / DATABASE)
             self._env = lmdb.open(
@@ -107,10 +108,10 @@ class Engine:
                 "away and run 'fusestore recover'."
             ) from error
         self._guarded = {self._stored_guard(self._txn)}
-        """Of the guard: what this engine read or wrote, or may have written."""
+        """Values of the guard that this engine read or wrote, or may have written."""
 
     def _own(self, owner: str, *, shared: bool) -> locks.Lock | None:
-        """Lock the database's file, if there is one yet: copies of it are others' own."""
+        """Lock the database's file, if it exists; a copy of it has its own lock."""
         try:
             return locks.take(self._directory / DATABASE, owner, shared=shared)
         except FileNotFoundError:
@@ -129,7 +130,7 @@ class Engine:
     def close(self) -> None:
         """Close the environment; changes that no checkpoint wrote are dropped.
 
-        Under a thread that still reads a view it stays open until the process ends.
+        While a thread still reads a view, it stays open until the process ends.
         """
         self._cursor.close()
         self._txn.abort()
@@ -144,9 +145,9 @@ class Engine:
         return self._env.begin(write=write, db=self._rows)
 
     def _open_rows(self, read_only: bool) -> Any:
-        """The database of the rows; one of an early version is converted.
+        """Return the database of the rows; that of an early version is converted.
 
-        That had them in the unnamed database, without checksums.
+        Early versions stored the rows in the unnamed database, without checksums.
         """
         with self._env.begin() as txn:
             entries = txn.stat(self._main)["entries"]
@@ -154,7 +155,7 @@ class Engine:
             is_old = entries > 0 and txn.get(ROWS) is None
         if is_old and read_only:
             raise OSError(
-                errno.EROFS, "an early version wrote it: mount it read-write once, to convert it"
+                errno.EROFS, "an early version wrote it: mount it read-write once to convert it"
             )
         rows = self._env.open_db(ROWS, create=is_new or is_old)
         if is_old:
@@ -175,7 +176,7 @@ class Engine:
     # --- reading -------------------------------------------------------------
 
     def get(self, key: bytes) -> bytes | None:
-        """The value of a key, or None."""
+        """Return the value of a key, or None."""
         try:
             return self._active[key]
         except KeyError:
@@ -192,16 +193,16 @@ class Engine:
         return None if stored is None else value_of(key, stored)
 
     def scan(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """Keys and values with start <= key < end, in order."""
+        """Yield keys and values with start <= key < end, in order."""
         overlays = [self._active] if self._frozen is None else [self._active, self._frozen]
         return merged_rows(overlays, self._txn, start, end)
 
     def scan_stored(self, start: bytes, end: bytes) -> list[tuple[bytes, bytes]]:
-        """What the last checkpoint holds of start <= key < end."""
+        """Return the rows start <= key < end as of the last checkpoint."""
         return list(verified_rows(self._txn, start, end, None))
 
     def view(self, prefix: bytes = b"") -> View:
-        """The rows whose keys start with `prefix` as they are now, for a thread; close it soon."""
+        """Return the current rows whose keys start with `prefix`, for a thread; close it soon."""
         overlays = [self._active] if self._frozen is None else [self._active, self._frozen]
         try:
             parts = [rows_below(overlay, prefix) for overlay in overlays]
@@ -210,7 +211,7 @@ class Engine:
             raise MetadataError(f"The metadata in {self._directory}: {error}.") from error
 
     def last(self, start: bytes, end: bytes) -> tuple[bytes, bytes] | None:
-        """The greatest key with start <= key <= end, and its value, or None."""
+        """Return the greatest key with start <= key <= end, and its value, or None."""
         while True:
             best = next(self._active.irange(start, end, (True, True), reverse=True), None)
             if self._frozen is not None:
@@ -230,7 +231,7 @@ class Engine:
             end = _before(best)
 
     def _last_stored(self, end: bytes) -> tuple[bytes, bytes] | None:
-        """The greatest row of the database with key <= end."""
+        """Return the greatest row of the database with key <= end."""
         cursor = self._cursor
         try:
             if cursor.set_range(end):
@@ -243,19 +244,19 @@ class Engine:
 
     @property
     def rows_stored(self) -> int:
-        """Rows in the database, as LMDB counts them."""
+        """The number of rows in the database, according to LMDB."""
         return self._txn.stat(self._rows)["entries"]
 
     # --- changing ------------------------------------------------------------
 
     def apply(self, changes: Changes) -> None:
-        """Take absolute puts and deletes, which are seen at once; RowTooLargeError takes none."""
+        """Apply absolute puts and deletes, visible at once; RowTooLargeError applies none."""
         tables.check_lengths(changes)
         self._active.take(changes)
 
     @property
     def changed_keys(self) -> int:
-        """Keys that changed since the last freeze."""
+        """The number of keys changed since the last freeze."""
         return len(self._active)
 
     @property
@@ -266,13 +267,13 @@ class Engine:
     # --- checkpoint ----------------------------------------------------------
 
     def freeze(self) -> None:
-        """Set the changes so far aside for a checkpoint; later ones are kept apart."""
+        """Set the changes so far aside for a checkpoint; later changes are kept apart."""
         if self._frozen is not None:
             raise RuntimeError("a checkpoint is under way")
         self._frozen, self._active = self._active, ChangedRows()
 
     def amend(self, changes: Changes) -> None:
-        """Add to the changes that were set aside; what came later stays newer.
+        """Add to the changes that were set aside; later changes stay newer.
 
         RowTooLargeError: nothing was added.
         """
@@ -281,9 +282,9 @@ class Engine:
         self._frozen.take(changes)
 
     def write(self) -> None:
-        """Write what was set aside, with a full sync; MetadataError when it failed.
+        """Write the changes that were set aside, with a full sync; MetadataError if this fails.
 
-        Runs in a thread.  After an error it may simply be called again.
+        Runs in a thread.  After an error it may be called again.
         """
         assert self._frozen is not None
         changes = sorted(self._frozen.items())
@@ -297,7 +298,7 @@ class Engine:
                 if self._stored_guard(txn) not in self._guarded:
                     raise FencedError(
                         f"Another process has written the metadata in {self._directory}: this "
-                        "mount is over, and what it has not committed stays in its memory only."
+                        "mount has ended, and its uncommitted changes are only in memory."
                     )
                 sums = self._sums(txn)
                 _change(txn, puts, deletes, sums)
@@ -312,18 +313,18 @@ class Engine:
         self._to_recount = False
 
     def recount(self) -> None:
-        """Have the next checkpoint count all rows anew: what it has counted is wrong."""
+        """Let the next checkpoint count all rows again, because the counts are wrong."""
         self._to_recount = True
 
     def _sums(self, txn: lmdb.Transaction[bytes]) -> RowSums:
-        """What the last checkpoint has counted; where that rotted, what there is."""
+        """Return the sums of the last checkpoint; if they are damaged, count the rows."""
         sums = decode_sums(txn.get(SUMS, db=self._main))
         if sums is None:
             self._to_recount = True
         return sums or RowSums()
 
     def _preallocate(self, coming: int) -> None:
-        """Keep room for deletes: on a full disk even they need new pages."""
+        """Keep room for deletes, which need new pages even on a full disk."""
         info = self._env.info()
         used = (info["last_pgno"] + 1) * self._env.stat()["psize"]
         path = self._directory / DATABASE
@@ -344,7 +345,7 @@ class Engine:
             os.close(descriptor)
 
     def thaw(self) -> None:
-        """Forget what was set aside: it has been written."""
+        """Forget the changes that were set aside, after they were written."""
         self._frozen = None
         self._cursor.close()
         self._txn.abort()
@@ -353,7 +354,7 @@ class Engine:
 
     @property
     def bytes_used(self) -> int:
-        """What the database takes on disk."""
+        """The size of the database on disk."""
         return (self._directory / DATABASE).stat().st_blocks * 512
 
 
@@ -389,6 +390,6 @@ def _change(
 
 
 def _before(key: bytes) -> bytes:
-    """A key that is less than `key` and not less than any key of the same length below it."""
+    """Return a key less than `key`, and not less than any smaller key of the same length."""
     number = int.from_bytes(key, "big") - 1
     return number.to_bytes(len(key), "big")

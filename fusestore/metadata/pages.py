@@ -1,12 +1,12 @@
-"""The pages of an LMDB file are checked before LMDB maps them.
+"""A check of the pages of an LMDB file, before LMDB maps them.
 
-LMDB trusts its pages: a bit that flipped in a length or an offset has it read past the end
-of its map, and a signal that nobody can catch ends the process; one that flipped in the
-list of free pages has it write over pages in use.  So the tree of pages is walked once:
-each page is where its parent says, each entry lies in its page, what is longer lies in
-the file, and no page is used twice, or used and free.  What rows say is not looked at.
+LMDB trusts its pages.  After a bit flip in a length or an offset, it reads past the end
+of its map, and a signal ends the process.  After a bit flip in the list of free pages,
+it overwrites pages in use.  Therefore the tree of pages is walked once: each page is at
+the place in its parent, each entry lies in its page, longer values lie in the file, and
+no page is used twice, or used and free.  The contents of rows are not examined.
 
-Written after liblmdb 0.9, on a machine that is little-endian with 64 bits.
+This follows liblmdb 0.9 on little-endian machines with 64 bits.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pathlib import Path
 from ..errors import DamagedMetadataError
 
 _PAGE = struct.Struct("<QHHHH")
-"""Its own number, padding, flags, where free room begins, and where it ends."""
+"""The page's number, padding, flags, the start and the end of its free room."""
 _OVERFLOW = struct.Struct("<QHHI")
-"""The same, with the number of pages that belong to it."""
+"""The page's number, padding, flags, and the number of pages that belong to it."""
 _NODE = struct.Struct("<HHHH")
-"""Two halves of a length or of a page's number, flags (of a branch: the third part), key length."""
+"""Two halves of a length or a page number, flags (in a branch: its third part), key length."""
 _META = struct.Struct("<IIQQ48s48sQQ")
 """Magic, version, address, size of the map, two databases (free pages, unnamed), the last
 page, the transaction."""
@@ -37,7 +37,7 @@ _PAGE_SIZES = {1 << bits for bits in range(8, 17)}
 
 
 class _BrokenError(Exception):
-    """What is wrong, for people."""
+    """The damage, for people."""
 
 
 @dataclass(slots=True)
@@ -46,9 +46,9 @@ class _Walk:
 
     data: mmap.mmap
     size: int
-    """Of a page, in bytes."""
+    """The size of a page, in bytes."""
     last: int
-    """The last page that the transaction knows."""
+    """The last page of the transaction."""
     used: set[int] = field(default_factory=set)
 
     def tree(
@@ -68,7 +68,7 @@ class _Walk:
         page = self._use(root, 1)
         number, _, flags, lower, upper = _PAGE.unpack_from(page)
         if number != root or not 16 <= lower <= upper <= self.size or lower % 2:
-            raise _BrokenError(f"page {root} is not what it should be")
+            raise _BrokenError(f"page {root} is invalid")
         pointers = struct.unpack_from(f"<{(lower - 16) // 2}H", page, 16)
         if not pointers or min(pointers) < upper or max(pointers) > self.size - _NODE.size:
             raise _BrokenError(f"an entry of page {root} lies outside of it")
@@ -80,10 +80,10 @@ class _Walk:
             for number, (_, child) in enumerate(children):
                 self.tree(child, depth - 1, entries, bounds[number] or b"", bounds[number + 1])
         else:
-            raise _BrokenError(f"page {root} is not of its kind")
+            raise _BrokenError(f"page {root} has the wrong kind")
 
     def _child(self, root: int, page: bytes, at: int) -> tuple[bytes, int]:
-        """The least key of a child, and its page."""
+        """Return the least key of a child, and its page."""
         one, two, three, length = _NODE.unpack_from(page, at)
         start = at + _NODE.size
         if start + length > self.size:
@@ -120,18 +120,18 @@ class _Walk:
             raise _BrokenError(f"a key of page {root} is not in order")
 
     def _long(self, first: int, length: int) -> bytes:
-        """A value that has pages of its own."""
+        """Return a value with its own pages."""
         number, _, flags, count = _OVERFLOW.unpack_from(self._use(first, 1))
         if number != first or flags != _OVERFLOW_FLAG or 16 + length > count * self.size:
-            raise _BrokenError(f"page {first} is not what it should be")
+            raise _BrokenError(f"page {first} is invalid")
         if count > 1:
             self._use(first + 1, count - 1)
         return self.data[first * self.size + 16 : first * self.size + 16 + length]
 
     def _use(self, first: int, count: int) -> bytes:
-        """The first of some pages, which nothing else uses and the file has."""
+        """Mark pages as used, and return the first; _BrokenError if used or not in the file."""
         if first < 2 or first + count - 1 > self.last:
-            raise _BrokenError(f"there is no page {first}")
+            raise _BrokenError(f"page {first} does not exist")
         if (first + count) * self.size > len(self.data):
             raise _BrokenError(f"the file ends before page {first + count - 1}")
         for page in range(first, first + count):
@@ -141,10 +141,10 @@ class _Walk:
         return self.data[first * self.size : (first + 1) * self.size]
 
     def free(self, value: bytes) -> None:
-        """A list of free pages: how many, and which."""
+        """Check a list of free pages: its length, and its numbers."""
         numbers = struct.unpack(f"<{len(value) // 8}Q", value[: len(value) // 8 * 8])
         if not numbers or numbers[0] > len(numbers) - 1:
-            raise _BrokenError("a list of free pages is not what it should be")
+            raise _BrokenError("a list of free pages is invalid")
         for page in numbers[1 : numbers[0] + 1]:
             if not 2 <= page <= self.last:
                 raise _BrokenError(f"page {page}, which is free, is not in the file")
@@ -154,9 +154,9 @@ class _Walk:
 
 
 def check_pages(file: Path) -> None:
-    """Check the pages of a database that nobody writes to; DamagedMetadataError, OSError.
+    """Check the pages of a database without a writer; DamagedMetadataError, OSError.
 
-    A file that is not there, or empty, is fine: LMDB begins it.
+    A missing or empty file is valid: LMDB creates it.
     """
     if not file.exists() or not file.stat().st_size:
         return
@@ -165,7 +165,7 @@ def check_pages(file: Path) -> None:
             _check(data)
         except (_BrokenError, struct.error, RecursionError) as error:
             raise DamagedMetadataError(
-                f"The metadata in {file.parent} cannot be opened, as it is damaged ({error}): move "
+                f"The metadata in {file.parent} is damaged and cannot be opened ({error}): move "
                 "it away and run 'fusestore recover'."
             ) from None
 
@@ -182,7 +182,7 @@ def _check(data: mmap.mmap) -> None:
         if flags & _SUBTREE:
             below = _DATABASE.unpack(value)
             walk.tree(below[-1], below[2])
-    # Last: what is in use is known by then.
+    # This comes last, when the pages in use are known.
     for _, value in lists:
         walk.free(value)
 
@@ -191,14 +191,14 @@ def _page_size(data: mmap.mmap) -> int:
     *_, free, _, _, _ = _META.unpack_from(data, _PAGE.size)
     size: int = _DATABASE.unpack(free)[0]
     if size not in _PAGE_SIZES:
-        raise _BrokenError("its first page is not what it should be")
+        raise _BrokenError("its first page is invalid")
     return size
 
 
 def _meta(data: mmap.mmap, at: int) -> tuple[tuple[int, ...], tuple[int, ...], int, int]:
-    """The databases of the free pages and without a name, the last page, the transaction."""
+    """Return the database of free pages, the unnamed one, the last page, and the transaction."""
     _, _, flags, _, _ = _PAGE.unpack_from(data, at)
     magic, version, _, _, free, main, last, transaction = _META.unpack_from(data, at + _PAGE.size)
     if flags != _META_FLAG or magic != _MAGIC or version != _VERSION:
-        raise _BrokenError("its first pages are not what they should be")
+        raise _BrokenError("its first pages are invalid")
     return _DATABASE.unpack(free), _DATABASE.unpack(main), last, transaction

@@ -1,8 +1,8 @@
-"""Rows as a reader sees them: changes in memory above an LMDB transaction, and views of both.
+"""The rows for a reader: changes in memory above an LMDB transaction, and views of both.
 
-A stored row ends with a checksum that is seeded with its key.  No read and no scan goes
-past a row that does not match it (BadRowError), unless a view passes over such rows and
-notes them, which only fsck and what mends rows ask for.
+A stored row ends with a checksum that is seeded with its key.  No read and no scan
+passes a row that does not match it (BadRowError), unless a view skips and notes such
+rows.  Only fsck and the mending of rows use such views.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SUMS = b"sums"
 
 
 class ChangedRows(dict[bytes, bytes | None]):
-    """Changed keys and their values; sorted only when somebody asks for an order."""
+    """Changed keys and their values; sorted only when an order is requested."""
 
     __slots__ = ("_fresh", "_order")
 
@@ -44,7 +44,7 @@ class ChangedRows(dict[bytes, bytes | None]):
     def irange(
         self, start: bytes, end: bytes, inclusive: tuple[bool, bool], reverse: bool = False
     ) -> Iterator[bytes]:
-        """Keys from start to end, in order."""
+        """Yield the keys from start to end, in order."""
         if self._fresh:
             self._order.update(self._fresh)
             self._fresh = []
@@ -53,9 +53,9 @@ class ChangedRows(dict[bytes, bytes | None]):
 
 
 class View:
-    """The rows as they were at one instant; for one thread, any one.
+    """The rows as of one instant; for any thread, but only one.
 
-    While it is open the database keeps the pages that it needs.
+    While it is open, the database keeps the pages that it needs.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class View:
     ) -> None:
         self._overlays, self._txn, self._main, self._views = overlays, txn, main, views
         self.passes_over: set[bytes] | None = None
-        """Where set, rows that do not match their checksum are added, and count as not there."""
+        """If set, rows that do not match their checksum are added here, and count as missing."""
         views.add(self)
 
     def __enter__(self) -> Self:
@@ -78,7 +78,7 @@ class View:
         self._views.discard(self)
 
     def get(self, key: bytes) -> bytes | None:
-        """The value of a key, or None."""
+        """Return the value of a key, or None."""
         for overlay in self._overlays:
             if key in overlay:
                 return overlay[key]
@@ -86,28 +86,28 @@ class View:
         return None if found is None else _value_if_good(key, found, self.passes_over)
 
     def scan(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """Keys and values with start <= key < end, in order."""
+        """Yield keys and values with start <= key < end, in order."""
         return merged_rows(self._overlays, self._txn, start, end, self.passes_over)
 
     # --- the database alone --------------------------------------------------
 
     def has_changed(self, key: bytes) -> bool:
-        """Whether a row was changed since the last checkpoint."""
+        """Return whether a row has changed since the last checkpoint."""
         return any(key in overlay for overlay in self._overlays)
 
     def stored(self, key: bytes) -> bytes | None:
-        """What the database has of a row: its value and its checksum, not verified."""
+        """Return a row of the database: its value and its checksum, not verified."""
         try:
             return self._txn.get(key)
         except lmdb.Error as error:
             raise damaged(error) from error
 
     def all_stored(self) -> Iterator[tuple[bytes, bytes]]:
-        """What the database has of all rows, in order, not verified."""
+        """Yield all rows of the database, in order, not verified."""
         return stored_rows(self._txn, b"", b"\xff")
 
     def sums(self) -> RowSums | None:
-        """What the last checkpoint has counted; None where that cannot be read."""
+        """Return the sums of the last checkpoint; None if they cannot be read."""
         try:
             return decode_sums(self._txn.get(SUMS, db=self._main))
         except lmdb.Error as error:
@@ -115,15 +115,15 @@ class View:
 
 
 def damaged(error: lmdb.Error) -> DamagedMetadataError:
-    """What is said of a database that LMDB cannot read."""
+    """Return the error for a database that LMDB cannot read."""
     return DamagedMetadataError(
-        f"The metadata database is damaged ({error}): unmount, move the metadata away and run "
-        "'fusestore recover'."
+        f"The metadata database is damaged ({error}): unmount the store, move the metadata "
+        "away, and run 'fusestore recover'."
     )
 
 
 def bad_row(key: bytes) -> BadRowError:
-    """What is said of a row that does not match its checksum."""
+    """Return the error for a row that does not match its checksum."""
     table = TABLES[key[:1]].name if key[:1] in TABLES else "super"
     return BadRowError(
         f"Row {key.hex()} of {table} in the metadata does not match its checksum: "
@@ -132,7 +132,7 @@ def bad_row(key: bytes) -> BadRowError:
 
 
 def value_of(key: bytes, stored: bytes) -> bytes:
-    """The value of a stored row; BadRowError."""
+    """Return the value of a stored row; BadRowError."""
     value = unseal(key, stored)
     if value is None:
         raise bad_row(key)
@@ -140,7 +140,7 @@ def value_of(key: bytes, stored: bytes) -> bytes:
 
 
 def _value_if_good(key: bytes, stored: bytes, passes_over: set[bytes] | None) -> bytes | None:
-    """The same; where bad rows are passed over, None."""
+    """Return the value of a stored row; None for a bad row that is skipped; BadRowError."""
     value = unseal(key, stored)
     if value is None:
         if passes_over is None:
@@ -160,7 +160,7 @@ def decode_sums(stored: bytes | None) -> RowSums | None:
 def stored_rows(
     txn: lmdb.Transaction[bytes], start: bytes, end: bytes
 ) -> Iterator[tuple[bytes, bytes]]:
-    """What the database has of start <= key < end, not verified."""
+    """Yield the rows of the database with start <= key < end, not verified."""
     try:
         cursor = txn.cursor()
         if not cursor.set_range(start):
@@ -176,7 +176,7 @@ def stored_rows(
 def verified_rows(
     txn: lmdb.Transaction[bytes], start: bytes, end: bytes, passes_over: set[bytes] | None
 ) -> Iterator[tuple[bytes, bytes]]:
-    """The rows of the database with start <= key < end."""
+    """Yield the rows of the database with start <= key < end."""
     for key, stored in stored_rows(txn, start, end):
         value = _value_if_good(key, stored, passes_over)
         if value is not None:
@@ -190,7 +190,7 @@ def merged_rows(
     end: bytes,
     passes_over: set[bytes] | None = None,
 ) -> Iterator[tuple[bytes, bytes]]:
-    """Rows of the database below the overlays, of which the first is the newest."""
+    """Yield rows of the database below the overlays; the first overlay is the newest."""
     walks: list[list[Any]] = []
     for overlay in overlays:
         keys = overlay.irange(start, end, (True, False))
@@ -203,7 +203,7 @@ def merged_rows(
     stored = stored_rows(txn, start, end)
     below = next(stored, None)
     while walks or below is not None:
-        # The first of the walks (the newest) wins where keys are equal.
+        # If keys are equal, the first walk (the newest) wins.
         key = min(walk[0] for walk in walks) if walks else None
         if below is not None and (key is None or below[0] < key):
             value = _value_if_good(*below, passes_over)
@@ -227,7 +227,7 @@ def merged_rows(
 
 
 def rows_below(overlay: ChangedRows, prefix: bytes) -> ChangedRows:
-    """A copy of the keys of a table that start with `prefix`."""
+    """Return a copy of the rows whose keys start with `prefix`."""
     if not prefix:
         return ChangedRows(overlay)
     end = (int.from_bytes(prefix, "big") + 1).to_bytes(len(prefix), "big")

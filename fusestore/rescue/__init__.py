@@ -1,1 +1,1 @@
-"""When the metadata is lost or damaged: recover and fsck."""
+"""For lost or damaged metadata: recover and fsck."""

@@ -1,18 +1,18 @@
-"""fsck: check all tables against each other, mend the first phase that has findings, check again.
+"""fsck: check all tables against each other, mend the first phase with findings, check again.
 
-First the rows are compared with the journals, and those that differ are put back: what
-rotted or is gone in the database alone is no loss.  While the journals do not tell what
-is right, nothing is mended.  A stripe whose row is nowhere is made anew from its shards.
+First the rows are compared with the journals, and rows that differ are restored: damage
+in the database alone is no loss.  While the journals do not give the right values,
+nothing is mended.  A stripe without a row is rebuilt from its shards.
 
-The checks, each given the earlier ones whose counts it needs; `check_tables` has
-their exact order:
+Each check gets the earlier ones whose counts it needs; `check_tables` has their exact
+order:
 
     rows       each row has the form of its table                         this module
     names      each has an inode, and is in the listing of its directory  fsck_names
     inodes     each has a type, a name, the right count of links          fsck_inodes
     extents    each lies in a file and in a stripe; owners, live bytes    fsck_extents
-    quotas     each counts what lies in it                                fsck_quotas
-    stripes    each shard has a place; segments count what lies in them   fsck_stripes
+    quotas     each counts its inodes and their bytes                     fsck_quotas
+    stripes    each shard has a place; segments count their shards        fsck_stripes
     readable   enough shards of each stripe are on the nodes              fsck_readable
     counters   of the whole store                                         this module
 
@@ -22,12 +22,12 @@ The phases of mending (fsck_findings.Phase; the fixes are fsck_mend.Mender):
 
     1  names and listings
     2  inodes
-    3  extents, and where shards lie
-    4  what is counted or derived
+    3  extents, and places of shards
+    4  counts and derived rows
 
-All of the first phase that has findings are mended, then everything is checked
-anew: a later finding may only be the echo of an earlier one.  Everything is read
-from one view (fsck_view), so a mounted store is checked as of one instant.
+All findings of the first phase that has any are mended.  Then everything is checked
+again: a later finding may only be a result of an earlier one.  All rows are read from
+one view (fsck_view): a mounted store is checked as of one instant.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ ROUNDS_MAX = 20
 
 
 async def fsck(store: Store, *, repair: bool, at_rest: bool) -> dict[str, Any]:
-    """Check a store's tables, and mend them if asked; what was found, and what is left.
+    """Check a store's tables, and mend them if requested; the findings, and those left.
 
     `at_rest`: nothing else uses the store; only then may it be mended.
     """
@@ -67,7 +67,7 @@ async def fsck(store: Store, *, repair: bool, at_rest: bool) -> dict[str, Any]:
     wrong, hindrance = await _rows_of_journals(store, repair=repair, at_rest=at_rest)
     found.update(dict.fromkeys([*wrong, *hindrance]))
     checked = await _check(store, at_rest)
-    if hindrance:  # what is lost now may be had when the journals can be read
+    if hindrance:  # rows that are lost now may be available when the journals can be read
         found.update(dict.fromkeys(map(str, checked.findings)))
         repair = False
     for _ in range(ROUNDS_MAX):
@@ -92,7 +92,7 @@ async def fsck(store: Store, *, repair: bool, at_rest: bool) -> dict[str, Any]:
 
 
 async def _end_doubt(store: Store) -> None:
-    """All agrees, and every node has taken part: what was kept in doubt may go."""
+    """End the doubt after a check of all nodes without findings: kept segments may be freed."""
     log = store.log
     if not log.doubt or not all(member.in_sync for member in log.members.all):
         return
@@ -105,16 +105,16 @@ async def _end_doubt(store: Store) -> None:
 async def _rows_of_journals(
     store: Store, *, repair: bool, at_rest: bool
 ) -> tuple[list[str], list[str]]:
-    """Rows that are not what the journals say, put right if asked; and why that cannot be told.
+    """Compare the rows with the journals, and mend them if requested; wrong rows, and errors.
 
-    A mounted store is compared only if a checksum or a count is not right.
+    A mounted store is compared only if a checksum or a count is wrong.
     """
     try:
         if repair:
             return await store.rows.mend(thorough=at_rest), []
         _, rows = await store.rows.compare(thorough=at_rest)
     except (MetadataError, ReplayError) as error:
-        hint = "bring all nodes back; if they are, move the metadata away and run recover"
+        hint = "bring all nodes back; if all are present, move the metadata away and run recover"
         return [], [f"rows: {error} ({hint})"]
     return list(map(str, rows)), []
 
@@ -135,20 +135,20 @@ async def _mend_first_phase(store: Store, findings: list[Finding]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What all checks have found."""
+    """The findings of all checks."""
 
     findings: list[Finding]
     files: int
     """Inodes."""
     stripes: int
     lost_bytes: int
-    """Bytes of files that are nowhere; they are an error to read."""
+    """Lost bytes of files; reading them is an error."""
     unreadable: list[str]
-    """What cannot be read although the tables agree."""
+    """Sentences about unreadable stripes in consistent tables."""
 
 
 async def _check(store: Store, at_rest: bool) -> Checked:
-    """Check the store as it is at this instant, in a thread."""
+    """Check the store as of this instant, in a thread."""
     async with view_store(store.log, at_rest=at_rest) as view:
         checked = await trio.to_thread.run_sync(check_tables, view)
         lost = await trio.to_thread.run_sync(lost_stripes, store.log, view, checked.findings)
@@ -164,7 +164,7 @@ async def _check(store: Store, at_rest: bool) -> Checked:
 
 
 def check_tables(view: StoreView) -> Checked:
-    """Run all checks in their order; each builds on what those before it have gathered."""
+    """Run all checks in their order; each uses the results of those before it."""
     quotas = QuotaCheck(view)
     names = NameCheck(view, quotas)
     inodes = InodeCheck(view, names, quotas)
@@ -194,7 +194,7 @@ def check_tables(view: StoreView) -> Checked:
 
 
 def _rows(view: StoreView) -> Iterator[Finding]:
-    """Rows that cannot be read are reported once, and count as not there."""
+    """Rows that cannot be read are reported once, and count as missing."""
     for key, value in view.rows.scan(b"", b"\xff"):
         if key[:1] != b"Z" and not tables.readable(key, value):
             table = TABLES[key[:1]].name if key[:1] in TABLES else "rows"
@@ -208,7 +208,7 @@ def _counters(
     extents: ExtentCheck,
     stripes: StripeCheck,
 ) -> Iterator[Finding]:
-    """The counters are what was counted, and numbers that are used are not given again."""
+    """The counters match the counts, and used numbers are not assigned again."""
     counters = view.counters
     wanted = {"files": inodes.files, "file_bytes": extents.uses.total()}
     if view.at_rest:
@@ -217,5 +217,5 @@ def _counters(
         wanted[name] = max(getattr(counters, name), last + 1)
     for name, value in wanted.items():
         if getattr(counters, name) != value:
-            text = f"{name} is {getattr(counters, name)}, and should be {value}"
+            text = f"{name} is {getattr(counters, name)}, but should be {value}"
             yield finding(Phase.DERIVED, "counters", text, "count", name, value)

@@ -1,8 +1,8 @@
-"""fsck: each extent lies in a file and in a stripe, and stripes know who has their bytes.
+"""fsck: each extent lies in a file and in a stripe, and stripes name the owners of their bytes.
 
-Extents whose rows are gone are found again where three things agree: the inode
-counts more bytes than it has, the stripe counts more live bytes than extents
-have, and the stripe's owners name the range.
+Extents whose rows are gone are restored if three rows agree: the inode counts more
+bytes than it has, the stripe counts more live bytes than extents have, and the
+stripe's owners name the range.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from .fsck_view import StoreView
 
 @dataclass(slots=True)
 class ExtentCheck:
-    """Counts the bytes of each stripe that files have on the way."""
+    """Checks extents, and counts the bytes of each stripe in files."""
 
     _store: StoreView
     _inodes: InodeCheck
     uses: Counter[int] = field(default_factory=Counter)
-    """By stripe: the bytes of it that extents have."""
+    """By stripe: its bytes in extents."""
     lost_bytes: int = 0
-    """What extents point at LOST_STRIPE for."""
+    """Bytes of extents that point at LOST_STRIPE."""
     _restored: dict[int, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
-    """By inode: ranges for which an extent can be made again."""
+    """By inode: ranges whose extents can be restored."""
 
     def extents(self) -> Iterator[Finding]:
-        """Each extent lies inside its file, on no other, and in a stripe that names the file."""
+        """Each extent lies in its file, overlaps no other, and its stripe names the file."""
         owners = _Owners(self._store)
         ino, inode, end, held, trimmed = -1, None, 0, 0, False
         for key, value in self._store.table(b"E"):
@@ -63,8 +63,8 @@ class ExtentCheck:
             return
         elif not self._is_in_stripe(extent):
             text = (
-                f"bytes {extent.offset} to {extent.end} of inode {ino} are lost: they are not "
-                f"in stripe {extent.stripe:#x}"
+                f"bytes {extent.offset} to {extent.end} of inode {ino} are lost: stripe "
+                f"{extent.stripe:#x} does not have them"
             )
             yield finding(Phase.EXTENTS, "extents", text, "lose_extent", ino, extent)
         elif not owners.name(ino, extent):
@@ -76,7 +76,7 @@ class ExtentCheck:
         return stripe is not None and extent.stripe_offset + extent.length <= stripe.length
 
     def owners(self) -> Iterator[Finding]:
-        """A stripe that is gone has no owners."""
+        """A missing stripe has no owners."""
         last = -1
         for key, _ in self._store.table(b"O"):
             number = int(file_rows.decode_ino_key(key))
@@ -84,11 +84,11 @@ class ExtentCheck:
                 continue
             last = number
             if self._store.stripe(number) is None:
-                text = f"stripe {number:#x} is not there"
+                text = f"stripe {number:#x} does not exist"
                 yield finding(Phase.DERIVED, "owners", text, "drop_owners", number)
 
     def live(self) -> Iterator[Finding]:
-        """Each stripe counts the bytes of it that extents have."""
+        """Each stripe counts its bytes in extents."""
         counted = {}
         for key, value in self._store.table(b"V"):
             counted[stripe_rows.decode_stripe_key(key)] = stripe_rows.decode_live(value)
@@ -97,13 +97,13 @@ class ExtentCheck:
             if counts > live:
                 yield from self._lost_extents(number, counts - live)
             if counts != live:
-                text = f"stripe {number:#x} counts {counts} live bytes, and has {live}"
+                text = f"stripe {number:#x} counts {counts} live bytes, but has {live}"
                 yield finding(Phase.DERIVED, "live", text, "set_live", number, live)
 
     def _lost_extents(self, number: int, hidden: int) -> Iterator[Finding]:
-        """Rows of extents that are gone, where live bytes, allocated bytes and owners agree.
+        """Restore missing extents on which live bytes, allocated bytes and owners agree.
 
-        Called for the newest stripe first: what it has of a file was written last.
+        Called for the newest stripe first: its bytes of a file were written last.
         """
         short = self._inodes.short
         owners = [
@@ -122,13 +122,13 @@ class ExtentCheck:
                     extent = Extent(start, end - start, number, at + start - offset)
                     self._restored[ino].append((start, end))
                     text = (
-                        f"bytes {start} to {end} of inode {ino} have no extent; stripe "
+                        f"bytes {start} to {end} of inode {ino} have no extent, but stripe "
                         f"{number:#x} has them"
                     )
                     yield finding(Phase.EXTENTS, "extents", text, "put_extent", ino, extent)
 
     def _gaps(self, ino: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """Parts of a file's bytes start <= i < end that no extent has."""
+        """Yield the parts of a file's bytes start <= i < end without an extent."""
         taken = list(self._restored.get(ino, ()))
         for key, value in self._store.table(file_rows.extent_key(ino, 0)[:9]):
             extent = Extent.decode(key, value)
@@ -145,15 +145,15 @@ class ExtentCheck:
 
 
 def _misplaced(extent: Extent, inode: Inode | None, end: int, trimmed: bool) -> str:
-    """Why an extent cannot be where it is, or nothing."""
+    """Return why the place of an extent is impossible, or an empty string."""
     if inode is None:
         return "" if trimmed else "belong to no inode"
     if not stat.S_ISREG(inode.mode):
-        return "belong to an inode that is no file"
+        return "belong to an inode that is not a file"
     if extent.length == 0:
-        return "are none"
+        return "are an empty range"
     if extent.offset < end:
-        return "overlap what lies before"
+        return "overlap the extent before"
     if extent.end > inode.size and not trimmed:
         return f"lie past its end at {inode.size}"
     return ""
@@ -167,7 +167,7 @@ class _Owners:
         self._stripes: dict[int, dict[tuple[int, int], list[tuple[int, int]]]] = {}
 
     def name(self, ino: int, extent: Extent) -> bool:
-        """Whether owners cover the extent, in one row or in several."""
+        """Return whether owners cover the extent, in one row or in several."""
         ranges = self._of(extent.stripe).get((ino, extent.offset - extent.stripe_offset), [])
         at = extent.offset
         for start, end in ranges:
@@ -176,7 +176,7 @@ class _Owners:
         return at >= extent.end
 
     def _of(self, stripe: int) -> dict[tuple[int, int], list[tuple[int, int]]]:
-        """By inode, and distance of its offsets from the stripe's: ranges of the file, sorted."""
+        """Return sorted ranges of files, by inode and distance of its offsets from the stripe's."""
         found = self._stripes.get(stripe)
         if found is None:
             if len(self._stripes) > 64:

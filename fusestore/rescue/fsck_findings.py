@@ -1,7 +1,7 @@
-"""What fsck finds: one line of text, and the name of the fix that mends it.
+"""The findings of fsck: each has a line of text, and the name of its fix.
 
-A finding has a phase.  Those of a later phase may come from those of an earlier
-one, so mending goes phase by phase.
+A finding has a phase.  Findings of a later phase may result from those of an earlier
+one.  Therefore mending proceeds phase by phase.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from ..format.tables import TABLES
 
 
 class Phase(IntEnum):
-    """What must be right before the next phase can be judged."""
+    """The rows that must be right before the next phase can be judged."""
 
     NAMES = 1
     """Names and listings: each row can be read, each name has an inode, and is listed."""
     INODES = 2
     """Each inode has a name, and no directory is inside itself."""
     EXTENTS = 3
-    """Extents belong to a file, are inside it, do not overlap, and their stripe exists; shards
-    lie where nothing else does."""
+    """Extents belong to a file, lie inside it, do not overlap, and their stripe exists; shards
+    do not overlap other shards."""
     DERIVED = 4
-    """What is counted or derived: links, live bytes, owners, quotas, segments, counters."""
+    """Counts and derived rows: links, live bytes, owners, quotas, segments, counters."""
 
 
 Fix = Literal[
@@ -61,16 +61,16 @@ Fix = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that is not as it must be."""
+    """An error in the tables."""
 
     phase: Phase
     table: str
     text: str
     fix: Fix
     arguments: tuple[Any, ...]
-    """What the fix is given, in its order."""
+    """The positional arguments of the fix."""
     fields: dict[str, Any]
-    """What the fix is given by name."""
+    """The keyword arguments of the fix."""
 
     def __str__(self) -> str:
         return f"{self.table}: {self.text}"
@@ -79,11 +79,11 @@ class Finding:
 def finding(
     phase: Phase, table: str, text: str, fix: Fix, *arguments: Any, **fields: Any
 ) -> Finding:
-    """A finding that `fix`, with these arguments, mends."""
+    """Return a finding that `fix`, with these arguments, mends."""
     return Finding(phase, table, text, fix, arguments, fields)
 
 
 def stale(key: bytes, why: str) -> Finding:
-    """A row that something else has made needless."""
+    """Return the finding of a row that is out of date."""
     text = f"a row is out of date: {why}"
     return finding(Phase.DERIVED, TABLES[key[:1]].name, text, "drop", key)

@@ -1,4 +1,4 @@
-"""fsck: each inode has a possible form and a name, and what belongs to it fits it."""
+"""fsck: each inode has a valid form, a name, and matching rows in other tables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FILE_TYPES |= {stat.S_IFCHR, stat.S_IFBLK}
 
 @dataclass(slots=True)
 class InodeCheck:
-    """Counts the inodes on the way, and notes which of them lack extents."""
+    """Checks inodes, counts them, and notes which of them lack extents."""
 
     _store: StoreView
     _names: NameCheck
@@ -31,10 +31,10 @@ class InodeCheck:
     files: int = 0
     last_ino: int = 0
     short: dict[int, int] = field(default_factory=dict)
-    """By inode: bytes that it counts, and for which there are no extents."""
+    """By inode: counted bytes without extents."""
 
     def inodes(self) -> Iterator[Finding]:
-        """Each inode has a type, as many links as names, the quota of its directory."""
+        """Each inode has a valid type, as many links as names, and its directory's quota."""
         inside = Counter(self._names.directories.values())
         for key, value in self._store.table(b"I"):
             ino, inode = file_rows.decode_ino_key(key), Inode.decode(value)
@@ -42,7 +42,7 @@ class InodeCheck:
             self.files += 1
             kind = stat.S_IFMT(inode.mode)
             if kind not in _FILE_TYPES:
-                text = f"inode {ino} has a type that there is not ({kind:#o})"
+                text = f"inode {ino} has an unknown type ({kind:#o})"
                 yield finding(Phase.INODES, "inodes", text, "retype", ino)
                 continue
             yield from self._links(ino, inode, inside[ino])
@@ -58,39 +58,39 @@ class InodeCheck:
         if names:
             expected = 2 + subdirectories if stat.S_ISDIR(inode.mode) else names
             if orphan:
-                text = f"inode {ino} is to be removed, and has a name"
+                text = f"inode {ino} is to be removed, but has a name"
                 key = file_rows.orphan_key(ino)
                 yield finding(Phase.DERIVED, "orphans", text, "drop", key)
         elif not orphan:
             yield finding(Phase.INODES, "inodes", f"inode {ino} has no name", "attach", ino)
             return
         if inode.nlink != expected:
-            text = f"inode {ino} counts {inode.nlink} links, and has {expected}"
+            text = f"inode {ino} counts {inode.nlink} links, but has {expected}"
             yield finding(Phase.DERIVED, "inodes", text, "change", ino, nlink=expected)
         above = ROOT if ino == ROOT else self._names.directories.get(ino)
         if stat.S_ISDIR(inode.mode) and above is not None and inode.parent != above:
-            text = f"directory {ino} says that it is in directory {inode.parent}, and is in {above}"
+            text = f"directory {ino} has directory {inode.parent} as its parent, but is in {above}"
             yield finding(Phase.DERIVED, "inodes", text, "change", ino, parent=above)
 
     def _has_extents(self, ino: int) -> bool:
         return next(self._store.table(file_rows.extent_key(ino, 0)[:9]), None) is not None
 
     def allocated(self, ino: int, inode: Inode, held: int) -> Iterator[Finding]:
-        """An inode counts the bytes that its extents hold."""
+        """An inode counts the bytes of its extents."""
         if inode.allocated != held:
             if inode.allocated > held:
                 self.short[ino] = inode.allocated - held
-            text = f"inode {ino} counts {inode.allocated} bytes of extents, and has {held}"
+            text = f"inode {ino} counts {inode.allocated} bytes of extents, but has {held}"
             yield finding(Phase.DERIVED, "inodes", text, "change", ino, allocated=held)
 
     def _form(self, ino: int, inode: Inode) -> Iterator[Finding]:
         """Fields that must fit the type."""
         kind, code = stat.S_IFMT(inode.mode), Code(inode.k, inode.m)
         if not (code.is_possible or (kind != stat.S_IFREG and code.n == 0)):
-            text = f"inode {ino} has a code that there is not ({code})"
+            text = f"inode {ino} has an invalid code ({code})"
             yield finding(Phase.DERIVED, "inodes", text, "recode", ino)
         if inode.size > FILE_BYTES_MAX:
-            text = f"inode {ino} has {inode.size} bytes"
+            text = f"inode {ino} has an invalid size of {inode.size} bytes"
             yield finding(Phase.INODES, "inodes", text, "resize", ino)
         if kind == stat.S_IFLNK:
             target = self._store.row(file_rows.target_key(ino))
@@ -98,7 +98,7 @@ class InodeCheck:
                 text = f"symbolic link {ino} has no target"
                 yield finding(Phase.INODES, "targets", text, "lose_target", ino)
             elif len(target) != inode.size:
-                text = f"symbolic link {ino} has {inode.size} bytes, and its target {len(target)}"
+                text = f"symbolic link {ino} has {inode.size} bytes, but its target {len(target)}"
                 yield finding(Phase.DERIVED, "inodes", text, "change", ino, size=len(target))
 
     def attributes(self) -> Iterator[Finding]:
@@ -111,21 +111,21 @@ class InodeCheck:
                     continue
                 last, inode = ino, self._store.inode(ino)
                 if inode is None:
-                    text = f"a row belongs to inode {ino}, which is not there"
+                    text = f"a row belongs to inode {ino}, which does not exist"
                     yield finding(Phase.INODES, TABLES[letter].name, text, "restore", ino)
                 elif letter == b"Q" and not stat.S_ISLNK(inode.mode):
-                    text = f"a row belongs to inode {ino}, which is no link"
+                    text = f"a row belongs to inode {ino}, which is not a symbolic link"
                     yield finding(Phase.INODES, TABLES[letter].name, text, "drop", key)
 
     def orphans(self) -> Iterator[Finding]:
-        """What is to be removed is there."""
+        """Each inode that is to be removed exists."""
         for key, _ in self._store.table(b"U"):
             ino = file_rows.decode_ino_key(key)
             if self._store.inode(ino) is None:
-                yield stale(key, f"inode {ino} is not there")
+                yield stale(key, f"inode {ino} does not exist")
 
     def trims(self) -> Iterator[Finding]:
-        """What is to be cut off begins where the inode ends."""
+        """Each trim begins at the end of its inode."""
         for key, value in self._store.table(b"D"):
             inode = self._store.inode(file_rows.decode_ino_key(key))
             size = inode.size if inode is not None else 0

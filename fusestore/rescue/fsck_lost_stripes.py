@@ -1,7 +1,8 @@
-"""fsck: a stripe whose row is gone or wrong, in the journals too, is made anew from its shards.
+"""fsck: a stripe whose row is missing or wrong, also in the journals, is rebuilt from its shards.
 
-Each shard lies in a record whose header says the stripe, which of its shards it is, the
-code and the length, and has a checksum of the payload.  So k of them give the row.
+Each shard lies in a record.  Its header has the stripe, the index of the shard, the
+code, the length, and a checksum of the payload.  k of them are therefore enough to
+rebuild the row.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _FoundShard = tuple[Member, ShardPlace, Header]
 
 
 def lost_stripes(log: Log, view: StoreView, findings: list[Finding]) -> list[Finding]:
-    """In a thread: findings that put stripes back of which others say that they are lost."""
+    """In a thread: findings that restore stripes which other findings report as lost."""
     wanted = {one.arguments[1].stripe for one in findings if one.fix == "lose_extent"}
     made = []
     for number, shards in _shards_of(log, wanted).items() if wanted else ():
@@ -40,7 +41,7 @@ def lost_stripes(log: Log, view: StoreView, findings: list[Finding]) -> list[Fin
 
 
 def _shards_of(log: Log, wanted: set[int]) -> dict[int, list[_FoundShard]]:
-    """The records of shards of some stripes, on all nodes that answer."""
+    """Return the records of shards of some stripes, on all nodes that answer."""
     found: dict[int, list[_FoundShard]] = defaultdict(list)
     for member in log.members.all:
         if member.out_of_use:
@@ -57,7 +58,7 @@ def _shards_of(log: Log, wanted: set[int]) -> dict[int, list[_FoundShard]]:
 
 
 def _row(log: Log, number: int, shards: list[_FoundShard]) -> tuple[Stripe | None, int]:
-    """The row of a stripe, from k whole shards that fit together; how many there are."""
+    """Rebuild a stripe's row from k complete, consistent shards; and their number."""
     payloads: dict[int, bytes] = {}
     places: dict[int, ShardPlace] = {}
     shapes = {(header.k, header.m, header.stripe_length) for _, _, header in shards}
@@ -90,7 +91,7 @@ def _row(log: Log, number: int, shards: list[_FoundShard]) -> tuple[Stripe | Non
 
 
 def _payload(member: Member, place: ShardPlace, header: Header, length: int) -> bytes | None:
-    """The payload of a record, if it is what its header says."""
+    """Return the payload of a record, if it matches its header."""
     try:
         data = member.node.read(
             SegmentKind.SHARDS, place.segment, place.offset, header.payload_length

@@ -1,7 +1,7 @@
-"""How fsck mends what it found: nothing is dropped, what has no place goes to lost+found.
+"""The fixes of fsck: no data is dropped; data without a place goes to lost+found.
 
-Each fix is one transaction on the rows as they are by then; one that an earlier
-fix made needless does nothing.  Counts are left to the findings of phase 4.
+Each fix is one transaction on the current rows.  A fix that an earlier one made
+unnecessary does nothing.  Counts are left to the findings of phase 4.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LOST_TARGET = b"(lost)"
 
 
 class Mender:
-    """Changes rows so that a finding is none any more; its public methods are the fixes."""
+    """Changes rows to mend findings; its public methods are the fixes."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
@@ -39,7 +39,7 @@ class Mender:
     # --- rows ----------------------------------------------------------------
 
     def drop(self, key: bytes) -> None:
-        """Remove a row that says nothing, or nothing that is true."""
+        """Remove a row that is unreadable or wrong."""
         self._txn.delete(key)
 
     def _inode(self, ino: int) -> Inode | None:
@@ -60,12 +60,12 @@ class Mender:
     # --- inodes --------------------------------------------------------------
 
     def make_root(self) -> None:
-        """There must be a root directory."""
+        """Make the root directory."""
         self.restore(ROOT, stat.S_IFDIR)
         self.change(ROOT, parent=ROOT)
 
     def restore(self, ino: int, kind: int = 0) -> None:
-        """Make an inode anew, of a type (if none is given) that fits what it has."""
+        """Remake an inode, with the type that fits its rows unless `kind` is given."""
         inode = self._inode(ino)
         if inode is not None:
             if kind and stat.S_IFMT(inode.mode) != kind:
@@ -80,7 +80,7 @@ class Mender:
         self._txn.put(file_rows.inode_key(ino), new.encode())
 
     def _kind(self, ino: int) -> int:
-        """The type that what is left of an inode tells of."""
+        """Return the type that the remaining rows of an inode show."""
         if self._first(file_rows.name_key(ino, b"")) or self._first(
             file_rows.listing_key(ino, 0)[:9]
         ):
@@ -90,7 +90,7 @@ class Mender:
         return stat.S_IFREG
 
     def _end(self, ino: int) -> int:
-        """The end of an inode's last extent."""
+        """Return the end of an inode's last extent."""
         rows = self._txn.scan(file_rows.extent_key(ino, 0), file_rows.extent_key(ino + 1, 0))
         return max((Extent.decode(key, value).end for key, value in rows), default=0)
 
@@ -98,30 +98,30 @@ class Mender:
         return self._log.code if kind == stat.S_IFREG else Code(0, 0)
 
     def recode(self, ino: int) -> None:
-        """Give an inode a code that there is."""
+        """Give an inode a valid code."""
         inode = self._inode(ino)
         if inode is not None:
             code = self._code(stat.S_IFMT(inode.mode))
             self.change(ino, k=code.k, m=code.m)
 
     def resize(self, ino: int) -> None:
-        """Let a file end with its last extent."""
+        """Set the end of a file to that of its last extent."""
         self.change(ino, size=self._end(ino))
 
     def retype(self, ino: int) -> None:
-        """Give an inode a type that there is."""
+        """Give an inode a valid type."""
         inode = self._inode(ino)
         if inode is not None:
             self.change(ino, mode=self._kind(ino) | stat.S_IMODE(inode.mode))
 
     def lose_target(self, ino: int) -> None:
-        """Where a symbolic link pointed is not known any more."""
+        """Mark the target of a symbolic link as lost."""
         self._txn.put(file_rows.target_key(ino), LOST_TARGET)
 
     # --- names ---------------------------------------------------------------
 
     def unlink(self, parent: int, name: bytes) -> None:
-        """Remove a name; an inode that has none then is attached in the next round."""
+        """Remove a name; an inode left without a name is attached in the next round."""
         value = self._txn.get(file_rows.name_key(parent, name))
         if value is not None:
             ino, cookie = file_rows.decode_name(value)
@@ -131,7 +131,7 @@ class Mender:
                 self._txn.delete(key)
 
     def detach(self, parent: int, ino: int) -> None:
-        """Take a directory out of the one that has it."""
+        """Remove a directory from its parent."""
         prefix = file_rows.name_key(parent, b"")
         for key, value in list(self._txn.scan(prefix, keys.after(prefix))):
             if file_rows.decode_name(value)[0] == ino:
@@ -144,7 +144,7 @@ class Mender:
             self._name(parent, name, *file_rows.decode_name(value))
 
     def name_again(self, parent: int, cookie: int) -> None:
-        """A row of a listing has no name to it: make the name, or drop the row if there is one."""
+        """Make the name of a row in a listing, or drop the row if the name exists."""
         key = file_rows.listing_key(parent, cookie)
         value = self._txn.get(key)
         if value is None:
@@ -168,7 +168,7 @@ class Mender:
         self._txn.put(file_rows.name_key(parent, name), file_rows.name_value(ino, cookie))
 
     def _unused(self, counter: str, key: Callable[[int], bytes]) -> int:
-        """The next number of a counter that no row has."""
+        """Return the next unused number of a counter."""
         number: int = getattr(self._log.counters, counter)
         while self._txn.get(key(number)) is not None:
             number += 1
@@ -176,7 +176,7 @@ class Mender:
         return number
 
     def attach(self, ino: int, name: bytes = b"") -> None:
-        """Give an inode that has no name one in lost+found."""
+        """Give an inode without a name one in lost+found."""
         folder = self._lost_and_found()
         name = name or b"#%d" % ino
         while self._txn.get(file_rows.name_key(folder, name)) is not None:
@@ -198,13 +198,13 @@ class Mender:
         return ino
 
     def set_quota(self, ino: int, row: Quota) -> None:
-        """Set what a quota counts, how it stands, or which one is above it."""
+        """Set the counts, the state, or the parent of a quota."""
         quota.put(self._txn, ino, row)
 
     # --- extents -------------------------------------------------------------
 
     def move_extent(self, ino: int, extent: Extent) -> None:
-        """Bytes that cannot be where they are become a file in lost+found."""
+        """Move bytes at an impossible place to a file in lost+found."""
         if self._inode(ino) is None:
             self.restore(ino, stat.S_IFREG)
             return
@@ -222,11 +222,11 @@ class Mender:
         self.attach(new, b"#%d-%d" % (ino, extent.offset))
 
     def put_extent(self, ino: int, extent: Extent) -> None:
-        """Bytes that have lost their extent get it back."""
+        """Restore a missing extent."""
         self._txn.put(file_rows.extent_key(ino, extent.offset), extent.encode())
 
     def lose_extent(self, ino: int, extent: Extent) -> None:
-        """Bytes that are nowhere are an error to read, never zeros."""
+        """Mark bytes as lost: reading them is an error, and never returns zeros."""
         lost = Extent(extent.offset, extent.length, LOST_STRIPE, 0)
         key = file_rows.extent_key(ino, extent.offset)
         if self._txn.get(key) == extent.encode():
@@ -235,7 +235,7 @@ class Mender:
     # --- stripes -------------------------------------------------------------
 
     def put_stripe(self, number: int, row: Stripe) -> None:
-        """A stripe gets the row that its shards have; shards that lie nowhere are owed."""
+        """Restore a stripe's row from its shards; missing shards are to be rebuilt."""
         if self._txn.get(stripe_rows.stripe_key(number)) is None:
             self._txn.stripes += 1
         self._txn.put(stripe_rows.stripe_key(number), row.encode())
@@ -244,7 +244,7 @@ class Mender:
                 self.owe(place.node, number, index)
 
     def add_owner(self, ino: int, extent: Extent) -> None:
-        """A stripe names all files that have bytes in it."""
+        """Add a file to the owners of a stripe."""
         at = extent.stripe_offset
         while True:
             key = stripe_rows.owners_key(extent.stripe, at)
@@ -256,20 +256,20 @@ class Mender:
         self._txn.put(key, packed + owner)
 
     def drop_owners(self, number: int) -> None:
-        """A stripe that is gone has no owners."""
+        """Remove the owners of a missing stripe."""
         prefix = stripe_rows.owners_key(number, 0)[:9]
         for key, _ in list(self._txn.scan(prefix, keys.after(prefix))):
             self._txn.delete(key)
 
     def set_live(self, number: int, live: int) -> None:
-        """Set how many bytes of a stripe files have."""
+        """Set the live bytes of a stripe."""
         if live:
             self._txn.put(stripe_rows.live_key(number), stripe_rows.live_value(live))
         else:
             self._txn.delete(stripe_rows.live_key(number))
 
     def free(self, number: int) -> None:
-        """Free a stripe of which no file has bytes."""
+        """Free a stripe without bytes in files."""
         value = self._txn.get(stripe_rows.stripe_key(number))
         if value is not None:
             self._txn.delete(stripe_rows.stripe_key(number))
@@ -278,7 +278,7 @@ class Mender:
             self.drop_owners(number)
 
     def unwrite(self, number: int, index: int) -> None:
-        """A shard is not where it was said to be: it has to be rebuilt elsewhere."""
+        """Mark a shard as not written, because it is not at its place; it is rebuilt elsewhere."""
         value = self._txn.get(stripe_rows.stripe_key(number))
         if value is not None:
             row = Stripe.decode(value)
@@ -300,7 +300,7 @@ class Mender:
             self.owe(node, number, index)
 
     def set_segment(self, where: tuple[int, int], live: int, end: int) -> None:
-        """Set what a segment holds; the next mount removes one that holds nothing."""
+        """Set the counts of a segment; the next mount removes an empty one."""
         member = self._log.members.by_id.get(where[0])
         if member is None:
             return

@@ -19,18 +19,18 @@ _FORBIDDEN = {*b"/\0"}
 
 @dataclass(slots=True)
 class NameCheck:
-    """Counts the names of each inode on the way."""
+    """Checks names, and counts those of each inode."""
 
     _store: StoreView
     _quotas: QuotaCheck
     links: Counter[int] = field(default_factory=Counter)
-    """By inode: how many names it has."""
+    """By inode: the number of its names."""
     directories: dict[int, int] = field(default_factory=dict)
-    """By directory: the directory that has it."""
+    """By directory: its parent."""
     last_cookie: int = 0
 
     def names(self) -> Iterator[Finding]:
-        """Each name is a possible one, and lies in a directory; its inode is there."""
+        """Each name is valid, and lies in a directory; its inode exists."""
         directory, parent = int(ROOT), self._store.inode(ROOT)
         if not _is_directory(parent):
             yield finding(Phase.NAMES, "inodes", "there is no root directory", "make_root")
@@ -41,10 +41,10 @@ class NameCheck:
             if above != directory:
                 directory, parent = above, self._store.inode(above)
             if parent is None or not _is_directory(parent):
-                text = f"{name!r} is in directory {above}, which is not there"
+                text = f"{name!r} is in directory {above}, which does not exist"
                 yield finding(Phase.NAMES, "names", text, "restore", above, stat.S_IFDIR)
             elif not _is_possible(name):
-                text = f"{name!r} in directory {above} cannot be a name"
+                text = f"{name!r} in directory {above} is not a valid name"
                 yield finding(Phase.NAMES, "names", text, "unlink", above, name)
             else:
                 yield from self._name(above, parent, name, ino, cookie)
@@ -52,10 +52,10 @@ class NameCheck:
     def _name(
         self, above: int, parent: Inode, name: bytes, ino: int, cookie: int
     ) -> Iterator[Finding]:
-        """A name in the directory `above`, whose inode is `parent`."""
+        """Check a name in the directory `above`, whose inode is `parent`."""
         inode = self._store.inode(ino)
         if inode is None:
-            text = f"{name!r} in directory {above} is inode {ino}, which is not there"
+            text = f"{name!r} in directory {above} is inode {ino}, which does not exist"
             yield finding(Phase.NAMES, "names", text, "restore", ino)
             return
         self.links[ino] += 1
@@ -80,11 +80,11 @@ class NameCheck:
             entry = self._store.rows.get(file_rows.name_key(parent, name)) if name else b""
             if entry == file_rows.name_value(ino, cookie):
                 continue
-            text = f"directory {parent} lists {name!r} as inode {ino}, and has no such name"
+            text = f"directory {parent} lists {name!r} as inode {ino}, but has no such name"
             yield finding(Phase.NAMES, "listing", text, "name_again", parent, cookie)
 
     def loops(self) -> Iterator[Finding]:
-        """Directories that have a name, and still cannot be reached from the root."""
+        """Each directory with a name can be reached from the root."""
         good = {int(ROOT)}
         for ino in self.directories:
             path: list[int] = []
@@ -104,7 +104,7 @@ def _is_directory(inode: Inode | None) -> bool:
 
 
 def _is_possible(name: bytes) -> bool:
-    """Whether a file can be called so."""
+    """Return whether a name is valid."""
     return (
         bool(name)
         and name not in (b".", b"..")

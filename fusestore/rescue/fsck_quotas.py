@@ -1,4 +1,4 @@
-"""fsck: each inode counts for the quota that it lies in, and each quota counts its inodes."""
+"""fsck: each inode counts for the quota of its directory, and each quota counts its inodes."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .fsck_view import StoreView
 
 @dataclass(slots=True)
 class QuotaCheck:
-    """Gathers where inodes lie and what they count for; without quotas it gathers nothing."""
+    """Collects the quotas of directories and of their inodes; without quotas it does nothing."""
 
     _store: StoreView
     _quotas: dict[int, Quota] = field(init=False)
     """By directory."""
     _walking: bool = field(init=False)
-    """Inodes of a quota are on their way from one to another: most may name either."""
+    """Inodes are moving from one quota to another: they may name either."""
     _homes: dict[int, frozenset[int]] = field(default_factory=dict)
-    """By inode: the quotas of the directories that have it."""
+    """By inode: the quotas of its directories."""
     _alike: dict[frozenset[int], frozenset[int]] = field(default_factory=dict)
-    """One object for all inodes that lie in the same quotas."""
+    """One object for all inodes with the same quotas."""
     _held: dict[int, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
-    """By quota: bytes and inodes that name it, those of inner quotas excluded."""
+    """By quota: bytes and inodes that name it, without those of inner quotas."""
 
     def __post_init__(self) -> None:
         self._quotas = {
@@ -38,13 +38,13 @@ class QuotaCheck:
         self._walking = bool(states & {QuotaState.COUNTING, QuotaState.CLEARING})
 
     def named(self, ino: int, directory: Inode) -> None:
-        """An inode has a name in this directory; for each name, before `inode`."""
+        """Note a name of an inode in this directory; called for each name, before `inode`."""
         if self._quotas:
             homes = self._homes.get(ino, frozenset()) | {directory.quota_root}
             self._homes[ino] = self._alike.setdefault(homes, homes)
 
     def inode(self, ino: int, inode: Inode) -> Iterator[Finding]:
-        """Each inode names the quota that it counts for."""
+        """Each inode names the quota of its directory."""
         if not self._quotas and not inode.quota_root:
             return
         homes = frozenset({0}) if ino == ROOT else self._homes.get(ino, frozenset())
@@ -52,7 +52,7 @@ class QuotaCheck:
         counts_in = own.outer if own else inode.quota_root
         if self._is_misplaced(inode, own, homes):
             home = min(homes, default=0)
-            text = f"inode {ino} counts for the quota of {counts_in}, and lies in that of {home}"
+            text = f"inode {ino} counts for the quota of {counts_in}, but lies in that of {home}"
             if own:
                 mended = replace(own, outer=home)
                 yield finding(Phase.INODES, "quotas", text, "set_quota", ino, mended)
@@ -63,7 +63,7 @@ class QuotaCheck:
         self._held[counts_in][1] += 1
 
     def _is_misplaced(self, inode: Inode, own: Quota | None, homes: frozenset[int]) -> bool:
-        """Whether an inode, with a quota of its `own` or none, counts for one it is not in."""
+        """Return whether an inode, with its `own` quota or none, counts for the wrong one."""
         if inode.quota_root not in (0, *self._quotas):
             return True
         if self._walking or not homes or inode.quota_root in homes:
@@ -72,11 +72,11 @@ class QuotaCheck:
             return own.outer not in homes
         if stat.S_ISDIR(inode.mode):
             return True
-        # Else it had names on both sides when a quota was set.
+        # Otherwise it had names on both sides when a quota was set.
         return all(inode.quota_root in [*self._outer(home), 0] for home in homes)
 
     def _outer(self, root: int) -> list[int]:
-        """A quota and those above it."""
+        """Return a quota and those above it."""
         chain: list[int] = []
         while root in self._quotas and root not in chain:
             chain.append(root)
@@ -84,7 +84,7 @@ class QuotaCheck:
         return chain
 
     def totals(self) -> Iterator[Finding]:
-        """Each quota counts what names it or one inside it, and is one of a directory."""
+        """Each quota belongs to a directory, and counts the inodes in it and in inner quotas."""
         sums: dict[int, list[int]] = {ino: [0, 0] for ino in self._quotas}
         for root, (size, files) in self._held.items():
             for ino in self._outer(root):
@@ -100,11 +100,11 @@ class QuotaCheck:
         if (row.bytes_used, row.files_used) != (size, files):
             text = (
                 f"the quota of {ino} counts {row.bytes_used} bytes and {row.files_used} "
-                f"inodes, and has {size} and {files}"
+                f"inodes, but has {size} and {files}"
             )
             mended = replace(row, bytes_used=size, files_used=files)
         elif row.state is QuotaState.ACTIVE and not is_directory:
-            text = f"directory {ino}, which has a quota, is not there"
+            text = f"directory {ino}, which has a quota, does not exist"
             mended = replace(row, state=QuotaState.GONE)
         elif row.state is QuotaState.ACTIVE and inode and inode.quota_root != ino:
             text = f"directory {ino} does not count for its own quota"

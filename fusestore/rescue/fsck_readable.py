@@ -1,7 +1,7 @@
-"""fsck: stripes of which fewer shards are on the nodes than it takes to read them.
+"""fsck: stripes with too few shards on the nodes to be read.
 
-The tables may all agree while files cannot be read.  No fix of rows brings shards back,
-so this is reported, and is not a finding that can be mended.
+The tables may all be consistent while files cannot be read.  No fix of rows restores
+shards.  Therefore this is reported, but is not a finding that can be mended.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .fsck_view import StoreView
 
 
 def unreadable(view: StoreView) -> list[str]:
-    """A sentence about the stripes that lack too many shards, if there are any."""
+    """Return a sentence about the stripes that lack too many shards, if any exist."""
     owed = {stripe_rows.decode_missing_key(key) for key, _ in view.table(b"M")}
     count = 0
     for key, value in view.table(b"S"):
@@ -27,11 +27,11 @@ def unreadable(view: StoreView) -> list[str]:
         return []
     away = [name for node, name in view.nodes.items() if node not in view.segment_bytes]
     why = f" while {', '.join(away)} cannot be read" if away else ""
-    what = f"{count:,} stripes have fewer shards than it takes to read them{why}"
+    what = f"{count:,} stripes have too few shards to be read{why}"
     return [f"unreadable: {what}; 'fusestore risk' names their files"]
 
 
 def _is_there(view: StoreView, place: ShardPlace, length: int) -> bool:
-    """Whether the segment of a shard is on its node, and long enough to hold it."""
+    """Return whether the segment of a shard is on its node, and long enough."""
     size = view.segment_bytes.get(place.node, {}).get(place.segment, 0)
     return place.written and place.offset >= HEADER_BYTES and place.offset + length <= size

@@ -1,4 +1,4 @@
-"""fsck: files on nodes that are not of this store.  They are ignored, so nothing is mended."""
+"""fsck: files on nodes that are not of this store.  They are reported, and not changed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ..nodes.base import Strays
 from ..store.store import Store
 
 _FAR_NAMED_MAX = 3
-"""So many files of each node whose number is too great are named."""
+"""The number of files with a too large number that are named for each node."""
 
 
 async def strays(store: Store) -> list[str]:
-    """One sentence for each node that has such files; nodes that do not answer are left out."""
+    """Return a sentence for each node with such files; nodes that do not answer are left out."""
     found = []
     for member in store.log.members.all:
         if member.out_of_use:
@@ -37,7 +37,7 @@ async def strays(store: Store) -> list[str]:
 
 
 def _strays_of(member: Member, known: dict[SegmentKind, list[int]]) -> Strays:
-    """In a thread: what is no segment, or has a number that the store has not come to."""
+    """In a thread: files that are not segments, or have numbers the store has not reached."""
     others = member.node.strays()
     far = [
         ascii(segment_path(kind, number))

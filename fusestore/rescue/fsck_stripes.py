@@ -1,4 +1,4 @@
-"""fsck: each shard of a stripe has a place of its own, and segments count what lies in them."""
+"""fsck: each shard of a stripe has its own place, and segments count their shards."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _Segment = tuple[int, int]
 
 
 class _ShardRecord(NamedTuple):
-    """A record in a segment, header included: start <= i < end; its stripe, and which shard."""
+    """A record in a segment, header included: start <= i < end; its stripe, and its index."""
 
     start: int
     end: int
@@ -40,7 +40,7 @@ class _FreedRecord(NamedTuple):
 
 @dataclass(slots=True)
 class StripeCheck:
-    """Gathers the records of each segment on the way."""
+    """Checks stripes, and collects the records of each segment."""
 
     _store: StoreView
     _extents: ExtentCheck
@@ -49,7 +49,7 @@ class StripeCheck:
     _records: dict[_Segment, list[_ShardRecord]] = field(default_factory=lambda: defaultdict(list))
 
     def missing(self) -> Iterator[Finding]:
-        """What healing owes a node is a shard that has its place there."""
+        """Each shard to be rebuilt on a node has its place there."""
         for key, _ in self._store.table(b"M"):
             node, number, index = stripe_rows.decode_missing_key(key)
             stripe = self._store.stripe(number)
@@ -57,14 +57,14 @@ class StripeCheck:
                 yield stale(key, f"stripe {number:#x} has no shard {index} on node {node}")
 
     def tails(self) -> Iterator[Finding]:
-        """Bytes that were committed before their stripe was sealed go when it is."""
+        """Committed tails belong to stripes that are not sealed yet."""
         for key, _ in self._store.table(b"T"):
             number, _ = stripe_rows.decode_tail_key(key)
             if number not in self._store.unsealed:
                 yield stale(key, f"stripe {number:#x} is not open")
 
     def stripes(self) -> Iterator[Finding]:
-        """Each stripe is used, and its shards lie where shards can, or are owed."""
+        """Each stripe is used, and its shards have possible places or are to be rebuilt."""
         for key, value in self._store.table(b"S"):
             number, stripe = stripe_rows.decode_stripe_key(key), Stripe.decode(value)
             self.count += 1
@@ -78,17 +78,17 @@ class StripeCheck:
         start = place.offset - HEADER_BYTES
         possible = range(0, SHARD_SEGMENT_BYTES, RECORD_ALIGN_BYTES)
         if (place.written and start not in possible) or place.node not in self._store.nodes:
-            text = f"shard {index} of stripe {number:#x} lies where none can"
+            text = f"shard {index} of stripe {number:#x} has an impossible place"
             yield finding(Phase.EXTENTS, "stripes", text, "unwrite", number, index)
         elif place.written:
             record = _ShardRecord(start, start + record_length(length), number, index)
             self._records[place.node, place.segment].append(record)
         elif not self._store.has(stripe_rows.missing_key(place.node, number, index)):
-            text = f"shard {index} of stripe {number:#x} was never written, and is not owed"
+            text = f"shard {index} of stripe {number:#x} was never written, but is not in missing"
             yield finding(Phase.DERIVED, "missing", text, "owe", place.node, number, index)
 
     def segments(self) -> Iterator[Finding]:
-        """Each segment counts what lies in it: shards that do not overlap, and freed room."""
+        """Each segment counts its shards, which do not overlap, and its freed room."""
         known, nodes = self._store.segments, self._store.nodes
         freed = self._freed()
         for key, _ in [*self._store.table(b"G"), *self._store.table(b"R")]:
@@ -105,7 +105,7 @@ class StripeCheck:
             yield from self._counts(segment, records, freed[segment])
 
     def _freed(self) -> dict[_Segment, list[_FreedRecord]]:
-        """The rows of `reclaim`, by segment."""
+        """Return the rows of `reclaim`, by segment."""
         freed: dict[_Segment, list[_FreedRecord]] = defaultdict(list)
         for key, value in self._store.table(b"R"):
             node, segment, offset = stripe_rows.decode_reclaim_key(key)
@@ -115,7 +115,7 @@ class StripeCheck:
         return freed
 
     def _overlaps(self, segment: _Segment, records: list[_ShardRecord]) -> Iterator[Finding]:
-        """Shards that lie where others do; the header on the node decides which is wrong."""
+        """Shards that overlap others; the header on the node decides which is wrong."""
 
         def is_right(record: _ShardRecord) -> bool:
             found = self._store.shard_at(*segment, record.start + HEADER_BYTES)
@@ -126,15 +126,15 @@ class StripeCheck:
             wrong = None
             if last is not None and record.start < last.end:
                 wrong = last if is_right(record) and not is_right(last) else record
-                text = f"shard {wrong.shard} of stripe {wrong.stripe:#x} lies where another does"
+                text = f"shard {wrong.shard} of stripe {wrong.stripe:#x} overlaps another shard"
                 yield finding(Phase.EXTENTS, "stripes", text, "unwrite", wrong.stripe, wrong.shard)
             if wrong is not record:
                 last = record
 
     def _cut_off(self, segment: _Segment, records: list[_ShardRecord]) -> Iterator[Finding]:
-        """Shards past the end of their segment's file, or with others in their place.
+        """Shards past the end of their segment's file, or with other shards in their place.
 
-        Of a mounted store a sample of the headers in each segment is looked at.
+        In a mounted store, only a sample of the headers in each segment is checked.
         """
         node, number = segment
         lengths = self._store.segment_bytes.get(node)
@@ -166,15 +166,15 @@ class StripeCheck:
             node, number = segment
             text = (
                 f"segment {number} of node {self._store.nodes[node]} counts {state.live} live "
-                f"bytes of {state.size}, and has {live} of {max(end, state.size)}"
+                f"bytes of {state.size}, but has {live} of {max(end, state.size)}"
             )
             yield finding(Phase.DERIVED, "segments", text, "set_segment", segment, live, end)
 
 
 def _freed_alive(records: list[_ShardRecord], freed: list[_FreedRecord]) -> Iterator[Finding]:
-    """Room that is to be freed, and is in use."""
+    """Room that is to be freed but is in use."""
     for start, end, key in freed:
         before = bisect_left(records, (end,)) - 1
         if before >= 0 and records[before].end > start:
-            text = f"a shard of stripe {records[before].stripe:#x} lies in what is to be freed"
+            text = f"a shard of stripe {records[before].stripe:#x} lies in room that is to be freed"
             yield finding(Phase.EXTENTS, "reclaim", text, "drop", key)

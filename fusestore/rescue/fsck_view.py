@@ -1,7 +1,7 @@
-"""The store that fsck checks, as of one instant: its rows, and what the log knows besides.
+"""The store that fsck checks, as of one instant: its rows, and other state of the log.
 
-A mounted store goes on meanwhile: what changes after the instant is not seen.
-Stripes that are still in memory have no rows to check.
+A mounted store stays in use meanwhile; later changes are not visible here.  Stripes
+that are still in memory have no rows to check.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..members.opening import shard_sizes
 from ..metadata.view import View
 
 ShardAt = tuple[int, int, int]
-"""Where the record of a shard begins in its segment, its stripe, and its index."""
+"""The offset of a shard's record in its segment, its stripe, and its index."""
 _HEADERS_A_CALL = 256
 SegmentBytes = dict[int, dict[int, int]]
 """By node, and shard segment: the length of its file in bytes."""
@@ -33,7 +33,7 @@ SegmentBytes = dict[int, dict[int, int]]
 
 @dataclass(frozen=True, slots=True)
 class StoreView:
-    """What the checks are given; nothing in it changes while they run."""
+    """The input of the checks; it does not change while they run."""
 
     rows: View
     counters: Counters
@@ -44,49 +44,49 @@ class StoreView:
     nodes: dict[int, str]
     """Names of the nodes, by id."""
     segment_bytes: SegmentBytes
-    """Of the nodes that are there and answer."""
+    """The segments of the nodes that are present and answer."""
     shard_at: Callable[[int, int, int], tuple[int, int] | None]
     """The stripe and the index in the header of the record whose payload lies at (node, segment,
     offset); None where that cannot be read.  Blocks."""
     not_theirs: Callable[[int, int, Sequence[ShardAt]], list[tuple[int, int]]]
-    """Of some shards in (node, segment) those (stripe, index) that the header at their place
-    does not name; what cannot be read is not known, and not among them.  Blocks."""
+    """Of some shards in (node, segment), those (stripe, index) that the header at their place
+    does not name; shards with unreadable headers are unknown, and left out.  Blocks."""
     at_rest: bool
-    """Nothing is on its way: what is counted must be exact."""
+    """Nothing else uses the store: counts must be exact."""
 
     def table(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """The rows of a table, or of a part of it, that can be read."""
+        """Yield the readable rows of a table, or of a part of it."""
         for key, value in self.rows.scan(prefix, keys.after(prefix)):
             if tables.readable(key, value):
                 yield key, value
 
     def row(self, key: bytes) -> bytes | None:
-        """The value of a row, if it is there and can be read."""
+        """Return the value of a row, if it exists and can be read."""
         value = self.rows.get(key)
         return value if value is not None and tables.readable(key, value) else None
 
     def has(self, key: bytes) -> bool:
-        """Whether a row is there; its value is not looked at."""
+        """Return whether a row exists, without examining its value."""
         return self.rows.get(key) is not None
 
     def inode(self, ino: int) -> Inode | None:
-        """The row of an inode, if it is there and can be read."""
+        """Return the row of an inode, if it exists and can be read."""
         value = self.row(file_rows.inode_key(ino))
         return Inode.decode(value) if value is not None else None
 
     def stripe(self, number: int) -> Stripe | None:
-        """The row of a sealed stripe, if it is there and can be read."""
+        """Return the row of a sealed stripe, if it exists and can be read."""
         value = self.row(stripe_rows.stripe_key(number))
         return Stripe.decode(value) if value is not None else None
 
 
 @asynccontextmanager
 async def view_store(log: Log, *, at_rest: bool) -> AsyncIterator[StoreView]:
-    """The store as it is now; what is yielded is for one thread, any one."""
+    """Yield the current store, for any thread, but only one."""
     before = await _segment_bytes(log)
     rows = log.engine.view()
-    rows.passes_over = set()  # what the journals do not tell counts as not there
-    view = StoreView(  # no await since the rows: all is of the same instant
+    rows.passes_over = set()  # rows that the journals do not restore count as missing
+    view = StoreView(  # no await since the rows: everything is of the same instant
         rows,
         counters=log.counters.copy(),
         segments={
@@ -107,7 +107,7 @@ async def view_store(log: Log, *, at_rest: bool) -> AsyncIterator[StoreView]:
 
 
 async def _segment_bytes(log: Log) -> SegmentBytes:
-    """The bytes in each shard segment of the nodes that are there and answer."""
+    """Return the bytes in each shard segment of the nodes that are present and answer."""
     found: SegmentBytes = {}
     for member in log.members.all:
         if not member.out_of_use:
@@ -124,7 +124,7 @@ def _larger(one: SegmentBytes, two: SegmentBytes) -> SegmentBytes:
 
 
 def _shard_at(log: Log, node: int, segment: int, offset: int) -> tuple[int, int] | None:
-    """In a thread of trio's: see StoreView."""
+    """In a trio thread: see StoreView."""
     member, start = log.members.by_id[node], offset - HEADER_BYTES
     if member.out_of_use:
         return None
@@ -139,7 +139,7 @@ def _shard_at(log: Log, node: int, segment: int, offset: int) -> tuple[int, int]
 def _not_theirs(
     log: Log, node: int, segment: int, shards: Sequence[ShardAt]
 ) -> list[tuple[int, int]]:
-    """In a thread of trio's: see StoreView."""
+    """In a trio thread: see StoreView."""
     member = log.members.by_id[node]
     found: list[tuple[int, int]] = []
     for start in range(0, len(shards), _HEADERS_A_CALL):

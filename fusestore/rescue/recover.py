@@ -1,17 +1,17 @@
-"""The recovery path: the metadata made anew from what the nodes hold.
+"""The recovery path: the metadata is rebuilt from the nodes.
 
 1. Find the nodes (recover_nodes): the configuration names them, or, if it is gone
    too, their own `node.toml` does.
-2. Index the journals.  What is rotten on one node is read from another.
-3. Load the newest whole metadata dump, and every commit after it that was certainly
-   acknowledged (commit/load_tables): that is what a checkpoint would hold.
-4. See what the mount will make of the commits after that, and refuse when nodes
-   that are not there might have gone on alone, or might decide.
-5. Say which files cannot be read from the nodes that are there (recover_report).
+2. Index the journals.  Records that are damaged on one node are read from another.
+3. Load the newest complete metadata dump, and every commit after it that was certainly
+   acknowledged (commit/load_tables).  This is the state of a checkpoint.
+4. Determine which later commits the mount will count, and refuse if missing nodes
+   might have newer commits, or might decide.
+5. Report the files that cannot be read from the available nodes (recover_report).
 
-The nodes are only read.  The database is built in a directory of its own and
-moved into place when it is whole (recover_output): an interrupted recovery is
-just run again, and an existing database is never touched.
+The nodes are only read.  The database is built in its own directory, and moved into
+place when it is complete (recover_output).  An interrupted recovery is simply run
+again, and an existing database is never changed.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ from .recover_report import recovery_report
 
 logger = logging.getLogger(__name__)
 
-HOW_TO_GIVE_UP = "say --accept-loss"
+HOW_TO_GIVE_UP = "use --accept-loss"
 _COMMITS_LOOKED_AT = 100
-"""The last of a history, for when something was changed in it."""
+"""The last commits of a history in which the time of its last change is searched."""
 
 
 def recover(
@@ -62,11 +62,11 @@ def recover(
     progress: Progress,
     limits: Limits = DEFAULTS,
 ) -> dict[str, Any]:
-    """Make the metadata of a store from its nodes, of which `extra` lie elsewhere; what was found.
+    """Rebuild the metadata of a store from its nodes, also those at `extra`; return a report.
 
-    `history`: of several, the one that the node of this name holds; others are given up.
-    The caller holds the store's lock.  UsageError when it makes no sense,
-    ReplayError when something acknowledged might be lost by it.
+    `history`: of several histories, use that of the node with this name; others are given up.
+    The caller holds the store's lock.  UsageError if this is not possible, ReplayError if
+    acknowledged commits might be lost.
     """
     started = time.monotonic()
     found = find_nodes(store, extra)
@@ -87,7 +87,7 @@ def recover(
             state.apply(replayed.changes)
             if lossy:
                 save(engine, {store_rows.LOG_KEY: _settle(state, replayed).encode()})
-            # Else what came after the checkpoint is left to the next mount, as after a crash.
+            # Otherwise the next mount handles later commits, as after a crash.
             result = recovery_report(found, journals, state, replayed)
         move_into_place()
     write_config(found, config)
@@ -98,14 +98,14 @@ def recover(
 def _read_journals(
     found: FoundNodes, progress: Progress, history: str
 ) -> tuple[Journals, list[Entry]]:
-    """The journals of all nodes that are there; what cannot be read goes to `found.problems`.
+    """Read the journals of all available nodes; errors go to `found.problems`.
 
-    Also the commits of another history, which `history` gives up; ReplayError when
-    there is one, and nobody has said which is right.
+    Also return the commits of another history, which `history` gives up; ReplayError if
+    there is one and `history` is not given.
     """
     nodes = found.open()
     if history and history not in nodes:
-        raise UsageError(f"Node {history} is not there: its history cannot be recovered.")
+        raise UsageError(f"Node {history} is not available: its history cannot be recovered.")
     total = _journal_bytes(nodes)
     journals = read_journals(
         found.uuid,
@@ -118,15 +118,15 @@ def _read_journals(
         first = min(entry.number for entry in rivals)
         ours = [entry for entry in journals.entries() if entry.number >= first]
         raise ReplayError(
-            f"Two histories were acknowledged, and part before commit {first}: "
-            f"{_history_text(ours)}; and {_history_text(rivals)}. Say which is right with "
+            f"Two histories were acknowledged, and diverge before commit {first}: "
+            f"{_history_text(ours)}; and {_history_text(rivals)}. Choose the right one with "
             "--history NODE: the other is then given up."
         )
     return journals, rivals
 
 
 def _history_text(entries: Sequence[Entry]) -> str:
-    """The commits of a history, who holds them, and when something was last changed in it."""
+    """Describe a history: its commits, the nodes that hold it, and the time of its last change."""
     entries = sorted(entries, key=lambda entry: entry.number)
     if not entries:
         return "no commits"
@@ -162,7 +162,7 @@ def _open_log(
     checkpoint: LogPosition,
     metadata: Path,
 ) -> tuple[Log, StoreConfig, list[int]]:
-    """The log of the loaded tables, the configuration for it, and who is in sync (ids of nodes)."""
+    """Return the log of the loaded tables, its configuration, and the ids of nodes in sync."""
     nodes_row = latest_row(engine, journals, checkpoint, store_rows.NODES_KEY)
     rows = store_rows.decode_nodes(nodes_row) if nodes_row else []
     format_row = latest_row(engine, journals, checkpoint, store_rows.FORMAT_KEY)
@@ -172,14 +172,14 @@ def _open_log(
     return log, config, [row.id for row in rows if row.in_sync]
 
 
-# --- what must not be lost ---------------------------------------------------
+# --- refusals ---------------------------------------------------
 
 
 def _unconnected(engine: Engine, journals: Journals, history: str) -> set[str]:
-    """Nodes whose commits nothing connects with the history that is recovered.
+    """Return nodes whose commits cannot be linked to the recovered history.
 
-    They hold an older copy of it, or another one; `history` says that they are given up,
-    else ReplayError.  A node of which the tables know the last commit was only away.
+    They hold an older copy of it, or another history; `history` gives them up, otherwise
+    ReplayError.  A node whose last commit is in the tables was only away.
     """
     value = engine.get(store_rows.NODES_KEY)
     rows = {row.name: row for row in store_rows.decode_nodes(value)} if value else {}
@@ -194,15 +194,15 @@ def _unconnected(engine: Engine, journals: Journals, history: str) -> set[str]:
         last = max(number for name in found for number, _ in journals.held[name])
         first = min(journals.latest).number
         raise ReplayError(
-            f"{', '.join(sorted(found))} hold commits to {last}, and the latest history is known "
-            f"from commit {first} on: whether theirs are an older copy of it, or another history, "
-            "cannot be told. Say which is right with --history NODE: the other is then given up."
+            f"{', '.join(sorted(found))} hold commits to {last}, but the latest history is known "
+            f"only from commit {first} on: their commits may be an older copy of it, or another "
+            "history. Choose the right one with --history NODE: the other is then given up."
         )
     return found
 
 
 def _refuse_nothing(log: Log, journals: Journals, replayed: Replayed) -> None:
-    """ReplayError when no commit was found: an empty store is no recovery."""
+    """ReplayError if no commit was found: an empty store is not a recovery."""
     if replayed.position.commit > 0:
         return
     unread = journals.complaints()
@@ -211,16 +211,16 @@ def _refuse_nothing(log: Log, journals: Journals, replayed: Replayed) -> None:
     for member in log.members.all:
         if member.is_open and member.node.segments(SegmentKind.SHARDS):
             raise ReplayError(
-                f"Node {member.name} holds shards, but no journal that is there holds a commit: "
+                f"Node {member.name} holds shards, but no available journal holds a commit: "
                 "bring more nodes back, and name them with --from."
             )
-    raise ReplayError("The journals that are there hold no commit: there is nothing to recover.")
+    raise ReplayError("The available journals hold no commit: there is nothing to recover.")
 
 
 def _may_lack(
     log: Log, journals: Journals, replayed: Replayed, given_up: set[str], accept_loss: bool
 ) -> bool:
-    """Whether nodes that are not there could have gone on without those that are; ReplayError."""
+    """Return whether missing nodes may have newer commits; ReplayError."""
     vouching = {
         member.id
         for member in log.members.all
@@ -245,14 +245,14 @@ def _may_lack(
             )
         raise ReplayError(
             f"Newer commits than {replayed.position.commit} may be on {away}: bring these nodes, "
-            "or newer copies of them, back and name their places with --from, or say --accept-loss "
+            "or newer copies of them, back and name their places with --from, or use --accept-loss "
             "if they are gone for good."
         )
     return True
 
 
 def _settle(log: Log, replayed: Replayed) -> LogPosition:
-    """Go on from what there is: whatever else turns up later, of this history, is void."""
+    """Continue from this position: commits of this history that are found later are void."""
     log.apply(suspect_shards(log, replayed.doubtful))
     last = replayed.position.commit
     rows = []

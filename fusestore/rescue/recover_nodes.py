@@ -1,4 +1,4 @@
-"""recover: where the nodes of a store are, whether or not its configuration is still there."""
+"""recover: finding the nodes of a store, with or without its configuration."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..nodes.directory import DirectoryNode
 from ..nodes.unexpected import costs_only
 
 Candidate = tuple[Path, NodeIdentity]
-"""A directory that says which node it is."""
+"""A directory with the identity of a node."""
 
 
 @dataclass(slots=True)
 class FoundNodes:
-    """Where the nodes of a store are."""
+    """The places of a store's nodes."""
 
     store: Path
     uuid: UUID
@@ -30,15 +30,15 @@ class FoundNodes:
     places: dict[str, Candidate] = field(default_factory=dict)
     """By node."""
     problems: dict[str, str] = field(default_factory=dict)
-    """By node: why it is not there."""
+    """By node: why it is not available."""
 
     @property
     def metadata(self) -> Path:
-        """Where the store keeps its metadata."""
+        """The directory of the store's metadata."""
         return self.config.metadata if self.config else self.store / names.METADATA_NAME
 
     def open(self) -> dict[str, Node]:
-        """The nodes that are there, by name; UsageError when there is none."""
+        """Open the available nodes, by name; UsageError if there are none."""
         nodes: dict[str, Node] = {}
         for name, (path, identity) in self.places.items():
             try:
@@ -52,13 +52,13 @@ class FoundNodes:
         if not nodes:
             problems = " ".join(self.problems.values())
             raise UsageError(
-                f"No node of {self.store} is there: name their places with --from. {problems}"
+                f"No node of {self.store} is available: name their places with --from. {problems}"
             )
         return nodes
 
 
 def find_nodes(store: Path, extra: Sequence[Path]) -> FoundNodes:
-    """Look for a store's nodes, also in `extra`; UsageError when they do not belong together."""
+    """Find a store's nodes, also in `extra`; UsageError if they do not belong together."""
     store = Path(os.path.realpath(store))
     config = names.load(store) if os.path.lexists(store / names.CONFIG_NAME) else None
     problems: dict[str, str] = {}
@@ -77,8 +77,7 @@ def find_nodes(store: Path, extra: Sequence[Path]) -> FoundNodes:
         known = found.places.get(identity.node)
         if known is not None and known[0] != path:
             raise UsageError(
-                f"{known[0]} and {path} both say that they are node {identity.node}: "
-                "move the older one away."
+                f"{known[0]} and {path} are both node {identity.node}: move the older one away."
             )
         found.places[identity.node] = (path, identity)
         found.problems.pop(identity.node, None)
@@ -86,7 +85,7 @@ def find_nodes(store: Path, extra: Sequence[Path]) -> FoundNodes:
 
 
 def _configured(config: StoreConfig, problems: dict[str, str]) -> list[Candidate]:
-    """The nodes that the configuration names and that are there; else why not."""
+    """Return the available nodes of the configuration; problems of the others are noted."""
     candidates = []
     for node in config.nodes:
         try:
@@ -97,7 +96,7 @@ def _configured(config: StoreConfig, problems: dict[str, str]) -> list[Candidate
 
 
 def _below(store: Path, problems: dict[str, str]) -> list[Candidate]:
-    """The nodes in the store's directory, where there is no configuration; UsageError."""
+    """Return the nodes in the directory of a store without a configuration; UsageError."""
     if not store.is_dir():
         raise UsageError(f"There is no directory {store}.")
     candidates = []

@@ -1,4 +1,4 @@
-"""recover: what it writes, the database and `fusestore.toml`, each in place when it is whole."""
+"""recover: its output, the database and `fusestore.toml`, each put in place when complete."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..system.files import sync_directory
 from .recover_nodes import FoundNodes
 
 DRAFT_NAME = "recovering"
-"""In the metadata directory, until the database in it is whole."""
+"""A directory in the metadata directory, until the database in it is complete."""
 
 
 # --- the new database --------------------------------------------------------
@@ -30,9 +30,9 @@ DRAFT_NAME = "recovering"
 
 @contextmanager
 def draft_database(target: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """A directory for the new database, and what moves the database to `target`.
+    """Yield a directory for the new database, and a function that moves it to `target`.
 
-    UsageError when `target` is not empty, FusestoreError when the system refuses.
+    UsageError if `target` is not empty, FusestoreError if a system call fails.
     """
     draft = target / DRAFT_NAME
     try:
@@ -40,8 +40,8 @@ def draft_database(target: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
         present = set(os.listdir(target)) - {"lost+found", DRAFT_NAME, SCRATCH_NAME, DATABASE_LOCK}
         if present:
             raise UsageError(
-                f"{target} is not empty (it has {sorted(present)[0]!r}), and recover makes new "
-                f"metadata: move what is there away, for example with mv {target} {target}.old"
+                f"{target} is not empty (it has {sorted(present)[0]!r}), but recover makes new "
+                f"metadata: move the old metadata away, for example with mv {target} {target}.old"
             )
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(mode=0o700)
@@ -56,7 +56,7 @@ def draft_database(target: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
             shutil.rmtree(draft, ignore_errors=True)
     except OSError as error:
         raise FusestoreError(
-            f"The metadata cannot be made in {target}: {error.strerror or error}."
+            f"The metadata cannot be written to {target}: {error.strerror or error}."
         ) from error
 
 
@@ -66,7 +66,7 @@ def draft_database(target: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
 def recovered_config(
     found: FoundNodes, rows: Sequence[NodeRow], format_row: bytes | None, metadata: Path
 ) -> StoreConfig:
-    """The configuration, with the nodes where they were found; made anew if it is gone."""
+    """Return the configuration with the nodes at their found places; recreated if it is gone."""
     known = found.config.nodes if found.config else ()
     listed = {node.name for node in known}
     nodes = tuple(
@@ -76,21 +76,19 @@ def recovered_config(
     if found.config is not None:
         return replace(found.config, nodes=nodes, metadata=metadata)
     if format_row is None:
-        raise ReplayError(
-            "The journals that are there hold no commit: there is nothing to recover."
-        )
+        raise ReplayError("The available journals hold no commit: there is nothing to recover.")
     code = Code.parse(json.loads(format_row)["code"])
     config = StoreConfig(found.store, found.uuid, code, False, metadata, nodes)
     return replace(config, allow_unsafe=check_region_rule(code, config.regions) is not None)
 
 
 def _node(row: NodeRow) -> NodeConfig:
-    """A node as the log knows it."""
+    """Return the configuration of a node from its row."""
     return NodeConfig(row.name, row.region, Path(row.path), row.weight, row.draining)
 
 
 def write_config(found: FoundNodes, config: StoreConfig) -> None:
-    """Write the configuration where it was gone or has changed; the old one is kept beside it."""
+    """Write the configuration if it is gone or has changed; the old file is kept beside it."""
     if config == found.config:
         return
     file = config.store / CONFIG_NAME

@@ -1,4 +1,4 @@
-"""recover: what was found, and which files cannot be read from the nodes that are there."""
+"""recover: its report, with the files that cannot be read from the available nodes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def recovery_report(
     found: FoundNodes, journals: Journals, log: Log, replayed: Replayed
 ) -> dict[str, Any]:
-    """What was found, and what was lost, by file."""
+    """Return the report of a recovery, with the losses by file."""
     tree, reader = Tree(log), Reader(log)
     counters = log.engine.get(store_rows.COUNTERS_KEY)
     known = Counters.decode(counters) if counters else Counters(files=0)
@@ -59,7 +59,7 @@ def _stripes(log: Log) -> Iterator[tuple[int, Stripe]]:
 
 
 def _segment_sizes(log: Log) -> dict[int, dict[int, int]]:
-    """By node, and segment: the bytes that are there."""
+    """Return the bytes on the nodes, by node and segment."""
     sizes: dict[int, dict[int, int]] = {}
     for member in log.members.all:
         if member.is_open:
@@ -71,7 +71,7 @@ def _segment_sizes(log: Log) -> dict[int, dict[int, int]]:
 
 
 def _readable(log: Log, sizes: dict[int, dict[int, int]], number: int, row: Stripe) -> bool:
-    """Whether k shards of a stripe seem to be there; their bytes are not read."""
+    """Return whether k shards of a stripe seem to exist; their bytes are not read."""
     there = 0
     for index, place in enumerate(row.shards):
         size = sizes.get(place.node, {}).get(place.segment, 0)
@@ -81,7 +81,7 @@ def _readable(log: Log, sizes: dict[int, dict[int, int]], number: int, row: Stri
 
 
 def _dropped(journals: Journals, tree: Tree, number: int) -> dict[str, Any]:
-    """A commit that does not count, and the names that it would have set or removed."""
+    """Describe a commit that does not count: the names that it would have set or removed."""
     paths = set()
     for entry in journals.commits[number]:
         for key in entry.commit().changes:

@@ -1,4 +1,4 @@
-"""A node when its store is opened: what it holds, and whose history that is."""
+"""The contents of a node when its store is opened, and the history of its journal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class NodeContents:
-    """What a node holds when its store is opened."""
+    """The contents of a node when its store is opened."""
 
     journals: list[int]
     shards: dict[int, int]
@@ -29,11 +29,11 @@ class NodeContents:
     journal_bytes: int
     """Since the last metadata dump."""
     lineage: Lineage | None
-    """Whose history its journal is of; None for a node in sync."""
+    """The history of its journal; None for a node in sync."""
 
 
 def tidy(store: Store, member: Member) -> NodeContents:
-    """In a thread: look at a node, and give back what it has allocated ahead."""
+    """In a thread: examine a node, and release its room allocated ahead."""
     node = member.node
     journals, shards = node.segments(SegmentKind.JOURNAL), shard_sizes(node)
     found = None if member.in_sync else _lineage(store, member)
@@ -50,7 +50,7 @@ def tidy(store: Store, member: Member) -> NodeContents:
 
 
 def _is_foreign(member: Member, found: Lineage) -> bool:
-    """Whether a node holds a history that nobody decided to give up."""
+    """Return whether a node holds another history that was not given up."""
     return found.foreign is not None and member.standing.holds != store_rows.NEVER_WHOLE
 
 
@@ -68,7 +68,7 @@ def _lineage(store: Store, member: Member) -> Lineage:
 
 
 def take_over(store: Store, member: Member, found: NodeContents) -> list[int]:
-    """Go on with a node where it stands; its journal segments."""
+    """Continue with a node in its present state; return its journal segments."""
     if found.lineage is not None and _is_foreign(member, found.lineage):
         problem = found.lineage.problem(str(store.config.store), member.name)
         logger.error("Node %s: %s", member.name, problem)
@@ -79,7 +79,7 @@ def take_over(store: Store, member: Member, found: NodeContents) -> list[int]:
     member.shards.begin_after(found.shards)
     member.shards.note_present(found.shards)
     if member.state is State.BEHIND:
-        # Unless it is doubted, it lacks no more than what is in `missing`.
+        # Unless it is doubted, it lacks only the shards in `missing`.
         assert found.lineage is not None
         member.standing.found(found.lineage.last)
         member.standing.entered()

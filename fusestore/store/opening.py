@@ -1,7 +1,7 @@
 """Opening a store: engine, nodes and log put together, replayed and ready to serve.
 
-Opening replays the journals, logs again what they held past the checkpoint,
-and opens a new epoch; closing commits and checkpoints everything.
+Opening replays the journals, logs their changes past the checkpoint again, and
+opens a new epoch.  Closing commits and checkpoints everything.
 """
 
 from __future__ import annotations
@@ -58,12 +58,11 @@ async def open_store(
     background: bool = True,
     accept_loss: bool = False,
 ) -> AsyncIterator[Store]:
-    """Open a store whose lock the caller holds; FusestoreError when it cannot be.
+    """Open a store whose lock the caller holds; FusestoreError if this fails.
 
-    Without `background` nothing is healed, reclaimed or dumped while it is open; with
-    `accept_loss` commits that nodes which are not there may hold are given up.
-    On leaving, everything is committed and checkpointed; NotDurableError when
-    that was not possible.
+    Without `background`, nothing is healed, reclaimed or dumped while it is open.  With
+    `accept_loss`, commits that only missing nodes may hold are given up.  On leaving,
+    everything is committed and checkpointed; NotDurableError if this fails.
     """
     erasure.self_check(config.code)
     try:
@@ -89,7 +88,7 @@ async def open_store(
         async with trio.open_nursery() as nursery:
             for member in members.all:
                 nursery.start_soon(_open, member, config, read_only, busy)
-        if busy:  # going on without the node would begin a second history
+        if busy:  # a mount without the node would begin a second history
             raise StoreBusyError(str(busy[0]))
         log = Log(engine, members, config.uuid, config.code, read_only=read_only)
         log.mended = tuple(map(str, wrong))
@@ -138,13 +137,13 @@ async def open_store(
         engine.close()
         with trio.CancelScope(shield=True):
             await _close_nodes(members)
-        if refused:  # what was made for nothing must not stand in the way of `recover`
+        if refused:  # files made in vain must not hinder `recover`
             for name in (DATABASE, DATABASE_LOCK):
                 (config.metadata / name).unlink(missing_ok=True)
 
 
 async def _note_lost_segments(members: Members) -> None:
-    """A segment that is gone from its node counts for nothing, for a reader as well."""
+    """Note segments that are gone from their nodes; readers then ignore them."""
     for member in members.all:
         if not member.out_of_use:
             try:
@@ -156,7 +155,7 @@ async def _note_lost_segments(members: Members) -> None:
 
 
 async def _close_nodes(members: Members | None) -> None:
-    """Give up the locks of all nodes, those that are out of use included."""
+    """Close all nodes and release their locks, including nodes out of use."""
     for member in members.all if members is not None else ():
         try:
             await member.call(member.node.close)
@@ -177,7 +176,7 @@ async def _open(
 
 
 def _check_format(config: StoreConfig, engine: Engine) -> list[NodeRow]:
-    """The nodes as the metadata knows them; MetadataError when it is not this store's."""
+    """Return the nodes in the metadata; MetadataError if it belongs to another store."""
     value = engine.get(store_rows.FORMAT_KEY)
     if value is None:
         return []
@@ -196,13 +195,13 @@ def _check_format(config: StoreConfig, engine: Engine) -> list[NodeRow]:
 
 
 def _load(log: Log, config: StoreConfig) -> LogPosition:
-    """What the last checkpoint holds; for a new store, what there is at first."""
+    """Load the state of the last checkpoint, or the initial state of a new store."""
     engine, members = log.engine, log.members
     log_row = engine.get(store_rows.LOG_KEY)
     if log_row is not None:
         return LogPosition.decode(log_row)
     if log.read_only:
-        raise UsageError("The store was never mounted: mount it read-write once.")
+        raise UsageError("The store was never mounted: mount it read-write first.")
     for member in members.all:
         for run, what in ((SegmentKind.JOURNAL, "a journal"), (SegmentKind.SHARDS, "shards")):
             if member.is_open and member.node.segments(run):
@@ -213,8 +212,8 @@ def _load(log: Log, config: StoreConfig) -> LogPosition:
     for member in members.all:
         if not member.is_open:
             raise NodeError(f"A new store needs all of its nodes: {member.standing.error}")
-    # From here on the metadata says that this is its store: a crash before the first
-    # checkpoint leaves a journal that can be replayed.
+    # From here on the metadata names its store: a crash before the first checkpoint
+    # leaves a journal that can be replayed.
     engine.apply(
         {store_rows.FORMAT_KEY: _format(config), store_rows.LOG_KEY: LogPosition().encode()}
     )
@@ -226,26 +225,26 @@ def _load(log: Log, config: StoreConfig) -> LogPosition:
 
 
 def _refuse_to_begin(log: Log, replayed: Replayed) -> None:
-    """In a thread: an empty database must not be the beginning of a store that holds data."""
+    """In a thread: refuse to begin a store with an empty database if its nodes hold data."""
     if replayed.position.commit > 0 or log.read_only:
         return
     for member in log.members.all:
         if not member.out_of_use and (replayed.dropped or member.node.segments(SegmentKind.SHARDS)):
             raise ReplayError(
-                f"The metadata knows of no commit, but node {member.name} holds data: mounting "
+                f"The metadata has no commit, but node {member.name} holds data: mounting "
                 "would start an empty store. Move the metadata away, and run 'fusestore recover "
                 f"{log.members.config.store}'."
             )
 
 
 def _format(config: StoreConfig) -> bytes:
-    """What the metadata says of the store as a whole."""
+    """Return the row that describes the store as a whole."""
     value = {"format": store_rows.FORMAT, "store": str(config.uuid), "code": str(config.code)}
     return json.dumps(value).encode()
 
 
 def _apply(log: Log, replayed: Replayed, suspects: dict[bytes, bytes | None]) -> None:
-    """Take over what was replayed, and say which nodes are in sync."""
+    """Apply the replayed changes, and set the state of each node."""
     engine = log.engine
     log.position = replayed.position
     log.apply(replayed.changes)
@@ -266,14 +265,14 @@ def _apply(log: Log, replayed: Replayed, suspects: dict[bytes, bytes | None]) ->
     nodes = engine.get(store_rows.NODES_KEY)
     if not new:
         for member in log.members.all:
-            member.standing.recorded(store_rows.NEVER_WHOLE)  # unless the log knows it
+            member.standing.recorded(store_rows.NEVER_WHOLE)  # unless the log has a row of it
     for row in store_rows.decode_nodes(nodes) if nodes else ():
         owner = log.members.by_id.get(row.id)
         if owner is None:
             config = log.members.config
             raise ConfigError(
                 f"{config.store / CONFIG_NAME} lacks node {row.name} (region {row.region}, at "
-                f"{row.path}), which the store has: put it back, and use 'fusestore node remove'."
+                f"{row.path}) of the store: put it back, and use 'fusestore node remove'."
             )
         at = replayed.durable_id if row.in_sync else CommitId(row.holds, row.checksum)
         owner.standing.recorded(*at)
@@ -290,13 +289,12 @@ def _apply(log: Log, replayed: Replayed, suspects: dict[bytes, bytes | None]) ->
     if not log.members.in_sync:
         problems = " ".join(m.standing.error for m in log.members.all if m.standing.error)
         raise ReplayError(
-            "No node that holds every commit is there: bring one back, then mount again. "
-            + problems
+            "No available node holds every commit: bring one back, then mount again. " + problems
         )
 
 
 def _adopt_tails(store: Store) -> None:
-    """Take stripes that were open at a crash into memory again."""
+    """Load stripes that were open at a crash into memory."""
     tails: dict[tuple[int, Code], dict[int, bytes]] = {}
     for key, value in store.log.engine.scan(stripe_rows.TAILS_START, stripe_rows.TAILS_END):
         if not tables.readable(key, value):
@@ -309,7 +307,7 @@ def _adopt_tails(store: Store) -> None:
 
 
 async def _begin_epoch(store: Store) -> None:
-    """Log again what was replayed, in a new epoch, and checkpoint it."""
+    """Log the replayed changes again, in a new epoch, and checkpoint them."""
     log, committer = store.log, store.committer
     log.position = replace(log.position, epoch=log.position.epoch + 1, nonce=os.urandom(16).hex())
     known, journals = [log.position.journal_segment], list[int]()
@@ -325,7 +323,7 @@ async def _begin_epoch(store: Store) -> None:
     if log.position.commit == 0 or log.engine.get(store_rows.FORMAT_KEY) != _format(store.config):
         log.apply({store_rows.FORMAT_KEY: _format(store.config)})
     given_up = log.engine.get(store_rows.GIVEN_UP_KEY)
-    if given_up is not None:  # recover writes it to the database only; others have to learn it
+    if given_up is not None:  # recover writes it to the database only; the journals need it, too
         log.apply({store_rows.GIVEN_UP_KEY: given_up})
         if log.doubt:
             for key in (store_rows.NODES_KEY, *(key for key, _ in log.engine.scan(b"M", b"N"))):
@@ -336,14 +334,14 @@ async def _begin_epoch(store: Store) -> None:
 
 
 def _refuse_without_foreign(log: Log) -> None:
-    """ReplayError when too few nodes are left beside those of another history."""
+    """ReplayError if too few nodes are left besides those of another history."""
     members = log.members
     if not members.foreign or members.can_store(log.code):
         return
     names = ", ".join(member.name for member in members.foreign)
     raise ReplayError(
         f"{names} {'hold' if len(members.foreign) > 1 else 'holds'} another history than the "
-        "metadata, and too few nodes are left without. Bring the nodes of this history back; or "
+        "metadata, and too few other nodes are left. Bring the nodes of this history back; or "
         "move the metadata away, keep it, and run 'fusestore recover "
         f"{members.config.store}', which names the histories and lets you choose."
     )
@@ -364,7 +362,7 @@ async def _finish(store: Store) -> None:
 
 
 def _trim(committer: Committer, member: Member) -> None:
-    """In a thread: give back what was allocated ahead."""
+    """In a thread: release the room allocated ahead."""
     node = member.node
     try:
         if member.in_sync and committer.journal.offset:

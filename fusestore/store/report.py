@@ -1,7 +1,6 @@
-"""What an open store says of itself: the fields of `fusestore status --json`.
+"""The report of an open store: the fields of `fusestore status --json`.
 
-Nothing here takes longer with more files or stripes, but `count_missing`, which
-is for a thread.
+Only `count_missing` takes longer with more stripes, and runs in a thread.
 """
 
 from __future__ import annotations
@@ -27,22 +26,22 @@ from ..repair.repairer import Repairer
 from ..repair.scrub import Scrubber
 
 Missing = dict[int, int]
-"""By node: how many shards it lacks."""
+"""By node: the number of shards that it lacks."""
 
 
 def count_missing(view: View) -> Missing:
-    """In a thread: the shards that nodes lack, as of a view of `missing`, which is closed."""
+    """In a thread: count the shards that nodes lack in a view of `missing`, and close it."""
     with view:
         found: Counter[int] = Counter()
         for count, (key, _) in enumerate(view.scan(b"M", keys.after(b"M"))):
             found[stripe_rows.decode_missing_key(key)[0]] += 1
             if count % 256 == 0:
-                time.sleep(0)  # the event loop comes first
+                time.sleep(0)  # let the event loop run first
         return dict(found)
 
 
 class Reporter:
-    """Looks at the parts of an open store."""
+    """Reports the state of the parts of an open store."""
 
     def __init__(
         self,
@@ -63,13 +62,13 @@ class Reporter:
         self._reclaimer = reclaimer
 
     async def status(self) -> dict[str, Any]:
-        """The fields as of now; asks every node whether it is there, and what it takes."""
+        """Return the current fields, after checking and measuring every node."""
         await self.measure()
         view = self._log.engine.view(b"M")
         return self.report(await trio.to_thread.run_sync(count_missing, view))
 
     async def measure(self) -> None:
-        """Ask the nodes in use whether they are there, how much room they have and take."""
+        """Check that the nodes in use are present, and measure their used and free room."""
         async with trio.open_nursery() as nursery:
             for member in self._log.members.all:
                 if not member.out_of_use:
@@ -84,7 +83,7 @@ class Reporter:
             self._committer.ask()
 
     def report(self, missing: Missing) -> dict[str, Any]:
-        """The fields, from what is known without asking a node."""
+        """Return the fields as far as they are known without I/O on a node."""
         log, committer = self._log, self._committer
         members = log.members
         codes = list(dict.fromkeys([log.code, *self._known_codes()]))
@@ -136,7 +135,7 @@ class Reporter:
         }
 
     def _quarantine(self) -> dict[str, Any] | None:
-        """What is kept although no table names it, and why; None while nothing is."""
+        """Return the segments that are kept although in no table, and why; None if none are."""
         if not self._log.doubt:
             return None
         strays = [size for found in self._reclaimer.strays.values() for size in found.values()]
@@ -164,7 +163,7 @@ class Reporter:
         }
 
     def _repair(self, missing: Missing) -> dict[str, Any] | None:
-        """The repair under way, with `eta_seconds`, when its phase should end, if known."""
+        """Return the running repair, with `eta_seconds`, the time to the end of its phase."""
         running = self._repairer.healer.running
         if running is None:
             return None

@@ -1,4 +1,4 @@
-"""Before a store is opened: rows of its database that are not what the journals say."""
+"""Before a store is opened: wrong rows of its database are mended from the journals."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ..nodes.base import Node
 logger = logging.getLogger(__name__)
 
 ROWS_TOLD_MAX = 20
-"""Rows that were mended of which the log has a line each."""
+"""The number of mended rows that are logged."""
 TABLES_AT_MOUNT = (b"Z", b"G", b"T", b"D", b"U", b"B")
-"""What a mount reads as a whole."""
+"""The tables that a mount reads completely."""
 
 
 async def mend_rows(config: StoreConfig, engine: Engine, *, read_only: bool) -> list[WrongRow]:
-    """Examine the rows, and put right those that the journals contradict; which were wrong.
+    """Examine the rows, mend those that differ from the journals, and return the wrong ones.
 
-    DamagedMetadataError when the database cannot be read.  When the journals do not tell
-    what is right, the rows stay as they are, and are an error to read.
+    DamagedMetadataError if the database cannot be read.  If the journals do not have the
+    right values, the rows stay as they are, and reading them is an error.
     """
     examined = await trio.to_thread.run_sync(_examine, config, engine)
     if examined.is_right:
@@ -44,7 +44,7 @@ async def mend_rows(config: StoreConfig, engine: Engine, *, read_only: bool) -> 
     except (ReplayError, MetadataError) as error:
         logger.error(
             "The metadata is damaged (%d rows do not match their checksum), and the journals do "
-            "not tell what is right: %s Bring all nodes back, or run 'fusestore recover'.",
+            "not give the right values: %s Bring all nodes back, or run 'fusestore recover'.",
             len(examined.bad),
             error,
         )
@@ -63,7 +63,7 @@ async def mend_rows(config: StoreConfig, engine: Engine, *, read_only: bool) -> 
 
 
 def _examine(config: StoreConfig, engine: Engine) -> Examined:
-    """In a thread: all rows, or of many those that a mount reads."""
+    """In a thread: examine all rows or, if they are many, those that a mount reads."""
     few = engine.rows_stored <= config.limits.rows_examined_at_mount_max
     with engine.view() as view:
         return examine(view) if few else examine_some(view, TABLES_AT_MOUNT)

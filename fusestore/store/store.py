@@ -1,4 +1,4 @@
-"""An open store: engine, nodes and log, and all that works on them."""
+"""An open store: the engine, the nodes, the log, and the tasks that use them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class Store:
-    """What the file system and the control commands work on."""
+    """The open store, for the file system and the control commands."""
 
     def __init__(self, config: StoreConfig, log: Log, nursery: trio.Nursery) -> None:
         self.config = config
@@ -73,12 +73,12 @@ class Store:
         self.committer.on_commit.append(self.dumper.look)
 
     def tasks(self) -> list[Callable[[], Awaitable[None]]]:
-        """What goes on in the background while it is open."""
+        """Return the background tasks of the open store."""
         parts = (self.reclaimer, self.dumper, self.comeback, self.scrubber, self.rebalancer)
         return [self.rows.run, *(partial(self._go_on, part.run) for part in parts)]
 
     async def _go_on(self, run: Callable[[], Awaitable[None]]) -> None:
-        """Run a task; one that meets a bad row begins anew, when that may have been mended."""
+        """Run a task; restart it after a bad row, once the row may have been mended."""
         while True:
             try:
                 await run()
@@ -88,7 +88,7 @@ class Store:
                 await trio.sleep(self.log.limits.probe_seconds)
 
     def warnings(self) -> list[str]:
-        """A sentence for each node that is not as it should be."""
+        """Return a sentence for each node that is not up."""
         return [
             f"Node {member.name} is {member.state}: {member.standing.error}" + self._advice(member)
             for member in self.log.members.all
@@ -96,6 +96,6 @@ class Store:
         ]
 
     def _advice(self, member: Member) -> str:
-        if member.state is State.FOREIGN:  # its error says what to do
+        if member.state is State.FOREIGN:  # its error has the remedy
             return ""
         return f" Run 'fusestore repair {self.config.store} {member.name}'."

@@ -1,8 +1,9 @@
-"""Locks on things that cannot be removed without removing the lock: directories and files.
+"""Locks on directories and files themselves, which cannot be removed without the lock.
 
-`flock(2)` on the thing itself.  A lock belongs to an owner (the path of a store) in this
-process: the same owner may take it several times, as when a node is opened anew while
-calls of the old one still hang; nobody else may, in this process or in another.
+They use `flock(2)`.  A lock belongs to an owner (the path of a store) in this process.
+The same owner may take it several times, for example when a node is reopened while
+calls of the old one still hang.  No other owner can take it, in this process or in
+another.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _UNSUPPORTED = (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
-"""What file systems answer that cannot lock such a thing; NFS needs a file open for writing."""
+"""Errors of file systems without such locks; NFS needs a file that is open for writing."""
 
 
 class LockedError(Exception):
@@ -37,12 +38,12 @@ class _Held:
 _held: dict[tuple[int, int], _Held] = {}
 """By device and inode."""
 _dropped: deque[tuple[int, int]] = deque()
-"""Keys of locks that were given up, until the next call that holds the guard."""
+"""Keys of released locks, until the next call that holds the guard."""
 _guard = threading.Lock()
 
 
 class Lock:
-    """A lock that is held until `release`, or until the process ends."""
+    """A lock, held until `release`, or until the process ends."""
 
     __slots__ = ("_key",)
 
@@ -51,11 +52,11 @@ class Lock:
 
     @property
     def is_held(self) -> bool:
-        """Whether the file system knows such locks."""
+        """Whether the file system supports such locks."""
         return self._key is not None
 
     def release(self) -> None:
-        """Give the lock up; a second time does nothing."""
+        """Release the lock; a second call does nothing."""
         key, self._key = self._key, None
         if key is not None:
             _dropped.append(key)
@@ -63,8 +64,8 @@ class Lock:
                 _let_go_of_dropped()
 
     def __del__(self) -> None:
-        # The collector may run while this very thread holds the guard: then the next call
-        # that holds it does the rest.
+        # The collector may run while this thread holds the guard.  In that case, the next
+        # call that holds the guard does the rest.
         if self._key is not None:
             _dropped.append(self._key)
             if _guard.acquire(blocking=False):
@@ -75,7 +76,7 @@ class Lock:
 
 
 def _let_go_of_dropped() -> None:
-    """With the guard held: close what nobody holds any more."""
+    """With the guard held: close descriptors of locks that are no longer held."""
     while _dropped:
         key = _dropped.popleft()
         held = _held[key]
@@ -86,10 +87,10 @@ def _let_go_of_dropped() -> None:
 
 
 def take(path: Path | str, owner: str, *, shared: bool, dir_fd: int | None = None) -> Lock:
-    """Lock a file or directory; LockedError when it is in use, OSError when it is not there.
+    """Lock a file or directory; LockedError if it is in use, OSError if it is missing.
 
-    With `dir_fd` it is a name in that directory, and no link.  Where the file system
-    cannot lock it, the lock that is returned is not held.
+    With `dir_fd` it is a name in that directory, and no link.  If the file system cannot
+    lock it, the returned lock is not held.
     """
     fd = _open(path, shared, dir_fd)
     try:
@@ -115,7 +116,7 @@ def take(path: Path | str, owner: str, *, shared: bool, dir_fd: int | None = Non
 
 def _open(path: Path | str, shared: bool, dir_fd: int | None) -> int:
     flags = os.O_CLOEXEC | os.O_NONBLOCK | (0 if dir_fd is None else os.O_NOFOLLOW)
-    if not shared:  # NFS locks a file only for those who may write it
+    if not shared:  # NFS locks only files that are open for writing
         try:
             return os.open(path, os.O_RDWR | flags, dir_fd=dir_fd)
         except (IsADirectoryError, PermissionError):
@@ -127,7 +128,7 @@ def _open(path: Path | str, shared: bool, dir_fd: int | None) -> int:
 
 
 def _lock(fd: int, shared: bool) -> bool:
-    """Whether the descriptor is locked now; False where that cannot be."""
+    """Lock the descriptor; return False if the file system does not support this."""
     try:
         fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -140,7 +141,7 @@ def _lock(fd: int, shared: bool) -> bool:
 
 
 def _holder(fd: int) -> int | None:
-    """The number of a process that holds a lock on the open file, if the kernel tells."""
+    """Return the id of a process that holds a lock on the open file, if the kernel knows it."""
     found = os.fstat(fd)
     device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
     try:

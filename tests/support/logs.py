@@ -77,7 +77,7 @@ OUT_OF_USE = r"members\.member: .* The node is now out of use"
 SLOW = r"read\.reader: Node \S+ did not answer .* Others are read for a while"
 CORRUPT = r"read\.reader: Shard \d+ of stripe \S+ on node \S+ is corrupt\. It is decoded"
 DISAGREE = r"read\.reader: Shard \d+ of stripe \S+ and its row disagree\. It is decoded"
-UNREAD_FILE = r": Node \S+ \(.*\) cannot (read|look at) (journal|shards)/"
+UNREAD_FILE = r": Node \S+ \(.*\) cannot (read|examine) (journal|shards)/"
 LOST_STRIPE = r"Stripe \S+ has fewer than the \d+ good shards that it needs"
 NO_STRIPE = r"read\.reader: .* cannot be read: Stripe \S+ is not in the metadata"
 WRONG_ROW = r"read\.reader: The row of stripe \S+ is wrong: .* It is mended"
@@ -94,7 +94,7 @@ JOURNAL_DAMAGED = (
     r"|journal_scan: Node \S+ has many journal segments without records, and was not read"
 )
 FOREIGN_FILES = (
-    r"nodes\.directory: .* holds what is no segment of this store"
+    r"nodes\.directory: .* has files that are not segments of this store"
     r"|node_contents: .* holds \d+ files with numbers that this store has not reached"
     r"|commit\.reclaim: Segment \d+ of node \S+ is not of this store: it is ignored"
 )
