@@ -14,6 +14,7 @@ import shutil
 import stat
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -444,6 +445,108 @@ def test_removing_what_is_listed_removes_all(shared_mount: Path) -> None:
     assert names_in(shared_mount) == []
 
 
+LIVELY: dict[str, Callable[[Path, str, int], object]] = {
+    "renames within": lambda top, name, n: os.rename(top / name, top / f"renamed-{n}"),
+    "renames over": lambda top, name, n: os.rename(top / name, top / "over"),
+    "renames out and in": lambda top, name, n: (
+        os.rename(top / name, top.parent / "out"),
+        os.rename(top.parent / "out", top / f"in-{n}"),
+    ),
+    "exchanges": lambda top, name, n: renameat2(top / name, top / "partner", EXCHANGE),
+    "makes one beside": lambda top, name, n: (top / f"beside-{n}").touch(),
+    "makes and removes": lambda top, name, n: (
+        (top / f"short-{n}").touch(),
+        os.unlink(top / f"short-{n}"),
+        (top / f"made-{n}").mkdir(),
+    ),
+    "links": lambda top, name, n: os.link(top / name, top / f"link-{n}"),
+    "removes and makes anew": lambda top, name, n: (os.unlink(top / name), (top / name).touch()),
+}
+
+
+@pytest.mark.parametrize("action", LIVELY.values(), ids=LIVELY.keys())
+def test_a_listing_ends_whatever_is_done_meanwhile(
+    shared_mount: Path, action: Callable[[Path, str, int], object]
+) -> None:
+    top = shared_mount / "top"
+    top.mkdir()
+    for number in range(300):
+        (top / f"f{number}").touch()
+    (top / "partner").touch()
+    count = 0
+    for entry in os.scandir(top):
+        if entry.name == "partner":
+            continue
+        action(top, entry.name, count)
+        count += 1
+        assert count <= 302
+
+
+def test_a_renamed_entry_is_in_each_listing_exactly_once(shared_mount: Path) -> None:
+    """Under one of its names: a reader of a mail folder must not miss a message."""
+    for number in range(1000):
+        (shared_mount / f"{number}").touch()
+    chance = random.Random(5)
+    left = [str(number) for number in range(1000)]
+    seen = []
+    for count, entry in enumerate(os.scandir(shared_mount)):
+        seen.append(entry.inode())
+        if count % 2:
+            name = left.pop(chance.randrange(len(left)))
+            os.rename(shared_mount / name, shared_mount / f"{name}:2,S")
+    assert len(seen) == len(set(seen)) == 1000
+
+
+def test_a_listing_that_begins_anew_has_what_was_made_meanwhile(shared_mount: Path) -> None:
+    (shared_mount / "one").touch()
+    stream = libc.opendir(os.fsencode(shared_mount))
+    try:
+        for count in range(3):
+            (shared_mount / f"new-{count}").touch()
+            libc.rewinddir(stream)
+            names = set()
+            while entry := libc.readdir(stream):
+                names.add(entry.contents.name.decode())
+            assert names == {".", "..", "one", *(f"new-{n}" for n in range(count + 1))}
+    finally:
+        libc.closedir(stream)
+
+
+def test_two_readers_of_a_directory_have_an_end_each(shared_mount: Path) -> None:
+    for number in range(2000):
+        (shared_mount / f"{number:04}").touch()
+    first = os.scandir(shared_mount)
+    one = [next(first).name]
+    for number in range(2000, 2100):
+        (shared_mount / f"{number:04}").touch()
+    second = os.scandir(shared_mount)
+    two = [next(second).name]
+    for number in range(2100, 2200):
+        (shared_mount / f"{number:04}").touch()
+        one.append(next(first).name)
+        two.append(next(second).name)
+    one += [entry.name for entry in first]
+    two += [entry.name for entry in second]
+    assert len(one) == len(set(one))
+    assert len(two) == len(set(two))
+    old = {f"{number:04}" for number in range(2000)}
+    assert set(one) >= old
+    assert set(two) >= old | {f"{number:04}" for number in range(2000, 2100)}
+
+
+@pytest.mark.parametrize("count", [20_000, pytest.param(100_000, marks=pytest.mark.long)])
+def test_rm_removes_a_large_directory_while_it_is_read(shared_mount: Path, count: int) -> None:
+    top = shared_mount / "top"
+    top.mkdir()
+    for number in range(count):
+        os.mknod(top / f"{number:06}", stat.S_IFREG | 0o644)
+    reader = os.scandir(top)
+    next(reader)
+    subprocess.run(["rm", "-r", top], check=True)
+    assert len(list(reader)) < count
+    assert names_in(shared_mount) == []
+
+
 class Dirent(ctypes.Structure):
     _fields_ = (
         ("ino", ctypes.c_uint64),
@@ -456,7 +559,8 @@ class Dirent(ctypes.Structure):
 
 libc.opendir.restype = ctypes.c_void_p
 libc.readdir.restype = ctypes.POINTER(Dirent)
-libc.readdir.argtypes = libc.telldir.argtypes = libc.closedir.argtypes = [ctypes.c_void_p]
+for _function in (libc.readdir, libc.telldir, libc.rewinddir, libc.closedir):
+    _function.argtypes = [ctypes.c_void_p]
 libc.telldir.restype = ctypes.c_long
 libc.seekdir.argtypes = [ctypes.c_void_p, ctypes.c_long]
 

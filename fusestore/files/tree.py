@@ -88,11 +88,22 @@ class Tree:
         value = self._log.engine.get(file_rows.name_key(parent, name))
         return file_rows.decode_name(value)[0] if value is not None else None
 
-    def entries(self, ino: int, after: int) -> Iterator[tuple[int, int, bytes]]:
-        """Yield (cookie, ino, name) of a directory's entries past the cookie `after`, in order."""
+    def entries(
+        self, ino: int, after: int, end: int | None = None
+    ) -> Iterator[tuple[int, int, bytes]]:
+        """Yield (cookie, ino, name) of the entries with after < cookie < end, in order."""
         start = file_rows.listing_key(ino, max(after + 1, file_rows.FIRST_COOKIE))
-        for key, value in self._log.engine.scan(start, file_rows.listing_key(ino + 1, 0)):
+        stop = file_rows.listing_key(ino + 1, 0) if end is None else file_rows.listing_key(ino, end)
+        for key, value in self._log.engine.scan(start, stop):
             yield file_rows.decode_listing(key, value)
+
+    @property
+    def listing_end(self) -> int:
+        """The end of a listing that begins now, past the cookies of all entries.
+
+        Without it, a listing during which entries are made would have no end.
+        """
+        return self._log.counters.next_cookie
 
     def target(self, ino: int) -> bytes:
         """Return the target of a symbolic link; InvalidError if it is not one."""
@@ -318,8 +329,8 @@ class Tree:
             found = txn.get(file_rows.name_key(new_parent, new_name))
             if found is None:
                 self._check_new(txn, new_parent, new_name)
-                new_cookie = self._log.counters.next_cookie
-                self._log.counters.next_cookie += 1
+                # In the same directory it keeps its place, so that each listing has it once.
+                new_cookie = cookie if new_parent == parent else self._new_cookie()
             else:
                 if not replace:
                     raise ExistsError("The new name is taken.")
@@ -420,6 +431,11 @@ class Tree:
         return inode
 
     # --- shared steps --------------------------------------------------------
+
+    def _new_cookie(self) -> int:
+        """Take a cookie that no entry has had."""
+        self._log.counters.next_cookie += 1
+        return self._log.counters.next_cookie - 1
 
     @staticmethod
     def _stamp(time: int) -> int:

@@ -2,8 +2,8 @@
 
 pyfuse3 ends the mount on any exception but FUSEError.  Therefore every handler is
 wrapped: an error of the file system becomes its errno; any other exception is logged
-with a traceback and answered with EIO.  File handles are inode numbers.  Only this
-module and the daemon import pyfuse3.
+with a traceback and answered with EIO.  The handles of files are inode numbers.  Only
+this module and the daemon import pyfuse3.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import os
 import stat
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from time import perf_counter_ns
 from typing import Any, TypeVar, cast
 
@@ -104,6 +105,14 @@ def _answered(handler: _Handler) -> _Handler:
     return cast("_Handler", wrapper)
 
 
+@dataclass(slots=True)
+class _Listing:
+    """An open directory, and the end of its listing: a cookie."""
+
+    directory: int
+    end: int
+
+
 class Operations(pyfuse3.Operations):
     """The handlers of a mounted store."""
 
@@ -119,6 +128,9 @@ class Operations(pyfuse3.Operations):
         self._removal = files.removal
         self._attributes = files.attributes
         self._known = Lookups()
+        self._listings: dict[int, _Listing] = {}
+        """The open directories, by file handle."""
+        self._next_listing = 1
         self._orphans: set[int] = set()
         """Inodes without a name that the kernel has not forgotten."""
         self._cut_short: set[int] = set()
@@ -292,25 +304,31 @@ class Operations(pyfuse3.Operations):
 
     @_answered
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
-        return inode
+        fh = self._next_listing
+        self._next_listing += 1
+        self._listings[fh] = _Listing(inode, self._tree.listing_end)
+        return fh
 
     @_answered
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        tree = self._tree
-        inode = tree.inode(fh)
-        dots = ((1, fh, b"."), (2, inode.parent, b".."))
+        tree, listing = self._tree, self._listings[fh]
+        if start_id == 0:
+            listing.end = tree.listing_end
+        directory = listing.directory
+        inode = tree.inode(directory)
+        dots = ((1, directory, b"."), (2, inode.parent, b".."))
         for cookie, ino, name in dots[min(start_id, 2) :]:
             entry = self._attr(ino, tree.inode(ino) if cookie == 2 else inode)
             if not pyfuse3.readdir_reply(token, name, entry, cookie):
                 return
-        for cookie, ino, name in tree.entries(fh, start_id):
+        for cookie, ino, name in tree.entries(directory, start_id, listing.end):
             if not pyfuse3.readdir_reply(token, name, self._attr(ino, tree.inode(ino)), cookie):
                 return
             self._known.add(ino)
 
     @_answered
     async def releasedir(self, fh: int) -> None:
-        pass
+        del self._listings[fh]
 
     @_answered
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
