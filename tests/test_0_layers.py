@@ -35,7 +35,7 @@ FOLDERS = [
 
 DOORS = {
     "lmdb": {"metadata.engine", "metadata.view"},
-    "pyfuse3": {"serve.operations", "serve.daemon", "bench.null"},
+    "pyfuse3": {"serve.operations", "serve.daemon", "serve.fuse_device", "bench.null"},
     "matplotlib": {"bench.plot"},
     "cffi": {"format.erasure", "system.linux", "system.io_uring"},
     "reedsolo": {"format.erasure"},

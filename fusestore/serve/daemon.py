@@ -29,6 +29,7 @@ from ..system import mounts
 from ..system.sd_notify import ServiceManager
 from ..watch.counts import LiveCounts
 from ..watch.fields import MountStatus
+from . import fuse_device
 from .commands import Context, handlers
 from .control_server import ControlServer, lock_store
 from .offline import unwrapped
@@ -100,6 +101,7 @@ class _Daemon:
                             outer.start_soon(self._watch_signals)
                             nursery.start_soon(self._read_further_ahead)
                             nursery.start_soon(self._tell_ready, store)
+                            fuse_device.never_block()
                             await pyfuse3.main(max_tasks=self._config.limits.fuse_tasks_max)
                             self._manager.stopping("Committing, and closing the store")
                     await files.removal.removed()
