@@ -40,7 +40,7 @@ class Checkpointer:
         self.on_checkpoint: list[Callable[[], None]] = []
 
     def is_due(self) -> bool:
-        """Whether enough changes wait, or some wait for long enough."""
+        """Return whether enough changes wait, or some wait for long enough."""
         changed = self._log.engine.changed_keys
         return changed > 0 and (
             changed >= self._limits.checkpoint_changes_max

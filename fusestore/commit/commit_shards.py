@@ -50,7 +50,7 @@ def flush_shards(log: Log, commit: Commit) -> None:
 
 
 def counts(log: Log, commit: Commit) -> bool:
-    """Whether each stripe in a commit has k intact shards; UndecidedError if unknown."""
+    """Return whether each stripe in a commit has k intact shards; UndecidedError if unknown."""
     for key, value in commit.changes.items():
         if key[:1] != b"S" or value is None:
             continue

@@ -304,7 +304,7 @@ class Committer:
         return [key for key in keys if batch.changes.get(key) is not None]
 
     def _is_held(self, batch: CommitBatch) -> bool:
-        """Whether the nodes that flushed a commit suffice to count and checkpoint it."""
+        """Return whether the nodes that flushed a commit suffice to count and checkpoint it."""
         members, engine = self._log.members, self._log.engine
         lost = {
             shard

@@ -103,7 +103,7 @@ class Reclaimer:
         self.strays.clear()
 
     async def _is_left_over(self, member: Member, segment: int) -> bool:
-        """Whether a segment has only shards that the last mount left or freed; NodeError.
+        """Return whether a segment has only shards that the last mount left or freed; NodeError.
 
         A complete shard of an earlier mount, or of a stripe that other rows name, was in
         use: its row was lost.
@@ -116,7 +116,7 @@ class Reclaimer:
         return True
 
     def _is_known(self, number: int) -> bool:
-        """Whether other rows name a stripe that has no row."""
+        """Return whether other rows name a stripe that has no row."""
         engine, prefix = self._log.engine, stripe_rows.owners_key(number, 0)[:9]
         return (
             engine.get(stripe_rows.live_key(number)) is not None

@@ -254,7 +254,7 @@ class _Replay:
             )
 
     def _has_shards(self, key: bytes, value: bytes) -> bool:
-        """Whether k shards of a stripe have their headers at their places."""
+        """Return whether k shards of a stripe have their headers at their places."""
         number, row = stripe_rows.decode_stripe_key(key), Stripe.decode(value)
         there = 0
         for index, place in enumerate(row.shards):
@@ -350,7 +350,7 @@ def _names(entry: Entry) -> str:
 
 
 def _has_header(log: Log, member: Member, place: ShardPlace, number: int, index: int) -> bool:
-    """Whether the header of the record at a place names this shard; blocks."""
+    """Return whether the header of the record at a place names this shard; blocks."""
     start = place.offset - HEADER_BYTES
     try:
         data = member.node.read(SegmentKind.SHARDS, place.segment, start, HEADER_BYTES)

@@ -181,7 +181,7 @@ def _differences(view: View, right: View) -> Iterator[WrongRow]:
 
 
 def _is_cautious(key: bytes, stored: bytes | None) -> bool:
-    """Whether an intact row of the database is right regardless of the journals.
+    """Return whether an intact row of the database is right regardless of the journals.
 
     `Zlog` is in no journal.  When recover accepts losses, it writes to the database alone
     which shards and nodes may lack something, and which histories are void: the next

@@ -202,7 +202,7 @@ class Rebalancer:
         return next(iter(self._notes.values()), "")
 
     def _rebalancing(self, row: Rebalance) -> bool:
-        """Whether to continue: not after a stop, or while there is a node to drain."""
+        """Return whether to continue: not after a stop, or while there is a node to drain."""
         to_drain = any(member.id not in self.stuck for member in self._to_drain())
         return self.job.is_current(row) and not to_drain
 
@@ -270,7 +270,7 @@ class Rebalancer:
         return len(shards)
 
     def _is_there(self, number: int, row: Stripe, index: int) -> bool:
-        """Whether a shard may be moved: its place is the same, and a commit holds it."""
+        """Return whether a shard may be moved: its place is the same, and a commit holds it."""
         now = self._log.stripe(number)
         return (
             now is not None

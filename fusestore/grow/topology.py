@@ -165,7 +165,7 @@ class Topology:
         }
 
     def _is_drained(self, member: Member) -> bool:
-        """Whether a node has no shards left, or was removed."""
+        """Return whether a node has no shards left, or was removed."""
         return member.id in self._rebalancer.drained or member not in self._log.members.all
 
     async def _set_draining(self, member: Member, draining: bool) -> None:

@@ -1,1 +1,1 @@
-"""Changes, and the journals that hold them: transactions and journals."""
+"""The log of changes: transactions and journals."""

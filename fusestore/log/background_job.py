@@ -80,13 +80,13 @@ class BackgroundJob(Generic[Row]):
         return self.row.state == "running"
 
     def is_current(self, row: Row) -> bool:
-        """Whether the work that counts in this row should go on."""
+        """Return whether the work that counts in this row should continue."""
         return self.row is row and row.state == "running"
 
     # --- transitions ---------------------------------------------------------
 
     def begin(self, row: Row) -> None:
-        """Begin a job anew; UsageError when one runs or is paused, RowTooLargeError."""
+        """Begin a new job; UsageError if one runs or is paused, RowTooLargeError."""
         self.check("begin")
         row.state, row.started = "running", time.time()
         self._put(row)
@@ -94,17 +94,17 @@ class BackgroundJob(Generic[Row]):
         self.wake()
 
     def pause(self) -> None:
-        """Stop for now; UsageError when none runs."""
+        """Stop for now; UsageError if none runs."""
         self._go("pause", "paused")
 
     def resume(self, rate: float | None) -> None:
-        """Continue, at another rate if one is given; UsageError when none is paused."""
+        """Continue, at another rate if one is given; UsageError if none is paused."""
         self.check("resume")
         self.row.rate = rate or self.row.rate
         self._go("resume", "running")
 
     def stop(self) -> None:
-        """Give the job up where it is; UsageError when none runs."""
+        """Give the job up where it is; UsageError if none runs."""
         self.check("stop")
         self.row.finished = time.time()
         self._go("stop", "stopped")

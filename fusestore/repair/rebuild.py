@@ -124,7 +124,7 @@ class Rebuilder:
     async def _is_in_doubt(
         self, member: Member, place: ShardPlace, header: Header, data: Buffer
     ) -> bool:
-        """Whether other data lies at a shard's place, which must then not be touched.
+        """Return whether other data lies at a shard's place, which must then not be touched.
 
         The node that the shard leaves need not answer: the place is checked again before
         it is freed.  NodeError of `member`, which gets the shard.

@@ -113,7 +113,7 @@ class Rejoin:
                 yield found[first : first + self._log.limits.repair_batch]
 
     def _is_weak(self, number: int, row: Stripe, member: Member) -> bool:
-        """Whether a stripe lacks shards besides those on this node."""
+        """Return whether a stripe lacks shards besides those on this node."""
         return any(
             place.node != member.id and not self._log.has_shard(number, index, place)
             for index, place in enumerate(row.shards)

@@ -84,7 +84,9 @@ class StripeCheck:
             record = _ShardRecord(start, start + record_length(length), number, index)
             self._records[place.node, place.segment].append(record)
         elif not self._store.has(stripe_rows.missing_key(place.node, number, index)):
-            text = f"shard {index} of stripe {number:#x} was never written, but is not in missing"
+            text = (
+                f"shard {index} of stripe {number:#x} was never written, but not noted as missing"
+            )
             yield finding(Phase.DERIVED, "missing", text, "owe", place.node, number, index)
 
     def segments(self) -> Iterator[Finding]:
