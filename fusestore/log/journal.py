@@ -145,6 +145,8 @@ class Journals:
     """The known commits of the history that `keep_latest` kept."""
     held: dict[str, set[CommitId]] = field(default_factory=dict)
     """By name of node: all its commits, including those that were left out."""
+    same: set[str] = field(default_factory=set)
+    """Names of nodes that a dump links to the latest history."""
 
     def keep_latest(self, holder: str = "") -> list[Entry]:
         """Leave out all histories but the latest; return those of their commits that may count.
@@ -160,6 +162,7 @@ class Journals:
         for entry in self.entries():
             for name in entry.holders:
                 self.held.setdefault(name, set()).add(entry.id)
+        self.same = self.linked(at.holders if at is not None else ())
         first = min(kept, default=0)
         others = [e for e in self.entries() if e.number >= first and kept.get(e.number) is not e]
         self._keep(kept)
@@ -167,6 +170,23 @@ class Journals:
         rivals = [e for e in others if not is_void(e, ends)]
         through = max((e.durable_through for e in rivals), default=0)
         return [e for e in rivals if e.number <= through]
+
+    def linked(self, witnesses: Collection[str]) -> set[str]:
+        """Return nodes whose last commit precedes a part of a dump that a witness has, too.
+
+        The part is at the same place on both, so the history before it is the same.
+        """
+        ends: dict[str, tuple[int, int]] = {}
+        for entry in self.entries():
+            for name in entry.holders:
+                ends[name] = max(ends.get(name, (0, 0)), (entry.segment, entry.offset))
+        return {
+            name
+            for piece in self.pieces.values()
+            if not piece.holders.isdisjoint(witnesses)
+            for name in piece.holders & ends.keys()
+            if ends[name] < (piece.segment, piece.offset)
+        }
 
     def keep_history(self, at: Entry) -> None:
         """Leave out all histories but the one that leads to a commit."""

@@ -74,7 +74,8 @@ def lineage(
     foreign = [e for e in compared if _counts_there(journals, e, compared, others, ids)]
     if foreign:
         return Lineage(last, (foreign[0].number, max(e.number for e in compared)))
-    if strange and not mine and holds.checksum:
+    linked = name in journals.linked([other for other, _ in others])
+    if strange and not mine and holds.checksum and not linked:
         numbers = [entry.number for entry in strange]
         return Lineage(0, (min(numbers), max(numbers)), older=True)
     return Lineage(last)

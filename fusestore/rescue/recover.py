@@ -186,7 +186,9 @@ def _unconnected(engine: Engine, journals: Journals, history: str) -> set[str]:
     found = set()
     for name, held in journals.held.items():
         row = rows.get(name)
-        if held & journals.latest or row is None or row.holds == store_rows.NEVER_WHOLE:
+        if held & journals.latest or name in journals.same:
+            continue
+        if row is None or row.holds == store_rows.NEVER_WHOLE:
             continue
         if row.in_sync or (row.checksum and CommitId(row.holds, row.checksum) not in held):
             found.add(name)
