@@ -78,7 +78,8 @@ async def fsck(store: Store, *, repair: bool, at_rest: bool) -> dict[str, Any]:
         checked = await _check(store, at_rest)
     settled = not checked.findings and not hindrance and (repair or not wrong)
     if settled and not store.log.read_only:
-        await _end_doubt(store)
+        nothing_lost = not checked.unreadable and not checked.lost_bytes
+        await _end_doubt(store, at_rest=at_rest and nothing_lost)
     return {
         "clean": not found and not checked.unreadable,
         "findings": list(found),
@@ -91,12 +92,20 @@ async def fsck(store: Store, *, repair: bool, at_rest: bool) -> dict[str, Any]:
     }
 
 
-async def _end_doubt(store: Store) -> None:
-    """End the doubt after a check of all nodes without findings: kept segments may be freed."""
-    log = store.log
-    if not log.doubt or not all(member.in_sync for member in log.members.all):
+async def _end_doubt(store: Store, *, at_rest: bool) -> None:
+    """End the doubt after a check of all nodes without findings: kept segments may be freed.
+
+    Segments that were kept because their rows were lost may be freed only with `at_rest`:
+    then the tables were compared with the journals.
+    """
+    log, strays = store.log, store.reclaimer.strays
+    if not all(member.in_sync for member in log.members.all):
+        return
+    if not log.doubt and not (at_rest and strays.any_found):
         return
     async with store.committer.lock:
+        if at_rest:
+            strays.release()
         log.position = replace(log.position, doubt="")
         await store.committer.commit_now(checkpoint=True)
     store.reclaimer.wake()
