@@ -132,14 +132,15 @@ class Node(Protocol):
     def delete(self, kind: SegmentKind, segment: int) -> None:
         """Remove a segment; running reads still succeed.
 
-        A missing segment is not an error.  After a crash the segment may exist again.
+        A missing segment is not an error.  Durable when it returns: no crash brings the
+        segment back.
         """
 
     def set_aside(self, kind: SegmentKind, segment: int) -> None:
         """Take a segment away, and keep its bytes where no other method finds them."""
 
     def drop_aside(self) -> None:
-        """Remove all that was set aside."""
+        """Remove all that was set aside; all deletions, also earlier ones, are durable then."""
 
     def space(self) -> Space:
         """Return the room on the device."""

@@ -430,6 +430,7 @@ class DirectoryNode:
         with self._errors(f"delete {segment_path(kind, segment)}"), self._lock:
             with contextlib.suppress(FileNotFoundError):
                 self._folder(kind).unlink(segment_name(kind, segment))
+            self._folder(kind).sync()
             self._open.discard((kind, segment))
 
     def set_aside(self, kind: SegmentKind, segment: int) -> None:
@@ -450,6 +451,7 @@ class DirectoryNode:
                 kept = (entry for entry in folder.entries() if _KEPT in entry.name)
                 for name in [entry.name for entry in kept if _is_temporary(kind, entry)]:
                     folder.unlink(name)
+                folder.sync()
 
     def space(self) -> Space:
         """See Node."""

@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -170,7 +171,12 @@ def hanging(node: Node, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
         may_end.wait(20)
 
     monkeypatch.setattr(Directory, "unlink", unlink)
-    deleting = threading.Thread(target=node.delete, args=(SegmentKind.SHARDS, 1))
+
+    def delete() -> None:
+        with suppress(NodeError):  # it was closed meanwhile: whether it lasts is not known
+            node.delete(SegmentKind.SHARDS, 1)
+
+    deleting = threading.Thread(target=delete)
     deleting.start()
     assert hangs.wait(20)
     yield node

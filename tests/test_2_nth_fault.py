@@ -41,7 +41,6 @@ from support.logs import (
     LOST_STRIPE,
     NOT_WHERE_ITS_ROW_SAYS,
     OUT_OF_USE,
-    SEGMENT_KEPT,
     UNREAD_FILE,
 )
 from support.machine import Machine, told
@@ -56,7 +55,6 @@ pytestmark = pytest.mark.expects_log(
     UNREAD_FILE,
     NOT_WHERE_ITS_ROW_SAYS,
     DROPPED,
-    SEGMENT_KEPT,
     CHECKPOINT_FAILED,
     r"commit\.metadata_dump: No metadata dump",
     OUT_OF_USE,

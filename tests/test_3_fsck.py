@@ -15,6 +15,7 @@ import shutil
 import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -41,7 +42,7 @@ from fusestore.rescue.fsck_mend import Mender
 from fusestore.serve.commands import Context, do
 from fusestore.serve.messages.safety import FsckRequest
 from fusestore.store.opening import open_store
-from support.logs import LOST_STRIPE, NO_STRIPE, NOT_IN_TABLES, UNREAD_FILE
+from support.logs import DISAGREE, LOST_STRIPE, NO_STRIPE, NOT_IN_TABLES, UNREAD_FILE, WRONG_ROW
 from support.metadata_rows import Rows, check, edit
 from support.opened_store import Opened, opened
 
@@ -443,6 +444,7 @@ async def test_a_stripe_keeps_the_shards_that_another_claims(config: StoreConfig
         row = one.store.reader.stripe(last)
         assert row is not None
         before = bytes(await one.store.reader.read_stripe(last, 0, row.length))
+        files = await read_all(one)
 
     def claim(rows: Rows) -> None:
         rows[stripe_rows.stripe_key(first)] = rows[stripe_rows.stripe_key(last)]
@@ -450,6 +452,50 @@ async def test_a_stripe_keeps_the_shards_that_another_claims(config: StoreConfig
     edit(config, claim)
     async with mended(config) as one:
         assert bytes(await one.store.reader.read_stripe(last, 0, row.length)) == before
+        assert await read_all(one) == files
+
+
+async def test_an_extent_that_is_too_long_moves_no_other(config: StoreConfig) -> None:
+    """The stripe's owners say how long it was."""
+    async with opened(config) as one:
+        ino = one.files.tree.lookup(ROOT, b"file3")
+        before = await read_all(one)
+    assert ino is not None
+
+    def lengthen(rows: Rows) -> None:
+        key = min(key for key in rows if key[:9] == file_rows.extent_key(ino, 0)[:9])
+        extent = Extent.decode(key, rows[key])
+        wrong = replace(extent, length=extent.length | 1 << 30)
+        rows[key] = wrong.encode()
+
+    edit(config, lengthen)
+    async with mended(config) as one:
+        assert await read_all(one) == before
+
+
+@pytest.mark.expects_log(NO_STRIPE)
+async def test_an_extent_that_is_too_long_takes_nothing_with_it(config: StoreConfig) -> None:
+    """Its stripe has no owners any more: its bytes are lost, and no others."""
+    async with opened(config) as one:
+        ino = one.files.tree.lookup(ROOT, b"file3")
+        before = await read_all(one)
+        data = before["/file3"]
+    assert ino is not None
+    assert isinstance(data, bytes)
+
+    def lengthen(rows: Rows) -> None:
+        key = min(key for key in rows if key[:9] == file_rows.extent_key(ino, 0)[:9])
+        extent = Extent.decode(key, rows[key])
+        wrong = replace(extent, length=extent.length | 1 << 30)
+        rows[key] = wrong.encode()
+        for key in [key for key in rows if key[:1] == b"O"]:
+            del rows[key]
+
+    edit(config, lengthen)
+    async with mended(config) as one:
+        after = await read_all(one)
+        assert {name for name in after if after[name] != before[name]} == {"/file3", "/linked"}
+        assert (await one.files.contents.read(ino, 1 << 20, 1 << 22)) == data[1 << 20 :]
 
 
 def damage(rows: Rows, chance: random.Random) -> None:
@@ -502,6 +548,44 @@ async def test_any_damage_is_mended(
             await one.put("new", b"n" * 2_000_000)
         assert (await check(hurt))["findings"] == [], seed
         shutil.rmtree(target)
+
+
+MUCH = [246, 258, 278, 311, 312, 313, 329, 417, 528]
+"""Seeds of which the damage had sizes that no file has, or counts that no row holds."""
+
+
+@pytest.mark.expects_log(NO_STRIPE, DISAGREE, WRONG_ROW)
+async def test_any_amount_of_damage_is_mended(
+    config: StoreConfig, tmp_path: Path, long: bool
+) -> None:
+    """Rows with sizes, numbers and counts that are not possible; quotas, too."""
+    async with opened(config) as one:
+        folder = one.files.tree.lookup(ROOT, b"folder")
+        assert folder is not None
+        inner = one.files.tree.lookup(folder, b"inner")
+        for ino in (folder, inner):
+            assert ino is not None
+            one.files.quotas.set(ino, 1 << 30, 1000)
+            await one.files.quotas.wait(ino)
+    for seed in [*MUCH, *(range(600) if long else ())]:
+        for rounds in (2, 21):
+            print("seed", seed, "rounds", rounds)
+            chance = random.Random(seed)
+            target = tmp_path / f"{seed}-{rounds}"
+            shutil.copytree(config.store, target)
+            hurt = load(target)
+
+            def hurt_much(rows: Rows, chance: random.Random = chance, rounds: int = rounds) -> None:
+                for _ in range(rounds):
+                    damage(rows, chance)
+
+            edit(hurt, hurt_much)
+            assert (await check(hurt, repair=True))["left"] == [], (seed, rounds)
+            assert (await check(hurt))["findings"] == [], (seed, rounds)
+            async with opened(hurt) as one:
+                await read_all(one)
+            assert (await check(hurt))["findings"] == [], (seed, rounds)
+            shutil.rmtree(target)
 
 
 # --- what agrees and cannot be read ---------------------------------------------------------

@@ -47,7 +47,7 @@ from fusestore.serve.messages.nodes import (
 from fusestore.serve.messages.request import Request
 from fusestore.serve.offline import offline
 from support.faults import HangingNode
-from support.logs import GONE, HUNG, NOT_DELETED, OUT_OF_USE, SEGMENT_KEPT, SLOW
+from support.logs import GONE, HUNG, NOT_DELETED, OUT_OF_USE, SLOW
 from support.opened_store import REGIONS, Opened, crashed, limited, opened
 
 R = TypeVar("R")
@@ -672,7 +672,6 @@ def killed_now_and_then(
     monkeypatch.undo()
 
 
-@pytest.mark.expects_log(SEGMENT_KEPT)
 async def test_a_kill_at_any_moment_keeps_every_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long: bool, pytestconfig: pytest.Config
 ) -> None:

@@ -19,13 +19,13 @@ from fusestore.config.store_config_write import write_store_config
 from fusestore.limits import Limits
 from fusestore.store.store import Store
 from support.cuts import Cut
-from support.logs import DROPPED, SEGMENT_KEPT
+from support.logs import DROPPED
 from support.machine import Machine, told
 from support.opened_store import make, opened
 from support.random_work import CODES, STEPS, History, Player, small_limits
 from support.tree_model import Model, State
 
-pytestmark = pytest.mark.expects_log(DROPPED, SEGMENT_KEPT)
+pytestmark = pytest.mark.expects_log(DROPPED)
 
 CUTS = 12
 

@@ -34,7 +34,6 @@ from support.logs import (
     FOREIGN_FILES,
     LOST_STRIPE,
     OTHER_HISTORY,
-    SEGMENT_KEPT,
     UNREAD_FILE,
 )
 from support.opened_store import REGIONS, Opened, healthy, limited, make, opened, repair
@@ -116,7 +115,7 @@ async def rolled_back(base: Path, *, mounts: int, dumped: bool = False) -> Rolle
 
 @pytest.mark.parametrize("dumped", [False, True])
 @pytest.mark.parametrize("mounts", [1, 5])
-@pytest.mark.expects_log(DROPPED, SEGMENT_KEPT, OTHER_HISTORY)
+@pytest.mark.expects_log(DROPPED, OTHER_HISTORY)
 async def test_a_region_newer_than_what_was_restored_is_foreign(
     tmp_path: Path, mounts: int, dumped: bool
 ) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from fusestore.config.store_config import StoreConfig, load
 from fusestore.format import stripe_rows
+from fusestore.format.stripe_rows import Stripe
 from fusestore.rescue.fsck import fsck
 from fusestore.rescue.recover import recover
 from fusestore.store.opening import open_store
@@ -154,6 +155,59 @@ async def test_it_is_made_anew_without_a_node(tmp_path: Path) -> None:
         async with opened(config) as one:
             await all_right(one)
         other.rename(node.path)
+
+
+async def test_nothing_is_given_up_while_a_node_is_away(tmp_path: Path) -> None:
+    """One node has rotten shards; with those of the node that is away the stripes are whole."""
+    config = make(tmp_path / "store")
+    await fill(config)
+    async with opened(config) as one:
+        rows = dict(one.rows(b"S"))
+    await lose_stripes(config)
+    for path in (config.nodes[1].path / "shards").iterdir():
+        data = bytearray(path.read_bytes())
+        for offset in range(1000, len(data), 100_000):
+            data[offset] ^= 1
+        path.write_bytes(data)
+    away = config.nodes[0].path.with_suffix(".away")
+    config.nodes[0].path.rename(away)
+    async with open_store(config, background=False) as store:
+        found = await fsck(store, repair=True, at_rest=True)
+        assert config.nodes[0].name in found["hindrances"][0]
+        assert found["lost_bytes"] == 0
+        assert found["left"]
+    away.rename(config.nodes[0].path)
+    async with open_store(config, background=False) as store:
+        found = await fsck(store, repair=True, at_rest=True)
+        assert found["left"] == found["hindrances"] == []
+        assert found["lost_bytes"] == 0
+    async with opened(config) as one:
+        assert {key: Stripe.decode(value).checksums for key, value in one.rows(b"S")} == {
+            key: Stripe.decode(value).checksums for key, value in rows.items()
+        }
+        await all_right(one)
+
+
+@pytest.mark.parametrize("code", ["2+1", "4+2", "1+2"])
+async def test_shards_of_another_history_hide_no_stripe(tmp_path: Path, code: str) -> None:
+    """A copy of the store was used, and has other stripes of the same numbers."""
+    config = make(tmp_path / "store", code)
+    async with opened(config) as one:
+        await one.put("base", b"base")
+    shutil.copytree(config.store, tmp_path / "copy")
+    copy = load(tmp_path / "copy")
+    async with opened(copy) as one:
+        await one.put("f0", bytes(reversed(FILES["f0"])))
+    await fill(config)
+    await lose_stripes(config)
+    last = max((copy.nodes[0].path / "shards").iterdir())
+    shutil.copy(last, config.nodes[0].path / "shards" / last.name.replace("0000000", "0000001"))
+    async with open_store(config, background=False) as store:
+        found = await fsck(store, repair=True, at_rest=True)
+        assert found["left"] == []
+        assert found["lost_bytes"] == 0
+    async with opened(config) as one:
+        await all_right(one)
 
 
 async def test_what_cannot_be_made_anew_is_said_to_be_lost(tmp_path: Path) -> None:

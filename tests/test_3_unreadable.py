@@ -31,7 +31,7 @@ from fusestore.metadata.engine import Engine
 from fusestore.rescue.fsck import fsck
 from fusestore.store.opening import open_store
 from support.faults import BadSectors
-from support.logs import FOREIGN_FILES, SEGMENT_KEPT, UNREAD_FILE
+from support.logs import FOREIGN_FILES, UNREAD_FILE
 from support.opened_store import REGIONS, Opened, healthy, make, opened, repair
 from support.recovery import (
     command,
@@ -516,7 +516,7 @@ async def test_accepted_losses_keep_what_was_given_up(
         assert kept["why"] == "losses were accepted"
 
 
-@pytest.mark.expects_log(SEGMENT_KEPT, FOREIGN_FILES)
+@pytest.mark.expects_log(FOREIGN_FILES)
 async def test_the_journal_of_a_history_that_was_given_up_is_set_aside(tmp_path: Path) -> None:
     """It comes back while the history is in doubt; it goes when fsck has found nothing."""
     config = make(tmp_path / "store", "1+2")

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from support.file_load import Load
-from support.logs import OUT_OF_USE, SEGMENT_KEPT
+from support.logs import OUT_OF_USE
 from support.mounted_store import Store
 from support.posixly import read_uncached
 
@@ -141,7 +141,6 @@ def test_a_store_grows_and_shrinks_under_load(
     assert asked(store, "fsck")["clean"] is True
 
 
-@pytest.mark.expects_log(SEGMENT_KEPT)
 def test_a_kill_in_the_middle_loses_nothing_and_work_goes_on(
     make_store: Callable[..., Store],
 ) -> None:

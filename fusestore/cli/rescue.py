@@ -128,24 +128,41 @@ def fsck(context: click.Context, store: Path, repair: bool, as_json: bool) -> No
     result = do(store, FsckRequest(repair), as_json=as_json)
     if not as_json:
         lines = [*result.findings, *result.unreadable, *result.strays]
-        print_lines([*lines, _verdict(result, repair)])
+        print_lines([*lines, *_verdict(result, repair)])
     if not result.clean:
         context.exit(1)
 
 
-def _verdict(result: FsckResult, repair: bool) -> str:
+def _verdict(result: FsckResult, repair: bool) -> list[str]:
     count = len(result.findings)
     about = f"{result.files:,} files and {result.stripes:,} stripes checked"
     if result.lost_bytes:
         about += f", {result.lost_bytes:,} bytes known to be lost"
     if result.clean:
-        return f"Clean: {about}."
+        return [f"Clean: {about}."]
+    lines = [f"{count:,} findings, {_what_repair_does(result, repair)}: {about}."] if count else []
     if not count:
-        return f"The tables agree, and not all files can be read: {about}."
-    if result.left:
-        how = "not all could be mended" if repair else "mend them with --repair, unmounted"
-        return f"{count:,} findings, {how}: {about}."
-    return f"{count:,} findings, all mended: {about}."
+        lines.append(f"The tables agree, but not all files can be read: {about}.")
+    if result.unreadable:
+        lines.append(
+            "--repair cannot bring back shards: bring back or repair the nodes that are not up, or "
+            "restore the files that 'fusestore risk' names from a backup."
+        )
+    return lines
+
+
+def _what_repair_does(result: FsckResult, repair: bool) -> str:
+    count, left, losses = len(result.findings), len(result.left), result.losses
+    recorded = f", except {losses:,} losses, which it can only record" if losses else ""
+    if result.hindrances:
+        return f"{'mended' if repair else '--repair mends'} none while: {result.hindrances[0]}"
+    if repair and left:
+        return f"{left:,} of them could not be mended"
+    if repair:
+        return f"all mended{recorded}"
+    if losses == count:
+        return "all of them losses: --repair, unmounted, only records them"
+    return f"mend them with --repair, unmounted{recorded}"
 
 
 def _print_recovery(result: dict[str, Any]) -> None:

@@ -5,12 +5,10 @@ might still need the shards.  A shard segment without live shards in the tables 
 deleted; in others, holes are punched in place of the dead payloads.  Headers are
 never punched.  The rows of a node that is away stay.
 
-Segments that a crash left behind are in no commit.  They are deleted after the mount,
-and only if no stripe has a shard in them: a lost row of `segments` must not cost the
-shards that it counts.  While the history is in doubt (`Log.doubt`) they are in
-quarantine: kept, and shown by status; and a segment without live shards is punched,
-not deleted.  While a node holds another history, nothing is freed: that history needs
-the shards of all nodes.
+Segments that are in no table are swept after the mount (stray_segments.py).  While the
+history is in doubt (`Log.doubt`), a segment without live shards is punched, not deleted.
+While a node holds another history, nothing is freed: that history needs the shards of
+all nodes.
 
 Nothing is freed against its own header.  The header names the shard; if the row of its
 stripe has the shard at this place, it is in use, regardless of the counts.
@@ -29,7 +27,8 @@ from ..format.records import Header, SegmentKind, record_length
 from ..format.stripe_rows import ShardPlace
 from ..log.log import Log
 from ..members.member import Member
-from ..write.shard_record import header_at, headers, is_whole, may_be_ours
+from ..write.shard_record import header_at, headers
+from .stray_segments import StraySegments
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +43,7 @@ class Reclaimer:
         self._log = log
         self._limits = log.limits
         self._wake = trio.Event()
-        self.strays: dict[int, dict[int, int]] = {}
-        """By node: its segments that are not in the tables, and their bytes."""
+        self.strays = StraySegments(log)
 
     def wake(self) -> None:
         """Run soon: a checkpoint has been made."""
@@ -54,74 +52,12 @@ class Reclaimer:
     async def run(self) -> None:
         """Reclaim after each checkpoint, until cancelled."""
         while True:
-            if self.strays and not self._log.doubt and not self._log.keeps_all:
-                await self._sweep()
+            await self.strays.sweep()
             await self._wake.wait()
             self._wake = trio.Event()
             for member in self._log.members.writable:
                 if not self._log.keeps_all:
                     await self._reclaim(member)
-
-    async def _sweep(self) -> None:
-        """Delete the segments that are in no commit, if no stripe is found in them."""
-        for batch in self._log.batches():
-            if not any(self.strays.values()):
-                break
-            for _, row in batch:
-                for place in row.shards:
-                    strays = self.strays.get(place.node, {})
-                    if place.written and place.segment in strays:
-                        del strays[place.segment]
-                        logger.error(
-                            "Segment %d of node %d is in use but not in the tables: run "
-                            "'fusestore fsck --repair'.",
-                            place.segment,
-                            place.node,
-                        )
-            await trio.lowlevel.checkpoint()
-        for member in self._log.members.writable:
-            try:
-                await member.call(member.node.drop_aside)
-                for segment in self.strays.pop(member.id, ()):
-                    if not await member.call(may_be_ours, self._log, member, segment):
-                        logger.warning(
-                            "Segment %d of node %s is not of this store: it is ignored.",
-                            segment,
-                            member.name,
-                        )
-                    elif await self._is_left_over(member, segment):
-                        await member.call(member.node.delete, SegmentKind.SHARDS, segment)
-                    else:
-                        logger.error(
-                            "Segment %d of node %s is in no table, but has complete shards that no "
-                            "crash left behind: it is kept. Run 'fusestore fsck'.",
-                            segment,
-                            member.name,
-                        )
-            except NodeError as error:
-                member.fail(error)
-        self.strays.clear()
-
-    async def _is_left_over(self, member: Member, segment: int) -> bool:
-        """Return whether a segment has only shards that the last mount left or freed; NodeError.
-
-        A complete shard of an earlier mount, or of a stripe that other rows name, was in
-        use: its row was lost.
-        """
-        found = await member.call(lambda: list(headers(self._log, member, segment)))
-        for offset, header in found:
-            known = header.epoch < self._log.position.epoch - 1 or self._is_known(header.number)
-            if known and await member.call(is_whole, member, segment, offset, header):
-                return False
-        return True
-
-    def _is_known(self, number: int) -> bool:
-        """Return whether other rows name a stripe that has no row."""
-        engine, prefix = self._log.engine, stripe_rows.owners_key(number, 0)[:9]
-        return (
-            engine.get(stripe_rows.live_key(number)) is not None
-            or next(engine.scan(prefix, keys.after(prefix)), None) is not None
-        )
 
     async def _reclaim(self, member: Member) -> None:
         engine = self._log.engine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple, Self
 
@@ -22,6 +22,7 @@ REBALANCE_KEY = b"Zrebalance"
 RECODE_KEY = b"Zrecode"
 REPAIRS_KEY = b"Zrepairs"
 SCRUB_KEY = b"Zscrub"
+SWEPT_KEY = b"Zswept"
 FORMAT = 1
 
 
@@ -63,6 +64,16 @@ def encode_codes(codes: list[Code]) -> bytes:
 def decode_codes(value: bytes | None) -> list[Code]:
     """Decode the codes that were ever set on a directory or used to recode files."""
     return [Code.parse(text) for text in json.loads(value)] if value else []
+
+
+def encode_swept(first: Mapping[int, int]) -> bytes:
+    """Encode, by node, its first shard segment that no sweep has seen."""
+    return json.dumps(sorted(first.items())).encode()
+
+
+def decode_swept(value: bytes | None) -> dict[int, int]:
+    """Decode, by node, its first shard segment that no sweep has seen; empty without the row."""
+    return dict(json.loads(value)) if value else {}
 
 
 @dataclass(slots=True)

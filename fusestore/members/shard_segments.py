@@ -29,6 +29,8 @@ class ShardSegments:
     """Segments with live shards that the node has lost."""
     changed: set[int] = field(default_factory=set)
     """Segments whose state differs from the last commit's."""
+    swept: int = 0
+    """The first segment that no sweep has seen: those before it are in the tables, or are kept."""
     set_apart: Counter[int] = field(default_factory=Counter)
     """Bytes by segment reserved for shards that no row has yet; commits do not count them."""
     dirty: set[int] = field(default_factory=set)
@@ -88,9 +90,19 @@ class ShardSegments:
 
         Numbers that the store cannot have reached do not count.
         """
-        known = [0, self.current, *self.states]
+        known = self.known
         self.current = following(known + reachable(on_disk, known))
         self.offset = 0
+
+    @property
+    def known(self) -> list[int]:
+        """Numbers that certainly were those of segments, or 0, in no order."""
+        return [0, self.current, *self.states, max(self.swept - 1, 0)]
+
+    @property
+    def unused(self) -> int:
+        """The first number in which nothing was written."""
+        return self.current + (self.offset > 0)
 
     def roll(self) -> None:
         """Continue in a new segment."""

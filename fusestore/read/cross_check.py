@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 
-from ..errors import NodeError
+from ..errors import NodeError, NodeLacksError
 from ..format import erasure
 from ..format.records import block_checksums
 from ..format.stripe_rows import Stripe
@@ -41,6 +41,8 @@ async def cross_check(log: Log, number: int, row: Stripe) -> Agreed | None:
             continue
         try:
             payload = await member.call(whole_payload, log, member, number, row, index)
+        except NodeLacksError:  # its row may have changed meanwhile
+            continue
         except NodeError as error:
             logger.warning("%s", error)
             continue

@@ -33,7 +33,7 @@ one view (fsck_view): a mounted store is checked as of one instant.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -44,7 +44,7 @@ from ..format import tables
 from ..format.tables import TABLES
 from ..store.store import Store
 from .fsck_extents import ExtentCheck
-from .fsck_findings import Finding, Phase, finding
+from .fsck_findings import LOSSES, Finding, Phase, finding
 from .fsck_inodes import InodeCheck
 from .fsck_lost_stripes import lost_stripes
 from .fsck_mend import Mender
@@ -55,7 +55,8 @@ from .fsck_strays import strays
 from .fsck_stripes import StripeCheck
 from .fsck_view import StoreView, view_store
 
-ROUNDS_MAX = 20
+ROUNDS_MAX = 200
+"""Rounds of mending.  They end before, when a round finds what an earlier one has found."""
 
 
 async def fsck(store: Store, *, repair: bool, at_rest: bool) -> dict[str, Any]:
@@ -70,18 +71,26 @@ async def fsck(store: Store, *, repair: bool, at_rest: bool) -> dict[str, Any]:
     if hindrance:  # rows that are lost now may be available when the journals can be read
         found.update(dict.fromkeys(map(str, checked.findings)))
         repair = False
-    for _ in range(ROUNDS_MAX):
-        found.update(dict.fromkeys(map(str, checked.findings)))
-        if not checked.findings or not repair:
+    losses = sum(one.fix in LOSSES for one in checked.findings)
+    seen: set[tuple[str, ...]] = set()
+    while True:
+        texts = tuple(map(str, checked.findings))
+        found.update(dict.fromkeys([*texts, *checked.waits]))
+        if not texts or not repair or checked.waits or texts in seen or len(seen) > ROUNDS_MAX:
             break
+        seen.add(texts)
         await _mend_first_phase(store, checked.findings)
         checked = await _check(store, at_rest)
+    hindrance += checked.waits
     settled = not checked.findings and not hindrance and (repair or not wrong)
     if settled and not store.log.read_only:
-        await _end_doubt(store)
+        nothing_lost = not checked.unreadable and not checked.lost_bytes
+        await _end_doubt(store, at_rest=at_rest and nothing_lost)
     return {
         "clean": not found and not checked.unreadable,
         "findings": list(found),
+        "hindrances": hindrance,
+        "losses": losses,
         "left": [*hindrance, *([] if repair else wrong), *map(str, checked.findings)],
         "unreadable": checked.unreadable,
         "strays": await strays(store),
@@ -91,12 +100,20 @@ async def fsck(store: Store, *, repair: bool, at_rest: bool) -> dict[str, Any]:
     }
 
 
-async def _end_doubt(store: Store) -> None:
-    """End the doubt after a check of all nodes without findings: kept segments may be freed."""
-    log = store.log
-    if not log.doubt or not all(member.in_sync for member in log.members.all):
+async def _end_doubt(store: Store, *, at_rest: bool) -> None:
+    """End the doubt after a check of all nodes without findings: kept segments may be freed.
+
+    Segments that were kept because their rows were lost may be freed only with `at_rest`:
+    then the tables were compared with the journals.
+    """
+    log, strays = store.log, store.reclaimer.strays
+    if not all(member.in_sync for member in log.members.all):
+        return
+    if not log.doubt and not (at_rest and strays.any_found):
         return
     async with store.committer.lock:
+        if at_rest:
+            strays.release()
         log.position = replace(log.position, doubt="")
         await store.committer.commit_now(checkpoint=True)
     store.reclaimer.wake()
@@ -145,22 +162,32 @@ class Checked:
     """Lost bytes of files; reading them is an error."""
     unreadable: list[str]
     """Sentences about unreadable stripes in consistent tables."""
+    waits: list[str] = field(default_factory=list)
+    """Why nothing may be mended now: what would be given up may be on other nodes."""
 
 
 async def _check(store: Store, at_rest: bool) -> Checked:
     """Check the store as of this instant, in a thread."""
     async with view_store(store.log, at_rest=at_rest) as view:
         checked = await trio.to_thread.run_sync(check_tables, view)
-        lost = await trio.to_thread.run_sync(lost_stripes, store.log, view, checked.findings)
-    if not lost:
-        return checked
-    numbers = {one.arguments[0] for one in lost}
-    others = [
-        one
-        for one in checked.findings
-        if one.fix != "lose_extent" or one.arguments[1].stripe not in numbers
-    ]
-    return replace(checked, findings=[*lost, *others])
+        searched = await trio.to_thread.run_sync(lost_stripes, store.log, view, checked.findings)
+    waits = []
+    if searched.unread:
+        names = ", ".join(searched.unread)
+        waits.append(
+            f"stripes: {names} cannot be read, and may have shards of the bytes that are lost "
+            "without them: bring them back or repair them first, so that nothing is given up"
+        )
+    numbers = {one.arguments[0] for one in searched.findings}
+    others = [one for one in checked.findings if not _is_of(one, numbers)]
+    return replace(checked, findings=[*searched.findings, *others], waits=waits)
+
+
+def _is_of(one: Finding, stripes: set[int]) -> bool:
+    """Return whether a finding says what is wrong with stripes whose rows are replaced."""
+    if one.fix == "lose_extent":
+        return one.arguments[1].stripe in stripes
+    return one.fix == "unwrite" and one.arguments[0] in stripes
 
 
 def check_tables(view: StoreView) -> Checked:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from ..format import file_rows, stripe_rows
 from ..format.file_rows import Extent, Inode
 from ..format.stripe_rows import LOST_STRIPE, OWNER
+from ..limits import FILE_BYTES_MAX, STRIPE_BYTES
 from .fsck_findings import Finding, Phase, finding
 from .fsck_inodes import InodeCheck
 from .fsck_view import StoreView
@@ -46,6 +47,11 @@ class ExtentCheck:
                 trimmed = self._store.has(file_rows.trim_key(ino))
             self.uses[extent.stripe] += extent.length
             problem = _misplaced(extent, inode, end, trimmed)
+            # If it is too long, others are not judged by where it ends.
+            if self._is_lost(extent) and _begins_right(extent, inode, end, trimmed):
+                held += extent.length
+                yield self._lost(ino, extent, owners)
+                continue
             if problem:
                 text = f"bytes {extent.offset} to {extent.end} of inode {ino} {problem}"
                 yield finding(Phase.EXTENTS, "extents", text, "move_extent", ino, extent)
@@ -59,21 +65,32 @@ class ExtentCheck:
     def _in_stripe(self, ino: int, extent: Extent, owners: _Owners) -> Iterator[Finding]:
         if extent.stripe == LOST_STRIPE:
             self.lost_bytes += extent.length
-        elif extent.stripe in self._store.unsealed:
-            return
-        elif not self._is_in_stripe(extent):
-            text = (
-                f"bytes {extent.offset} to {extent.end} of inode {ino} are lost: stripe "
-                f"{extent.stripe:#x} does not have them"
-            )
-            yield finding(Phase.EXTENTS, "extents", text, "lose_extent", ino, extent)
-        elif not owners.name(ino, extent):
+        elif extent.stripe not in self._store.unsealed and not owners.name(ino, extent):
             text = f"stripe {extent.stripe:#x} does not name inode {ino} as an owner"
             yield finding(Phase.DERIVED, "owners", text, "add_owner", ino, extent)
 
-    def _is_in_stripe(self, extent: Extent) -> bool:
+    def _lost(self, ino: int, extent: Extent, owners: _Owners) -> Finding:
+        """Return a finding that cuts an extent down to what its stripe has, or gives it up."""
+        end, stripe = owners.end(ino, extent), self._store.stripe(extent.stripe)
+        length = end - extent.offset
+        if stripe is not None and 0 < length <= stripe.length - extent.stripe_offset:
+            text = (
+                f"bytes {extent.offset} to {extent.end} of inode {ino} are more than stripe "
+                f"{extent.stripe:#x} has of them, to {end}"
+            )
+            return finding(Phase.EXTENTS, "extents", text, "cut_extent", ino, extent, length)
+        text = (
+            f"bytes {extent.offset} to {extent.end} of inode {ino} are lost: stripe "
+            f"{extent.stripe:#x} does not have them"
+        )
+        return finding(Phase.EXTENTS, "extents", text, "lose_extent", ino, extent)
+
+    def _is_lost(self, extent: Extent) -> bool:
+        """Return whether no stripe has the bytes, and the extent does not say so."""
+        if extent.stripe == LOST_STRIPE or extent.stripe in self._store.unsealed:
+            return False
         stripe = self._store.stripe(extent.stripe)
-        return stripe is not None and extent.stripe_offset + extent.length <= stripe.length
+        return stripe is None or extent.stripe_offset + extent.length > stripe.length
 
     def owners(self) -> Iterator[Finding]:
         """A missing stripe has no owners."""
@@ -152,11 +169,24 @@ def _misplaced(extent: Extent, inode: Inode | None, end: int, trimmed: bool) -> 
         return "belong to an inode that is not a file"
     if extent.length == 0:
         return "are an empty range"
+    if extent.end > FILE_BYTES_MAX:
+        return "lie past the end of the longest file"
     if extent.offset < end:
         return "overlap the extent before"
     if extent.end > inode.size and not trimmed:
         return f"lie past its end at {inode.size}"
     return ""
+
+
+def _begins_right(extent: Extent, inode: Inode | None, end: int, trimmed: bool) -> bool:
+    """Return whether an extent begins where one can, behind the end of the one before."""
+    return (
+        inode is not None
+        and stat.S_ISREG(inode.mode)
+        and extent.length > 0
+        and end <= extent.offset <= FILE_BYTES_MAX - STRIPE_BYTES
+        and (trimmed or extent.offset < inode.size)
+    )
 
 
 class _Owners:
@@ -174,6 +204,11 @@ class _Owners:
             if start <= at < end:
                 at = end
         return at >= extent.end
+
+    def end(self, ino: int, extent: Extent) -> int:
+        """Return where the range of the owners ends in which the extent begins; 0 if none."""
+        ranges = self._of(extent.stripe).get((ino, extent.offset - extent.stripe_offset), [])
+        return max((end for start, end in ranges if start <= extent.offset < end), default=0)
 
     def _of(self, stripe: int) -> dict[tuple[int, int], list[tuple[int, int]]]:
         """Return sorted ranges of files, by inode and distance of its offsets from the stripe's."""

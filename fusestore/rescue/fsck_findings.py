@@ -32,6 +32,7 @@ Fix = Literal[
     "attach",
     "change",
     "count",
+    "cut_extent",
     "detach",
     "drop",
     "drop_owners",
@@ -57,6 +58,10 @@ Fix = Literal[
     "unwrite",
 ]
 """The methods of Mender that mend a finding."""
+
+
+LOSSES: frozenset[Fix] = frozenset({"lose_extent", "lose_target"})
+"""Fixes that give up what is nowhere: they only record the loss."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from ..format import file_rows, keys, stripe_rows
 from ..format.erasure import Code
 from ..format.file_rows import ROOT, Extent, Inode, Quota
 from ..format.stripe_rows import LOST_STRIPE, OWNER, SegmentState, ShardPlace, Stripe
-from ..limits import OWNERS_PER_ROW_MAX
+from ..limits import FILE_BYTES_MAX, OWNERS_PER_ROW_MAX, STRIPE_BYTES
 from ..log.log import Log, Transaction
 from ..system import clock
 from .fsck_findings import Finding
@@ -90,9 +90,10 @@ class Mender:
         return stat.S_IFREG
 
     def _end(self, ino: int) -> int:
-        """Return the end of an inode's last extent."""
+        """Return the end of an inode's last possible extent."""
         rows = self._txn.scan(file_rows.extent_key(ino, 0), file_rows.extent_key(ino + 1, 0))
-        return max((Extent.decode(key, value).end for key, value in rows), default=0)
+        ends = (Extent.decode(key, value).end for key, value in rows)
+        return max((end for end in ends if end <= FILE_BYTES_MAX), default=0)
 
     def _code(self, kind: int) -> Code:
         return self._log.code if kind == stat.S_IFREG else Code(0, 0)
@@ -215,10 +216,11 @@ class Mender:
         if extent.length == 0:
             return
         new = self._unused("next_ino", file_rows.inode_key)
-        moved = Extent(0, extent.length, extent.stripe, extent.stripe_offset)
+        length = min(extent.length, STRIPE_BYTES)
+        moved = Extent(0, length, extent.stripe, extent.stripe_offset)
         self._txn.put(file_rows.extent_key(new, 0), moved.encode())
         self.restore(new, stat.S_IFREG)
-        self.change(new, size=extent.length)
+        self.change(new, size=length)
         self.attach(new, b"#%d-%d" % (ino, extent.offset))
 
     def put_extent(self, ino: int, extent: Extent) -> None:
@@ -226,22 +228,48 @@ class Mender:
         self._txn.put(file_rows.extent_key(ino, extent.offset), extent.encode())
 
     def lose_extent(self, ino: int, extent: Extent) -> None:
-        """Mark bytes as lost: reading them is an error, and never returns zeros."""
-        lost = Extent(extent.offset, extent.length, LOST_STRIPE, 0)
+        """Mark bytes as lost: reading them is an error, and never returns zeros.
+
+        They are no more than a stripe has.
+        """
+        length = self._possible(ino, extent, STRIPE_BYTES)
+        lost = Extent(extent.offset, length, LOST_STRIPE, 0)
         key = file_rows.extent_key(ino, extent.offset)
         if self._txn.get(key) == extent.encode():
             self._txn.put(key, lost.encode())
 
+    def cut_extent(self, ino: int, extent: Extent, length: int) -> None:
+        """Shorten an extent to the bytes that its stripe has of the file."""
+        length = self._possible(ino, extent, length)
+        cut = Extent(extent.offset, length, extent.stripe, extent.stripe_offset)
+        key = file_rows.extent_key(ino, extent.offset)
+        if self._txn.get(key) == extent.encode():
+            self._txn.put(key, cut.encode())
+
+    def _possible(self, ino: int, extent: Extent, length: int) -> int:
+        """Return the length of an extent, at most to the next one and to the end of its file."""
+        end = file_rows.extent_key(ino + 1, 0)
+        start = file_rows.extent_key(ino, extent.offset) + b"\0"
+        length, inode = min(extent.length, length), self._inode(ino)
+        if inode is not None and inode.size > extent.offset:
+            length = min(length, inode.size - extent.offset)
+        following = next(self._txn.scan(start, end), None)
+        if following is not None:
+            length = min(length, Extent.decode(*following).offset - extent.offset)
+        return length
+
     # --- stripes -------------------------------------------------------------
 
-    def put_stripe(self, number: int, row: Stripe) -> None:
-        """Restore a stripe's row from its shards; missing shards are to be rebuilt."""
+    def put_stripe(self, number: int, row: Stripe, whole: Sequence[ShardPlace]) -> None:
+        """Restore a stripe's row from its shards; those that are not `whole` are rebuilt."""
         if self._txn.get(stripe_rows.stripe_key(number)) is None:
             self._txn.stripes += 1
         self._txn.put(stripe_rows.stripe_key(number), row.encode())
         for index, place in enumerate(row.shards):
             if not place.written:
                 self.owe(place.node, number, index)
+            elif place in whole:
+                self._txn.delete(stripe_rows.missing_key(place.node, number, index))
 
     def add_owner(self, ino: int, extent: Extent) -> None:
         """Add a file to the owners of a stripe."""

@@ -12,6 +12,9 @@ from ..format.file_rows import ROOT, Inode, Quota, QuotaState
 from .fsck_findings import Finding, Phase, finding
 from .fsck_view import StoreView
 
+_COUNT_MAX = (1 << 63) - 1
+"""What a row of a quota can count."""
+
 
 @dataclass(slots=True)
 class QuotaCheck:
@@ -91,7 +94,9 @@ class QuotaCheck:
                 sums[ino][0] += size
                 sums[ino][1] += files
         for ino, row in self._quotas.items():
-            yield from self._total(ino, row, *sums[ino])
+            # Inodes that count impossible sizes are mended in the same phase.
+            size, files = (min(number, _COUNT_MAX) for number in sums[ino])
+            yield from self._total(ino, row, size, files)
 
     def _total(self, ino: int, row: Quota, size: int, files: int) -> Iterator[Finding]:
         inode = self._store.inode(ino)

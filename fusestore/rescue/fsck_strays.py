@@ -21,7 +21,7 @@ async def strays(store: Store) -> list[str]:
             continue
         known = {
             SegmentKind.JOURNAL: [store.committer.journal.segment],
-            SegmentKind.SHARDS: [0, member.shards.current, *member.shards.states],
+            SegmentKind.SHARDS: member.shards.known,
         }
         try:
             others = await member.call(_strays_of, member, known)

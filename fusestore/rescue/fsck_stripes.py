@@ -151,7 +151,14 @@ class StripeCheck:
         gone = [(record.stripe, record.shard) for record in cut]
         there = [(record.start, record.stripe, record.shard) for record in due if record not in cut]
         step = 1 if self._store.at_rest else len(there) // HEADERS_SAMPLED + 1
-        gone += self._store.not_theirs(node, number, there[::step])
+        starts = {(stripe, shard): start for start, stripe, shard in there}
+        for stripe, shard in self._store.not_theirs(node, number, there[::step]):
+            at = starts[stripe, shard] + HEADER_BYTES
+            if self._store.shard_at(node, number, at) is None:
+                gone.append((stripe, shard))
+                continue
+            text = f"shard {shard} of stripe {stripe:#x} lies where another does"
+            yield finding(Phase.EXTENTS, "stripes", text, "unwrite", stripe, shard)
         if gone:
             name = self._store.nodes[node]
             text = f"segment {number} of node {name} has lost {len(gone)} shards"

@@ -76,6 +76,7 @@ def take_over(store: Store, member: Member, found: NodeContents) -> list[int]:
         return found.journals
     if member.in_sync:
         store.committer.journal.commit_bytes = found.journal_bytes - store.dumper.last_bytes
+    known = member.shards.known
     member.shards.begin_after(found.shards)
     member.shards.note_present(found.shards)
     if member.state is State.BEHIND:
@@ -84,9 +85,9 @@ def take_over(store: Store, member: Member, found: NodeContents) -> list[int]:
         member.standing.found(found.lineage.last)
         member.standing.entered()
     states = member.shards.states
-    near = reachable(found.shards, [0, *states])
+    near = reachable(found.shards, known)
     strays = {segment: found.shards[segment] for segment in near if segment not in states}
-    store.reclaimer.strays[member.id] = strays
+    store.reclaimer.strays.note(member, strays)
     far = sorted(found.shards.keys() - set(near))
     if far:
         logger.warning(

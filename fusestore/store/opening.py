@@ -278,6 +278,9 @@ def _apply(log: Log, replayed: Replayed, suspects: dict[bytes, bytes | None]) ->
         owner.standing.recorded(*at)
         if replayed.lossy and not owner.in_sync:
             owner.standing.recorded(store_rows.NEVER_WHOLE)
+    for node, first in store_rows.decode_swept(engine.get(store_rows.SWEPT_KEY)).items():
+        if node in log.members.by_id:
+            log.members.by_id[node].shards.swept = first
     for key, value in engine.scan(stripe_rows.SEGMENTS_START, stripe_rows.SEGMENTS_END):
         if tables.readable(key, value):
             node, segment = stripe_rows.decode_segment_key(key)
@@ -352,6 +355,7 @@ async def _finish(store: Store) -> None:
     committer = store.committer
     async with committer.lock:
         store.writer.seal_all()
+        store.reclaimer.strays.unmounting()
         await committer.commit_now()
         await committer.commit_now(checkpoint=True, cover=True)
         for member in store.log.members.writable:

@@ -138,7 +138,8 @@ class Reporter:
         """Return the segments that are kept although in no table, and why; None if none are."""
         if not self._log.doubt:
             return None
-        strays = [size for found in self._reclaimer.strays.values() for size in found.values()]
+        found = self._reclaimer.strays.found.values()
+        strays = [size for segments in found for size in segments.values()]
         return {"why": self._log.doubt, "segments": len(strays), "bytes": sum(strays)}
 
     def _known_codes(self) -> list[Any]:

@@ -37,6 +37,8 @@ _RECORD_BYTES_MAX = HEADER_BYTES + STRIPE_BYTES
 """The longest record of a shard: a record that begins this far before a place ends before it."""
 _SEGMENT_BYTES_MAX = SHARD_SEGMENT_BYTES + _RECORD_BYTES_MAX
 """The longest shard segment: it was shorter than SHARD_SEGMENT_BYTES before its last record."""
+_HEADER_SUM_BYTES = 8
+"""The checksum at the end of a header."""
 _PIECE_BYTES = RECORD_ALIGN_BYTES
 """A torn record consists of written pieces and zeros.  Disks write larger pieces, at their own
 boundaries, but a record begins at any multiple of this."""
@@ -177,7 +179,8 @@ def headers(log: Log, member: Member, segment: int) -> Iterator[tuple[int, Heade
 def may_be_ours(log: Log, member: Member, segment: int) -> bool:
     """Return whether a segment begins as this store begins one; NodeError; in a thread.
 
-    It begins with a record, or with zeros if a crash came before the record was on the disk.
+    It begins with a record, or with a torn header, or with zeros, if a crash or a fault came
+    before the record was on the disk.
     """
     if member.node.size(SegmentKind.SHARDS, segment) == 0:
         return True
@@ -185,7 +188,13 @@ def may_be_ours(log: Log, member: Member, segment: int) -> bool:
         data = member.node.read(SegmentKind.SHARDS, segment, 0, HEADER_BYTES)
     except NodeLacksError:
         return False
-    return not any(data) or _header(log.shards(member.name, segment), data, 0) is not None
+    return _is_torn_header(data) or _header(log.shards(member.name, segment), data, 0) is not None
+
+
+def _is_torn_header(data: bytes) -> bool:
+    """Return whether `data` is the first part of a header, at most, and zeros or nothing."""
+    start = data.rstrip(b"\0")
+    return len(start) < HEADER_BYTES - _HEADER_SUM_BYTES and MAGIC.startswith(start[: len(MAGIC)])
 
 
 def _next_header(member: Member, at: Place, start: int, size: int) -> int:

@@ -85,9 +85,9 @@ NOT_WHERE_ITS_ROW_SAYS = r"repair\.rebuild: Shard \d+ of stripe \S+ is not where
 SCRUBBED = r"repair\.scrub: Scrub: shard \d+ of stripe \S+ is bad or gone"
 MENDED = r"(row_keeper|rows_at_mount): The metadata is damaged: .* It is mended"
 DROPPED = r"commit\.replay: \d+ commits that were never acknowledged are dropped"
-SEGMENT_KEPT = r"commit\.reclaim: Segment \d+ of node \S+ is in no table"
+SEGMENT_KEPT = r"commit\.stray_segments: Segment \d+ of node \S+ is in no table"
 SEGMENT_IN_USE = r"commit\.reclaim: Segment \d+ of node \S+ was to be freed"
-NOT_IN_TABLES = r"commit\.reclaim: Segment \d+ of node \d+ is in use but not in the tables"
+NOT_IN_TABLES = r"commit\.stray_segments: Segment \d+ of node \d+ is in use but not in the tables"
 CHECKPOINT_FAILED = r"commit\.checkpoint: .* The checkpoint will be tried again"
 JOURNAL_DAMAGED = (
     r"journal_scan: Node \S+: .* no record was found in the last .* it is damaged"
@@ -96,7 +96,7 @@ JOURNAL_DAMAGED = (
 FOREIGN_FILES = (
     r"nodes\.directory: .* has files that are not segments of this store"
     r"|node_contents: .* holds \d+ files with numbers that this store has not reached"
-    r"|commit\.reclaim: Segment \d+ of node \S+ is not of this store: it is ignored"
+    r"|commit\.stray_segments: Segment \d+ of node \S+ is not of this store: it is ignored"
 )
 OTHER_HISTORY = (
     r"(node_contents|comeback): Node \S+: It holds commits \d+ to \d+ of another history"

@@ -48,6 +48,7 @@ from support.power_cut import (
     Flushed,
     Punched,
     Replaced,
+    Synced,
     Tape,
     Truncated,
     Wiped,
@@ -206,6 +207,7 @@ class RecordedNode:
         """Remove what was set aside, which is not on the tape."""
         self._operate("delete")
         self.node.drop_aside()
+        self._note(Synced(self.name))
 
     def delete(self, kind: SegmentKind, segment: int) -> None:
         """Remove a segment."""

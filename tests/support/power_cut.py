@@ -19,8 +19,8 @@ under way; nothing later has begun.  Then, for each node on its own:
   although later flushes succeed, and although it can still be read until the cut (as the page
   cache of Linux does).
 - A segment and its name are there from before its first byte: `DirectoryNode` syncs both.
-  That syncs the deletions before it in the same folder.  A deletion that no creation followed
-  may have happened or not; if not, the segment comes back with what it had.
+- A deletion is sure when it has returned.  One that was under way may have happened or not; if
+  not, the segment comes back with what it had.  This lasts until the folder is synced.
 - A wiped node is empty at once and for good (another disk was put in).  Its `node.toml` is
   there when `write_identity` has returned, and may be there before.  What was not acknowledged
   may depend on it: a mount may then refuse until it is told to accept the loss.
@@ -130,6 +130,13 @@ class Deleted(OfSegment):
 
 
 @dataclass(frozen=True, slots=True)
+class Synced(Event):
+    """The names of all segments of a node were synced."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
 class Wiped(Event):
     """A node lost all that it had."""
 
@@ -211,6 +218,10 @@ class Disk:
     files: dict[Key, File] = field(default_factory=dict)
     ghosts: dict[Key, File] = field(default_factory=dict)
     """Segments whose deletion may not have happened."""
+
+    def sync(self, kind: SegmentKind) -> None:
+        """Names in a folder are sure."""
+        self.ghosts = {key: file for key, file in self.ghosts.items() if key[0] is not kind}
 
     def copy(self) -> Disk:
         """One that can be changed."""
@@ -353,19 +364,21 @@ class Tape:
             disks[event.node] = Disk(None)
         elif isinstance(event, Claimed):
             disks[event.node].identity = event.identity
+        elif isinstance(event, Synced):
+            disks[event.node].ghosts.clear()
         elif isinstance(event, OfSegment):
             disk = disks[event.node]
             file = disk.files.get(event.key)
             if isinstance(event, Created):
                 disk.files[event.key] = File()
-                for key in [key for key in disk.ghosts if key[0] is event.key[0]]:
-                    del disk.ghosts[key]
+                disk.sync(event.key[0])
             elif isinstance(event, Replaced):
                 disk.files[event.key] = File(bytearray(event.data))
             elif file is None:
                 pass  # through a descriptor of what was removed by others
             elif isinstance(event, Deleted):
-                disk.ghosts[event.key] = disk.files.pop(event.key)
+                del disk.files[event.key]
+                disk.sync(event.key[0])
             elif isinstance(event, Flushed):
                 if event.failed:
                     file.doubt(chance)
@@ -376,7 +389,11 @@ class Tape:
 
     def _begin(self, disks: dict[str, Disk], event: Event, chance: random.Random) -> None:
         """An event was under way."""
-        if isinstance(event, Written | Truncated | Punched | Deleted):
+        if isinstance(event, Deleted):
+            disk = disks[event.node]
+            if event.key in disk.files:
+                disk.ghosts[event.key] = disk.files.pop(event.key)
+        elif isinstance(event, Written | Truncated | Punched):
             self._happen(disks, event, chance)  # still in limbo
         elif isinstance(event, Wiped | Claimed | Created | Replaced) and chance.random() < 0.5:
             self._happen(disks, event, chance)

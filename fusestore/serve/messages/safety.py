@@ -18,6 +18,10 @@ class FsckResult:
     findings: tuple[str, ...]
     left: tuple[str, ...]
     """The findings that were not mended."""
+    hindrances: tuple[str, ...]
+    """Of `left`: why nothing may be mended now, and what helps."""
+    losses: int
+    """Findings about what is lost: a repair only records them."""
     unreadable: tuple[str, ...]
     """What cannot be read although the tables agree; no change of them mends this."""
     strays: tuple[str, ...]
