@@ -287,7 +287,7 @@ class DirectoryNode:
             return
         try:
             keys = [key for key, _ in self._open.items()]
-            newest = {kind: max((n for k, n in keys if k is kind), default=0) for kind in _FOLDERS}
+            newest = {kind: max((n for k, n in keys if k is kind), default=0) for kind in FOLDERS}
             for kind, segment in keys:
                 if segment != newest[kind]:
                     self._open.discard((kind, segment))
