@@ -47,7 +47,7 @@ from ..format.segment_numbers import (
     segment_path,
 )
 from ..limits import DEFAULTS, Limits
-from ..system import linux, locks
+from ..system import linux, locks, process_limits
 from ..system.beneath import Directory
 from .base import Space, Strays
 from .unexpected import unexpected
@@ -138,8 +138,9 @@ class DirectoryNode:
                     self._folder(kind)
         self._limits = limits
         self._ahead = {SegmentKind.JOURNAL: 0, SegmentKind.SHARDS: limits.shard_preallocate_bytes}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._open = self._none_open()
+        process_limits.register(self)
         self._strays: frozenset[str] = frozenset()
         """Names that were logged as ignored."""
 
@@ -279,6 +280,19 @@ class DirectoryNode:
                 raise opened.refused
             self._open[kind, segment] = opened
             return opened
+
+    def close_unused(self) -> None:
+        """Close all segments but those that may be written to; see `process_limits`."""
+        if not self._lock.acquire(blocking=False):  # a thread that hangs may hold it
+            return
+        try:
+            keys = [key for key, _ in self._open.items()]
+            newest = {kind: max((n for k, n in keys if k is kind), default=0) for kind in FOLDERS}
+            for kind, segment in keys:
+                if segment != newest[kind]:
+                    self._open.discard((kind, segment))
+        finally:
+            self._lock.release()
 
     def _opened(self, folder: Directory, name: str) -> _Segment:
         try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fusestore.errors import MetadataError
+from fusestore.limits import DEFAULTS
 from fusestore.metadata.engine import Engine
 
 KEYS = st.binary(min_size=1, max_size=3).map(lambda key: b"K" + bytes(b % 4 for b in key))
@@ -141,3 +144,54 @@ def test_what_is_no_environment_is_refused_in_a_sentence(tmp_path: Path) -> None
     (tmp_path / "data.mdb").write_bytes(b"not a database" * 1000)
     with pytest.raises(MetadataError, match="cannot be opened"):
         Engine(tmp_path)
+
+
+def fails_and_succeeds(engine: Engine, rows: dict[bytes, bytes]) -> None:
+    """A checkpoint fails, and the next one succeeds."""
+    engine.apply(dict(rows))
+    engine.freeze()
+    with pytest.raises(MetadataError):
+        engine.write()
+    assert engine.get(b"K0") == rows[b"K0"]
+    engine.after_failure()
+    assert engine.get(b"K0") == rows[b"K0"]
+    while True:
+        try:
+            engine.write()
+            break
+        except MetadataError:
+            engine.after_failure()
+    engine.thaw()
+    assert dict(engine.scan_stored(b"K", b"L")) == rows
+
+
+def test_a_map_that_is_full_is_made_wider(tmp_path: Path) -> None:
+    """Where there is no room for a wide map at first, as with `ulimit -v`."""
+    engine = Engine(tmp_path, limits=replace(DEFAULTS, map_bytes=1 << 20))
+    fails_and_succeeds(engine, {b"K%d" % number: bytes(1000) for number in range(3000)})
+    engine.close()
+
+
+def test_an_environment_that_failed_for_good_is_opened_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LMDB refuses every transaction after it could not write its first pages."""
+    engine = Engine(tmp_path)
+    begin = engine._begin
+
+    def panics(**named: Any) -> Any:
+        raise lmdb.PanicError("as told")
+
+    monkeypatch.setattr(engine, "_begin", panics)
+    engine.apply({b"K0": b"0"})
+    engine.freeze()
+    with pytest.raises(MetadataError):
+        engine.write()
+    monkeypatch.setattr(engine, "_begin", begin)
+    before = engine._env
+    engine.after_failure()
+    assert engine._env is not before
+    engine.write()
+    engine.thaw()
+    assert dict(engine.scan_stored(b"K", b"L")) == {b"K0": b"0"}
+    engine.close()

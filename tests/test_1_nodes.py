@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -201,3 +202,33 @@ def test_a_node_in_which_a_thread_hangs_still_reads_what_is_cached(hanging: Node
     """The event loop asks it: it must not wait for a disk."""
     assert in_time(lambda: hanging.opened(SegmentKind.SHARDS, 1))
     assert in_time(lambda: hanging.read_now(SegmentKind.SHARDS, 1, 0, 1))
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+def test_without_descriptors_caches_close_files_and_the_open_is_retried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    one, other = directory(tmp_path / "one"), directory(tmp_path / "other")
+    for node in (one, other):
+        for segment in range(1, 6):
+            node.write(SegmentKind.SHARDS, segment, 0, [b"x"])
+    one.write(SegmentKind.JOURNAL, 1, 0, [b"y"])
+    one.close_unused()
+    really, left = os.open, [40]
+
+    def no_descriptor(*arguments: Any, **named: Any) -> int:
+        if left[0] > 0:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number))
+        return really(*arguments, **named)
+
+    monkeypatch.setattr(os, "open", no_descriptor)
+    read: list[bytes] = []
+    thread = threading.Thread(target=lambda: read.append(one.read(SegmentKind.SHARDS, 1, 0, 1)))
+    thread.start()  # the event loop's thread would not wait
+    thread.join(20)
+    assert (left, read) == ([0], [b"x"])
+    monkeypatch.undo()
+    for node in (one, other):  # the newest may be written to
+        opened = [n for n in range(1, 6) if node.opened(SegmentKind.SHARDS, n) is not None]
+        assert opened == ([1, 5] if node is one else [5])

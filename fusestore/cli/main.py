@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from .. import __version__
-from ..system import logs
+from ..system import logs, process_limits
 from .about import completion, version
 from .asking import ANY_PATH, STORE, print_lines
 from .bench import bench
@@ -148,4 +148,5 @@ def mkfs(
 
 def main() -> None:
     """Run the command line of this process."""
+    process_limits.raise_limits()
     sys.exit(cli.main(prog_name="fusestore"))

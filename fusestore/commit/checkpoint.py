@@ -84,6 +84,8 @@ class Checkpointer:
                 if not self._log.metadata_error:
                     logger.error("%s The checkpoint will be tried again.", error)
                 self._log.metadata_error = str(error)
+                with contextlib.suppress(MetadataError):  # the next checkpoint tries again
+                    engine.after_failure()
                 raise NotDurableError(str(error)) from error
             self._log.metadata_error = ""
             self._frozen_at = None

@@ -39,6 +39,7 @@ from ..format.records import Changes
 from ..format.row_sums import CHECKSUM_BYTES, RowSums, seal
 from ..limits import DEFAULTS, Limits
 from ..system import linux, locks
+from ..system.process_limits import can_map, mappable, retried
 from .pages import check_pages
 from .view import (
     SUMS,
@@ -82,20 +83,16 @@ class Engine:
         self._active = ChangedRows()
         self._frozen: ChangedRows | None = None
         self._to_recount = False
+        self._failure: Exception | None = None
+        """What the last write failed with."""
+        self._is_dead = False
+        """The environment can only be closed, and opened anew."""
         self._views: WeakSet[View] = WeakSet()
         """Open views: threads may be reading them."""
         try:
             check_pages(directory / DATABASE)
-            self._env = lmdb.open(
-                os.fsencode(directory),
-                map_size=self.limits.map_bytes,
-                subdir=True,
-                create=not read_only,
-                readonly=read_only,
-                max_dbs=1,
-                lib_version=0,
-                mode=0o600,
-            )
+            self._map_bytes = mappable(limits.map_bytes)
+            self._env = self._open(read_only)
             if self._lock is None:
                 self._lock = self._own(owner, shared=read_only)
             self._main = self._env.open_db(None)
@@ -140,6 +137,46 @@ class Engine:
             self._lock.release()
 
     # --- the environment -----------------------------------------------------
+
+    def _open(self, read_only: bool) -> lmdb.Environment:
+        return lmdb.open(
+            os.fsencode(self._directory),
+            map_size=self._map_bytes,
+            subdir=True,
+            create=not read_only,
+            readonly=read_only,
+            max_dbs=1,
+            lib_version=0,
+            mode=0o600,
+        )
+
+    def after_failure(self) -> None:
+        """When `write` has failed: open the environment anew, or its map wider, if that helps.
+
+        Views that are open prevent this; then the next failure tries again.  MetadataError.
+        """
+        failure, self._failure = self._failure, None
+        full = isinstance(failure, lmdb.MapFullError)
+        if self._views or not (full or self._is_dead):
+            return
+        if full and not can_map(2 * self._map_bytes):  # the old map goes only after this
+            return
+        try:
+            self._cursor.close()
+            self._txn.abort()
+            if full:
+                self._map_bytes *= 2
+                self._env.set_mapsize(self._map_bytes)
+            else:
+                self._env.close()
+                self._env = self._open(read_only=False)
+                self._is_dead = False
+                self._main = self._env.open_db(None)
+                self._rows = self._open_rows(read_only=False)
+            self._txn = self._begin()
+            self._cursor = self._txn.cursor()
+        except (lmdb.Error, OSError) as error:
+            raise MetadataError(f"The metadata in {self._directory}: {error}.") from error
 
     def _begin(self, *, write: bool = False) -> lmdb.Transaction[bytes]:
         return self._env.begin(write=write, db=self._rows)
@@ -308,7 +345,15 @@ class Engine:
                 if attempt is not None:
                     self._guarded.add(attempt)
             self._guarded = {attempt} if attempt is not None else self._guarded
+        except lmdb.MapFullError as error:
+            self._failure = error
+            raise MetadataError(
+                f"The metadata in {self._directory} needs more than {self._map_bytes >> 20} MiB of "
+                "address space, which 'ulimit -v' or the processor limits."
+            ) from error
         except (lmdb.Error, OSError) as error:
+            self._failure = error
+            self._is_dead = self._is_dead or isinstance(error, lmdb.PanicError)
             raise MetadataError(f"The metadata in {self._directory}: {error}.") from error
         self._to_recount = False
 
@@ -334,7 +379,7 @@ class Engine:
             >= used + self.limits.metadata_preallocate_bytes // 2 + coming
         ):
             return
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = retried(os.open, path, os.O_RDWR)
         try:
             linux.allocate(descriptor, 0, want)
         except OSError as error:

@@ -41,6 +41,7 @@ from ..members.member import Member
 from ..members.members import Members
 from ..members.opening import open_members, open_node
 from ..metadata.engine import DATABASE, DATABASE_LOCK, Engine
+from ..system import process_limits
 from ..system.files import sync_directory
 from ..system.io_uring import Ring
 from .node_contents import take_over, tidy
@@ -65,6 +66,7 @@ async def open_store(
     everything is committed and checkpointed; NotDurableError if this fails.
     """
     erasure.self_check(config.code)
+    config = _within_limits(config, read_only)
     try:
         os.makedirs(config.metadata, mode=0o700, exist_ok=True)
         fresh = not read_only and not (config.metadata / DATABASE).exists()
@@ -140,6 +142,15 @@ async def open_store(
         if refused:  # files made in vain must not hinder `recover`
             for name in (DATABASE, DATABASE_LOCK):
                 (config.metadata / name).unlink(missing_ok=True)
+
+
+def _within_limits(config: StoreConfig, read_only: bool) -> StoreConfig:
+    """Fit the number of open files to the limits of this process; UsageError."""
+    limits = config.limits
+    if not read_only:
+        process_limits.check_file_size(2 * limits.shard_segment_bytes)
+    most = min(limits.open_segments_max, process_limits.segments_per_node(len(config.nodes)))
+    return replace(config, limits=replace(limits, open_segments_max=most))
 
 
 async def _note_lost_segments(members: Members) -> None:

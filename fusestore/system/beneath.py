@@ -13,6 +13,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from .process_limits import retried
+
 _KINDS = {
     stat.S_IFREG: "a regular file",
     stat.S_IFDIR: "a directory",
@@ -44,12 +46,13 @@ class Directory:
     def at(cls, path: Path) -> Directory:
         """Open a directory by a trusted path: links in the path are followed."""
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK | os.O_CLOEXEC
-        return cls(os.open(path, flags))
+        return cls(retried(os.open, path, flags))
 
     def folder(self, name: str) -> Directory:
         """Open a subdirectory."""
         _expect(self.look(name), stat.S_IFDIR)
-        return Directory(os.open(name, os.O_RDONLY | os.O_DIRECTORY | _FLAGS, dir_fd=self.fd))
+        flags = os.O_RDONLY | os.O_DIRECTORY | _FLAGS
+        return Directory(retried(os.open, name, flags, dir_fd=self.fd))
 
     def make_folder(self, name: str) -> None:
         """Make a subdirectory (mode 0700) durably, unless the name exists."""
@@ -62,7 +65,7 @@ class Directory:
     def open(self, name: str, flags: int) -> int:
         """Open a regular file; for writing, it must have no other name."""
         self.look_at_file(name)
-        fd = os.open(name, flags | _FLAGS, dir_fd=self.fd)
+        fd = retried(os.open, name, flags | _FLAGS, dir_fd=self.fd)
         try:
             found = os.fstat(fd)
             _expect(found, stat.S_IFREG)
@@ -76,7 +79,8 @@ class Directory:
 
     def create(self, name: str, flags: int) -> int:
         """Make a regular file (mode 0600) and open it; the name must not exist."""
-        return os.open(name, flags | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
+        flags |= os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        return retried(os.open, name, flags, 0o600, dir_fd=self.fd)
 
     def look(self, name: str) -> os.stat_result:
         """Return the attributes of a name."""
@@ -98,7 +102,7 @@ class Directory:
 
     def entries(self) -> Iterator[os.DirEntry[str]]:
         """Yield all entries, in no order."""
-        with os.scandir(self.fd) as entries:
+        with retried(os.scandir, self.fd) as entries:
             yield from entries
 
     def replace(self, draft: str, name: str) -> None:

@@ -16,6 +16,8 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
+from .process_limits import retried
+
 _UNSUPPORTED = (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 """Errors of file systems without such locks; NFS needs a file that is open for writing."""
 
@@ -118,13 +120,13 @@ def _open(path: Path | str, shared: bool, dir_fd: int | None) -> int:
     flags = os.O_CLOEXEC | os.O_NONBLOCK | (0 if dir_fd is None else os.O_NOFOLLOW)
     if not shared:  # NFS locks only files that are open for writing
         try:
-            return os.open(path, os.O_RDWR | flags, dir_fd=dir_fd)
+            return retried(os.open, path, os.O_RDWR | flags, dir_fd=dir_fd)
         except (IsADirectoryError, PermissionError):
             pass
         except OSError as error:
             if error.errno != errno.EROFS:
                 raise
-    return os.open(path, os.O_RDONLY | flags, dir_fd=dir_fd)
+    return retried(os.open, path, os.O_RDONLY | flags, dir_fd=dir_fd)
 
 
 def _lock(fd: int, shared: bool) -> bool:

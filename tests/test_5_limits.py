@@ -1,0 +1,114 @@
+"""A mount within the limits of its process: open files, the size of files, address space.
+
+None of them is a fault of a node.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from support import mounted_store
+from support.mounted_store import Store
+
+MIB = 1 << 20
+
+
+@contextmanager
+def limited(ulimit: str) -> Iterator[None]:
+    """Run the commands of stores with a limit, as `ulimit` of a shell takes it."""
+    shell = ["sh", "-c", f'ulimit {ulimit} && exec "$@"', "sh"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mounted_store, "FUSESTORE", [*shell, *mounted_store.FUSESTORE])
+        yield
+
+
+def write_and_read(store: Store, count: int, size: int = MIB) -> None:
+    """Write files durably, and read them past the kernel's cache."""
+    for number in range(count):
+        data = os.urandom(size)
+        path = store.mountpoint / f"{number}"
+        with path.open("wb") as file:
+            file.write(data)
+            os.fsync(file.fileno())
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            assert file.read() == data
+
+
+@pytest.mark.parametrize("soft", [36, 64])
+def test_a_low_soft_limit_of_open_files_is_raised(
+    make_store: Callable[..., Store], soft: int
+) -> None:
+    store = make_store()
+    with limited(f"-S -n {soft}"):
+        store.mount()
+    assert resource.prlimit(store.daemon_pid or 0, resource.RLIMIT_NOFILE)[0] > 1000
+    write_and_read(store, 8)
+    assert store.status()["healthy"]
+
+
+def test_with_few_descriptors_a_node_keeps_few_segments_open(
+    make_store: Callable[..., Store],
+) -> None:
+    store = make_store("--code", "1+2")
+    with limited("-n 110"):
+        store.mount()
+    write_and_read(store, 8, 80 * MIB)  # more segments than the daemon may keep open
+    assert len(list((store.store / "us-east-1" / "shards").iterdir())) > 8
+    assert store.status()["healthy"]
+
+
+def test_too_few_descriptors_for_the_nodes_are_refused(make_store: Callable[..., Store]) -> None:
+    regions = [f"--region=r{number}" for number in range(8)]
+    store = make_store(*regions, "--code", "2+1")
+    with limited("-n 100"):
+        refused = store.cli("mount", store.store, store.mountpoint, check=False)
+    assert refused.returncode == 2
+    assert "may open 100 files, and a store of 8 nodes needs 176" in refused.stderr
+
+
+def test_a_limit_that_is_lowered_while_mounted_costs_no_node(
+    make_store: Callable[..., Store],
+) -> None:
+    store = make_store()
+    store.mount()
+    assert store.daemon_pid is not None
+    write_and_read(store, 2)
+    resource.prlimit(
+        store.daemon_pid,
+        resource.RLIMIT_NOFILE,
+        (20, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
+    )
+    write_and_read(store, 4, 40 * MIB)
+    assert store.status()["healthy"]
+
+
+def test_files_that_may_not_be_long_enough_are_refused(make_store: Callable[..., Store]) -> None:
+    store = make_store()
+    with limited("-f 102400"):
+        refused = store.cli("mount", store.store, store.mountpoint, check=False)
+    assert refused.returncode == 2
+    assert "may write files of 50 MiB only" in refused.stderr
+    with limited("-S -f 102400"):  # the soft limit alone is raised
+        store.mount()
+    write_and_read(store, 2)
+    assert store.status()["healthy"]
+
+
+@pytest.mark.parametrize("gib", [2, 16, 700])
+def test_a_limit_of_address_space_makes_the_map_of_the_metadata_smaller(
+    make_store: Callable[..., Store], gib: int
+) -> None:
+    store = make_store()
+    with limited(f"-v {gib << 20}"):
+        store.mount()
+    write_and_read(store, 4)
+    assert store.status()["healthy"]
+    store.remount()
+    assert Path(store.mountpoint / "3").stat().st_size == MIB
