@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 CACHED_SECONDS = 300
 """How long the kernel may cache names and attributes; they change only through this mount."""
+_RENAME_WHITEOUT = 4
+"""See renameat2(2); pyfuse3 has no name for it."""
 _BLOCK_BYTES = 4096
 _FOLDER_BYTES = 4096
 
@@ -285,7 +287,7 @@ class Operations(pyfuse3.Operations):
         flags: int,
         ctx: RequestContext,
     ) -> None:
-        if flags & ~(pyfuse3.RENAME_EXCHANGE | pyfuse3.RENAME_NOREPLACE):
+        if flags & ~(pyfuse3.RENAME_EXCHANGE | pyfuse3.RENAME_NOREPLACE | _RENAME_WHITEOUT):
             raise FUSEError(errno.EINVAL)
         if flags & pyfuse3.RENAME_EXCHANGE:
             self._tree.exchange(parent_inode_old, name_old, parent_inode_new, name_new)
@@ -296,6 +298,7 @@ class Operations(pyfuse3.Operations):
             parent_inode_new,
             name_new,
             replace=not flags & pyfuse3.RENAME_NOREPLACE,
+            whiteout=(ctx.uid, ctx.gid) if flags & _RENAME_WHITEOUT else None,
         )
         if lost is not None:
             self._lost(*lost)
