@@ -115,7 +115,7 @@ class Attributes:
             self.remove(ino, CAPABILITY)
 
     def remove(self, ino: int, name: bytes) -> None:
-        """Remove an attribute; NoAttributeError."""
+        """Remove an attribute; NoAttributeError, but not for an ACL: without one it is empty."""
         if name == CODE:
             self._tree.set_code(ino, None)
             return
@@ -125,6 +125,8 @@ class Attributes:
         with self._log.transaction() as txn:
             key = file_rows.xattr_key(ino, name)
             if txn.get(key) is None:
+                if name in (acl.ACCESS, acl.DEFAULT):
+                    return
                 raise NoAttributeError("There is no such attribute.")
             inode = self._inode(ino)
             inode.ctime = clock.now()
@@ -133,6 +135,8 @@ class Attributes:
 
     @staticmethod
     def _check_namespace(name: bytes) -> None:
+        if name in _NAMESPACES:
+            raise InvalidError("The name of an attribute has a part after its namespace.")
         if not name.startswith(_NAMESPACES) and name not in (acl.ACCESS, acl.DEFAULT):
             raise NotSupportedError("Only the namespaces user, trusted and security exist.")
 
