@@ -119,7 +119,7 @@ class Tree:
             value = self._log.engine.get(file_rows.inode_key(ino))
             parent = Inode.decode(value).parent if value is not None else 0
             names = (name for _, child, name in self.entries(parent, 0) if child == ino)
-            parts.append(next(names, b"?").decode(errors="replace"))
+            parts.append(os.fsdecode(next(names, b"?")))
             if parent == 0:
                 break
             ino = parent

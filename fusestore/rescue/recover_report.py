@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -87,5 +88,5 @@ def _dropped(journals: Journals, tree: Tree, number: int) -> dict[str, Any]:
         for key in entry.commit().changes:
             if key[:1] == b"N":
                 parent, name = file_rows.decode_name_key(key)
-                paths.add(tree.path(parent).rstrip("/") + "/" + name.decode(errors="replace"))
+                paths.add(tree.path(parent).rstrip("/") + "/" + os.fsdecode(name))
     return {"commit": number, "names": sorted(paths)}
