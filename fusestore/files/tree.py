@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+
+import trio
 
 from ..bounded_cache import LeastRecentlyUsed
 from ..errors import (
@@ -33,6 +35,7 @@ from ..limits import LINKS_MAX, NAME_BYTES_MAX, TARGET_BYTES_MAX
 from ..log.log import Log, Transaction
 from ..system import clock
 from . import quota
+from .path_search import PathSearch
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,18 +115,16 @@ class Tree:
             raise InvalidError("Not a symbolic link.")
         return value
 
-    def path(self, ino: int) -> str:
-        """Return a path of an inode from the root for messages; `?` stands for unknown names."""
-        parts: list[str] = []
-        while ino != ROOT and len(parts) < 256:
-            value = self._log.engine.get(file_rows.inode_key(ino))
-            parent = Inode.decode(value).parent if value is not None else 0
-            names = (name for _, child, name in self.entries(parent, 0) if child == ino)
-            parts.append(os.fsdecode(next(names, b"?")))
-            if parent == 0:
-                break
-            ino = parent
-        return "/" + "/".join(reversed(parts))
+    async def paths(self, inos: Iterable[int]) -> dict[int, str]:
+        """Return paths of inodes from the root for messages; `?` stands for unknown names.
+
+        An inode does not know its names: directories are searched, each once, some entries at
+        a time, because they can have millions.
+        """
+        search = PathSearch(self._log, inos)
+        for _ in search.steps():
+            await trio.lowlevel.checkpoint()
+        return search.paths()
 
     def lies_below(self, ino: int, top: int) -> bool:
         """Return whether `ino` is `top`, or its parents lead to `top`."""

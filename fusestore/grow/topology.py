@@ -99,7 +99,7 @@ class Topology:
                 if member.config != node:
                     raise UsageError(f"There is a node {name!r} already: choose another name.")
                 if not member.in_sync:  # it was begun, and interrupted
-                    await self._repairer.repair(name, progress, self._log.path_of)
+                    await self._repairer.repair(name, progress)
                 return result
             problem = check_name(name) or check_name(region)
             if not WEIGHTS[0] <= weight <= WEIGHTS[1]:

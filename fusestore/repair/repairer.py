@@ -22,7 +22,6 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,6 @@ class Repairer:
         self,
         name: str,
         progress: Progress,
-        path_of: Callable[[int], str],
         *,
         to: Path | None = None,
         rate: float | None = None,
@@ -121,7 +119,8 @@ class Repairer:
         seconds = time.monotonic() - started
         self._remember(name, size + more[1], seconds)
         lost = set(self.healer.lacks(member))
-        paths = sorted({path_of(ino) for number in lost for ino in self._reader.owners(number)})
+        inos = {ino for number in lost for ino in self._reader.owners(number)}
+        paths = sorted(set((await self._log.paths_of(inos)).values()))
         return {
             "node": name,
             "shards_rebuilt": shards + more[0],

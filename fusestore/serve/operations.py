@@ -22,6 +22,7 @@ import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext
 
 from .. import errors
+from ..files.attributes import POLICY
 from ..files.filesystem import FileSystem
 from ..files.tree import Change
 from ..format.file_rows import Inode
@@ -406,6 +407,8 @@ class Operations(pyfuse3.Operations):
     @_answered
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         self._need_xattrs()
+        if name == POLICY:
+            return await self._attributes.policy(inode)
         return self._attributes.get(inode, name)
 
     @_answered
