@@ -42,6 +42,55 @@ def test_a_log_file_gives_its_warnings_and_errors_once(
         assert log.new_lines() == []
 
 
+NASTY = {
+    "newline": "a\n2026-01-31T12:00:00.000Z ERROR fusestore: forged",
+    "return": "a\r2026-01-31T12:00:00.000Z ERROR fusestore: forged",
+    "priority": "a\n<0>fusestore: forged",
+    "escape": "a\x1b[2J\x1b]0;title\x07",
+    "C1 control": "a\x9b2J\x85b",
+    "line separator": "a\u2028b\u2029c",
+    "vertical tab, form feed, separators": "a\x0bb\x0cc\x1cd\x1de\x1ef",
+    "right to left": "a\u202egpj.exe",
+    "no UTF-8": "a\udcff\udc80",
+    "tab, delete, NUL": "a\tb\x7f\0",
+}
+
+
+@pytest.mark.parametrize("name", NASTY.values(), ids=NASTY.keys())
+@pytest.mark.parametrize(
+    "formatter",
+    [
+        logs.TextFormatter(),
+        logs.JSONFormatter(),
+        logs.JournalFormatter(),
+        logs.JournalFormatter(logs.JSONFormatter()),
+    ],
+    ids=["text", "json", "journal", "journal of json"],
+)
+def test_no_name_makes_a_line_of_its_own(
+    tmp_path: Path, formatter: logging.Formatter, name: str
+) -> None:
+    """Neither in a message nor in the text of an exception; each line begins as a record does."""
+    handler = logging.FileHandler(tmp_path / "log", encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(formatter)
+    log = logging.getLogger("test_0_logs")
+    log.addHandler(handler)
+    log.warning("%s cannot be read", name)
+    try:
+        raise ValueError(name) from OSError(5, name)
+    except ValueError:
+        log.exception("Node %s failed", name)
+    log.removeHandler(handler)
+    handler.close()
+    text = (tmp_path / "log").read_bytes().decode()
+    assert text.replace("\n", "").isprintable()
+    lines = text.splitlines()
+    records = [line for line in lines if not line.removeprefix("<3>").startswith("  ")]
+    assert len(records) == 2
+    if "Journal" in type(formatter).__name__:
+        assert all(line.startswith(("<3>", "<4>")) for line in lines)
+
+
 def test_a_log_file_that_was_rolled_is_read_from_its_oldest_part(tmp_path: Path) -> None:
     log = LogFile(tmp_path / "log")
     for number, name in enumerate(("log.2", "log.1", "log")):

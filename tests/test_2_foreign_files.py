@@ -102,7 +102,7 @@ async def repaired(config: StoreConfig, files: dict[str, bytes]) -> None:
         first, *others = one.store.log.members.all
         refused = ""
         try:
-            await one.store.repairer.repair(first.name, lambda message: None, one.files.tree.path)
+            await one.store.repairer.repair(first.name, lambda message: None)
         except NodeError as error:
             refused = str(error)
         assert not refused or str(first.config.path) in refused

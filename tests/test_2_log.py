@@ -277,7 +277,7 @@ async def test_a_node_lost_under_writes_costs_nothing(config: StoreConfig, lost:
         assert await one.get("a") == random.Random(5).randbytes(2 << 20)
         assert await one.get("b") == random.Random(6).randbytes(5 << 20)
         assert (await one.store.status())["nodes"][lost]["state"] in ("suspect", "down")
-        done = await one.store.repairer.repair(REGIONS[lost], lambda m: None, one.files.tree.path)
+        done = await one.store.repairer.repair(REGIONS[lost], lambda m: None)
         assert done["unrepairable"] == []
         assert (await one.store.status())["healthy"] is True
     shutil.rmtree(config.nodes[(lost + 1) % 3].path)
@@ -370,7 +370,7 @@ async def test_rotten_shards_never_show_and_are_healed(config: StoreConfig) -> N
         await trio.testing.wait_all_tasks_blocked(0.2)
         assert one.rows(b"M") == []
         for node in (config.nodes[0], config.nodes[1], config.nodes[2]):
-            done = await one.store.repairer.repair(node.name, lambda m: None, one.files.tree.path)
+            done = await one.store.repairer.repair(node.name, lambda m: None)
             assert done["shards_rebuilt"] == 0
         assert await one.get("f") == data
 
@@ -492,7 +492,7 @@ async def test_an_interrupted_repair_is_no_repair(config: StoreConfig) -> None:
                 if message["phase"] == "shards" and message["done"]:
                     scope.cancel()
 
-            await one.store.repairer.repair(REGIONS[0], first, one.files.tree.path)
+            await one.store.repairer.repair(REGIONS[0], first)
         assert scope.cancelled_caught
         assert (await one.store.status())["nodes"][0]["state"] in ("suspect", "down")
         assert (await one.store.status())["healthy"] is False
@@ -641,7 +641,7 @@ async def test_repair_sees_segments_that_were_deleted_under_it(config: StoreConf
         await one.store.committer.commit()
         for segment in (config.nodes[0].path / "shards").iterdir():
             segment.unlink()
-        done = await one.store.repairer.repair(REGIONS[0], lambda m: None, one.files.tree.path)
+        done = await one.store.repairer.repair(REGIONS[0], lambda m: None)
         assert done["shards_rebuilt"] == 5
     await loses_a_region(config, 1, {"f": data})
 

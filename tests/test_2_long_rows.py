@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -35,37 +35,37 @@ def deep(one: Opened) -> int:
     return ino
 
 
-def recode(one: Opened) -> None:
-    one.files.recoder.start(deep(one), None, None)
+async def recode(one: Opened) -> None:
+    await one.files.recoder.start(deep(one), None, None)
 
 
-def long_value(one: Opened) -> None:
+async def long_value(one: Opened) -> None:
     with one.store.log.transaction() as txn:
         txn.files += 5
         txn.put(file_rows.orphan_key(77), b"")
         txn.put(file_rows.xattr_key(1, b"user.long"), bytes(VALUE_BYTES_MAX + 1))
 
 
-def long_key(one: Opened) -> None:
+async def long_key(one: Opened) -> None:
     with one.store.log.transaction() as txn:
         txn.put(file_rows.orphan_key(77), b"")
         txn.delete(b"X" + bytes(KEY_BYTES_MAX))
 
 
-def applied_directly(one: Opened) -> None:
+async def applied_directly(one: Opened) -> None:
     one.store.log.apply({file_rows.orphan_key(77): b"", store_rows.SCRUB_KEY: bytes(70_000)})
 
 
 @pytest.mark.parametrize("operation", [recode, long_value, long_key, applied_directly])
 async def test_it_is_refused_as_a_whole_and_the_log_goes_on(
-    config: StoreConfig, tmp_path: Path, operation: Callable[[Opened], None]
+    config: StoreConfig, tmp_path: Path, operation: Callable[[Opened], Awaitable[None]]
 ) -> None:
     async with opened(config) as one:
         await one.put("good", b"good" * 1000)
         await one.checkpoint()
         files = one.store.log.counters.files
         with pytest.raises(RowTooLargeError, match="at most 511 and 65536"):
-            operation(one)
+            await operation(one)
         if operation is not recode:
             assert one.store.log.counters.files == files
         assert one.files.recoder.job.state == "never"

@@ -226,8 +226,7 @@ class Stubborn(Player):
 
     async def repair(self, name: str) -> None:
         with self.bearing():
-            path = self.one.files.tree.path
-            done = await self.one.store.repairer.repair(name, lambda message: None, path)
+            done = await self.one.store.repairer.repair(name, lambda message: None)
             if done["unrepairable"]:
                 self.errors.append(LostError(f"unrepairable: {done['unrepairable']}"))
 

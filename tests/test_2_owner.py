@@ -120,7 +120,7 @@ async def test_locks_end_with_the_mount(config: StoreConfig) -> None:
     shutil.rmtree(config.nodes[0].path)
     config.nodes[0].path.mkdir()
     async with opened(config) as one:
-        await one.store.repairer.repair("a", lambda message: None, one.files.tree.path)
+        await one.store.repairer.repair("a", lambda message: None)
     async with opened(copy) as one:
         assert await one.get("f") == b"one"
 

@@ -110,8 +110,7 @@ async def test_repair_counts_no_shard_that_is_not_right(tmp_path: Path) -> None:
     node = config.nodes[0]
     shutil.rmtree(node.path)
     async with opened(config) as one:
-        healer, tree = one.store.repairer, one.files.tree
-        done = await healer.repair(node.name, lambda message: None, tree.path)
+        done = await one.store.repairer.repair(node.name, lambda message: None)
         assert done["unrepairable"] == ["/f"]
         assert all(member.state is State.UP for member in one.store.log.members.all)
         assert await either(one, "g") == "right"

@@ -338,7 +338,7 @@ async def test_repair_claims_no_directory_that_holds_other_files(
     outside.before = outside.seen()
     async with opened(config) as one:
         with pytest.raises(NodeError, match="contains files that are not a node"):
-            await one.store.repairer.repair(first.name, lambda message: None, one.files.tree.path)
+            await one.store.repairer.repair(first.name, lambda message: None)
         await reads(one)
 
 
@@ -360,7 +360,7 @@ async def test_repair_refuses_a_wiped_node_whose_folders_are_none(
     async with opened(config) as one:
         began = time.monotonic()
         with pytest.raises(NodeError, match="not a directory"):
-            await one.store.repairer.repair(first.name, lambda message: None, one.files.tree.path)
+            await one.store.repairer.repair(first.name, lambda message: None)
         assert time.monotonic() - began < SECONDS_MAX
         await reads(one)
 

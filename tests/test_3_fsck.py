@@ -614,5 +614,6 @@ async def test_files_that_cannot_be_read_are_not_clean(config: StoreConfig, how:
         done = await fsck(store, repair=False, at_rest=True)
         assert done["clean"] is False
         assert "too few shards to be read" in done["unreadable"][0]
-        safety = Safety(store.log, store.reader, FileSystem(store, nursery).tree.path)
+        FileSystem(store, nursery)
+        safety = Safety(store.log, store.reader)
         assert how == "cut" or (await safety.risk([]))["lost"] != []

@@ -18,7 +18,7 @@ import trio
 from fusestore.config.mkfs import make_store
 from fusestore.config.store_config import StoreConfig
 from fusestore.errors import NoSpaceError, UsageError
-from fusestore.files.attributes import CODE, POLICY
+from fusestore.files.attributes import CODE
 from fusestore.format import stripe_rows
 from fusestore.format.erasure import Code
 from fusestore.format.file_rows import ROOT
@@ -61,7 +61,7 @@ async def content(one: Opened, ino: int) -> bytes:
 
 
 async def recode(one: Opened, ino: int, to: Code | None, **more: Any) -> dict[str, Any]:
-    one.files.recoder.start(ino, to, None, **more)
+    await one.files.recoder.start(ino, to, None, **more)
     return await one.files.recoder.wait(lambda progress: None)
 
 
@@ -75,8 +75,8 @@ async def test_a_policy_says_where_it_comes_from_and_what_it_survives(config: St
         inner = folder(one, "inner", top)
         file, _ = one.files.tree.make(inner, b"f", stat.S_IFREG | 0o600, 0, 0)
 
-        def policy(ino: int) -> dict[str, Any]:
-            found = json.loads(attributes.get(ino, POLICY))
+        async def policy(ino: int) -> dict[str, Any]:
+            found = json.loads(await attributes.policy(ino))
             assert isinstance(found, dict)
             return found
 
@@ -88,18 +88,18 @@ async def test_a_policy_says_where_it_comes_from_and_what_it_survives(config: St
             "regions_borne": 1,
             "regions": 3,
         }
-        assert policy(inner) == default
+        assert await policy(inner) == default
         attributes.set(top, CODE, b"4+2")
         changed = {**default, "code": "4+2", "set_on": "/top", "shards_borne": 2}
-        assert policy(inner) == changed
-        assert policy(top) == {**changed, "inherited": False}
-        assert policy(file) == {
+        assert await policy(inner) == changed
+        assert await policy(top) == {**changed, "inherited": False}
+        assert await policy(file) == {
             **default,
             "set_on": "/top/inner/f",
             "inherited": False,
         }
         attributes.remove(top, CODE)
-        assert policy(inner) == default
+        assert await policy(inner) == default
 
 
 # --- recoding ----------------------------------------------------------------
@@ -178,7 +178,7 @@ async def test_files_are_written_cut_and_removed_while_they_are_recoded(
         for number in range(12):
             data = chance.randbytes(chance.randrange(6 * MIB))
             model[await one.put(f"f{number}", data)] = bytearray(data)
-        one.files.recoder.start(ROOT, C42, None)
+        await one.files.recoder.start(ROOT, C42, None)
         steps = 0
         while one.files.recoder.job.state == "running":
             steps += 1
@@ -229,7 +229,7 @@ async def test_a_crash_keeps_every_byte_and_the_rest_goes_on(config: StoreConfig
             data = chance.randbytes(chance.randrange(200_000))
             model[await one.put(f"f{number}", data)] = data
         await one.checkpoint()
-        one.files.recoder.start(ROOT, C42, None)
+        await one.files.recoder.start(ROOT, C42, None)
         await one.store.committer.commit()
         copies = []
         while one.files.recoder.job.state == "running":
@@ -269,7 +269,7 @@ async def test_a_full_store_is_waited_for(
             takes(length)
 
         monkeypatch.setattr(one.store.log, "take_room", take_room)
-        one.files.recoder.start(ino, C42, None)
+        await one.files.recoder.start(ino, C42, None)
         while not one.files.recoder.status()["waits_for"]:
             await trio.lowlevel.checkpoint()
         assert await content(one, ino) == data
@@ -285,10 +285,10 @@ async def test_it_can_be_stopped_and_begun_again(config: StoreConfig) -> None:
         recoder = one.files.recoder
         for number in range(40):
             await one.put(f"f{number}", bytes([number]) * 100_000)
-        recoder.start(ROOT, C42, None)
+        await recoder.start(ROOT, C42, None)
         busy = r"^/ is being recoded: wait for it, or stop it with --stop\.$"
         with pytest.raises(UsageError, match=busy):
-            recoder.start(ROOT, C12, None)
+            await recoder.start(ROOT, C12, None)
         while recoder.job.files < 5:
             await trio.lowlevel.checkpoint()
         recoder.stop()

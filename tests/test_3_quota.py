@@ -57,7 +57,7 @@ async def set_quota(
 
 
 async def clear(one: Opened, ino: int) -> None:
-    one.files.quotas.clear(ino)
+    await one.files.quotas.clear(ino)
     await one.files.quotas.wait(ino)
 
 
@@ -267,8 +267,8 @@ async def test_a_directory_that_goes_takes_its_quota_along(config: StoreConfig) 
         one.files.removal.remove(gone)
         await one.files.removal.removed()
         assert used(one, outer) == (500, 1)
-        assert one.files.quotas.all() == [
-            {**one.files.quotas.all()[0], "path": "/outer", "bytes_used": 500}
+        assert await one.files.quotas.all() == [
+            {**(await one.files.quotas.all())[0], "path": "/outer", "bytes_used": 500}
         ]
         one.files.removal.remove(file)
         await one.files.removal.removed()
@@ -299,7 +299,7 @@ async def test_what_is_there_is_counted_and_given_back(config: StoreConfig) -> N
         await set_quota(one, outer)
         for ino in (inner, top, outer):
             assert used(one, ino) == usage(one, ino)
-        assert [found["path"] for found in one.files.quotas.above(inner)] == [
+        assert [found["path"] for found in await one.files.quotas.above(inner)] == [
             "/outer/top/d1",
             "/outer/top",
             "/outer",
@@ -308,7 +308,7 @@ async def test_what_is_there_is_counted_and_given_back(config: StoreConfig) -> N
         assert row(one, top) is None
         assert used(one, outer) == usage(one, outer)
         with pytest.raises(UsageError):
-            one.files.quotas.clear(top)
+            await one.files.quotas.clear(top)
         await clear(one, outer)
         await clear(one, inner)
         assert one.rows(b"B") == []
@@ -322,10 +322,10 @@ async def test_a_quota_is_not_enforced_while_it_is_counted(config: StoreConfig) 
         top = folder(one, "top")
         await make_tree(one, top)
         one.files.quotas.set(top, 0, 0)
-        assert one.files.quotas.above(top)[0]["state"] == "counting"
+        assert (await one.files.quotas.above(top))[0]["state"] == "counting"
         new_file(one, top, "new")
         await one.files.quotas.wait(top)
-        assert one.files.quotas.above(top)[0]["state"] == "active"
+        assert (await one.files.quotas.above(top))[0]["state"] == "active"
         with pytest.raises(QuotaError):
             new_file(one, top, "newer")
         assert used(one, top) == usage(one, top)
@@ -380,7 +380,10 @@ async def test_counting_is_exact_while_the_tree_changes(config: StoreConfig, see
             if number % 150 == 0:
                 ino = chance.choice(given)
                 try:
-                    quotas.clear(ino) if chance.random() < 0.4 else quotas.set(ino, None, None)
+                    if chance.random() < 0.4:
+                        await quotas.clear(ino)
+                    else:
+                        quotas.set(ino, None, None)
                 except (UsageError, FileSystemError):
                     pass
             try:
@@ -432,11 +435,11 @@ async def test_quotas_come_back_from_the_journals_alone(config: StoreConfig) -> 
         await set_quota(one, top, size=10**9)
         await one.store.dumper.take()
         await put(one, top, "later", 12345)
-        expected = one.files.quotas.all()
+        expected = await one.files.quotas.all()
     shutil.rmtree(config.metadata)
     recover(config.store, (), None, accept_loss=False, progress=lambda message: None)
     async with opened(config) as one:
-        assert one.files.quotas.all() == expected
+        assert await one.files.quotas.all() == expected
         assert used(one, top) == usage(one, top)
     await clean(config)
 

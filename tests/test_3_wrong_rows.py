@@ -167,8 +167,7 @@ async def test_a_node_is_not_blamed_for_what_nobody_can_decide(tmp_path: Path) -
     node = config.nodes[right[0].shards[0].node - 1]
     shutil.rmtree(node.path)
     async with opened(config) as one:
-        tree = one.files.tree
-        done = await one.store.repairer.repair(node.name, lambda message: None, tree.path)
+        done = await one.store.repairer.repair(node.name, lambda message: None)
         assert len(done["unrepairable"]) == 1
         assert all_up(one)
         lost = done["unrepairable"][0][1:]

@@ -376,7 +376,7 @@ async def test_a_repair_under_way_is_told(config: StoreConfig) -> None:
         def look(message: dict[str, Any]) -> None:
             told.append(one.store.reporter.report({})["repair"])
 
-        await one.store.repairer.repair("us-east-1", look, str)
+        await one.store.repairer.repair("us-east-1", look)
         assert {repair["phase"] for repair in told} >= {"journal", "shards"}
         assert {(repair["node"], repair["by_itself"]) for repair in told} == {("us-east-1", False)}
         assert any(repair["eta_seconds"] is not None for repair in told)
@@ -409,7 +409,7 @@ async def everything(one: Opened) -> Monitor:
     await one.get("a")
     await one.store.healer.heal_all()
     shutil.rmtree(node.path)
-    await one.store.repairer.repair(node.name, lambda message: None, str)
+    await one.store.repairer.repair(node.name, lambda message: None)
     with trio.fail_after(30):
         await one.store.scrubber.command(
             "start", None, wait=True, alone=False, progress=lambda message: None

@@ -55,6 +55,20 @@ def test_attributes_are_kept(shared_mount: Path, name: str) -> None:
             os.removexattr(path, name)
 
 
+@pytest.mark.parametrize("name", ["user.", "trusted.", "security."])
+def test_a_namespace_alone_is_no_name(shared_mount: Path, name: str) -> None:
+    path = shared_mount / "file"
+    path.touch()
+    for attempt in (
+        lambda: os.setxattr(path, name, b"1"),
+        lambda: os.getxattr(path, name),
+        lambda: os.removexattr(path, name),
+    ):
+        with refused(errno.EINVAL):
+            attempt()
+    assert os.listxattr(path) == []
+
+
 def test_create_and_replace_do_what_they_say(shared_mount: Path) -> None:
     path = shared_mount / "file"
     path.touch()

@@ -409,6 +409,50 @@ def test_removing_an_acl_leaves_the_mode(shared_mount: Path) -> None:
         os.getxattr(path, ACCESS)
 
 
+EMPTY_ACL = b"\2\0\0\0"
+
+
+@pytest.mark.parametrize("name", [ACCESS, DEFAULT])
+def test_an_acl_that_is_not_there_can_be_removed(shared_mount: Path, name: str) -> None:
+    """As often as one likes: an empty ACL is none, and programs set one to clear it."""
+    path = shared_mount / "directory"
+    path.mkdir(0o751)
+    for acl_of in (b"", EMPTY_ACL, for_alice(6)):
+        for _ in range(2):
+            if acl_of:
+                os.setxattr(path, name, acl_of)
+            os.removexattr(path, name)
+            os.removexattr(path, name)
+            assert os.listxattr(path) == []
+            with refused(errno.ENODATA):
+                os.getxattr(path, name)
+    for other in ("user.a", "trusted.a", "security.a"):
+        with refused(errno.ENODATA):
+            os.removexattr(path, other)
+
+
+def test_programs_that_clear_acls_do_not_fail(shared_mount: Path, tmp_path: Path) -> None:
+    source = shared_mount / "source"
+    (source / "with/below").mkdir(parents=True)
+    (source / "file").touch()
+    os.setxattr(source / "with", ACCESS, for_alice(6))
+    os.setxattr(source / "file", ACCESS, for_alice(6))
+    (shared_mount / "unpacked").mkdir()
+    for command in (
+        ["tar", "--acls", "-C", source, "-cf", tmp_path / "archive.tar", "."],
+        ["tar", "--acls", "-C", shared_mount / "unpacked", "-xpf", tmp_path / "archive.tar"],
+        ["cp", "-a", source, shared_mount / "copied"],
+        ["setfacl", "-k", source / "with/below"],
+        ["setfacl", "-Rb", shared_mount / "copied"],
+        ["setfacl", "-Rb", shared_mount / "copied"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), command
+    for name in ("with", "file"):
+        assert os.getxattr(shared_mount / "unpacked" / name, ACCESS) == for_alice(6)
+        assert os.listxattr(shared_mount / "copied" / name) == []
+
+
 def test_stored_acls_are_listed(shared_mount: Path) -> None:
     path = shared_mount / "directory"
     path.mkdir()

@@ -245,6 +245,33 @@ def test_the_log_level_changes_while_mounted(make_store: MakeStore) -> None:
     assert "the log level is now debug; it was error" in text
 
 
+@pytest.mark.mounted
+@pytest.mark.expects_log(r".")
+def test_a_name_writes_no_line_of_its_own_anywhere(make_store: MakeStore) -> None:
+    store = make_store()
+    store.mount()
+    forged = "x\n2026-01-31T12:00:00.000Z ERROR fusestore: forged\x1b[31m\u2028\udcff"
+    (store.mountpoint / forged).write_bytes(os.urandom(2_000_000))
+    store.umount()
+    for name in ("us-east-1", "us-west-1"):
+        for path in (store.node(name) / "shards").iterdir():
+            path.unlink()
+    store.mount()
+    with pytest.raises(OSError):
+        (store.mountpoint / forged).read_bytes()
+    lines = (store.store / "fusestore.log").read_bytes().split(b"\n")
+    named = [line for line in lines if b"forged" in line]
+    assert named
+    for line in named:
+        assert b"cannot be read" in line
+        assert (
+            b"/x\\n2026-01-31T12:00:00.000Z ERROR fusestore: forged\\x1b[31m\\u2028\\udcff" in line
+        )
+    done = store.cli("risk", store.store, check=False)
+    assert all(line.isprintable() for line in (done.stdout + done.stderr).split("\n"))
+    assert "forged" in done.stdout + done.stderr
+
+
 # --- mount(8) ------------------------------------------------------------------
 
 

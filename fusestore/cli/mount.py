@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from ..system.logs import LEVELS
-from .asking import ANY_PATH, STORE
+from .asking import ANY_PATH, STORE, print_lines
 
 FORMATS = ("text", "json")
 EXIT_SECONDS = 60.0
@@ -93,7 +93,7 @@ def mount(
         launch.run(config, place, chosen, log_level, log_format, None)
         return
     for warning in launch.start(config, place, chosen, log_level, log_format):
-        click.echo(f"fusestore: warning: {warning}", err=True)
+        print_lines([f"fusestore: warning: {warning}"], err=True)
 
 
 @click.command(short_help="Commit everything and unmount.")

@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from ..errors import ConfigError, NotHealthyError, UsageError
-from .asking import ANY_PATH, STORE
+from .asking import ANY_PATH, STORE, print_lines
 from .errors import EndsInSentences
 
 WRONG_USE = 1
@@ -75,9 +75,9 @@ def mount(
     if fake:
         return
     for warning in launch.start(config, place, chosen, "info", "text"):
-        click.echo(f"mount.fusestore: warning: {warning}", err=True)
+        print_lines([f"mount.fusestore: warning: {warning}"], err=True)
     if verbose:
-        click.echo(f"mount.fusestore: {config.store} mounted on {place}.")
+        print_lines([f"mount.fusestore: {config.store} mounted on {place}."])
 
 
 @click.command(cls=_Helper, short_help="Unmount a store, for umount(8).")

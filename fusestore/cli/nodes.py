@@ -103,8 +103,12 @@ def add(
     request = NodeAddRequest(node, region, os.fspath(place), weight)
     result = do(store, request, quiet=quiet, as_json=as_json)
     if not as_json:
-        click.echo(f"{node} at {result.path} is now a node of region {region}.")
-        click.echo(f"Give it its share of existing shards: fusestore rebalance {store} start")
+        print_lines(
+            [
+                f"{node} at {result.path} is now a node of region {region}.",
+                f"Give it its share of existing shards: fusestore rebalance {store} start",
+            ]
+        )
 
 
 @node.command(short_help="Move the shards of a node to other nodes.")
@@ -126,7 +130,7 @@ def drain(store: Path, node: str, cancel: bool, no_wait: bool, quiet: bool, as_j
     request = NodeDrainRequest(node, cancel=cancel, wait=not no_wait)
     result = do(store, request, quiet=quiet, as_json=as_json)
     if not as_json:
-        click.echo(drain_line(os.fspath(store), result))
+        print_lines([drain_line(os.fspath(store), result)])
 
 
 @node.command(short_help="Take a node out of a store.")
@@ -143,7 +147,7 @@ def remove(store: Path, node: str, as_json: bool) -> None:
     result = do(store, NodeRemoveRequest(node), as_json=as_json)
     if not as_json:
         rest = "is empty" if result.emptied else "was missing, or could not be emptied"
-        click.echo(f"{node} is no longer a node of {store}; {result.path} {rest}.")
+        print_lines([f"{node} is no longer a node of {store}; {result.path} {rest}."])
 
 
 @click.command(short_help="Give each node its share.")

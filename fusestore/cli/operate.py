@@ -139,7 +139,7 @@ def install(
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists() or path.read_text() != text:
                 write_whole(path, text, 0o644)
-                click.echo(f"wrote {path}")
+                print_lines([f"wrote {path}"])
         except PermissionError as error:
             remedy = (
                 "your home directory must be writable" if user else "run as root, or use --user"

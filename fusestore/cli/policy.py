@@ -288,7 +288,7 @@ def _print_quotas(path: Path, result: QuotaResult, as_json: bool = False) -> Non
     if as_json:
         print_json(to_json(result))
     elif not result.quotas:
-        click.echo(f"No quota applies to {path}.")
+        print_lines([f"No quota applies to {path}."])
     else:
         print_lines(quota_lines(result.quotas))
 

@@ -58,7 +58,7 @@ class Attributes:
         self._allow_unsafe = allow_unsafe
 
     def get(self, ino: int, name: bytes) -> bytes:
-        """Return the value of an attribute; NoAttributeError."""
+        """Return the value of an attribute but POLICY; NoAttributeError."""
         if name.startswith(VIRTUAL):
             return self._virtual(ino, name)
         self._check_namespace(name)
@@ -115,7 +115,7 @@ class Attributes:
             self.remove(ino, CAPABILITY)
 
     def remove(self, ino: int, name: bytes) -> None:
-        """Remove an attribute; NoAttributeError."""
+        """Remove an attribute; NoAttributeError, but not for an ACL: without one it is empty."""
         if name == CODE:
             self._tree.set_code(ino, None)
             return
@@ -125,6 +125,8 @@ class Attributes:
         with self._log.transaction() as txn:
             key = file_rows.xattr_key(ino, name)
             if txn.get(key) is None:
+                if name in (acl.ACCESS, acl.DEFAULT):
+                    return
                 raise NoAttributeError("There is no such attribute.")
             inode = self._inode(ino)
             inode.ctime = clock.now()
@@ -133,6 +135,8 @@ class Attributes:
 
     @staticmethod
     def _check_namespace(name: bytes) -> None:
+        if name in _NAMESPACES:
+            raise InvalidError("The name of an attribute has a part after its namespace.")
         if not name.startswith(_NAMESPACES) and name not in (acl.ACCESS, acl.DEFAULT):
             raise NotSupportedError("Only the namespaces user, trusted and security exist.")
 
@@ -158,8 +162,6 @@ class Attributes:
     def _virtual(self, ino: int, name: bytes) -> bytes:
         if name == CODE:
             return str(self._tree.code(ino)).encode()
-        if name == POLICY:
-            return json.dumps(self._policy(ino)).encode()
         start = 0
         if name.startswith(LAYOUT + b"."):
             digits = name[len(LAYOUT) + 1 :]
@@ -174,18 +176,19 @@ class Attributes:
             self.layout(ino, start, _LAYOUT_BYTES_MAX), separators=(",", ":")
         ).encode()
 
-    def _policy(self, ino: int) -> dict[str, Any]:
-        """Describe the code of new files below a directory, or of new bytes of a file."""
+    async def policy(self, ino: int) -> bytes:
+        """Describe the code of new files below a directory, or of new bytes of a file: JSON."""
         code, origin = self._tree.policy(ino)
         regions = len(set(self._log.members.config.regions))
-        return {
+        found = {
             "code": str(code),
-            "set_on": self._tree.path(origin) if origin else None,
+            "set_on": (await self._tree.paths([origin]))[origin] if origin else None,
             "inherited": origin != ino,
             "shards_borne": code.m,
             "regions_borne": regions_borne(code, regions),
             "regions": regions,
         }
+        return json.dumps(found).encode()
 
     def layout(self, ino: int, start: int, room: int | None) -> dict[str, Any]:
         """Return the place of each byte of a file from `start` on.

@@ -23,7 +23,7 @@ class FileSystem:
     def __init__(self, store: Store, nursery: trio.Nursery) -> None:
         self.log = store.log
         self.tree = Tree(store.log)
-        store.log.path_of = self.tree.path
+        store.log.paths_of = self.tree.paths
         self.contents = Contents(store.log, store.reader, store.writer)
         self.removal = Removal(store.log, self.contents, nursery)
         self.attributes = Attributes(

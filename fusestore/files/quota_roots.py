@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import stat
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import trio
@@ -64,11 +65,12 @@ class QuotaRoots:
             txn.put(file_rows.quota_key(ino), row.encode())
         self.resume()
 
-    def clear(self, ino: int) -> None:
+    async def clear(self, ino: int) -> None:
         """Remove the quota of a directory; UsageError if it has none."""
         row = self._row(ino)
         if row is None or row.state in (QuotaState.CLEARING, QuotaState.GONE):
-            raise UsageError(f"{self._tree.path(ino)} has no quota of its own.")
+            path = (await self._tree.paths([ino]))[ino]
+            raise UsageError(f"{path} has no quota of its own.")
         with self._log.transaction() as txn:
             row.state = QuotaState.CLEARING
             txn.put(file_rows.quota_key(ino), row.encode())
@@ -79,31 +81,37 @@ class QuotaRoots:
         while self._running and (row := self._row(ino)) and row.state in _UNFINISHED:
             await self._changed.wait()
 
-    def above(self, ino: int) -> list[dict[str, Any]]:
+    async def above(self, ino: int) -> list[dict[str, Any]]:
         """Return the quotas that apply to an inode and to inodes below it, the nearest first."""
         inode = self._tree.inode(ino)
         rows = quota.chain(self._log.engine.get, inode.quota_root)
         row = self._row(ino)
         if row is not None and ino not in rows and row.state is QuotaState.COUNTING:
             rows = {ino: row, **rows}  # counting has not begun yet
-        return [self._message(root, row) for root, row in rows.items()]
+        return await self._messages(rows)
 
-    def all(self) -> list[dict[str, Any]]:
+    async def all(self) -> list[dict[str, Any]]:
         """Return all quotas in the order of their paths."""
         rows = self._log.engine.scan(file_rows.QUOTAS_START, file_rows.QUOTAS_END)
-        found = [(file_rows.decode_ino_key(key), Quota.decode(value)) for key, value in rows]
-        messages = [self._message(*one) for one in found if one[1].state is not QuotaState.GONE]
+        found = {file_rows.decode_ino_key(key): Quota.decode(value) for key, value in rows}
+        messages = await self._messages(
+            {ino: row for ino, row in found.items() if row.state is not QuotaState.GONE}
+        )
         return sorted(messages, key=lambda message: str(message["path"]))
 
-    def _message(self, ino: int, row: Quota) -> dict[str, Any]:
-        return {
-            "path": self._tree.path(ino),
-            "state": row.state.name.lower(),
-            "bytes_max": None if row.bytes_max == NO_LIMIT else row.bytes_max,
-            "bytes_used": row.bytes_used,
-            "files_max": None if row.files_max == NO_LIMIT else row.files_max,
-            "files_used": row.files_used,
-        }
+    async def _messages(self, rows: Mapping[int, Quota]) -> list[dict[str, Any]]:
+        paths = await self._tree.paths(rows)
+        return [
+            {
+                "path": paths[ino],
+                "state": row.state.name.lower(),
+                "bytes_max": None if row.bytes_max == NO_LIMIT else row.bytes_max,
+                "bytes_used": row.bytes_used,
+                "files_max": None if row.files_max == NO_LIMIT else row.files_max,
+                "files_used": row.files_used,
+            }
+            for ino, row in rows.items()
+        ]
 
     def of_root(self) -> Quota | None:
         """Return the quota of the root directory if it is in force."""

@@ -91,8 +91,9 @@ class Recoder:
 
     # --- commands ------------------------------------------------------------
 
-    def start(self, ino: int, to: Code | None, rate: float | None) -> None:
+    async def start(self, ino: int, to: Code | None, rate: float | None) -> None:
         """Begin; UsageError if a recoding runs, or this is no file or directory."""
+        path = (await self._tree.paths([ino]))[ino]
         self._job.check("begin")
         mode = self._tree.inode(ino).mode
         if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
@@ -100,7 +101,6 @@ class Recoder:
         with self._log.transaction() as txn:  # ReadOnlyError
             if to is not None:
                 self._tree.note_code(txn, to)
-        path = self._tree.path(ino)
         self._job.begin(Recoding(rate=rate, ino=ino, path=path, to=str(to or "")))
         self._unreadable.clear()
         self.resume()
@@ -258,14 +258,14 @@ class Recoder:
                 data = await self._store.reader.read_stripe(extent.stripe, start, end)
             except LostError as error:
                 if self._contents.has(ino, extent):
-                    self._lost(ino, error)
+                    await self._lost(ino, error)
                     continue
                 data = b""  # it was freed meanwhile: the transaction will notice this
             parts.append((extent, data))
         return parts
 
-    def _lost(self, ino: int, error: LostError) -> None:
-        path = self._tree.path(ino)
+    async def _lost(self, ino: int, error: LostError) -> None:
+        path = (await self._tree.paths([ino]))[ino]
         if path not in self._unreadable and len(self._unreadable) < UNREADABLE_KEPT_MAX:
             logger.error("%s cannot be recoded: %s", path, error)
             self._unreadable[path] = None

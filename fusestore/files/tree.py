@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+
+import trio
 
 from ..bounded_cache import LeastRecentlyUsed
 from ..errors import (
@@ -33,6 +35,7 @@ from ..limits import LINKS_MAX, NAME_BYTES_MAX, TARGET_BYTES_MAX
 from ..log.log import Log, Transaction
 from ..system import clock
 from . import quota
+from .path_search import PathSearch
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,18 +115,16 @@ class Tree:
             raise InvalidError("Not a symbolic link.")
         return value
 
-    def path(self, ino: int) -> str:
-        """Return a path of an inode from the root for messages; `?` stands for unknown names."""
-        parts: list[str] = []
-        while ino != ROOT and len(parts) < 256:
-            value = self._log.engine.get(file_rows.inode_key(ino))
-            parent = Inode.decode(value).parent if value is not None else 0
-            names = (name for _, child, name in self.entries(parent, 0) if child == ino)
-            parts.append(next(names, b"?").decode(errors="replace"))
-            if parent == 0:
-                break
-            ino = parent
-        return "/" + "/".join(reversed(parts))
+    async def paths(self, inos: Iterable[int]) -> dict[int, str]:
+        """Return paths of inodes from the root for messages; `?` stands for unknown names.
+
+        An inode does not know its names: directories are searched, each once, some entries at
+        a time, because they can have millions.
+        """
+        search = PathSearch(self._log, inos)
+        for _ in search.steps():
+            await trio.lowlevel.checkpoint()
+        return search.paths()
 
     def lies_below(self, ino: int, top: int) -> bool:
         """Return whether `ino` is `top`, or its parents lead to `top`."""
@@ -198,8 +199,7 @@ class Tree:
         """Make an inode of any type with a new name; return its number and attributes."""
         if target is not None and not 0 < len(target) <= TARGET_BYTES_MAX:
             raise NameTooLongError(f"A link target may have at most {TARGET_BYTES_MAX} bytes.")
-        log = self._log
-        with log.transaction(grows=len(name) + len(target or b"")) as txn:
+        with self._log.transaction(grows=len(name) + len(target or b"")) as txn:
             folder = self._folder(txn, parent)
             self._check_new(txn, parent, name)
             now = clock.now()
@@ -208,7 +208,7 @@ class Tree:
                 gid = folder.gid
                 if directory:
                     mode |= stat.S_ISGID
-            ino, cookie = log.counters.next_ino, log.counters.next_cookie
+            ino = self._new_ino()
             default = txn.get(file_rows.xattr_key(parent, acl.DEFAULT))
             if default is not None:
                 mode, access, inherited = acl.inherit(default, mode, directory)
@@ -216,26 +216,17 @@ class Tree:
                     txn.put(file_rows.xattr_key(ino, acl.ACCESS), access)
                 if inherited is not None:
                     txn.put(file_rows.xattr_key(ino, acl.DEFAULT), inherited)
-            inode = Inode(
-                mode, uid, gid, 2 if directory else 1, 0, 0, now, now, now, rdev, parent=parent
-            )
-            if folder.quota_root:
-                inode.quota_root = folder.quota_root
-                quota.charge(txn, folder.quota_root, 0, 1)
+            inode = Inode(mode, uid, gid, 2 if directory else 1, 0, 0, now, now, now, rdev)
             if target is not None:
                 inode.size = len(target)
                 txn.put(file_rows.target_key(ino), target)
             elif stat.S_ISREG(mode):
                 code = self.code(parent)
                 inode.k, inode.m = code.k, code.m
-            txn.put(file_rows.inode_key(ino), inode.encode())
-            txn.put(file_rows.name_key(parent, name), file_rows.name_value(ino, cookie))
-            txn.put(file_rows.listing_key(parent, cookie), file_rows.listing_value(ino, name))
+            self._add(txn, ino, inode, parent, folder)
+            self._put_name(txn, parent, name, ino, self._new_cookie())
             folder.nlink += directory
             self._touch(txn, parent, folder, now)
-            txn.files += 1
-            log.counters.next_ino += 1
-            log.counters.next_cookie += 1
         return ino, inode
 
     def link(self, ino: int, parent: int, name: bytes) -> Inode:
@@ -253,15 +244,12 @@ class Tree:
             if inode.quota_root != folder.quota_root:
                 raise CrossesQuotaError("All names of a file must be in the same quota.")
             now = clock.now()
-            cookie = self._log.counters.next_cookie
             inode.nlink += 1
             inode.ctime = now
             inode.parent = parent
             txn.put(file_rows.inode_key(ino), inode.encode())
-            txn.put(file_rows.name_key(parent, name), file_rows.name_value(ino, cookie))
-            txn.put(file_rows.listing_key(parent, cookie), file_rows.listing_value(ino, name))
+            self._put_name(txn, parent, name, ino, self._new_cookie())
             self._touch(txn, parent, folder, now)
-            self._log.counters.next_cookie += 1
         return inode
 
     # --- removing ------------------------------------------------------------
@@ -310,10 +298,13 @@ class Tree:
         new_name: bytes,
         *,
         replace: bool = True,
+        whiteout: tuple[int, int] | None = None,
     ) -> tuple[int, Inode] | None:
         """Rename an entry; replace an existing entry unless `replace` is false.
 
-        Return the inode whose name was replaced, or None.
+        With `whiteout`, a (uid, gid), the old name becomes a device 0:0 of this owner, which
+        hides a name of a lower layer of overlayfs.  Return the inode whose name was replaced,
+        or None.
         """
         with self._log.transaction(grows=len(new_name)) as txn:
             folders = {parent: self._folder(txn, parent)}
@@ -330,29 +321,17 @@ class Tree:
             if found is None:
                 self._check_new(txn, new_parent, new_name)
                 # In the same directory it keeps its place, so that each listing has it once.
-                new_cookie = cookie if new_parent == parent else self._new_cookie()
+                keeps_place = new_parent == parent and whiteout is None
+                new_cookie = cookie if keeps_place else self._new_cookie()
+            elif not replace:
+                raise ExistsError("The new name is taken.")
             else:
-                if not replace:
-                    raise ExistsError("The new name is taken.")
                 there, new_cookie = file_rows.decode_name(found)
                 if there == ino:
                     return None
-                old = self._get(txn, there)
-                if directory and not stat.S_ISDIR(old.mode):
-                    raise NotDirectoryError("A directory can replace only a directory.")
-                if not directory and stat.S_ISDIR(old.mode):
-                    raise IsDirectoryError("Only a directory can replace a directory.")
-                if directory:
-                    self._check_empty(there)
-                    folders[new_parent].nlink -= 1
-                self._drop_link(txn, there, old, now)
-                lost = there, old
+                lost = there, self._replaced(txn, there, directory, folders[new_parent], now)
             self._drop_name(txn, parent, name, cookie)
-            txn.put(file_rows.name_key(new_parent, new_name), file_rows.name_value(ino, new_cookie))
-            txn.put(
-                file_rows.listing_key(new_parent, new_cookie),
-                file_rows.listing_value(ino, new_name),
-            )
+            self._put_name(txn, new_parent, new_name, ino, new_cookie)
             if directory:
                 folders[parent].nlink -= 1
                 folders[new_parent].nlink += 1
@@ -360,6 +339,11 @@ class Tree:
             if inode.quota_root != folders[new_parent].quota_root:
                 root = folders[new_parent].quota_root
                 quota.shift(txn, *quota.crossing(txn, ino, inode, root))
+            if whiteout is not None:
+                device = self._new_ino()
+                hider = Inode(stat.S_IFCHR, *whiteout, 1, 0, 0, now, now, now)
+                self._add(txn, device, hider, parent, folders[parent])
+                self._put_name(txn, parent, name, device, cookie)
             inode.ctime = now
             inode.parent = new_parent
             txn.put(file_rows.inode_key(ino), inode.encode())
@@ -367,6 +351,21 @@ class Tree:
                 self._touch(txn, number, folder, now)
         self._moved(ino)
         return lost
+
+    def _replaced(
+        self, txn: Transaction, ino: int, directory: bool, folder: Inode, now: int
+    ) -> Inode:
+        """Take the name in `folder` from an inode for another; return the inode without it."""
+        old = self._get(txn, ino)
+        if directory and not stat.S_ISDIR(old.mode):
+            raise NotDirectoryError("A directory can replace only a directory.")
+        if not directory and stat.S_ISDIR(old.mode):
+            raise IsDirectoryError("Only a directory can replace a directory.")
+        if directory:
+            self._check_empty(ino)
+            folder.nlink -= 1
+        self._drop_link(txn, ino, old, now)
+        return old
 
     def exchange(self, parent: int, name: bytes, new_parent: int, new_name: bytes) -> None:
         """Exchange two entries of any type."""
@@ -393,8 +392,7 @@ class Tree:
             quota.shift(txn, *crossing)
             for ino, origin, to, new, cookie in moves:
                 inode = inodes[ino]
-                txn.put(file_rows.name_key(to, new), file_rows.name_value(ino, cookie))
-                txn.put(file_rows.listing_key(to, cookie), file_rows.listing_value(ino, new))
+                self._put_name(txn, to, new, ino, cookie)
                 if stat.S_ISDIR(inode.mode):
                     folders[origin].nlink -= 1
                     folders[to].nlink += 1
@@ -431,6 +429,21 @@ class Tree:
         return inode
 
     # --- shared steps --------------------------------------------------------
+
+    def _new_ino(self) -> int:
+        """Take a number that no inode has had."""
+        self._log.counters.next_ino += 1
+        return self._log.counters.next_ino - 1
+
+    @staticmethod
+    def _add(txn: Transaction, ino: int, inode: Inode, parent: int, folder: Inode) -> None:
+        """Put a new inode, and count it in the quota of its directory."""
+        inode.parent = parent
+        if folder.quota_root:
+            inode.quota_root = folder.quota_root
+            quota.charge(txn, folder.quota_root, 0, 1)
+        txn.put(file_rows.inode_key(ino), inode.encode())
+        txn.files += 1
 
     def _new_cookie(self) -> int:
         """Take a cookie that no entry has had."""
@@ -491,6 +504,11 @@ class Tree:
         if value is None:
             raise NoEntryError("There is no such name.")
         return file_rows.decode_name(value)
+
+    @staticmethod
+    def _put_name(txn: Transaction, parent: int, name: bytes, ino: int, cookie: int) -> None:
+        txn.put(file_rows.name_key(parent, name), file_rows.name_value(ino, cookie))
+        txn.put(file_rows.listing_key(parent, cookie), file_rows.listing_value(ino, name))
 
     @staticmethod
     def _drop_name(txn: Transaction, parent: int, name: bytes, cookie: int) -> None:

@@ -99,7 +99,7 @@ class Topology:
                 if member.config != node:
                     raise UsageError(f"There is already a node {name!r}: choose another name.")
                 if not member.in_sync:  # an earlier call was interrupted
-                    await self._repairer.repair(name, progress, self._log.path_of)
+                    await self._repairer.repair(name, progress)
                 return result
             problem = check_name(name) or check_name(region)
             if not WEIGHTS[0] <= weight <= WEIGHTS[1]:

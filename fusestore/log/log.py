@@ -9,7 +9,7 @@ transaction: each is atomic on the event loop.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from itertools import islice
 from types import TracebackType
 from typing import Protocol, Self
@@ -27,6 +27,10 @@ from ..members.members import Members
 from ..metadata.engine import Engine
 
 logger = logging.getLogger(__name__)
+
+
+async def _unnamed(inos: Iterable[int]) -> dict[int, str]:
+    return {ino: f"inode {ino}" for ino in inos}
 
 
 class Unsealed(Protocol):
@@ -180,8 +184,8 @@ class Log:
         self.dump_wanted = False
         """No node can read a part of the journals: a metadata dump replaces it."""
         self._room = 0
-        self.path_of: Callable[[int], str] = lambda ino: f"inode {ino}"
-        """Returns a path of an inode, for people; the file system sets this."""
+        self.paths_of: Callable[[Iterable[int]], Awaitable[dict[int, str]]] = _unnamed
+        """Returns paths of inodes, for people; the file system sets this."""
         self.unwritten: Callable[[], int] = lambda: 0
         """Returns the bytes of file data that are not on the nodes yet; the writer sets this."""
         self.on_damage: Callable[[], None] = lambda: None

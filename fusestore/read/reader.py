@@ -99,16 +99,17 @@ class Reader:
         except LostError as error:
             again = list(self.extents(ino, extent.offset, extent.end))
             if again == [extent]:  # otherwise it was overwritten or moved meanwhile
-                self._lost(ino, extent, error)
+                await self._lost(ino, extent, error)
                 raise
         return memoryview(await self.read(ino, extent.offset, extent.end))
 
-    def _lost(self, ino: int, extent: Extent, error: LostError) -> None:
+    async def _lost(self, ino: int, extent: Extent, error: LostError) -> None:
         """Log that bytes of a file are lost, once for each stripe of a file."""
         self.errors += 1
         if not self._told.get((ino, extent.stripe)):
             self._told[ino, extent.stripe] = True
-            where = f"{self._log.path_of(ino)}, bytes {extent.offset} to {extent.end}"
+            path = (await self._log.paths_of([ino]))[ino]
+            where = f"{path}, bytes {extent.offset} to {extent.end}"
             logger.error("%s cannot be read: %s", where, error)
 
     # --- stripes -------------------------------------------------------------

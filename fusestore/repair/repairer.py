@@ -23,7 +23,6 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,6 @@ class Repairer:
         self,
         name: str,
         progress: Progress,
-        path_of: Callable[[int], str],
         *,
         to: Path | None = None,
         rate: float | None = None,
@@ -122,7 +120,8 @@ class Repairer:
         seconds = time.monotonic() - started
         self._remember(name, size + more[1], seconds)
         lost = set(self.healer.lacks(member))
-        paths = sorted({path_of(ino) for number in lost for ino in self._reader.owners(number)})
+        inos = {ino for number in lost for ino in self._reader.owners(number)}
+        paths = sorted(set((await self._log.paths_of(inos)).values()))
         return {
             "node": name,
             "shards_rebuilt": shards + more[0],

@@ -49,10 +49,9 @@ class Rates:
 class Safety:
     """Examines all stripes of an open store."""
 
-    def __init__(self, log: Log, reader: Reader, path_of: Callable[[int], str]) -> None:
+    def __init__(self, log: Log, reader: Reader) -> None:
         self._log = log
         self._reader = reader
-        self._path_of = path_of
 
     async def _stripes(self) -> AsyncIterator[list[tuple[int, Stripe]]]:
         """All sealed stripes, in batches."""
@@ -69,9 +68,9 @@ class Safety:
                     f"{', '.join(sorted(known))}."
                 )
 
-    def _paths(self, stripes: Iterable[int]) -> list[str]:
+    async def _paths(self, stripes: Iterable[int]) -> list[str]:
         inodes = {ino for number in stripes for ino in self._reader.owners(number)}
-        return sorted({self._path_of(ino) for ino in inodes})
+        return sorted(set((await self._log.paths_of(inodes)).values()))
 
     # --- risk ----------------------------------------------------------------
 
@@ -105,8 +104,8 @@ class Safety:
             "by_regions": {str(n): regions[n] for n in sorted(regions)},
             "metadata_regions": len(in_sync),
             "lost_stripes": len(lost),
-            "lost": self._paths(lost),
-            "next_region_loses": self._paths(weakest),
+            "lost": await self._paths(lost),
+            "next_region_loses": await self._paths(weakest),
         }
 
     def _good_by_region(self, number: int, row: Stripe, without: Collection[str]) -> Counter[str]:
@@ -193,7 +192,7 @@ class Safety:
             "seconds": time.monotonic() - started,
             "seed": seed,
             "failed_stripes": len(failed),
-            "lost": self._paths(failed),
+            "lost": await self._paths(failed),
         }
 
     # --- the plan of a repair ------------------------------------------------

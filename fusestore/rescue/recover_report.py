@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
 from ..commit.replay import Replayed
 from ..errors import NodeError
-from ..files.tree import Tree
+from ..files.path_search import PathSearch
 from ..format import file_rows, store_rows, stripe_rows
 from ..format.store_rows import Counters
 from ..format.stripe_rows import Stripe
@@ -25,11 +26,12 @@ def recovery_report(
     found: FoundNodes, journals: Journals, log: Log, replayed: Replayed
 ) -> dict[str, Any]:
     """Return the report of a recovery, with the losses by file."""
-    tree, reader = Tree(log), Reader(log)
+    reader = Reader(log)
     counters = log.engine.get(store_rows.COUNTERS_KEY)
     known = Counters.decode(counters) if counters else Counters(files=0)
     sizes = _segment_sizes(log)
     lost = [number for number, row in _stripes(log) if not _readable(log, sizes, number, row)]
+    owners = {ino for number in lost for ino in reader.owners(number)}
     return {
         "store": str(found.store),
         "commit": replayed.position.commit,
@@ -48,8 +50,8 @@ def recovery_report(
             }
             for member in log.members.all
         ],
-        "dropped": [_dropped(journals, tree, number) for number in replayed.dropped],
-        "lost": sorted({tree.path(ino) for number in lost for ino in reader.owners(number)}),
+        "dropped": [_dropped(journals, log, number) for number in replayed.dropped],
+        "lost": sorted(set(PathSearch(log, owners).at_once().values())),
     }
 
 
@@ -80,12 +82,14 @@ def _readable(log: Log, sizes: dict[int, dict[int, int]], number: int, row: Stri
     return there >= row.code.k
 
 
-def _dropped(journals: Journals, tree: Tree, number: int) -> dict[str, Any]:
+def _dropped(journals: Journals, log: Log, number: int) -> dict[str, Any]:
     """Describe a commit that does not count: the names that it would have set or removed."""
-    paths = set()
-    for entry in journals.commits[number]:
-        for key in entry.commit().changes:
-            if key[:1] == b"N":
-                parent, name = file_rows.decode_name_key(key)
-                paths.add(tree.path(parent).rstrip("/") + "/" + name.decode(errors="replace"))
+    names = {
+        file_rows.decode_name_key(key)
+        for entry in journals.commits[number]
+        for key in entry.commit().changes
+        if key[:1] == b"N"
+    }
+    folders = PathSearch(log, (parent for parent, _ in names)).at_once()
+    paths = {folders[parent].rstrip("/") + "/" + os.fsdecode(name) for parent, name in names}
     return {"commit": number, "names": sorted(paths)}

@@ -96,7 +96,7 @@ class Context:
     @property
     def safety(self) -> Safety:
         """The calculations that cover all stripes of the store."""
-        return Safety(self.store.log, self.store.reader, self.files.tree.path)
+        return Safety(self.store.log, self.store.reader)
 
     @property
     def served(self) -> ServedMount:
@@ -145,11 +145,9 @@ async def repair(context: Context, request: RepairRequest) -> RepairResult:
     plan = from_json(RepairPlan, await context.safety.plan(member, anew=to is not None))
     if request.dry_run:
         return RepairResult(plan)
-    path_of = context.files.tree.path
     done = await repairer.repair(
         member.name,
         context.progress,
-        path_of,
         to=to,
         rate=request.rate,
         discard_history=request.discard_history,
@@ -243,11 +241,11 @@ async def quota(context: Context, request: QuotaRequest) -> QuotaResult:
     if request.action == "set":
         quotas.set(ino, request.bytes, request.files)
     elif request.action == "clear":
-        quotas.clear(ino)
+        await quotas.clear(ino)
     if request.action in ("set", "clear"):
         await quotas.wait(ino)
         await context.files.commit()
-    found = quotas.all() if request.action == "list" else quotas.above(ino)
+    found = await (quotas.all() if request.action == "list" else quotas.above(ino))
     return from_json(QuotaResult, {"quotas": found})
 
 
@@ -261,7 +259,7 @@ async def recode(context: Context, request: RecodeRequest) -> Recoding:
             code = context.files.attributes.parse_code(request.to) if request.to else None
         except InvalidError as error:
             raise UsageError(str(error)) from None
-        recoder.start(request.inode, code, request.rate)
+        await recoder.start(request.inode, code, request.rate)
     await context.files.commit()  # an acknowledged recoding continues after a crash
     found = await recoder.wait(context.progress) if request.wait else recoder.status()
     return from_json(Recoding, found)

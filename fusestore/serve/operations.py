@@ -22,6 +22,7 @@ import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext
 
 from .. import errors
+from ..files.attributes import POLICY
 from ..files.filesystem import FileSystem
 from ..files.tree import Change
 from ..format.file_rows import Inode
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 CACHED_SECONDS = 300
 """How long the kernel may cache names and attributes; they change only through this mount."""
+_RENAME_WHITEOUT = 4
+"""See renameat2(2); pyfuse3 has no name for it."""
 _BLOCK_BYTES = 4096
 _FOLDER_BYTES = 4096
 
@@ -285,7 +288,7 @@ class Operations(pyfuse3.Operations):
         flags: int,
         ctx: RequestContext,
     ) -> None:
-        if flags & ~(pyfuse3.RENAME_EXCHANGE | pyfuse3.RENAME_NOREPLACE):
+        if flags & ~(pyfuse3.RENAME_EXCHANGE | pyfuse3.RENAME_NOREPLACE | _RENAME_WHITEOUT):
             raise FUSEError(errno.EINVAL)
         if flags & pyfuse3.RENAME_EXCHANGE:
             self._tree.exchange(parent_inode_old, name_old, parent_inode_new, name_new)
@@ -296,6 +299,7 @@ class Operations(pyfuse3.Operations):
             parent_inode_new,
             name_new,
             replace=not flags & pyfuse3.RENAME_NOREPLACE,
+            whiteout=(ctx.uid, ctx.gid) if flags & _RENAME_WHITEOUT else None,
         )
         if lost is not None:
             self._lost(*lost)
@@ -403,6 +407,8 @@ class Operations(pyfuse3.Operations):
     @_answered
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         self._need_xattrs()
+        if name == POLICY:
+            return await self._attributes.policy(inode)
         return self._attributes.get(inode, name)
 
     @_answered

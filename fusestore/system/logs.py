@@ -18,6 +18,7 @@ import time
 from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from typing import Any
 
 from ..errors import UsageError
 from ..text import printable
@@ -33,15 +34,28 @@ def _utc(record: logging.LogRecord) -> str:
     return f"{seconds}.{int(record.msecs):03d}Z"
 
 
-class TextFormatter(logging.Formatter):
+class PrintableFormatter(logging.Formatter):
+    """One line a record, and an indented one for each line of a traceback.
+
+    Names of files can contain anything, newlines too.  None can look like a line of the log,
+    or act on a terminal that shows the log.
+    """
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, info: Any) -> str:  # noqa: N802
+        return "\n".join(
+            "  " + printable(line) for line in super().formatException(info).splitlines()
+        )
+
+
+class TextFormatter(PrintableFormatter):
     """`2026-01-31T12:00:00.000Z INFO daemon: text`, in UTC."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        record.message = printable(record.message)  # names of files can contain newlines
-        return super().formatMessage(record)
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
         return _utc(record)
@@ -62,7 +76,7 @@ class JSONFormatter(logging.Formatter):
         return json.dumps(line)
 
 
-class JournalFormatter(logging.Formatter):
+class JournalFormatter(PrintableFormatter):
     """`<6>daemon: text`: each line has a priority of sd-daemon(3); the journal adds the time."""
 
     def __init__(self, inner: logging.Formatter | None = None) -> None:

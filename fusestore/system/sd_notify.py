@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 
 import trio
 
+from ..text import printable
+
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS_MAX = 15.0
@@ -74,7 +76,7 @@ class ServiceManager:
     def _say(self, *lines: str) -> None:
         if not self._address:
             return
-        message = "\n".join(line.replace("\n", " ") for line in lines)
+        message = "\n".join(printable(line.replace("\n", " ")) for line in lines)
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
             manager.settimeout(SEND_SECONDS_MAX)
             try:

@@ -133,9 +133,8 @@ async def healthy(one: Opened) -> None:
 
 async def repair(one: Opened, name: str, *, discard_history: bool = False) -> dict[str, Any]:
     """What `fusestore repair` does."""
-    path_of = one.files.tree.path
     return await one.store.repairer.repair(
-        name, lambda message: None, path_of, discard_history=discard_history
+        name, lambda message: None, discard_history=discard_history
     )
 
 

@@ -20,7 +20,7 @@ from fusestore.format.acl import Entry, Tag
 KIB, MIB = 1 << 10, 1 << 20
 ALICE, BOB, TEAM, CREW = 12001, 12002, 13001, 13002
 
-NOREPLACE, EXCHANGE = 1, 2
+NOREPLACE, EXCHANGE, WHITEOUT = 1, 2, 4
 AT_FDCWD = -100
 
 libc = ctypes.CDLL(None, use_errno=True)

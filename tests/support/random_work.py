@@ -325,7 +325,7 @@ class Player:
         recoder = self.one.files.recoder
         if recoder.job.state != "running" and self.model.files():
             code = Code.parse(self.chance.choice(CODES))
-            recoder.start(
+            await recoder.start(
                 self.model.paths[self.chance.choice(["", *self.model.files()])], code, None
             )
 
@@ -365,8 +365,7 @@ class Player:
 
     async def repair(self, name: str) -> None:
         """What `fusestore repair` does."""
-        path = self.one.files.tree.path
-        done = await self.one.store.repairer.repair(name, lambda message: None, path)
+        done = await self.one.store.repairer.repair(name, lambda message: None)
         assert done["unrepairable"] == []
 
 
@@ -380,8 +379,7 @@ async def healthy(one: Opened) -> None:
             member = one.store.log.members.named(node["name"])
             assert member is not None
             if not (member.config.path / "node.toml").exists():
-                path = one.files.tree.path
-                await one.store.repairer.repair(member.name, lambda message: None, path)
+                await one.store.repairer.repair(member.name, lambda message: None)
         one.store.comeback.wake()
         await trio.sleep(PROBE_SECONDS)
     raise AssertionError(f"it does not get well: {await one.store.status()}")
