@@ -71,6 +71,10 @@ class NodeBusyError(NodeError):
     """Another process, or another store, uses the node's directory."""
 
 
+class NodeFencedError(NodeError):
+    """Another mount has claimed the node's directory: this one may not write any more."""
+
+
 class NodeIdentityError(NodeError):
     """The directory of a node is missing, or belongs to another node."""
 

@@ -7,13 +7,14 @@ from typing import NoReturn
 
 from typing_extensions import Buffer
 
+from ..config.owner_record import OwnerRecord
 from ..errors import NodeError
 from ..format.records import SegmentKind
 from .base import Segment, Space, Strays
 
 
 class AbsentNode:
-    """See `base.Node`; only `read_now`, `opened` and `close` have an answer."""
+    """See `base.Node`; only `read_now`, `opened`, `is_owned` and `close` have an answer."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -22,6 +23,27 @@ class AbsentNode:
         raise NodeError(f"Node {self._name} is missing.")
 
     def check(self) -> None:
+        """See Node."""
+        self._refuse()
+
+    @property
+    def found_owner(self) -> OwnerRecord | None:
+        """See Node."""
+        return None
+
+    def refuse_owner(self) -> None:
+        """See Node."""
+        self._refuse()
+
+    def claim(self) -> None:
+        """See Node."""
+        self._refuse()
+
+    def is_owned(self) -> bool:
+        """See Node."""
+        return False
+
+    def disown(self) -> None:
         """See Node."""
         self._refuse()
 

@@ -14,14 +14,21 @@ defined.
 **Errors.** Methods raise only NodeError.  NodeFullError: there is no room.
 NodeLacksError: the node lacks the segment, or some of the bytes, but is otherwise sound.
 NodeIdentityError, only from `check`: the node is gone, or another has taken its place.
+NodeFencedError, from `claim`, `check`, and all methods that make, change or remove a
+segment as a whole: another mount has claimed the node.
 A failed `write` may have written some of its bytes.  A failed `flush` may have made some
 bytes durable.
 
-**Threads.** All methods except `read_now`, `opened` and `close` may block for any time,
-and are called in threads, several at a time.  Concurrent writes go to different ranges.
-`read_now`, `opened` and `close` are called on the event loop.  They return at once, even
-while another thread hangs in the node.  A call that takes too long is abandoned, not
-ended: it may still run, and write, after the node is closed and another object for the
+**Owner.** A mount that writes calls `claim` on all nodes before it reads a journal.  What
+was flushed counts only if `is_owned` or `check` says afterwards that the node is still
+this mount's.  A segment that appears after `claim` without being made by this object is
+another mount's, and is not written.
+
+**Threads.** The methods `read_now`, `opened`, `found_owner`, `refuse_owner`, `is_owned` and
+`close` are called on the event loop.  They return at once, even while another thread hangs
+in the node.  All others may block for any time, and are called in threads, several at a
+time.  Concurrent writes go to different ranges.  A call that takes too long is abandoned,
+not ended: it may still run, and write, after the node is closed and another object for the
 same place is in use.
 """
 
@@ -33,6 +40,7 @@ from typing import Protocol
 
 from typing_extensions import Buffer
 
+from ..config.owner_record import OwnerRecord
 from ..format.records import SegmentKind
 
 
@@ -69,7 +77,27 @@ class Node(Protocol):
         """Raise NodeError unless the node is present and unchanged, and has all files in use.
 
         NodeIdentityError if it is gone, or another node has taken its place.
+        NodeFencedError if another mount has claimed it.
         """
+
+    @property
+    def found_owner(self) -> OwnerRecord | None:
+        """The owner record as it was when the node was opened; None: it had none."""
+
+    def refuse_owner(self) -> None:
+        """Raise NodeBusyError if another mount owns the node, or may."""
+
+    def claim(self) -> None:
+        """Become the owner, durably; who owned the node before is fenced."""
+
+    def is_owned(self) -> bool:
+        """Return whether no other mount has claimed the node, if this is known at once.
+
+        False says nothing: `check` does.  Never raises.
+        """
+
+    def disown(self) -> None:
+        """Record that this mount will write nothing more."""
 
     def segments(self, kind: SegmentKind) -> list[int]:
         """Return the numbers of the segments of one kind, in ascending order."""

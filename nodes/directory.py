@@ -1,6 +1,7 @@
 """A node that is a directory of a local file system.
 
     node.toml                 identity
+    owner                     the mount that uses it, or did last (nodes/ownership)
     journal/00000001.log      journal segments
     shards/00000001.seg       shard segments
 
@@ -30,6 +31,7 @@ from typing_extensions import Buffer
 
 from ..bounded_cache import LeastRecentlyUsed
 from ..config.node_identity import IDENTITY_NAME, NodeIdentity, read_identity_in
+from ..config.owner_record import OWNER_NAME, Mount, OwnerRecord
 from ..errors import (
     FusestoreError,
     NodeBusyError,
@@ -50,6 +52,7 @@ from ..limits import DEFAULTS, Limits
 from ..system import linux, locks, process_limits
 from ..system.beneath import Directory
 from .base import Space, Strays
+from .ownership import Ownership
 from .unexpected import unexpected
 
 logger = logging.getLogger(__name__)
@@ -115,10 +118,12 @@ class DirectoryNode:
         read_only: bool = False,
         limits: Limits = DEFAULTS,
         owner: str = "",
+        mount: Mount | None = None,
     ) -> None:
         """Use the directory of the node with this identity, which has been verified.
 
-        NodeBusyError if another owner than `owner`, the path of a store, uses it.
+        NodeBusyError if another owner than `owner`, the path of a store, has locked it.
+        `mount` becomes its owner with `claim`; without, the caller keeps others from writing.
         """
         self.path = path
         self._name = identity.node
@@ -128,7 +133,14 @@ class DirectoryNode:
             self._marker = self._directory.look(IDENTITY_NAME)
         if read_identity_in(self._directory, path) != identity:
             raise NodeIdentityError(f"Another directory has taken the place of {path} meanwhile.")
-        self._owned = self._own(self._directory, owner, shared=read_only)
+        self._lock_held = self._locked(self._directory, owner, shared=read_only)
+        self._owner: Ownership | None = None
+        if mount is not None:
+            with self._errors(f"read its file {OWNER_NAME}"):
+                needed = not read_only and not mount.take_over
+                self._owner = Ownership(self._directory, path, self._name, mount, needed=needed)
+        self._ours: set[tuple[SegmentKind, int]] | None = None
+        """Once the node is claimed: the segments that were there, or were made since."""
         self._flags = os.O_RDONLY if read_only else os.O_RDWR
         for kind, (folder, _) in FOLDERS.items():
             with self._errors(f"open its folder {folder}"):
@@ -147,7 +159,7 @@ class DirectoryNode:
     def _none_open(self) -> LeastRecentlyUsed[tuple[SegmentKind, int], _Segment]:
         return LeastRecentlyUsed(self._limits.open_segments_max)
 
-    def _own(self, directory: Directory, owner: str, *, shared: bool) -> locks.Lock:
+    def _locked(self, directory: Directory, owner: str, *, shared: bool) -> locks.Lock:
         """Lock the directory or, if this is not supported, its identity file."""
         with self._errors("lock"):
             try:
@@ -214,6 +226,46 @@ class DirectoryNode:
                         f"Node {self._name} ({self.path}) lost {segment_path(kind, segment)}: "
                         "it was deleted."
                     )
+        owner = self._owner
+        if owner is not None and self._ours is not None:
+            with self._errors(f"read its file {OWNER_NAME}"):
+                owner.check()
+
+    @property
+    def found_owner(self) -> OwnerRecord | None:
+        """See Node."""
+        return self._owner.found if self._owner is not None else None
+
+    def refuse_owner(self) -> None:
+        """See Node."""
+        if self._owner is not None:
+            self._owner.refuse()
+
+    def claim(self) -> None:
+        """See Node."""
+        if self._owner is not None:
+            with self._errors(f"write its file {OWNER_NAME}"):
+                self._owner.claim()
+            there = {(kind, segment) for kind in SegmentKind for segment in self.segments(kind)}
+            self._ours = there
+
+    def is_owned(self) -> bool:
+        """See Node."""
+        owner = self._owner  # `close` takes it from us
+        return owner is None or owner.is_sure()
+
+    def _check_owner(self) -> None:
+        """NodeFencedError if another mount has claimed the node."""
+        owner = self._owner
+        if owner is not None and self._ours is not None and not owner.is_sure():
+            with self._errors(f"read its file {OWNER_NAME}"):
+                owner.check()
+
+    def disown(self) -> None:
+        """See Node."""
+        if self._owner is not None:
+            with self._errors(f"write its file {OWNER_NAME}"):
+                self._owner.end()
 
     def segments(self, kind: SegmentKind) -> list[int]:
         """See Node."""
@@ -265,21 +317,30 @@ class DirectoryNode:
         """Return the open segment, for writing if requested; OSError if it cannot be opened."""
         with self._lock:
             found = self._open.get((kind, segment))
-            if found is not None and not (write and found.refused):
-                return found
-            folder, name = self._folder(kind), segment_name(kind, segment)
-            try:
-                opened = self._opened(folder, name)
-            except FileNotFoundError:
-                if not create:
-                    raise
-                opened = _Segment(folder.create(name, self._flags))
-                os.fsync(opened.fd)
-                folder.sync()
-            if write and opened.refused:
-                raise opened.refused
-            self._open[kind, segment] = opened
-            return opened
+            if found is None or (write and found.refused):
+                found = self._open_anew(kind, segment, create=create)
+                if write and found.refused:
+                    raise found.refused
+                self._open[kind, segment] = found
+            if create and self._ours is not None and (kind, segment) not in self._ours:
+                self._check_owner()
+                raise OSError(errno.EEXIST, "another program has made it")
+            return found
+
+    def _open_anew(self, kind: SegmentKind, segment: int, *, create: bool) -> _Segment:
+        folder, name = self._folder(kind), segment_name(kind, segment)
+        try:
+            return self._opened(folder, name)
+        except FileNotFoundError:
+            if not create:
+                raise
+        self._check_owner()
+        made = _Segment(folder.create(name, self._flags))
+        if self._ours is not None:
+            self._ours.add((kind, segment))
+        os.fsync(made.fd)
+        folder.sync()
+        return made
 
     def close_unused(self) -> None:
         """Close all segments but those that may be written to; see `process_limits`."""
@@ -398,6 +459,7 @@ class DirectoryNode:
     def truncate(self, kind: SegmentKind, segment: int, size: int) -> None:
         """See Node."""
         with self._errors(f"truncate {segment_path(kind, segment)}"):
+            self._check_owner()
             target = self._segment(kind, segment, write=True)
             os.ftruncate(target.fd, size)
             target.allocated = size
@@ -410,6 +472,7 @@ class DirectoryNode:
             return
         with self._errors(f"free room in {segment_path(SegmentKind.SHARDS, segment)}"):
             try:
+                self._check_owner()
                 target = self._segment(SegmentKind.SHARDS, segment, write=True)
                 linux.punch_hole(target.fd, start, end - start)
             except FileNotFoundError:
@@ -423,7 +486,10 @@ class DirectoryNode:
         name = segment_name(kind, segment)
         draft = name + _DRAFT
         with self._errors(f"replace {segment_path(kind, segment)}"):
+            self._check_owner()
             folder = self._folder(kind)
+            if self._ours is not None and (kind, segment) not in self._ours and folder.has(name):
+                raise OSError(errno.EEXIST, "another program has made it")
             with contextlib.suppress(FileNotFoundError):
                 folder.unlink(draft)
             try:
@@ -433,7 +499,10 @@ class DirectoryNode:
                     os.fsync(file.fileno())
                 with self._lock:
                     self._open.discard((kind, segment))  # else `check` would miss the old file
+                    self._check_owner()
                     folder.replace(draft, name)
+                    if self._ours is not None:
+                        self._ours.add((kind, segment))
             except OSError:
                 with contextlib.suppress(OSError):
                     folder.unlink(draft)
@@ -442,20 +511,29 @@ class DirectoryNode:
     def delete(self, kind: SegmentKind, segment: int) -> None:
         """See Node."""
         with self._errors(f"delete {segment_path(kind, segment)}"), self._lock:
+            self._check_owner()
             with contextlib.suppress(FileNotFoundError):
                 self._folder(kind).unlink(segment_name(kind, segment))
             self._folder(kind).sync()
             self._open.discard((kind, segment))
+            self._forget(kind, segment)
+
+    def _forget(self, kind: SegmentKind, segment: int) -> None:
+        """A segment is gone: another with its number has to be made anew."""
+        if self._ours is not None:
+            self._ours.discard((kind, segment))
 
     def set_aside(self, kind: SegmentKind, segment: int) -> None:
         """See Node."""
         name = segment_name(kind, segment)
         with self._errors(f"set {segment_path(kind, segment)} aside"), self._lock:
+            self._check_owner()
             folder = self._folder(kind)
             taken = {e.name for e in folder.entries() if e.name.startswith(name + _KEPT)}
             kept = next(n for n in (f"{name}{_KEPT}{i}" for i in count(1)) if n not in taken)
             self._open.discard((kind, segment))
             folder.replace(name, kept)
+            self._forget(kind, segment)
 
     def drop_aside(self) -> None:
         """See Node."""
@@ -490,10 +568,12 @@ class DirectoryNode:
             directory = self._top()
             for name, _ in reversed(FOLDERS.values()):
                 directory.remove_folder(name)
+            with contextlib.suppress(FileNotFoundError):
+                directory.unlink(OWNER_NAME)
             directory.unlink(IDENTITY_NAME)
 
     def close(self) -> None:
         """See Node."""
         # Without the lock: a hanging thread may hold it, and its files stay open.
-        self._open, self._directory = self._none_open(), None
-        self._owned.release()
+        self._open, self._directory, self._owner = self._none_open(), None, None
+        self._lock_held.release()

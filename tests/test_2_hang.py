@@ -126,7 +126,8 @@ async def test_the_room_is_told_while_a_disk_hangs(config: StoreConfig) -> None:
             await one.store.status()
 
 
-@pytest.mark.parametrize("calls", [0, 3, 8])
+@pytest.mark.expects_log("WARNING fusestore.log.journal: .* did not answer within 1 seconds")
+@pytest.mark.parametrize("calls", [0, 1, 3, 8, 10])
 async def test_a_mount_does_not_wait_for_a_node_that_hangs_half_way(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:

@@ -73,6 +73,8 @@ def mount(
                     faster, with writeback several times faster
       nonempty      MOUNTPOINT may contain files; the mount hides them
       accept_loss   permanently give up newer commits that absent nodes may hold
+      take_over     take the nodes from a mount on another machine that is gone
+                    for good
       metrics=[HOST:]PORT    the same as --metrics; metrics=off turns metrics off
                     even if fusestore.toml turns them on
       nosuid, nodev, noexec, noatime    as for mount(8); noatime is always on

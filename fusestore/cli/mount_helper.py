@@ -69,8 +69,8 @@ def mount(
 
     config = load(store)
     chosen = MountOptions.parse(of_fstab(options, sloppy=sloppy))
-    if chosen.accept_loss:
-        raise UsageError("accept_loss is not allowed here: run `fusestore mount` with it once.")
+    if chosen.once:
+        raise UsageError(f"{chosen.once} is not allowed here: run `fusestore mount` with it once.")
     place = launch.prepare_mountpoint(config, mountpoint, chosen)
     if fake:
         return

@@ -122,9 +122,9 @@ def install(
 
     found = load(store)
     chosen = MountOptions.parse(options)
-    if chosen.accept_loss:
+    if chosen.once:
         raise UsageError(
-            "accept_loss is not allowed for a service: run `fusestore mount` with it once."
+            f"{chosen.once} is not allowed for a service: run `fusestore mount` with it once."
         )
     place = mounts.locate(mountpoint)
     if mounts.find(place) is None:

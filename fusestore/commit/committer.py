@@ -267,6 +267,8 @@ class Committer:
             Kind.COMMIT, len(payload), checksum(payload, len(payload)), commit.epoch, commit.number
         )
         await self.journal.append(header, payload)
+        if log.broken:  # another mount has claimed a node
+            raise NotDurableError(log.broken)
         if not self._is_held(batch):
             log.break_(
                 "Too few nodes could take a commit: the mount is now read-only; "

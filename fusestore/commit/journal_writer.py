@@ -19,7 +19,6 @@ from ..format.records import HEADER_BYTES, Header, Kind, SegmentKind, record_len
 from ..log.log import Log
 from ..members.journal_room import JournalRoom
 from ..members.member import Member
-from ..system import linux
 from ..system.io_uring import Operation
 
 _NOT_TRIED = (-errno.EAGAIN, -errno.EINVAL)
@@ -96,7 +95,7 @@ class JournalWriter:
             elif result < 0:  # never retried: a second flush may wrongly succeed
                 reason = os.strerror(-result)
                 member.fail(NodeError(f"Node {member.name} cannot write its journal: {reason}."))
-            elif linux.is_linked(room.fd):
+            elif os.fstat(room.fd).st_nlink and member.node.is_owned():
                 room.written(header.record_length)
                 self._holds(member, header)
             else:

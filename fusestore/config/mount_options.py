@@ -18,7 +18,7 @@ _SWITCHES = {
     "exec": "noexec",
 }
 _IGNORED = {"", "defaults", "atime", "noatime"}
-_OWN = {"ro", "allow_other", "writeback", "noxattr", "nonempty", "accept_loss"}
+_OWN = {"ro", "allow_other", "writeback", "noxattr", "nonempty", "accept_loss", "take_over"}
 _METRICS = "metrics="
 
 LOOPBACK = "127.0.0.1"
@@ -77,6 +77,8 @@ class MountOptions:
     """The mount may hide existing files of the directory."""
     accept_loss: bool = False
     """Newer commits that absent nodes may hold are given up permanently."""
+    take_over: bool = False
+    """Nodes are taken from a mount of another machine that never ended."""
     metrics: str = ""
     """The address of metrics (`parse_address`), or `off`; empty: as the store is configured."""
     switches: tuple[str, ...] = ()
@@ -113,9 +115,15 @@ class MountOptions:
             noxattr=chosen.get("noxattr", False),
             nonempty=chosen.get("nonempty", False),
             accept_loss=chosen.get("accept_loss", False),
+            take_over=chosen.get("take_over", False),
             metrics=metrics,
             switches=tuple(name for name in ("nosuid", "nodev", "noexec") if chosen.get(name)),
         )
+
+    @property
+    def once(self) -> str:
+        """The name of an option that must not be used at every mount; empty: none is set."""
+        return "accept_loss" if self.accept_loss else "take_over" if self.take_over else ""
 
     @property
     def kernel(self) -> tuple[str, ...]:
@@ -139,5 +147,6 @@ class MountOptions:
         own = [("ro", self.read_only), ("allow_other", self.allow_other)]
         own += [("writeback", self.writeback), ("noxattr", self.noxattr)]
         own += [("nonempty", self.nonempty), ("accept_loss", self.accept_loss)]
+        own += [("take_over", self.take_over)]
         metrics = [f"{_METRICS}{self.metrics}"] if self.metrics else []
         return ",".join([*(name for name, chosen in own if chosen), *metrics, *self.switches])

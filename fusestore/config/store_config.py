@@ -25,6 +25,7 @@ from ..format.store_rows import NEVER_WHOLE, NodeRow, encode_nodes
 from ..limits import DEFAULTS, VALUE_BYTES_MAX, Limits
 from ..system.strict_toml import Table
 from .mount_options import parse_address
+from .owner_record import Mount
 
 CONFIG_NAME = "fusestore.toml"
 LOCK_NAME = "fusestore.lock"
@@ -76,6 +77,8 @@ class StoreConfig:
     """The address for metrics and the status page (`parse_address`); empty: none."""
     limits: Limits = field(default=DEFAULTS, compare=False)
     """The limits of the open store; not in the file."""
+    mount: Mount | None = field(default=None, compare=False)
+    """The opening of the store for writing that this is for; not in the file."""
 
     @property
     def regions(self) -> tuple[str, ...]:

@@ -191,6 +191,7 @@ class Log:
         self.on_damage: Callable[[], None] = lambda: None
         """Called when a row does not match its checksum; the store mends it."""
         self._next_stripe = 1
+        members.on_fenced(self.break_)
 
     @property
     def doubt(self) -> str:

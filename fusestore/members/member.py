@@ -17,7 +17,7 @@ import trio
 from typing_extensions import Buffer
 
 from ..config.store_config import NodeConfig
-from ..errors import NodeFullError, NodeTimeoutError
+from ..errors import NodeFencedError, NodeFullError, NodeTimeoutError
 from ..format.records import SegmentKind
 from ..format.store_rows import NodeRow
 from ..format.stripe_rows import ShardPlace
@@ -66,6 +66,8 @@ class Member:
         """Reads that returned other bytes than were written."""
         self.flushes = Histogram()
         """Durations of the node's part of commits."""
+        self.on_fenced: Callable[[str], None] = lambda reason: None
+        """Called when another mount has claimed the node; the log breaks."""
         self._calls: set[trio.CancelScope] = set()
         """The scopes of running calls; cancelled at once when the node fails."""
         self._threads = trio.CapacityLimiter(limits.node_threads_max)
@@ -122,6 +124,8 @@ class Member:
 
     def fail(self, error: Exception) -> None:
         """Take the node out of use; its unflushed shards now count as missing."""
+        if isinstance(error, NodeFencedError):
+            self.on_fenced(str(error))
         if not self.standing.failed(error):
             return
         logger.error("%s The node is now out of use; see 'fusestore status'.", error)
@@ -200,7 +204,8 @@ class Member:
         if room is None or not room.covers(segment, end):
             self.journal_room = room = None
         node.write(SegmentKind.JOURNAL, segment, offset, buffers)
-        if ahead and room is None and self.node is node and self.in_sync:  # not abandoned
+        usable = self.node is node and self.in_sync  # not abandoned
+        if ahead and room is None and usable and node.is_owned():  # which small commits ask
             with suppress(NodeFullError):
                 zeros = _zeros(self.limits.journal_ahead_bytes)
                 node.write(SegmentKind.JOURNAL, segment, end, [zeros])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -35,6 +35,7 @@ class Members:
         """The configuration as in the file; see `configure`."""
         self.by_id = {member.id: member for member in members}
         """All nodes, including those removed since the mount: a read may have an old row."""
+        self._on_fenced: Callable[[str], None] = lambda reason: None
         self._taking: tuple[bool, ...] = ()
         self._takers: list[Member] = []
         self._placement: Placement | None = None
@@ -64,8 +65,15 @@ class Members:
         write_store_config(config)
         self.config = config
 
+    def on_fenced(self, function: Callable[[str], None]) -> None:
+        """Set what is called with a sentence when another mount has claimed a node."""
+        self._on_fenced = function
+        for member in self.all:
+            member.on_fenced = function
+
     def add(self, member: Member) -> None:
         """Add a node."""
+        member.on_fenced = self._on_fenced
         self.all = [*self.all, member]
         self.by_id[member.id] = member
         self._placement = None

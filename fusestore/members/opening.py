@@ -18,8 +18,14 @@ from .member import Member
 from .members import Members
 
 
-def open_node(config: StoreConfig, node: NodeConfig, *, read_only: bool = False) -> DirectoryNode:
-    """Open a node of the configuration; NodeError when it is not there, not itself, or in use."""
+def open_node(
+    config: StoreConfig, node: NodeConfig, *, read_only: bool = False, claim: bool = True
+) -> DirectoryNode:
+    """Open a node of the configuration; NodeError when it is not there, not itself, or in use.
+
+    Without `read_only` the mount of the configuration becomes its owner, or with `claim`
+    false, the caller sees to that.
+    """
     with costs_only(node.name):
         identity = read_identity(node.path)
         if (identity.store, identity.node) != (config.uuid, node.name):
@@ -27,13 +33,22 @@ def open_node(config: StoreConfig, node: NodeConfig, *, read_only: bool = False)
                 f"{node.path} belongs to node {identity.node} of store {identity.store}, "
                 f"not to node {node.name} of {config.store}."
             )
-        return DirectoryNode(
+        opened = DirectoryNode(
             node.path,
             identity,
             read_only=read_only,
             limits=config.limits,
             owner=os.path.realpath(config.store),
+            mount=config.mount,
         )
+        if claim and not read_only:
+            try:
+                opened.refuse_owner()
+                opened.claim()
+            except BaseException:
+                opened.close()
+                raise
+        return opened
 
 
 def node_ids(nodes: Iterable[NodeConfig], rows: Iterable[NodeRow]) -> dict[str, int]:

@@ -32,6 +32,7 @@ import trio
 
 from ..commit.committer import Committer
 from ..config.node_identity import IDENTITY_NAME, IDENTITY_VERSION, NodeIdentity, write_identity_in
+from ..config.owner_record import OWNER_NAME
 from ..config.store_config import NodeConfig, check_places
 from ..errors import FusestoreError, NodeError, NodeIdentityError, UsageError
 from ..format import store_rows
@@ -51,7 +52,7 @@ from .rejoin import Rejoin
 
 logger = logging.getLogger(__name__)
 
-_EMPTY = {"journal", "shards", "lost+found"}
+_EMPTY = {"journal", "shards", "lost+found", OWNER_NAME}
 """Names that the directory of a wiped node may contain."""
 
 

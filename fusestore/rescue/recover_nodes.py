@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,11 +11,14 @@ from uuid import UUID
 
 from ..config import store_config as names
 from ..config.node_identity import IDENTITY_NAME, NodeIdentity, read_identity
+from ..config.owner_record import Mount
 from ..config.store_config import StoreConfig
 from ..errors import NodeBusyError, NodeError, StoreBusyError, UsageError
 from ..nodes.base import Node
 from ..nodes.directory import DirectoryNode
 from ..nodes.unexpected import costs_only
+
+logger = logging.getLogger(__name__)
 
 Candidate = tuple[Path, NodeIdentity]
 """A directory with the identity of a node."""
@@ -40,11 +44,14 @@ class FoundNodes:
     def open(self) -> dict[str, Node]:
         """Open the available nodes, by name; UsageError if there are none."""
         nodes: dict[str, Node] = {}
+        mount = Mount.begin(take_over=False)
         for name, (path, identity) in self.places.items():
             try:
                 owner = os.path.realpath(self.store)
                 with costs_only(name):
-                    nodes[name] = DirectoryNode(path, identity, read_only=True, owner=owner)
+                    nodes[name] = DirectoryNode(
+                        path, identity, read_only=True, owner=owner, mount=mount
+                    )
             except NodeBusyError as error:
                 raise StoreBusyError(str(error)) from error
             except NodeError as error:
@@ -54,6 +61,12 @@ class FoundNodes:
             raise UsageError(
                 f"No node of {self.store} is available: name their places with --from. {problems}"
             )
+        mount.note_ended([node.found_owner for node in nodes.values()])
+        for node in nodes.values():
+            try:
+                node.refuse_owner()
+            except NodeBusyError as error:  # nothing is written there, and the mount will refuse
+                logger.warning("%s What is written there from now on is not recovered.", error)
         return nodes
 
 

@@ -83,6 +83,7 @@ class _Daemon:
                         self._config,
                         read_only=self._options.read_only,
                         accept_loss=self._options.accept_loss,
+                        take_over=self._options.take_over,
                     ) as store,
                     trio.open_nursery() as nursery,
                 ):

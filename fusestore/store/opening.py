@@ -19,6 +19,7 @@ import trio
 from ..commit.commit_shards import suspect_shards
 from ..commit.committer import Committer
 from ..commit.replay import Replayed, replay
+from ..config.owner_record import Mount
 from ..config.store_config import CONFIG_NAME, StoreConfig
 from ..errors import (
     ConfigError,
@@ -26,6 +27,7 @@ from ..errors import (
     MetadataError,
     NodeBusyError,
     NodeError,
+    NodeFencedError,
     ReplayError,
     StoreBusyError,
     UsageError,
@@ -41,6 +43,7 @@ from ..members.member import Member
 from ..members.members import Members
 from ..members.opening import open_members, open_node
 from ..metadata.engine import DATABASE, DATABASE_LOCK, Engine
+from ..nodes.unexpected import costs_only
 from ..system import process_limits
 from ..system.files import sync_directory
 from ..system.io_uring import Ring
@@ -58,15 +61,17 @@ async def open_store(
     read_only: bool = False,
     background: bool = True,
     accept_loss: bool = False,
+    take_over: bool = False,
 ) -> AsyncIterator[Store]:
     """Open a store whose lock the caller holds; FusestoreError if this fails.
 
     Without `background`, nothing is healed, reclaimed or dumped while it is open.  With
-    `accept_loss`, commits that only missing nodes may hold are given up.  On leaving,
-    everything is committed and checkpointed; NotDurableError if this fails.
+    `accept_loss`, commits that only missing nodes may hold are given up.  With
+    `take_over`, the nodes are taken from a mount on another machine.  On leaving, everything is
+    committed and checkpointed; NotDurableError if this fails.
     """
     erasure.self_check(config.code)
-    config = _within_limits(config, read_only)
+    config = replace(_within_limits(config, read_only), mount=Mount.begin(take_over=take_over))
     try:
         os.makedirs(config.metadata, mode=0o700, exist_ok=True)
         fresh = not read_only and not (config.metadata / DATABASE).exists()
@@ -92,6 +97,7 @@ async def open_store(
                 nursery.start_soon(_open, member, config, read_only, busy)
         if busy:  # a mount without the node would begin a second history
             raise StoreBusyError(str(busy[0]))
+        await _own(members, config, read_only=read_only)
         log = Log(engine, members, config.uuid, config.code, read_only=read_only)
         log.mended = tuple(map(str, wrong))
         log.rows_mended = len(wrong)
@@ -153,6 +159,35 @@ def _within_limits(config: StoreConfig, read_only: bool) -> StoreConfig:
     return replace(config, limits=replace(limits, open_segments_max=most))
 
 
+async def _own(members: Members, config: StoreConfig, *, read_only: bool) -> None:
+    """Become the owner of all nodes that are open, before a journal is read; StoreBusyError.
+
+    Nothing is written before the owners of all nodes are known.
+    """
+    there = [member for member in members.all if member.is_open]
+    assert config.mount is not None
+    config.mount.note_ended([member.node.found_owner for member in there])
+    for member in there:
+        try:
+            member.node.refuse_owner()
+        except NodeBusyError as error:
+            if not read_only:
+                raise StoreBusyError(str(error)) from error
+            logger.warning("%s This mount reads only, and may miss what is written there.", error)
+    if not read_only:
+        async with trio.open_nursery() as nursery:
+            for member in there:
+                nursery.start_soon(_claim, member)
+
+
+async def _claim(member: Member) -> None:
+    try:
+        with costs_only(member.name):
+            await member.call(member.node.claim)
+    except NodeError as error:
+        member.fail(error)
+
+
 async def _note_lost_segments(members: Members) -> None:
     """Note segments that are gone from their nodes; readers then ignore them."""
     for member in members.all:
@@ -169,16 +204,22 @@ async def _close_nodes(members: Members | None) -> None:
     """Close all nodes and release their locks, including nodes out of use."""
     for member in members.all if members is not None else ():
         try:
-            await member.call(member.node.close)
+            if member.is_open and not member.out_of_use:
+                await member.call(member.node.disown)
+        except NodeFencedError:
+            pass  # another mount owns it
         except NodeError as error:
             logger.warning("%s", error)
+        member.node.close()
 
 
 async def _open(
     member: Member, config: StoreConfig, read_only: bool, busy: list[NodeBusyError]
 ) -> None:
     try:
-        opened = await member.call(partial(open_node, config, member.config, read_only=read_only))
+        opened = await member.call(
+            partial(open_node, config, member.config, read_only=read_only, claim=False)
+        )
         member.open(opened, await member.call(opened.space))
     except NodeError as error:
         member.standing.refused(error)
@@ -379,10 +420,7 @@ async def _finish(store: Store) -> None:
 def _trim(committer: Committer, member: Member) -> None:
     """In a thread: release the room allocated ahead."""
     node = member.node
-    try:
-        if member.in_sync and committer.journal.offset:
-            node.truncate(SegmentKind.JOURNAL, committer.journal.segment, committer.journal.offset)
-        if member.shards.offset:
-            node.truncate(SegmentKind.SHARDS, member.shards.current, member.shards.offset)
-    finally:
-        node.close()
+    if member.in_sync and committer.journal.offset:
+        node.truncate(SegmentKind.JOURNAL, committer.journal.segment, committer.journal.offset)
+    if member.shards.offset:
+        node.truncate(SegmentKind.SHARDS, member.shards.current, member.shards.offset)

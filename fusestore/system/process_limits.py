@@ -28,9 +28,9 @@ _PAUSE_SECONDS = 0.02
 _SHORT = (errno.EMFILE, errno.ENFILE)
 _PROCESS_FILES = 64
 """Descriptors that do not belong to nodes: sockets, pipes, the metadata, clients."""
-_NODE_FILES = 6
-"""Descriptors of a node besides its cached segments: its directory, its lock, its journal, and
-those that it opens for a moment."""
+_NODE_FILES = 7
+"""Descriptors of a node besides its cached segments: its directory, its lock, its owner record,
+its journal, and those that it opens for a moment."""
 _NODE_SEGMENTS_MIN = 8
 _MAP_BYTES_MIN = 1 << 24
 

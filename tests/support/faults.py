@@ -177,6 +177,14 @@ class HangingNode:
         """Not a call of the medium."""
         self.node.close()
 
+    def is_owned(self) -> bool:
+        """Not a call of the medium, either."""
+        return bool(self.node.is_owned())
+
+    def refuse_owner(self) -> None:
+        """Nor is this."""
+        self.node.refuse_owner()
+
     def __getattr__(self, name: str) -> Any:
         method = getattr(self.node, name)
         if not callable(method):

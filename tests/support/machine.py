@@ -28,6 +28,7 @@ import trio.testing
 from typing_extensions import Buffer
 
 from fusestore.config.node_identity import IDENTITY_NAME, write_identity_in
+from fusestore.config.owner_record import OwnerRecord
 from fusestore.config.store_config import NodeConfig, StoreConfig
 from fusestore.errors import NodeError
 from fusestore.format.records import SegmentKind
@@ -233,6 +234,29 @@ class RecordedNode:
         """See Node."""
         self._operate("check")
         self.node.check()
+
+    @property
+    def found_owner(self) -> OwnerRecord | None:
+        """See Node."""
+        return self.node.found_owner
+
+    def refuse_owner(self) -> None:
+        """See Node."""
+        self.node.refuse_owner()
+
+    def claim(self) -> None:
+        """See Node; the record is not on the tape, and after a power cut is not there."""
+        pause()
+        self.node.claim()
+
+    def is_owned(self) -> bool:
+        """See Node."""
+        return self.node.is_owned()
+
+    def disown(self) -> None:
+        """See Node."""
+        pause()
+        self.node.disown()
 
     def segments(self, kind: SegmentKind) -> list[int]:
         """See Node."""

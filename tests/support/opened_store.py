@@ -104,9 +104,11 @@ async def loses_a_region(config: StoreConfig, region: int, files: dict[str, byte
 
 
 @asynccontextmanager
-async def opened(config: StoreConfig, faults: bool = False) -> AsyncIterator[Opened]:
+async def opened(
+    config: StoreConfig, faults: bool = False, take_over: bool = False
+) -> AsyncIterator[Opened]:
     """Open the store; with `faults`, its nodes are FaultyNodes."""
-    async with open_store(config) as store, trio.open_nursery() as nursery:
+    async with open_store(config, take_over=take_over) as store, trio.open_nursery() as nursery:
         files = FileSystem(store, nursery)
         await files.begin()
         if faults:

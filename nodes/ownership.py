@@ -1,0 +1,192 @@
+"""Who may write a node: the owner record in its directory, as one mount sees it.
+
+A lock (system/locks) keeps out the processes that its file system tells of it.  The record
+keeps out the others: machines that share the directory by a file system whose locks do
+not reach them.
+
+A mount reads the records of all nodes first (`refuse`), then writes its own on all of them
+(`claim`), and only then reads a journal.  Whoever owned a node until then looks at the
+record after each flush and before it acknowledges anything.  What it acknowledged was
+thus flushed before its record was replaced, so the new owner reads it.
+
+A record is replaced twice.  It is written in place: a machine that has the file open on a
+network file system reads that from the server.  Then another file gets its name: on a
+local file system one system call without I/O shows that the old one has no name any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from pathlib import Path
+
+from ..config.owner_record import (
+    OWNER_NAME,
+    Mount,
+    OwnerRecord,
+    open_past_cache,
+    read_owner,
+    read_past_cache,
+)
+from ..errors import NodeBusyError, NodeError, NodeFencedError
+from ..system import linux
+from ..system.beneath import Directory
+
+logger = logging.getLogger(__name__)
+
+
+class _OpenRecord:
+    """An open record; the descriptor is closed when the last user lets go."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+class Ownership:
+    """The owner record of an open node directory; methods raise NodeError and OSError."""
+
+    def __init__(
+        self, directory: Directory, path: Path, name: str, mount: Mount, *, needed: bool
+    ) -> None:
+        """Read the record; if it is `needed`, NodeError if it cannot be read."""
+        self._record: _OpenRecord | None = None
+        """The record that this mount wrote."""
+        self._directory, self._path, self._name, self._mount = directory, path, name, mount
+        self._inode = os.fstat(directory.fd).st_ino
+        self._is_local = linux.is_local(directory.fd)
+        self.found: OwnerRecord | None = None
+        """The record as it was when the node was opened."""
+        try:
+            self.found = self._read()
+        except NodeError:
+            if needed:
+                raise
+
+    def _read(self) -> OwnerRecord | None:
+        return read_owner(self._directory, self._path, past_cache=not self._is_local)
+
+    def refuse(self) -> None:
+        """Raise NodeBusyError if another mount owns the node, or may."""
+        found, mine = self.found, self._mount
+        if found is None or found.ended or mine.take_over or found.mount in mine.ended:
+            return
+        if found.mount == mine.nonce:
+            return
+        if mine.process.shares_machine(found.process):
+            is_copy = found.directory != mine.record(self._inode).directory
+            if not is_copy and mine.process.sees_running(found.process):
+                raise NodeBusyError(
+                    f"Node {self._name} ({self._path}) is in use by process "
+                    f"{found.process.number}, which serves another mount: unmount that first."
+                )
+            return  # its process has ended, or the lock says that it has
+        raise NodeBusyError(
+            f"Node {self._name} ({self._path}) is in use on another machine, by {_who(found)}, or "
+            "was when it was copied: unmount the store there. If that machine never writes to "
+            "the node again, mount once with -o take_over."
+        )
+
+    def claim(self) -> None:
+        """Write this mount's record durably in the place of any other."""
+        content = self._mount.record(self._inode).encode()
+        with contextlib.suppress(OSError):  # it is damaged, a link, or may not be written
+            _write(self._directory.open(OWNER_NAME, os.O_WRONLY), content)
+        self._replace(content)
+        self._adopt()
+
+    def _replace(self, content: bytes) -> None:
+        """Give the record's name to a new file."""
+        draft = f".{OWNER_NAME}.{self._mount.nonce[:8]}"  # another machine may do the same
+        with contextlib.suppress(FileNotFoundError):
+            self._directory.unlink(draft)
+        try:
+            _write(self._directory.create(draft, os.O_WRONLY), content)
+            self._directory.replace(draft, OWNER_NAME)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                self._directory.unlink(draft)
+            raise
+
+    def _adopt(self) -> None:
+        """Watch the file that has the record's name now."""
+        if self._is_local:
+            fd = self._directory.open(OWNER_NAME, os.O_RDONLY)
+        else:
+            fd = open_past_cache(self._directory)
+        self._record = _OpenRecord(fd)
+
+    def is_sure(self) -> bool:
+        """Return whether this mount owns the node, if that can be told at once; never raises."""
+        record = self._record
+        try:
+            return self._is_local and record is not None and os.fstat(record.fd).st_nlink == 1
+        except OSError:
+            return False
+
+    def check(self) -> None:
+        """Raise NodeFencedError if another mount has claimed the node since `claim`."""
+        if self._is_in_place() and (self._is_local or self._reads_as_mine()):
+            return
+        found = self._read()
+        if found is None:
+            self._restore()
+            found = self._read()
+        if found is None or found.mount != self._mount.nonce:
+            raise NodeFencedError(
+                f"Node {self._name} ({self._path}) was taken over by {_who(found)}: this mount "
+                "writes and acknowledges nothing more; unmount it."
+            )
+        self._adopt()
+
+    def _restore(self) -> None:
+        """Write a record that somebody removed, unless another mount is quicker."""
+        logger.info("Node %s (%s) lost its owner record.", self._name, self._path)
+        with contextlib.suppress(FileExistsError):
+            content = self._mount.record(self._inode).encode()
+            _write(self._directory.create(OWNER_NAME, os.O_WRONLY), content)
+            self._directory.sync()
+
+    def _is_in_place(self) -> bool:
+        """Return whether the file that this mount wrote still has the record's name."""
+        if self._record is None:
+            return False
+        try:
+            there = self._directory.look(OWNER_NAME)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(there, os.fstat(self._record.fd))
+
+    def _reads_as_mine(self) -> bool:
+        assert self._record is not None
+        content = self._mount.record(self._inode).encode()
+        with contextlib.suppress(OSError):  # the server has removed the file
+            return read_past_cache(self._record.fd) == content
+        return False
+
+    def end(self) -> None:
+        """Record that this mount has written its last byte, unless another owns the node."""
+        if self._record is not None:
+            self.check()
+            content = self._mount.record(self._inode, ended=True).encode()
+            self._replace(content)
+            self._record = None
+
+
+def _write(fd: int, content: bytes) -> None:
+    with open(fd, "wb", buffering=0) as stream:
+        stream.write(content)
+        os.fsync(fd)
+
+
+def _who(record: OwnerRecord | None) -> str:
+    if record is None:
+        return "another mount"
+    host = record.process.host if record.process.host.isprintable() else "an unnamed machine"
+    since = record.since if record.since.isprintable() else "a time that is not known"
+    return f"process {record.process.number} of {host}, since {since}"
