@@ -14,8 +14,9 @@ defined.
 **Errors.** Methods raise only NodeError.  NodeFullError: there is no room.
 NodeLacksError: the node lacks the segment, or some of the bytes, but is otherwise sound.
 NodeIdentityError, only from `check`: the node is gone, or another has taken its place.
-A failed `write` may have written some of its bytes.  A failed `flush` may have made some
-bytes durable.
+A failed `write` may have written some of its bytes.  After NodeFullError, which only `write`
+and `replace` raise, nothing is lost: the same write may be tried again.  A failed `flush` may
+have made some bytes durable, and lost others.
 
 **Threads.** All methods except `read_now`, `opened` and `close` may block for any time,
 and are called in threads, several at a time.  Concurrent writes go to different ranges.
@@ -44,6 +45,8 @@ class Space:
     """The number of the device; nodes with the same number share the room."""
     total: int
     free: int
+    inodes: int | None = None
+    """Free inodes; None if the file system has no limit of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +147,12 @@ class Node(Protocol):
 
     def space(self) -> Space:
         """Return the room on the device."""
+
+    def keep_reserve(self, length: int) -> None:
+        """Keep room for `length` more bytes of journal, which a full device cannot refuse.
+
+        Does what it can: nothing on a device that is full, or cannot reserve room.
+        """
 
     def bytes_used(self) -> int:
         """Return the bytes of the device that the segments take, with room allocated ahead.
