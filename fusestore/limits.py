@@ -78,6 +78,18 @@ class Limits:
     """Keys that a metadata dump reads before it yields to requests: about a millisecond."""
     reserve_bytes: int = 32 * MIB
     """Kept free on every device for commits, deletes and checkpoints."""
+    scarce_bytes: int = 128 * MIB
+    """A device with less free room than this gets nothing allocated ahead."""
+    journal_reserve_bytes: int = 8 * MIB
+    """Room that each node keeps for its journal by a file, so that nobody else can take it."""
+    journal_reserve_below_bytes: int = 4096 * MIB
+    """The file exists on devices with less free room than this."""
+    full_retry_seconds: float = 0.5
+    """How often a write that found a device full is tried again."""
+    full_seconds_max: float = 10.0
+    """How long a caller of fsync, or an unmount, waits for a device that is full."""
+    room_waits_max: int = 12
+    """Requests that wait at a time until freed room can be used again; more get ENOSPC."""
     map_bytes: int = 1 << 40
     """Address space reserved for the metadata database; the file grows as needed."""
     metadata_preallocate_bytes: int = 8 * MIB
@@ -148,7 +160,9 @@ class Limits:
     fuse_tasks_max: int = 32
     """Concurrent requests; each keeps a buffer with the size of a write request."""
     metadata_row_bytes: int = 1024
-    """The assumed size of an operation on names or attributes, without its values."""
+    """The assumed size of an operation on names or attributes in a commit, without its values."""
+    metadata_page_bytes: int = 4096
+    """By how much such an operation may let the metadata grow, without its values."""
     metadata_share: int = 16
     """File bytes for each byte on the metadata device that must be free."""
 

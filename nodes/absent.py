@@ -113,6 +113,10 @@ class AbsentNode:
         """See Node."""
         self._refuse()
 
+    def keep_reserve(self, length: int) -> None:
+        """See Node."""
+        self._refuse()
+
     def bytes_used(self) -> int:
         """See Node."""
         self._refuse()

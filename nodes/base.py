@@ -16,8 +16,9 @@ NodeLacksError: the node lacks the segment, or some of the bytes, but is otherwi
 NodeIdentityError, only from `check`: the node is gone, or another has taken its place.
 NodeFencedError, from `claim`, `check`, and all methods that make, change or remove a
 segment as a whole: another mount has claimed the node.
-A failed `write` may have written some of its bytes.  A failed `flush` may have made some
-bytes durable.
+A failed `write` may have written some of its bytes.  After NodeFullError, which only `write`
+and `replace` raise, nothing is lost: the same write may be tried again.  A failed `flush` may
+have made some bytes durable, and lost others.
 
 **Owner.** A mount that writes calls `claim` on all nodes before it reads a journal.  What
 was flushed counts only if `is_owned` or `check` says afterwards that the node is still
@@ -52,6 +53,8 @@ class Space:
     """The number of the device; nodes with the same number share the room."""
     total: int
     free: int
+    inodes: int | None = None
+    """Free inodes; None if the file system has no limit of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +175,12 @@ class Node(Protocol):
 
     def space(self) -> Space:
         """Return the room on the device."""
+
+    def keep_reserve(self, length: int) -> None:
+        """Keep room for `length` more bytes of journal, which a full device cannot refuse.
+
+        Does what it can: nothing on a device that is full, or cannot reserve room.
+        """
 
     def bytes_used(self) -> int:
         """Return the bytes of the device that the segments take, with room allocated ahead.

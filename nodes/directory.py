@@ -52,6 +52,7 @@ from ..limits import DEFAULTS, Limits
 from ..system import linux, locks, process_limits
 from ..system.beneath import Directory
 from .base import Space, Strays
+from .journal_reserve import RESERVE_NAME, JournalReserve
 from .ownership import Ownership
 from .unexpected import unexpected
 
@@ -80,7 +81,9 @@ def _number(kind: SegmentKind, entry: os.DirEntry[str]) -> int | None:
 
 
 def _is_temporary(kind: SegmentKind, entry: os.DirEntry[str]) -> bool:
-    """Return whether a file is a segment that was set aside, or the draft of one."""
+    """Return whether a file is a segment set aside, the draft of one, or the reserve."""
+    if kind is SegmentKind.JOURNAL and entry.name == RESERVE_NAME:
+        return entry.is_file(follow_symlinks=False)
     base = entry.name.removesuffix(_DRAFT).partition(_KEPT)[0]
     is_ours = base != entry.name and segment_number(base, FOLDERS[kind][1]) is not None
     return is_ours and entry.is_file(follow_symlinks=False)
@@ -151,6 +154,7 @@ class DirectoryNode:
         self._limits = limits
         self._ahead = {SegmentKind.JOURNAL: 0, SegmentKind.SHARDS: limits.shard_preallocate_bytes}
         self._lock = threading.RLock()
+        self._reserve = JournalReserve(lambda: self._folder(SegmentKind.JOURNAL))
         self._open = self._none_open()
         process_limits.register(self)
         self._strays: frozenset[str] = frozenset()
@@ -335,7 +339,7 @@ class DirectoryNode:
             if not create:
                 raise
         self._check_owner()
-        made = _Segment(folder.create(name, self._flags))
+        made = _Segment(self._create(kind, folder, name))
         if self._ours is not None:
             self._ours.add((kind, segment))
         os.fsync(made.fd)
@@ -355,6 +359,15 @@ class DirectoryNode:
         finally:
             self._lock.release()
 
+    def _create(self, kind: SegmentKind, folder: Directory, name: str) -> int:
+        try:
+            return folder.create(name, self._flags)
+        except OSError as error:
+            is_journal = kind is SegmentKind.JOURNAL
+            if error.errno not in _FULL or not is_journal or not self._reserve.become(name):
+                raise
+            return folder.open(name, self._flags)
+
     def _opened(self, folder: Directory, name: str) -> _Segment:
         try:
             return _Segment(folder.open(name, self._flags))
@@ -373,7 +386,7 @@ class DirectoryNode:
             end = offset + sum(len(view) for view in views)
             with self._lock:
                 if end > target.allocated:
-                    self._allocate(target, max(offset, target.allocated), end, self._ahead[kind])
+                    self._allocate(kind, target, max(offset, target.allocated), end)
             while views:
                 written = os.pwritev(target.fd, views, offset)
                 if written == 0:
@@ -384,18 +397,27 @@ class DirectoryNode:
                 if written:
                     views[0] = views[0][written:]
 
-    @staticmethod
-    def _allocate(target: _Segment, start: int, end: int, ahead: int) -> None:
-        """Allocate room for start <= i < end before the write, and more ahead if possible."""
+    def _allocate(self, kind: SegmentKind, target: _Segment, start: int, end: int) -> None:
+        """Find room for start <= i < end before it is written, and more if there is much."""
+        ahead = self._ahead[kind]
+        if ahead and self._is_scarce(target.fd):
+            ahead = 0
         try:
             linux.allocate(target.fd, start, end - start + ahead)
             end += ahead
         except OSError as error:
             if error.errno in _FULL:
+                if kind is SegmentKind.JOURNAL:
+                    self._reserve.give(end - start)
                 linux.allocate(target.fd, start, end - start)
             elif error.errno not in _UNSUPPORTED:
                 raise
         target.allocated = end
+
+    def _is_scarce(self, descriptor: int) -> bool:
+        """Whether room is so scarce that none is to be allocated ahead."""
+        found = os.fstatvfs(descriptor)
+        return found.f_bavail * found.f_frsize < self._limits.scarce_bytes
 
     def read(self, kind: SegmentKind, segment: int, offset: int, length: int) -> bytes:
         """See Node."""
@@ -450,11 +472,14 @@ class DirectoryNode:
     def flush(self, kind: SegmentKind, segments: Sequence[int]) -> None:
         """See Node."""
         for segment in segments:
-            with self._errors(f"flush {segment_path(kind, segment)}"):
-                target = self._segment(kind, segment)
-                os.fdatasync(target.fd)
-                if kind == SegmentKind.SHARDS:  # the mount's own cache has these bytes, too
-                    _drop_cached(target.fd, 0, 0)
+            try:
+                with self._errors(f"flush {segment_path(kind, segment)}"):
+                    target = self._segment(kind, segment)
+                    os.fdatasync(target.fd)
+                    if kind == SegmentKind.SHARDS:  # the mount's own cache has these bytes, too
+                        _drop_cached(target.fd, 0, 0)
+            except NodeFullError as error:  # what was written may be gone
+                raise NodeError(str(error)) from error
 
     def truncate(self, kind: SegmentKind, segment: int, size: int) -> None:
         """See Node."""
@@ -550,7 +575,13 @@ class DirectoryNode:
         with self._errors("report its free space"):
             found = os.statvfs(self.path)
             device = os.stat(self.path).st_dev
-        return Space(device, found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize)
+        total, free = found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
+        return Space(device, total, free, found.f_favail if found.f_files else None)
+
+    def keep_reserve(self, length: int) -> None:
+        """See Node."""
+        with self._errors("keep room for its journal"), self._lock:
+            self._reserve.fill(length)
 
     def bytes_used(self) -> int:
         """See Node."""
@@ -566,6 +597,8 @@ class DirectoryNode:
         """Remove the folders, which must be empty, and the identity last; NodeError."""
         with self._errors("be removed"):
             directory = self._top()
+            with contextlib.suppress(FileNotFoundError):
+                self._folder(SegmentKind.JOURNAL).unlink(RESERVE_NAME)
             for name, _ in reversed(FOLDERS.values()):
                 directory.remove_folder(name)
             with contextlib.suppress(FileNotFoundError):

@@ -262,11 +262,11 @@ async def test_a_full_store_is_waited_for(
         takes = one.store.log.take_room
         refused = 0
 
-        def take_room(length: int) -> None:
+        def take_room(length: int, code: Code) -> None:
             nonlocal refused
             if 4 <= (refused := refused + 1) - 1 < 8 or refused == 2:
                 raise NoSpaceError("The store is full.")
-            takes(length)
+            takes(length, code)
 
         monkeypatch.setattr(one.store.log, "take_room", take_room)
         await one.files.recoder.start(ino, C42, None)

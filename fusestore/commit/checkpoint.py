@@ -90,6 +90,8 @@ class Checkpointer:
             self._log.metadata_error = ""
             self._frozen_at = None
             engine.thaw()
+            await self._log.sample_metadata()
+            self._log.room.checkpointed()
             self._at = trio.current_time()
             self.took.add(time.perf_counter_ns() - began)
             self.reached = position.commit

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 
 import trio
 
-from ..errors import InvariantError, NotDurableError
+from ..errors import InvariantError, NoSpaceError, NotDurableError
 from ..format import store_rows, stripe_rows
 from ..format.records import (
     Commit,
@@ -90,10 +90,13 @@ class Committer:
         self._wanted.set()
 
     async def commit(self) -> None:
-        """Return when every change made before the call is durable; NotDurableError."""
+        """Return when every change made before the call is durable; NotDurableError.
+
+        NoSpaceError if it waits for room on the nodes.
+        """
         if self._log.read_only:
             return
-        if not self.lock.locked() and not self._wanted.is_set():
+        if self._may_commit_here():
             self.lock.acquire_nowait()  # unlike `acquire`, without a turn of the loop
             before = self._log.position.commit
             try:
@@ -105,9 +108,26 @@ class Committer:
             return
         joined = self._next = self._next or _Round()
         self._wanted.set()
-        await joined.done.wait()
+        while not joined.done.is_set():
+            with trio.move_on_after(self._limits.full_seconds_max):
+                await joined.done.wait()
+            if self._log.room.waits and not joined.done.is_set():
+                raise NoSpaceError(self._log.room.waits)
         if joined.error:
             raise NotDurableError(joined.error)
+
+    def _may_commit_here(self) -> bool:
+        """Whether a caller may commit itself: nobody else does, and it cannot wait for room.
+
+        It cannot if the commit stores no shard, and its record fits over zeros in the journals.
+        """
+        first = self._log.members.all[0]
+        return (
+            not self.lock.locked()
+            and not self._wanted.is_set()
+            and self.writer.unflushed <= self._limits.tail_bytes_max
+            and first.journal_room is not None
+        )
 
     async def run(self) -> None:
         """Commit every five seconds, and on request, until cancelled."""
@@ -229,9 +249,12 @@ class Committer:
         due = force or self.checkpointer.is_due()
         nothing = not log.pending and not sealing and not (cover and self._uncovered)
         freeze = due and not engine.frozen and (not nothing or engine.changed_keys > 0 or force)
+        log.room.taken()
         if freeze:
             engine.freeze()
+            log.room.frozen()
         if nothing:
+            log.room.appended()
             if freeze:
                 self.checkpointer.flushed(log.position)
             return None

@@ -9,12 +9,13 @@ shards that were written there.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import time
 
 import trio
 
-from ..errors import NodeError, NodeTimeoutError
+from ..errors import NodeError, NodeFullError, NodeTimeoutError
 from ..format.records import HEADER_BYTES, Header, Kind, SegmentKind, record_length
 from ..log.log import Log
 from ..members.journal_room import JournalRoom
@@ -35,6 +36,8 @@ class JournalWriter:
         self.offset = 0
         self._rolled: list[tuple[int, int]] = []
         """Finished segments, and their sizes, until they are trimmed."""
+        self.measured_at = -math.inf
+        """When all devices were last measured, by trio's clock."""
         self.commit_bytes = 0
         """Bytes of commits in each journal since the last metadata dump began."""
 
@@ -50,13 +53,36 @@ class JournalWriter:
         if header.kind is Kind.COMMIT:
             self.commit_bytes += record_length(len(payload))
         if await self._append_directly(offset, header, payload):
+            if header.kind is Kind.COMMIT:
+                self._log.room.appended()
             return
-        async with trio.open_nursery() as nursery:
-            nursery.cancel_scope.shield = True
-            for member in self._log.members.writable:
-                nursery.start_soon(self._flush_node, member, offset, header, payload)
+        await self._append_in_threads(offset, header, payload)
         self._rolled.clear()
-        self._log.refresh_room()
+        self.measured_at = trio.current_time()
+        self._log.room.refresh()
+
+    async def _append_in_threads(self, offset: int, header: Header, payload: bytes) -> None:
+        """The long way.  While too many nodes have no room, the record waits for it."""
+        room, todo = self._log.room, self._log.members.writable
+        while True:
+            places = [member.device.place(header.record_length) for member in todo]
+            if header.kind is Kind.COMMIT:
+                room.appended()  # it is counted as placed from here on
+            full: dict[Member, NodeFullError] = {}
+            async with trio.open_nursery() as nursery:
+                nursery.cancel_scope.shield = True
+                for member in todo:
+                    nursery.start_soon(self._flush_node, member, offset, header, payload, full)
+            for device in places:
+                device.land(header.record_length)
+            if not full:
+                break
+            if self._log.can_do_without(full) or not await self._log.wait_for_room(full):
+                for member, error in full.items():
+                    member.fail(error)
+                break
+            todo = [member for member in full if member.writable]
+        self._log.waited()
 
     async def _append_directly(self, offset: int, header: Header, payload: bytes) -> bool:
         """Append a record the short way, without threads, if no node has other data to flush.
@@ -108,13 +134,22 @@ class JournalWriter:
             member.standing.flushed(header.number, header.payload_checksum)
 
     async def _flush_node(
-        self, member: Member, offset: int, header: Header, payload: bytes
+        self,
+        member: Member,
+        offset: int,
+        header: Header,
+        payload: bytes,
+        full: dict[Member, NodeFullError],
     ) -> None:
         dirty, member.shards.dirty = member.shards.dirty, set()
         shards = len(member.shards.unflushed)
         began = time.perf_counter_ns()
         try:
             await member.call(self._write_node, member, offset, header, payload, sorted(dirty))
+        except NodeFullError as error:
+            member.shards.dirty |= dirty
+            full[member] = error
+            return
         except NodeError as error:
             if isinstance(error, NodeTimeoutError):
                 member.late_segment = self.segment

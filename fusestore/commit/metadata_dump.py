@@ -17,6 +17,7 @@ import trio
 from ..errors import DamagedMetadataError, MetadataError, NodeError, NotDurableError
 from ..format import store_rows
 from ..format.records import Changes, Header, Kind, SegmentKind, checksum, encode_changes
+from ..limits import MIB
 from ..log.log import Log
 from ..nodes.base import Node
 from .committer import Committer
@@ -24,6 +25,8 @@ from .row_check import examine
 
 logger = logging.getLogger(__name__)
 
+_UNWRITTEN_BYTES = 4 * MIB
+"""What the tables may take more than the pages of the database."""
 _FIRST, _END = b"A", b"["
 """All tables lie between these keys; the super table lies above `Z` and below `[`."""
 
@@ -36,6 +39,8 @@ class MetadataDumper:
         self._limits = log.limits
         self._committer = committer
         self._wake = trio.Event()
+        self._ended = trio.lowlevel.ParkingLot()
+        """Tasks that wait for the end of a dump."""
         value = log.engine.get(store_rows.METADATA_DUMP_KEY)
         row = json.loads(value) if value else {"bytes": 0, "segment": 0}
         self.last_bytes: int = row["bytes"]
@@ -44,11 +49,26 @@ class MetadataDumper:
 
     def look(self) -> None:
         """After a commit: start a dump if one is due."""
-        grown = self._committer.journal.commit_bytes
-        if self._log.dump_wanted or grown > max(
-            self._limits.dump_journal_bytes_min, self.last_bytes
-        ):
+        grown = max(0, self._committer.journal.commit_bytes)
+        tables = self._log.engine.bytes_in_use + _UNWRITTEN_BYTES
+        self._log.room.dump_bytes = min(self.last_bytes + grown, tables)
+        if self.is_due:
             self._wake.set()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the journal has outgrown the last dump; when room is short, much earlier."""
+        log, limits = self._log, self._limits
+        grown = self._committer.journal.commit_bytes
+        most = max(limits.dump_journal_bytes_min, self.last_bytes)
+        if log.room.is_short:
+            most = min(most, limits.reserve_bytes // (4 * len(log.members.all)))
+        return log.dump_wanted or (grown > most and log.room.has_for_dump())
+
+    async def done(self) -> None:
+        """Return when the dump that is due, if one is, has ended."""
+        if self._wake.is_set():
+            await self._ended.park()
 
     async def run(self) -> None:
         """Dump the metadata whenever a dump is due, until cancelled."""
@@ -65,6 +85,7 @@ class MetadataDumper:
                 self._log.on_damage()
                 await trio.sleep(self._limits.retry_seconds_max)
             self._wake = trio.Event()
+            self._ended.unpark_all()
 
     async def take(self) -> None:
         """Dump all tables, then delete the journal segments that are no longer needed.

@@ -43,6 +43,11 @@ class Reclaimer:
         self._log = log
         self._limits = log.limits
         self._wake = trio.Event()
+        self.passes = 0
+        """How many passes have begun."""
+        self._ended = 0
+        self._passed = trio.lowlevel.ParkingLot()
+        """Tasks that wait for the end of a pass."""
         self.strays = StraySegments(log)
 
     def wake(self) -> None:
@@ -55,9 +60,26 @@ class Reclaimer:
             await self.strays.sweep()
             await self._wake.wait()
             self._wake = trio.Event()
+            self.passes += 1
             for member in self._log.members.writable:
                 if not self._log.keeps_all:
                     await self._reclaim(member)
+            self._ended = self.passes
+            self._passed.unpark_all()
+
+    async def passed(self, passes: int) -> None:
+        """Return when a pass that began after the first `passes` passes has ended."""
+        while self._ended <= passes:
+            await self._passed.park()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether shards on nodes in use are to be freed."""
+        engine = self._log.engine
+        prefixes = (stripe_rows.reclaim_key(m.id, 0, 0)[:3] for m in self._log.members.writable)
+        return not self._log.keeps_all and any(
+            next(engine.scan(prefix, keys.after(prefix)), None) for prefix in prefixes
+        )
 
     async def _reclaim(self, member: Member) -> None:
         engine = self._log.engine

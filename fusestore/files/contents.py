@@ -78,10 +78,10 @@ class Contents:
             if inode.quota_root:
                 data = self._within_quota(txn, ino, inode, offset, data, whole)
                 end = offset + len(data)
-            self._log.take_room(len(data))
+            code = Code(inode.k, inode.m)
+            self._log.take_room(len(data), code)
             if offset < inode.size:
                 self._cut(txn, ino, inode, offset, end)
-            code = Code(inode.k, inode.m)
             for piece in self._writer.append(txn, code, ino, offset, data):
                 offset = self._point(txn, ino, offset, *piece)
             inode.allocated += len(data)
@@ -183,7 +183,7 @@ class Contents:
 
     def set_code(self, ino: int, code: Code) -> None:
         """Set the code of new bytes of a file; its times do not change."""
-        with self._log.transaction() as txn:
+        with self._log.transaction(rewrites=True) as txn:
             inode = self._inode(txn, ino)
             inode.k, inode.m = code.k, code.m
             txn.put(file_rows.inode_key(ino), inode.encode())
@@ -206,7 +206,7 @@ class Contents:
                 if not runs or runs[-1][0] + len(runs[-1][1]) != extent.offset:
                     runs.append((extent.offset, bytearray()))
                 runs[-1][1].extend(data)
-            self._log.take_room(sum(len(data) for _, data in runs))
+            self._log.take_room(sum(len(data) for _, data in runs), code)
             for offset, run in runs:
                 self._cut(txn, ino, inode, offset, offset + len(run))
                 inode.allocated += len(run)
@@ -224,7 +224,9 @@ class Contents:
         if size > FILE_BYTES_MAX:
             raise FileTooLargeError(f"A file may have at most {FILE_BYTES_MAX} bytes.")
         await self.settled(ino)
-        with self._log.transaction() as txn:
+        value = self._log.engine.get(file_rows.inode_key(ino))
+        cuts = value is not None and size < Inode.decode(value).size
+        with self._log.transaction(rewrites=not cuts) as txn:
             inode = self._inode(txn, ino)
             shrinks, before = size < inode.size, inode.allocated
             inode.mtime = inode.ctime = clock.now()

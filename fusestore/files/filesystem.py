@@ -32,6 +32,7 @@ class FileSystem:
         self.quotas = QuotaRoots(store.log, self.tree, nursery)
         self.recoder = Recoder(store, self.tree, self.contents, nursery)
         self.commit = store.committer.commit
+        self.make_room = store.room_maker.make_room
 
     async def begin(self) -> None:
         """Make the root of a new store; complete the removals that the last mount left."""
@@ -47,7 +48,7 @@ class FileSystem:
 
     def space(self) -> tuple[int, int]:
         """Return (total, free) bytes of file data in the default code, within the root's quota."""
-        total, free = self.log.members.usable(self.log.code)
+        total, free = self.log.room.usable(self.log.code)
         row = self.quotas.of_root()
         if row is not None and row.bytes_max < total:
             return row.bytes_max, max(0, min(free, row.bytes_max - row.bytes_used))

@@ -165,7 +165,7 @@ class Tree:
 
     def set_code(self, ino: int, code: Code | None) -> None:
         """Set the code of new files below a directory; None makes it inherit again."""
-        with self._log.transaction() as txn:
+        with self._log.transaction(rewrites=True) as txn:
             inode = self._get(txn, ino)
             if not stat.S_ISDIR(inode.mode):
                 raise NotPermittedError("Only the code of a directory can be set.")
@@ -306,7 +306,7 @@ class Tree:
         hides a name of a lower layer of overlayfs.  Return the inode whose name was replaced,
         or None.
         """
-        with self._log.transaction(grows=len(new_name)) as txn:
+        with self._log.transaction(rewrites=True) as txn:
             folders = {parent: self._folder(txn, parent)}
             folders.setdefault(new_parent, self._folder(txn, new_parent))
             ino, cookie = self._entry(txn, parent, name)
@@ -369,7 +369,7 @@ class Tree:
 
     def exchange(self, parent: int, name: bytes, new_parent: int, new_name: bytes) -> None:
         """Exchange two entries of any type."""
-        with self._log.transaction() as txn:
+        with self._log.transaction(rewrites=True) as txn:
             folders = {parent: self._folder(txn, parent)}
             folders.setdefault(new_parent, self._folder(txn, new_parent))
             one, one_cookie = self._entry(txn, parent, name)
@@ -408,7 +408,7 @@ class Tree:
 
     def change(self, ino: int, change: Change) -> Inode:
         """Set attributes; return the changed inode."""
-        with self._log.transaction() as txn:
+        with self._log.transaction(rewrites=True) as txn:
             inode = self._get(txn, ino)
             if change.mode is not None:
                 inode.mode = stat.S_IFMT(inode.mode) | stat.S_IMODE(change.mode)

@@ -26,7 +26,7 @@ from typing import Any
 import trio
 
 from ..commit.committer import Committer
-from ..errors import FusestoreError, LostError, NodeError
+from ..errors import FusestoreError, LostError, NodeError, NodeFullError
 from ..format import store_rows
 from ..format.stripe_rows import Stripe
 from ..log.background_job import BackgroundJob, JobRow, Progress
@@ -250,6 +250,9 @@ class Rebalancer:
                     self._notes.update((row.shards[i].node, full) for _, row, i in there)
                     return 0
                 return await self._move_those(target, there)
+            except NodeFullError as error:
+                self._notes.update((row.shards[i].node, str(error)) for _, row, i in there)
+                return 0
             except NodeError as error:
                 target.fail(error)
                 self._committer.ask()

@@ -9,7 +9,8 @@ transaction: each is atomic on the event loop.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+import math
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from types import TracebackType
 from typing import Protocol, Self
@@ -17,14 +18,16 @@ from uuid import UUID
 
 import trio
 
-from ..errors import NoSpaceError, ReadOnlyError
+from ..errors import NodeFullError, NoSpaceError, ReadOnlyError
 from ..format import keys, store_rows, stripe_rows
 from ..format.erasure import Code
 from ..format.records import Changes, Place, SegmentKind
 from ..format.store_rows import Counters, GivenUp, LogPosition
 from ..format.stripe_rows import LOST_STRIPE, ShardPlace, Stripe
+from ..members.member import Member
 from ..members.members import Members
 from ..metadata.engine import Engine
+from .room import GROWS, REWRITES, Room
 
 logger = logging.getLogger(__name__)
 
@@ -183,11 +186,16 @@ class Log:
         """Held while old journals are deleted, or journals are compared and repaired."""
         self.dump_wanted = False
         """No node can read a part of the journals: a metadata dump replaces it."""
-        self._room = 0
+        self.room = Room(members, code)
+        """What may be accepted."""
         self.paths_of: Callable[[Iterable[int]], Awaitable[dict[int, str]]] = _unnamed
         """Returns paths of inodes, for people; the file system sets this."""
         self.unwritten: Callable[[], int] = lambda: 0
         """Returns the bytes of file data that are not on the nodes yet; the writer sets this."""
+        self.on_wait: Callable[[], object] = lambda: None
+        """Called when something begins to wait for room; the writer wakes who waits for memory."""
+        self.ends_at = math.inf
+        """By trio's clock: when the store is closed, the end of all waiting for room."""
         self.on_damage: Callable[[], None] = lambda: None
         """Called when a row does not match its checksum; the store mends it."""
         self._next_stripe = 1
@@ -216,21 +224,21 @@ class Log:
         """The place of a node's shard segment."""
         return Place(self.store, node, SegmentKind.SHARDS, segment)
 
-    def transaction(self, grows: int = 0) -> Transaction:
-        """Begin an operation that changes the store; ReadOnlyError.
+    def transaction(self, grows: int = 0, *, rewrites: bool = False) -> Transaction:
+        """Begin an operation that changes something; ReadOnlyError.
 
-        `grows` are the bytes that it may add to the metadata, 0 if it only removes:
-        NoSpaceError if there is no room for them.
+        `grows` are the bytes that it may add to the metadata; 0 if it adds none, and
+        `rewrites` if it does not take away either: NoSpaceError when there is no room.
         """
         if self.read_only:
             raise ReadOnlyError("The store is mounted read-only.")
         if self.broken:
             raise ReadOnlyError(self.broken)
-        if grows:
-            self.take_room(
-                max(self.code.k, self.limits.metadata_share)
-                * (self.limits.metadata_row_bytes + grows)
-            )
+        if grows or rewrites:
+            self._check_room()
+            self.room.take_rows(grows, GROWS if grows else REWRITES)
+        else:
+            self.room.note_rows()
         return Transaction(self)
 
     def apply(self, changes: Changes) -> None:
@@ -286,24 +294,48 @@ class Log:
 
     # --- room ----------------------------------------------------------------
 
-    def refresh_room(self) -> None:
-        """Measure the room on the devices; called at each commit."""
-        _, room = self.members.usable(self.code)
-        self._room = room - self.unwritten()
+    def take_room(self, length: int, code: Code) -> None:
+        """Take room for `length` bytes of file data in their code; NoSpaceError."""
+        self._check_room()
+        self.room.take_bytes(length, code)
 
-    def take_room(self, length: int) -> None:
-        """Take room for `length` bytes of file data; NoSpaceError.
+    def _check_room(self) -> None:
+        if self.metadata_error or self.room.waits:
+            raise NoSpaceError(self.metadata_error or self.room.waits)
 
-        The taken room counts until the next commit measures the devices again, and
-        subtracts the bytes still in memory.
+    def can_do_without(self, nodes: Collection[Member]) -> bool:
+        """Whether commits and new stripes can do without these nodes."""
+        others = [m for m in self.members.all if m.takes and m not in nodes]
+        ids = {member.id for member in others}
+        return any(m.in_sync for m in others) and self.members.could_store(self.code, ids)
+
+    async def wait_for_room(self, full: Mapping[Member, NodeFullError]) -> bool:
+        """Wait a moment for room on nodes that had none for what was accepted.
+
+        False if nothing is to be waited for any more.
         """
-        if self.metadata_error:
-            raise NoSpaceError(self.metadata_error)
-        if length > self._room:
-            self.refresh_room()
-            if length > self._room:
-                raise NoSpaceError(
-                    "The store is full: every device keeps "
-                    f"{self.limits.reserve_bytes >> 20} MiB in reserve."
-                )
-        self._room -= length
+        if self.broken or trio.current_time() > self.ends_at:
+            return False
+        error = next(iter(full.values()))
+        if not self.room.waits:
+            logger.error("%s What was accepted waits for room.", error)
+        self.room.waits = f"{error} What was accepted waits for room."
+        self.on_wait()
+        await trio.sleep(self.limits.full_retry_seconds)
+        return True
+
+    def waited(self) -> None:
+        """Record that what waited for room was written, or given up."""
+        if self.room.waits:
+            self.room.waits = ""
+            logger.warning("There is room again.")
+
+    async def sample_metadata(self) -> None:
+        """Measure the room for the metadata."""
+        begun = self.members.devices.begin_sample()
+        try:
+            found = await trio.to_thread.run_sync(self.engine.space)
+        except OSError as error:
+            logger.error("The free space of the metadata is unknown: %s.", error.strerror)
+        else:
+            self.room.sampled_metadata(begun, found)

@@ -26,6 +26,7 @@ from ..nodes.absent import AbsentNode
 from ..nodes.base import Node, Segment, Space
 from ..system.io_uring import Ring, read_operation
 from ..tally import Histogram
+from .devices import Device, Devices
 from .journal_room import JournalRoom
 from .shard_segments import ShardSegments
 from .standing import Standing, State
@@ -52,6 +53,11 @@ class Member:
         self.shards = ShardSegments(limits)
         self.space: Space | None = None
         """Room on its device at the last flush or probe."""
+        self.devices = Devices()
+        """Those of all nodes of the store."""
+        self._unknown = Device()
+        self.is_full = False
+        """Its device has no room for more shards; others of its region may have."""
         self.sampled_at = 0.0
         """The time of `space`, by trio's clock."""
         self.journal_room: JournalRoom | None = None
@@ -112,7 +118,13 @@ class Member:
     def open(self, node: Node, space: Space) -> None:
         """Record that the node is open; its missing data is not known yet."""
         self.node, self.space = node, space
+        self.devices.end_sample(self.devices.begin_sample(), space)
         self.standing.opened()
+
+    @property
+    def device(self) -> Device:
+        """The device of the node; until that is known, one of its own."""
+        return self.devices.at(self.space.device) if self.space is not None else self._unknown
 
     def enter(self, node: Node, on_disk: Sequence[int]) -> None:
         """Give new shards to a reopened node; `on_disk` are its shard segments."""
@@ -205,6 +217,7 @@ class Member:
             self.journal_room = room = None
         node.write(SegmentKind.JOURNAL, segment, offset, buffers)
         usable = self.node is node and self.in_sync  # not abandoned
+        ahead = ahead and self.device.room >= self.limits.scarce_bytes
         if ahead and room is None and usable and node.is_owned():  # which small commits ask
             with suppress(NodeFullError):
                 zeros = _zeros(self.limits.journal_ahead_bytes)
@@ -224,7 +237,11 @@ class Member:
     def sample(self) -> None:
         """Check the identity of the node, and measure its room; runs in a thread."""
         self.node.check()
+        begun = self.devices.begin_sample()
         self.space = self.node.space()
+        self.devices.end_sample(begun, self.space)
+        if self.space.free < self.limits.journal_reserve_below_bytes:
+            self.node.keep_reserve(self.limits.journal_reserve_bytes)
 
     def reserve(self, payload_length: int) -> ShardPlace:
         """Reserve the next place for a shard; the caller then writes the shard."""

@@ -1,4 +1,4 @@
-"""All nodes of an open store: the configuration, placement of new shards, and room.
+"""All nodes of an open store: the configuration, and placement of new shards.
 
 A node that is in sync holds every commit.  A commit is acknowledged only when all nodes
 in sync have flushed it.  A failed node leaves this set until repair brings it back.  All
@@ -7,23 +7,19 @@ methods run on the event loop.
 
 from __future__ import annotations
 
-import logging
-import os
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from functools import lru_cache
 
 from ..config.store_config import CONFIG_NAME, NodeConfig, StoreConfig, load
 from ..config.store_config_write import write_store_config
 from ..errors import ConfigError
 from ..format.erasure import Code
 from ..format.placement import Placement, Site, losses_borne
+from .devices import Devices
 from .member import Member
 from .standing import State
-
-logger = logging.getLogger(__name__)
 
 
 class Members:
@@ -33,14 +29,15 @@ class Members:
         self.all = list(members)
         self.config = config
         """The configuration as in the file; see `configure`."""
+        self.devices = Devices()
+        for member in members:
+            self._share_devices(member)
         self.by_id = {member.id: member for member in members}
         """All nodes, including those removed since the mount: a read may have an old row."""
         self._on_fenced: Callable[[str], None] = lambda reason: None
-        self._taking: tuple[bool, ...] = ()
+        self._taking: tuple[int, ...] = ()
         self._takers: list[Member] = []
         self._placement: Placement | None = None
-        self._loads_of: tuple[Any, Any] | None = None
-        """The last result of `_loads`, and its arguments."""
 
     @property
     def regions(self) -> tuple[str, ...]:
@@ -75,8 +72,14 @@ class Members:
         """Add a node."""
         member.on_fenced = self._on_fenced
         self.all = [*self.all, member]
+        self._share_devices(member)
         self.by_id[member.id] = member
         self._placement = None
+
+    def _share_devices(self, member: Member) -> None:
+        member.devices = self.devices
+        if member.space is not None:
+            self.devices.end_sample(self.devices.begin_sample(), member.space)
 
     def remove(self, member: Member) -> None:
         """Remove a node that nothing needs."""
@@ -113,13 +116,17 @@ class Members:
     @property
     def placement(self) -> Placement:
         """The placement of new shards on `takers`."""
-        taking = tuple(member.takes for member in self.all)
-        if self._placement is None or taking != self._taking:
-            self._taking, self._takers = taking, self._candidates()
-            self._placement = Placement(
-                [Site(m.name, m.config.region, m.config.weight) for m in self._takers]
-            )
+        taking = self._candidates()
+        ids = tuple(member.id for member in taking)
+        if self._placement is None or ids != self._taking:
+            self._taking, self._takers = ids, taking
+            self._placement = self.placement_on(taking)
         return self._placement
+
+    @staticmethod
+    def placement_on(nodes: Iterable[Member]) -> Placement:
+        """Return the placement on these nodes."""
+        return _placement(tuple(Site(m.name, m.config.region, m.config.weight) for m in nodes))
 
     @property
     def takers(self) -> list[Member]:
@@ -131,9 +138,16 @@ class Members:
         return self._takers
 
     def _candidates(self) -> list[Member]:
-        there = {member.config.region for member in self.all if member.takes}
+        takes = [member for member in self.all if member.takes]
+        there = {member.config.region for member in takes}
+        roomy = {member.config.region for member in takes if not member.is_full}
         staying = [member for member in self.all if not member.config.draining] or self.all
-        return [member for member in staying if member.takes or member.config.region not in there]
+        return [
+            member
+            for member in staying
+            if member.config.region not in there
+            or (member.takes and not (member.is_full and member.config.region in roomy))
+        ]
 
     @property
     def in_sync(self) -> list[Member]:
@@ -174,47 +188,7 @@ class Members:
         gone = frozenset(member.config.region for member in self.all if member.id in lacking)
         return min(losses_borne(code, regions, gone) for code in codes)
 
-    def usable(self, code: Code) -> tuple[int, int]:
-        """Return (total, free) bytes of file data that fit, without parity and the reserve.
 
-        Data accepted between two commits is counted as if each of its stripes had the greatest
-        possible number of shards on a device, so that no node is full unexpectedly.
-        """
-        spaces = {m.space.device: m.space for m in self.takers if m.space and m.writable}
-        totals, frees = [], []
-        for device, (average, worst) in self._loads(code).items():
-            room = max(0, spaces[device].free - self.config.limits.reserve_bytes)
-            soon = min(room / worst, self.config.limits.between_commits_bytes)
-            frees.append(int(soon + (room - soon * worst) / average))
-            totals.append(int(spaces[device].total / average))
-        try:
-            found = os.statvfs(self.config.metadata)
-            room = found.f_bavail * found.f_frsize
-            frees.append(
-                max(0, room - self.config.limits.reserve_bytes) * self.config.limits.metadata_share
-            )
-        except OSError as error:
-            logger.error("The free space of the metadata is unknown: %s.", error.strerror)
-        return min(totals, default=0), min(frees, default=0)
-
-    def _loads(self, code: Code) -> dict[int, tuple[float, float]]:
-        """Return the bytes that one byte of file data takes on each device: average, maximum."""
-        placement = self.placement
-        devices = tuple(
-            m.space.device if m.space is not None and m.writable else None for m in self._takers
-        )
-        key = (placement, code, devices)
-        if self._loads_of is None or self._loads_of[0] != key:
-            expected, most = placement.expected(code), placement.most(code)
-            found: dict[int, tuple[float, float]] = {}
-            for device in {device for device in devices if device is not None}:
-                here = [i for i, other in enumerate(devices) if other == device]
-                by_region: Counter[str] = Counter()
-                for i in here:
-                    by_region[self._takers[i].config.region] += most[i]
-                limit = placement.most_in_region(code)
-                worst = min(sum(min(count, limit) for count in by_region.values()), code.n)
-                found[device] = (sum(expected[i] for i in here) / code.k, worst / code.k)
-            self._loads_of = key, found
-        loads: dict[int, tuple[float, float]] = self._loads_of[1]
-        return loads
+@lru_cache(maxsize=64)
+def _placement(sites: tuple[Site, ...]) -> Placement:
+    return Placement(sites)

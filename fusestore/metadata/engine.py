@@ -38,6 +38,7 @@ from ..format import tables
 from ..format.records import Changes
 from ..format.row_sums import CHECKSUM_BYTES, RowSums, seal
 from ..limits import DEFAULTS, Limits
+from ..nodes.base import Space
 from ..system import linux, locks
 from ..system.process_limits import can_map, mappable, retried
 from .pages import check_pages
@@ -99,6 +100,7 @@ class Engine:
             self._rows = self._open_rows(read_only)
             self._txn = self._begin()
             self._cursor = self._txn.cursor()
+            self.bytes_in_use = self._count_bytes()
         except (lmdb.Error, OSError) as error:
             raise MetadataError(
                 f"The metadata in {directory} cannot be opened: {error}. If it is damaged, move it "
@@ -396,6 +398,25 @@ class Engine:
         self._txn.abort()
         self._txn = self._begin()
         self._cursor = self._txn.cursor()
+        self.bytes_in_use = self._count_bytes()
+
+    def _count_bytes(self) -> int:
+        """The bytes of the pages that hold rows."""
+        pages = 0
+        for database in (self._main, self._rows):
+            found = self._txn.stat(database)
+            pages += found["branch_pages"] + found["leaf_pages"] + found["overflow_pages"]
+        return pages * int(self._env.stat()["psize"])
+
+    def space(self) -> tuple[Space, int]:
+        """The room on the database's device, and the free bytes within its file; OSError.
+
+        Runs in a thread.
+        """
+        spare = self.bytes_used - self.bytes_in_use
+        found, about = os.statvfs(self._directory), os.stat(self._directory)
+        free = found.f_bavail * found.f_frsize
+        return Space(about.st_dev, found.f_blocks * found.f_frsize, free), max(0, spare)
 
     @property
     def bytes_used(self) -> int:

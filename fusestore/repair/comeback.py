@@ -7,7 +7,13 @@ from itertools import islice
 
 import trio
 
-from ..errors import FusestoreError, MetadataError, NodeError, NodeTimeoutError
+from ..errors import (
+    FusestoreError,
+    MetadataError,
+    NodeError,
+    NodeFullError,
+    NodeTimeoutError,
+)
 from ..format.records import SegmentKind
 from ..format.store_rows import NEVER_WHOLE
 from ..log.lineage import Lineage
@@ -31,6 +37,8 @@ class Comeback:
         self._healer = healer
         self._rejoin = rejoin
         self._wake = trio.Event()
+        self._full: set[str] = set()
+        """Names of the nodes that had no room for shards that they lack."""
         self.damaged: set[str] = set()
         """Names of the nodes whose journals had places that could not be read at the mount."""
 
@@ -49,6 +57,8 @@ class Comeback:
                             await self._look_after(member)
                         except MetadataError:
                             raise  # no node is to blame for it
+                        except NodeFullError as error:
+                            self._note_full(member, error)
                         except FusestoreError as error:
                             self._healer.give_up(member, error)
             await self.catch_up(None)
@@ -88,6 +98,8 @@ class Comeback:
                     await self._healer.heal(member)
                 except MetadataError:
                     raise  # no node is to blame for it
+                except NodeFullError as error:
+                    self._note_full(member, error)
                 except FusestoreError as error:
                     member.fail(error)
 
@@ -125,10 +137,17 @@ class Comeback:
         except MetadataError:
             raise  # no node is to blame for it
         except FusestoreError as error:
-            member.standing.leave_alone(trio.current_time())
+            if not isinstance(error, NodeFullError):
+                member.standing.leave_alone(trio.current_time())
             self._healer.give_up(member, error)
         else:
             logger.info("Node %s is up and in sync.", member.name)
+
+    def _note_full(self, member: Member, error: NodeFullError) -> None:
+        """Log once that a node has no room for shards that it lacks; it stays in use."""
+        if member.name not in self._full:
+            self._full.add(member.name)
+            logger.warning("%s", error)
 
     def _set_apart(self, member: Member, node: Node, found: Lineage) -> None:
         """Keep out a node of another history until an operator decides; it is still checked."""
@@ -146,3 +165,4 @@ class Comeback:
             with self._healer.following(member) as progress:
                 await self._rejoin.rebuild_all(member, progress)
         await self._healer.heal(member, Pace(self._log))
+        self._full.discard(member.name)

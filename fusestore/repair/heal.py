@@ -15,7 +15,7 @@ from typing import Any
 import trio
 
 from ..commit.committer import Committer
-from ..errors import FusestoreError, MetadataError, NodeError
+from ..errors import FusestoreError, MetadataError, NodeError, NodeFullError
 from ..format import keys, stripe_rows
 from ..log.log import Log
 from ..log.pace import Pace
@@ -92,6 +92,8 @@ class Healer:
                         await self.heal(member, Pace(self._log))
                     except MetadataError:
                         raise  # no node is to blame for it
+                    except NodeFullError:
+                        pass  # it is healed when there is room
                     except FusestoreError as error:
                         self.give_up(member, error)
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing_extensions import Buffer
 
 from ..commit.commit_shards import shard_is_intact
-from ..errors import LostError, NodeError
+from ..errors import LostError, NodeError, NodeFullError
 from ..format import stripe_rows
-from ..format.records import HEADER_BYTES, Header, SegmentKind
+from ..format.records import HEADER_BYTES, Header, SegmentKind, record_length
 from ..format.stripe_rows import ShardPlace, Stripe
 from ..log.log import Log
 from ..members.member import Member
@@ -119,7 +119,14 @@ class Rebuilder:
             place = member.reserve(row.shard_length)
             member.shards.hold_back(place, row.shard_length)
         written.append(_Rebuilt(number, index, row, place, doubted))
-        await member.call(write_shard, self._log, member, place, header, data)
+        length = record_length(row.shard_length)
+        if member.space and member.device.room < length + self._log.limits.reserve_bytes:
+            raise NodeFullError(f"Node {member.name} has no room for the shards that it lacks.")
+        device = member.device.place(length)
+        try:
+            await member.call(write_shard, self._log, member, place, header, data)
+        finally:
+            device.land(length)
 
     async def _is_in_doubt(
         self, member: Member, place: ShardPlace, header: Header, data: Buffer

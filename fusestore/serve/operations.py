@@ -86,6 +86,10 @@ def _answered(handler: _Handler) -> _Handler:
                 # A deleted file counts until it is removed.
                 await args[0].remove_deleted()
                 return await handler(*args)
+            except errors.NoSpaceError:
+                if not await args[0].make_room():
+                    raise
+                return await handler(*args)
         except FUSEError as error:
             tally.answered(error.errno)
             raise
@@ -177,6 +181,13 @@ class Operations(pyfuse3.Operations):
     def found_damage(self) -> None:
         """A request failed on damaged metadata: the store repairs it soon."""
         self._files.log.on_damage()
+
+    async def make_room(self) -> bool:
+        """Wait for the room of deleted files; return whether a request is to be tried again."""
+        before = self._files.log.counters.files
+        await self.remove_deleted()
+        removed = self._files.log.counters.files < before
+        return await self._files.make_room(removed=removed)
 
     async def remove_deleted(self) -> None:
         """Wait until inodes that have no name and are not in use are removed.

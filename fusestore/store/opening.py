@@ -118,6 +118,8 @@ async def open_store(
                     member.ring = ring
             store = Store(config, log, nursery)
             store.comeback.damaged = replayed.damaged
+            if not read_only:
+                await log.sample_metadata()
             _adopt_tails(store)
             if read_only:
                 await _note_lost_segments(members)
@@ -405,6 +407,7 @@ def _refuse_without_foreign(log: Log) -> None:
 async def _finish(store: Store) -> None:
     """Commit and checkpoint everything; NotDurableError."""
     committer = store.committer
+    store.log.ends_at = trio.current_time() + store.log.limits.full_seconds_max
     async with committer.lock:
         store.writer.seal_all()
         store.reclaimer.strays.unmounting()

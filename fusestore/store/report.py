@@ -94,7 +94,7 @@ class Reporter:
         }
         whole = not lacking
         unused = {member.id for member in members.all if member.out_of_use}
-        size, free = members.usable(log.code)
+        size, free = log.room.usable(log.code)
         try:
             metadata_bytes = log.engine.bytes_used
         except OSError:

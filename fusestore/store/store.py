@@ -28,6 +28,7 @@ from ..repair.rejoin import Rejoin
 from ..repair.repairer import Repairer
 from ..repair.scrub import Scrubber
 from ..write.writer import Writer
+from .make_room import RoomMaker
 from .report import Reporter
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Store:
         log.on_damage = self.rows.wake
         self.reclaimer = Reclaimer(log)
         self.dumper = MetadataDumper(log, self.committer)
+        self.room_maker = RoomMaker(log, self.committer, self.reclaimer, self.dumper)
         self.healer = Healer(log, self.reader, self.committer)
         self.rejoin = Rejoin(log, self.committer, self.healer)
         self.comeback = Comeback(log, self.healer, self.rejoin)

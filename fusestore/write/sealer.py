@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 
 import trio
 
-from ..errors import InvariantError, NodeError, NodeTimeoutError
+from ..errors import InvariantError, NodeError, NodeFullError, NodeTimeoutError
 from ..format import erasure, stripe_rows
+from ..format.erasure import Code
 from ..format.records import Changes, block_checksums, record_length
 from ..format.stripe_rows import SegmentState, ShardPlace, Stripe
 from ..log.log import Log, Transaction
+from ..members.devices import Device
 from ..members.member import Member
 from .shard_record import NOT_WRITTEN, shard_header, write_shard
 from .stripes import Buffers, UnsealedStripe
@@ -30,24 +32,53 @@ class _Seal:
     stripe: UnsealedStripe
     targets: list[tuple[Member, ShardPlace]]
     parity: bytearray
+    charges: list[Device]
+    """The devices that count each of its shards as on its way."""
     checksums: list[bytes] = field(default_factory=list)
     errors: dict[int, NodeError] = field(default_factory=dict)
+    order: list[int] = field(default_factory=list)
+    """The indices of the shards to write."""
     next: int = 0
-    """The index of the shard that is being written."""
+    """The position in `order` of the shard that is being written."""
     attempt: int = 0
     """The number of the attempt; the thread of an earlier attempt is abandoned, and must stop."""
     hung: bool = False
 
     def give_up(self) -> None:
         """Abandon the node that is being written to, and its thread."""
-        member, _ = self.targets[self.next]
+        index = self.order[self.next]
+        member, _ = self.targets[index]
         seconds = member.limits.node_seconds_max
-        self.errors[self.next] = NodeTimeoutError(
+        self.errors[index] = NodeTimeoutError(
             f"Node {member.name} did not write a shard within {seconds:.0f} seconds."
         )
         self.hung = True
         self.attempt += 1
         self.next += 1
+
+    @property
+    def written(self) -> int:
+        """How many shards are on their nodes."""
+        return sum(
+            place.written and member.writable and index not in self.errors
+            for index, (member, place) in enumerate(self.targets)
+        )
+
+    @property
+    def full(self) -> dict[Member, NodeFullError]:
+        """The nodes that had no room for a shard."""
+        return {
+            self.targets[index][0]: error
+            for index, error in self.errors.items()
+            if isinstance(error, NodeFullError)
+        }
+
+    def again(self) -> None:
+        """Write those shards again that found no room."""
+        self.order = [i for i, error in self.errors.items() if isinstance(error, NodeFullError)]
+        self.next = 0
+        for index in self.order:
+            del self.errors[index]
 
 
 class Sealer:
@@ -74,14 +105,17 @@ class Sealer:
             return
         length = stripe.code.shard_length(stripe.position)
         targets: list[tuple[Member, ShardPlace]] = []
+        charges = []
         for member in self._log.members.place(stripe.code, stripe.number):
             if member.writable:
                 targets.append((member, member.reserve(length)))
+                charges.append(member.device.place(record_length(length)))
             else:
                 targets.append((member, ShardPlace(member.id, NOT_WRITTEN, 0)))
         self._log.counters.stripes += 1
         self.under_way += 1
-        self._nursery.start_soon(self._store, stripe, targets)
+        stripe.is_placed = True
+        self._nursery.start_soon(self._store, stripe, targets, charges)
 
     def _forget(self, stripe: UnsealedStripe) -> None:
         del self._log.unsealed[stripe.number]
@@ -89,11 +123,21 @@ class Sealer:
         stripe.sealed.set()
 
     async def _store(
-        self, stripe: UnsealedStripe, targets: list[tuple[Member, ShardPlace]]
+        self,
+        stripe: UnsealedStripe,
+        targets: list[tuple[Member, ShardPlace]],
+        charges: list[Device],
     ) -> None:
-        work = _Seal(stripe, targets, self._buffers.parity(stripe.code))
+        work = _Seal(stripe, targets, self._buffers.parity(stripe.code), charges)
+        work.order = list(range(len(targets)))
         try:
             await self._run(work)
+            while work.full and work.written < self._enough(stripe.code):
+                if not await self._log.wait_for_room(work.full):
+                    break
+                work.again()
+                await self._run(work)
+            self._log.waited()
             if work.hung:
                 stripe.pooled = False  # a thread that hangs still holds the buffers
             else:
@@ -117,17 +161,25 @@ class Sealer:
             )
             raise
         finally:
+            for device in work.charges:
+                device.land(record_length(stripe.code.shard_length(stripe.position)))
             self.under_way -= 1
             stripe.sealed.set()
             self._on_end()
+
+    def _enough(self, code: Code) -> int:
+        """The shards of a stripe that must be written, if others find no room for now."""
+        return min(code.k + self._log.members.config.spare_shards, code.n)
 
     def _places(self, work: _Seal) -> tuple[ShardPlace, ...]:
         """Return the place of each shard; shards of failed nodes were never written."""
         stripe, places = work.stripe, []
         length = stripe.code.shard_length(stripe.position)
         for index, (member, place) in enumerate(work.targets):
-            if index in work.errors:
-                member.fail(work.errors[index])
+            error = work.errors.get(index)
+            if error is not None:
+                if not isinstance(error, NodeFullError):  # healing writes it when there is room
+                    member.fail(error)
             elif place.written and member.writable:
                 member.shards.dirty.add(place.segment)
                 member.shards.unflushed.append((stripe.number, index))
@@ -193,7 +245,7 @@ class Sealer:
 
     async def _run(self, work: _Seal) -> None:
         """Code and write in one thread; continue in another if a node hangs."""
-        while work.next < len(work.targets):
+        while work.next < len(work.order):
             done = trio.Event()
 
             async def attempt(done: trio.Event = done) -> None:
@@ -226,8 +278,8 @@ class Sealer:
                 stripe.data[stripe.position : stripe.position + padding] = bytes(padding)
             erasure.encode(code, length, shards[: code.k], shards[code.k :])
             work.checksums = [block_checksums(shard, length) for shard in shards]
-        while work.attempt == attempt and work.next < len(work.targets):
-            index = work.next
+        while work.attempt == attempt and work.next < len(work.order):
+            index = work.order[work.next]
             member, place = work.targets[index]
             if place.written and member.is_open:
                 sums = work.checksums[index]

@@ -42,6 +42,8 @@ class UnsealedStripe:
     owners: list[tuple[int, int, int, int]] = field(default_factory=list)
     """(ino, file offset, length, stripe offset) of owners that no commit holds."""
     owners_count: int = 0
+    is_placed: bool = False
+    """Whether its shards have places, so that the devices count them."""
     dead: bool = False
     """No file had bytes in the stripe when a commit took it: this commit frees its room."""
     batch: CommitBatch | None = None

@@ -15,8 +15,10 @@ from collections.abc import Callable
 import trio
 from typing_extensions import Buffer
 
+from ..errors import NoSpaceError
 from ..format import stripe_rows
 from ..format.erasure import Code
+from ..format.records import record_length
 from ..log.log import Log, Transaction
 from .sealer import Sealer
 from .stripes import Buffers, UnsealedStripe
@@ -33,23 +35,37 @@ class Writer:
         self._adopted: list[UnsealedStripe] = []
         """Stripes that the last mount left open."""
         log.unwritten = self._unwritten
+        log.room.unplaced = self._unplaced
         self._waiting = trio.lowlevel.ParkingLot()
         """Tasks that wait for room in memory."""
+        log.on_wait = self._waiting.unpark_all
         self._buffers = Buffers(log.limits.stripe_bytes)
         self.sealer = Sealer(log, nursery, self._buffers, self._waiting.unpark_all)
         self.unflushed = 0
         """File bytes accepted since the last commit began, and those of a running commit."""
 
     async def room(self) -> None:
-        """Wait until the bytes of a request may be accepted into memory."""
+        """Wait until the bytes of a request may be accepted into memory; NoSpaceError."""
         if self._has_room():
             return
         self._ask_commit()
         while not self._has_room():
+            if self._log.room.waits:  # and so does the memory
+                raise NoSpaceError(self._log.room.waits)
             await self._waiting.park()
 
     def _unwritten(self) -> int:
         return len(self._log.unsealed) * self._limits.stripe_bytes
+
+    def _unplaced(self) -> dict[Code, int]:
+        """Return the bytes of one shard of each stripe that has no places yet, by code."""
+        found: dict[Code, int] = {}
+        for stripe in self._log.unsealed.values():
+            if isinstance(stripe, UnsealedStripe) and not stripe.is_placed and stripe.position:
+                code = stripe.code
+                size = record_length(code.shard_length(stripe.position))
+                found[code] = found.get(code, 0) + size
+        return found
 
     def _has_room(self) -> bool:
         return bool(self._log.broken) or (

@@ -273,6 +273,10 @@ class RecordedNode:
         self._operate("space")
         return self.node.space()
 
+    def keep_reserve(self, length: int) -> None:
+        """See Node."""
+        self.node.keep_reserve(length)
+
     def bytes_used(self) -> int:
         """See Node."""
         return self.node.bytes_used()

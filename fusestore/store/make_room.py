@@ -1,0 +1,92 @@
+"""A request that found no room gets it from what was deleted before it.
+
+Freed room can be used again after a commit, a checkpoint and the removal of the shards.
+These happen by themselves within some seconds.  A request that would fail waits for them
+instead, as it would on other file systems, and is then tried once more.
+"""
+
+from __future__ import annotations
+
+import trio
+
+from ..commit.committer import Committer
+from ..commit.metadata_dump import MetadataDumper
+from ..commit.reclaim import Reclaimer
+from ..errors import NodeError, NotDurableError
+from ..log.log import Log
+from ..members.member import Member
+
+
+class RoomMaker:
+    """Commits, reclaims and measures for requests that found no room."""
+
+    def __init__(
+        self, log: Log, committer: Committer, reclaimer: Reclaimer, dumper: MetadataDumper
+    ) -> None:
+        self._log = log
+        self._committer = committer
+        self._reclaimer = reclaimer
+        self._dumper = dumper
+        self._lock = trio.Lock()
+        self._waiting = 0
+
+    async def make_room(self, *, removed: bool) -> bool:
+        """Return whether a request should be tried again; `removed` if files were just removed."""
+        limits = self._log.limits
+        if self._waiting >= limits.room_waits_max or self._log.room.waits or self._log.broken:
+            return False
+        self._waiting += 1
+        try:
+            with trio.move_on_after(limits.full_seconds_max):
+                async with self._lock:
+                    if not removed and not self._is_owed():
+                        return await self._measure_if_old()
+                    return await self._pay()
+        except NotDurableError:
+            pass
+        finally:
+            self._waiting -= 1
+        return False
+
+    def _is_owed(self) -> bool:
+        """Whether a commit, a checkpoint or the reclaimer may free room."""
+        log = self._log
+        return bool(
+            log.pending
+            or log.unsealed
+            or log.engine.changed_keys
+            or self._dumper.is_due
+            or self._reclaimer.has_work
+        )
+
+    async def _pay(self) -> bool:
+        passes = self._reclaimer.passes
+        async with self._committer.lock:
+            await self._committer.commit_now(checkpoint=True)
+        await self._reclaimer.passed(passes)
+        await self._dumper.done()
+        await self._measure()
+        return True
+
+    async def _measure_if_old(self) -> bool:
+        """Measure the devices if others may have made room meanwhile."""
+        age = trio.current_time() - self._committer.journal.measured_at
+        if age < self._log.limits.sample_seconds:
+            return False
+        await self._measure()
+        return True
+
+    async def _measure(self) -> None:
+        async with trio.open_nursery() as nursery:
+            for member in self._log.members.writable:
+                nursery.start_soon(self._sample, member)
+            nursery.start_soon(self._log.sample_metadata)
+        self._log.room.refresh()
+        self._committer.journal.measured_at = trio.current_time()
+
+    @staticmethod
+    async def _sample(member: Member) -> None:
+        try:
+            await member.call(member.sample)
+        except NodeError as error:
+            member.fail(error)

@@ -1,0 +1,241 @@
+"""Full devices: by the store, by other programs, and out of inodes; nothing breaks, all goes on."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from support.disks import Disks, fill, free
+from support.mounted_store import Store
+
+pytestmark = pytest.mark.mounted
+
+MIB = 1 << 20
+WAITS = (r"log\.log: .* What was accepted waits for room", r"log\.log: There is room again")
+BLOCK = random.Random(1).randbytes(MIB)
+
+
+@pytest.fixture
+def disks(tmp_path: Path) -> Iterator[Disks]:
+    made = Disks(tmp_path)
+    yield made
+    made.clean_up()
+
+
+@pytest.fixture
+def on_disks(
+    disks: Disks, make_store: Callable[..., Store]
+) -> Callable[..., tuple[Store, list[Path]]]:
+    """A function that mounts a store of three nodes, on as many devices as paths are given."""
+
+    def make(*places: Path, code: str = "2+1") -> tuple[Store, list[Path]]:
+        options: list[str] = ["--code", code]
+        for number in range(3):
+            options += ["--region", f"r{number}={places[number % len(places)] / f'n{number}'}"]
+        store = make_store(*options)
+        store.mount()
+        return store, list(places)
+
+    return make
+
+
+def write_until_full(path: Path, size: int = MIB) -> int:
+    """Write a file until ENOSPC; bytes written."""
+    total = 0
+    with path.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            total += file.write(BLOCK[:size])
+    return total
+
+
+def sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def put(path: Path, data: bytes) -> None:
+    """Write a file and fsync it."""
+    with path.open("wb", buffering=0) as file:
+        for start in range(0, len(data), MIB):
+            file.write(data[start : start + MIB])
+        os.fsync(file.fileno())
+
+
+def is_well(store: Store) -> None:
+    status = store.status()
+    assert not status["read_only"], status["error"]
+    assert [node["state"] for node in status["nodes"]] == ["up"] * 3
+
+
+# --- filled by the store -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "mib", "count", "code", "policy", "size"),
+    [
+        ("tmpfs", 300, 1, "2+1", "", MIB),
+        ("ext4", 330, 1, "2+1", "", MIB),
+        ("ext4", 290, 1, "2+1", "", 64 << 10),
+        ("tmpfs", 260, 1, "1+2", "", MIB),
+        ("tmpfs", 300, 1, "2+1", "1+2", MIB),
+        ("tmpfs", 200, 3, "2+1", "1+63", MIB),
+        ("tmpfs", 200, 3, "2+1", "4+2", 5000),
+        ("tmpfs", 250, 2, "1+2", "", MIB),
+    ],
+)
+def test_a_store_that_is_filled_keeps_its_reserve_and_can_be_emptied(
+    disks: Disks,
+    on_disks: Callable[..., tuple[Store, list[Path]]],
+    kind: str,
+    mib: int,
+    count: int,
+    code: str,
+    policy: str,
+    size: int,
+) -> None:
+    make = disks.tmpfs if kind == "tmpfs" else disks.ext4
+    store, places = on_disks(*(make(f"d{i}", mib) for i in range(count)), code=code)
+    top = store.mountpoint / "top"
+    top.mkdir()
+    if policy:
+        os.setxattr(top, "user.fusestore.code", policy.encode())
+    put(store.mountpoint / "important", BLOCK)
+    written = write_until_full(top / "big", size)
+    assert written > 3 * MIB
+    sync(top / "big")
+    assert min(map(free, places)) >= 20 * MIB
+    is_well(store)
+    assert os.statvfs(store.mountpoint).f_bavail * 4096 < 32 * MIB
+    store.remount()
+    assert min(map(free, places)) >= 20 * MIB
+    assert (top / "big").stat().st_size == written
+    assert (store.mountpoint / "important").read_bytes() == BLOCK
+    (top / "big").unlink()
+    put(store.mountpoint / "other", BLOCK)  # at once
+    is_well(store)
+
+
+@pytest.mark.parametrize("how", ["delete", "truncate", "overwrite", "close", "rename"])
+def test_what_was_freed_makes_room_at_once(
+    disks: Disks, on_disks: Callable[..., tuple[Store, list[Path]]], how: str
+) -> None:
+    store, _ = on_disks(*(disks.tmpfs(f"d{i}", 130) for i in range(3)))
+    old, new = store.mountpoint / "old", store.mountpoint / "new"
+    put(old, BLOCK * 30)
+    (store.mountpoint / "empty").touch()
+    write_until_full(store.mountpoint / "rest")
+    sync(store.mountpoint / "rest")
+    time.sleep(0.5)
+    write_until_full(store.mountpoint / "rest2", 4096)
+    if how == "delete":
+        old.unlink()
+    elif how == "truncate":
+        os.truncate(old, 0)
+    elif how == "overwrite":
+        new = old
+    elif how == "rename":
+        os.rename(store.mountpoint / "empty", old)
+    else:
+        with old.open("rb"):
+            old.unlink()
+    with new.open("wb", buffering=0) as file:
+        for _ in range(20):
+            assert file.write(BLOCK) == MIB
+        os.fsync(file.fileno())
+    assert new.read_bytes() == BLOCK * 20
+
+
+# --- filled by others --------------------------------------------------------
+
+
+@pytest.mark.expects_log(*WAITS)
+@pytest.mark.parametrize(("kind", "count"), [("tmpfs", 1), ("ext4", 1), ("tmpfs", 3)])
+def test_files_are_deleted_while_others_have_filled_the_devices(
+    disks: Disks, on_disks: Callable[..., tuple[Store, list[Path]]], kind: str, count: int
+) -> None:
+    make = disks.tmpfs if kind == "tmpfs" else disks.ext4
+    store, places = on_disks(*(make(f"d{i}", 200) for i in range(count)))
+    top = store.mountpoint / "top"
+    top.mkdir()
+    for number in range(3000):
+        (top / f"file-with-a-rather-long-name-{number}").write_bytes(b"x" * 100)
+    sync(top)
+    for place in places:
+        fill(place / "filler")
+    shutil.rmtree(top)
+    sync(store.mountpoint)
+    store.kill()
+    store.mount()
+    assert not top.exists()
+    with pytest.raises(OSError, match="No space left"):
+        put(store.mountpoint / "more", BLOCK * 8)
+    is_well(store)
+    for place in places:
+        (place / "filler").unlink()
+    put(store.mountpoint / "after", BLOCK)
+    is_well(store)
+
+
+@pytest.mark.expects_log(*WAITS)
+def test_what_was_accepted_waits_while_others_have_taken_its_room(
+    disks: Disks, on_disks: Callable[..., tuple[Store, list[Path]]]
+) -> None:
+    place = disks.tmpfs("d", 300)
+    store, _ = on_disks(place)
+    first, second = store.mountpoint / "first", store.mountpoint / "second"
+    put(first, BLOCK)
+    total = 0
+    with second.open("wb", buffering=0) as file:
+        fill(place / "filler")
+        with pytest.raises(OSError, match="No space left"):
+            while True:
+                total += file.write(BLOCK)
+        with pytest.raises(OSError, match="No space left"):
+            os.fsync(file.fileno())
+        assert first.read_bytes() == BLOCK
+        first.unlink()
+        assert not store.status()["read_only"]
+        (place / "filler").unlink()
+        os.fsync(file.fileno())
+        put(store.mountpoint / "third", BLOCK)
+    is_well(store)
+    store.kill()
+    store.mount()
+    assert second.read_bytes() == BLOCK * (total // MIB)
+    assert not first.exists()
+
+
+@pytest.mark.expects_log(*WAITS)
+def test_a_device_without_inodes_counts_as_full(
+    disks: Disks, on_disks: Callable[..., tuple[Store, list[Path]]]
+) -> None:
+    place = disks.tmpfs("d", 600, inodes=200)
+    store, _ = on_disks(place)
+    top = store.mountpoint / "top"
+    top.mkdir()
+    for number in range(100):
+        (top / f"{number}").write_bytes(BLOCK[:1000])
+    sync(top)
+    made = []
+    with pytest.raises(OSError, match="No space left"):
+        for number in range(1000):
+            made.append(place / f"filler{number}")
+            made[-1].touch()
+    with pytest.raises(OSError, match="No space left"):
+        put(store.mountpoint / "more", BLOCK * 200)
+    shutil.rmtree(top)
+    sync(store.mountpoint)
+    is_well(store)
+    for path in made[:-1]:
+        path.unlink()
+    put(store.mountpoint / "after", BLOCK)
+    is_well(store)
