@@ -1,8 +1,7 @@
 """All errors of fusestore, as one tree of exceptions.
 
-Each message is a sentence for the user: what failed, where, and the remedy.  Each
-interface (FUSE, command line, control socket) maps classes to errnos or exit statuses in
-one table.
+Each message is a sentence for the user: what failed, where, and the remedy.  FUSE maps
+classes to errnos in one table, the command line to exit statuses in another.
 """
 
 from __future__ import annotations

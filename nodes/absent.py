@@ -20,7 +20,7 @@ class AbsentNode:
         self._name = name
 
     def _refuse(self) -> NoReturn:
-        raise NodeError(f"Node {self._name} is missing.")
+        raise NodeError(f"Node {self._name} is not open: see 'fusestore status'.")
 
     def check(self) -> None:
         """See Node."""

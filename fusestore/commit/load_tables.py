@@ -109,7 +109,7 @@ def save(engine: Engine, changes: Changes | None = None) -> None:
 
 
 def latest_row(engine: Engine, journals: Journals, after: LogPosition, key: bytes) -> bytes | None:
-    """A row as of the last commit of the chain, even if that commit does not count."""
+    """Return a row at the last commit of the chain, whether or not that commit counts."""
     value = engine.get(key)
     for entry in journals.chain(after):
         value = entry.commit().changes.get(key, value)

@@ -44,7 +44,7 @@ class _Contents:
     named: list[_Record]
     """Records of stripes that other rows name."""
     unnamed: list[_Record]
-    """Records of stripes that no row by the number of a stripe names."""
+    """Records whose stripe has no row, and is named by none."""
     is_needed: bool
     """A stripe whose row has a shard elsewhere may need the copy in the segment."""
 
@@ -114,10 +114,10 @@ class StraySegments:
                     if place.written and place.segment in strays:
                         del strays[place.segment]
                         logger.error(
-                            "Segment %d of node %d is in use but not in the tables: run "
+                            "Segment %d of node %s is in use but not in the tables: run "
                             "'fusestore fsck --repair'.",
                             place.segment,
-                            place.node,
+                            self._log.members.by_id[place.node].name,
                         )
             await trio.lowlevel.checkpoint()
 

@@ -90,7 +90,9 @@ class Removal:
                     continue
                 inode = Inode.decode(value)
                 if inode.nlink:
-                    logger.error("inode %d is not removed, because it has a name: run fsck", ino)
+                    logger.error(
+                        "Inode %d is not removed, because it has a name: run 'fusestore fsck'.", ino
+                    )
                     continue
                 prefix = file_rows.xattr_key(ino, b"")
                 for key, _ in list(txn.scan(prefix, keys.after(prefix))):
@@ -127,7 +129,9 @@ class Removal:
                 if size == (Inode.decode(row).size if row is not None else 0):
                     await self._contents.trim(ino, size)
                 else:
-                    logger.error("a trim of inode %d does not match its size: run fsck", ino)
+                    logger.error(
+                        "A trim of inode %d does not match its size: run 'fusestore fsck'.", ino
+                    )
         rows = engine.scan(file_rows.ORPHANS_START, file_rows.ORPHANS_END)
         orphans: Sequence[int] = [
             file_rows.decode_ino_key(key) for key, value in rows if tables.readable(key, value)

@@ -135,7 +135,7 @@ class Rebalancer:
                 if not self._log.broken and self.job.is_running:
                     moved += await self._rebalance()
             except FusestoreError as error:
-                logger.error("Shards cannot be moved, and it will be tried again: %s", error)
+                logger.error("Shards could not be moved; this will be tried again: %s", error)
             if not moved:
                 await self.job.changed(self._limits.probe_seconds)
 

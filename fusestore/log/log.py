@@ -118,7 +118,7 @@ class Transaction:
         if left < 0:
             # The count is wrong, so files may still need the stripe.
             logger.error(
-                "Stripe %#x counts %d too few live bytes: it is kept. Run 'fusestore fsck'.",
+                "Stripe %#x counts %d too few live bytes: it is kept. Run 'fusestore fsck --repair'.",
                 stripe,
                 -left,
             )

@@ -165,7 +165,7 @@ class Members:
         return [member for member in self.all if member.writable]
 
     def can_store(self, code: Code) -> bool:
-        """Return whether each stripe of a code would get enough shards, and commits a node."""
+        """Return whether stripes of a code would get enough shards, and a node can take commits."""
         return bool(self.in_sync) and self.could_store(code, {m.id for m in self.all if m.takes})
 
     def could_store(self, code: Code, ids: Collection[int]) -> bool:

@@ -21,7 +21,7 @@ from .members import Members
 def open_node(
     config: StoreConfig, node: NodeConfig, *, read_only: bool = False, claim: bool = True
 ) -> DirectoryNode:
-    """Open a node of the configuration; NodeError when it is not there, not itself, or in use.
+    """Open a node of the configuration; NodeError if it is missing, another node's, or in use.
 
     Without `read_only` the mount of the configuration becomes its owner, or with `claim`
     false, the caller sees to that.

@@ -96,7 +96,7 @@ class ShardSegments:
 
     @property
     def known(self) -> list[int]:
-        """Numbers that certainly were those of segments, or 0, in no order."""
+        """Numbers of segments that were certainly used, or 0; unordered."""
         return [0, self.current, *self.states, max(self.swept - 1, 0)]
 
     @property

@@ -7,8 +7,8 @@ checkpoint.  Therefore the database is never ahead of the journals, operations d
 not pause for a checkpoint, and a failed transaction loses nothing: its changes
 are still in memory, and the next checkpoint writes them.
 
-LMDB has no checksums.  Therefore each stored value ends with a checksum that is seeded
-with its key, and is verified whenever it is read from the database: no read, no scan
+LMDB has no checksums.  Therefore each stored value ends with a checksum over
+its key and itself, and is verified whenever it is read from the database: no read, no scan
 and no `last` passes a row that does not match (BadRowError).  Rows in memory are not
 verified.
 
@@ -178,7 +178,7 @@ class Engine:
             self._txn = self._begin()
             self._cursor = self._txn.cursor()
         except (lmdb.Error, OSError) as error:
-            raise MetadataError(f"The metadata in {self._directory}: {error}.") from error
+            raise _unusable(self._directory, error) from error
 
     def _begin(self, *, write: bool = False) -> lmdb.Transaction[bytes]:
         return self._env.begin(write=write, db=self._rows)
@@ -247,7 +247,7 @@ class Engine:
             parts = [rows_below(overlay, prefix) for overlay in overlays]
             return View(parts, self._begin(), self._main, self._views)
         except lmdb.Error as error:
-            raise MetadataError(f"The metadata in {self._directory}: {error}.") from error
+            raise _unusable(self._directory, error) from error
 
     def last(self, start: bytes, end: bytes) -> tuple[bytes, bytes] | None:
         """Return the greatest key with start <= key <= end, and its value, or None."""
@@ -356,7 +356,7 @@ class Engine:
         except (lmdb.Error, OSError) as error:
             self._failure = error
             self._is_dead = self._is_dead or isinstance(error, lmdb.PanicError)
-            raise MetadataError(f"The metadata in {self._directory}: {error}.") from error
+            raise _unusable(self._directory, error) from error
         self._to_recount = False
 
     def recount(self) -> None:
@@ -459,3 +459,10 @@ def _before(key: bytes) -> bytes:
     """Return a key less than `key`, and not less than any smaller key of the same length."""
     number = int.from_bytes(key, "big") - 1
     return number.to_bytes(len(key), "big")
+
+
+def _unusable(directory: Path, error: Exception) -> MetadataError:
+    return MetadataError(
+        f"The metadata in {directory} cannot be read or written: {error}. Look at its disk and its "
+        "free space; what is not written yet is kept in memory."
+    )

@@ -1,6 +1,6 @@
 """The rows for a reader: changes in memory above an LMDB transaction, and views of both.
 
-A stored row ends with a checksum that is seeded with its key.  No read and no scan
+A stored row ends with a checksum over its key and value.  No read and no scan
 passes a row that does not match it (BadRowError), unless a view skips and notes such
 rows.  Only fsck and the mending of rows use such views.
 """

@@ -1,7 +1,7 @@
 """The read path: a file's extents, the shards they touch, every byte verified.
 
 Bytes in memory are copied from there.  Otherwise the blocks of a range are read
-from the data shards, at first without blocking, then in a thread, and checked
+from the data shards, at first without blocking, then through the ring or in a thread, and checked
 against the checksums in the metadata.  If a shard is missing or bad, the same
 blocks of any k others are read and decoded, and the damage is noted for healing.
 """

@@ -150,7 +150,7 @@ class Rebuilder:
         self._log.rows_in_doubt += 1
         logger.error(
             "Shard %d of stripe %#x is not where its row says, in segment %d of node %s at %d: "
-            "the data there is kept. Run 'fusestore fsck'.",
+            "the data there is kept. Run 'fusestore fsck --repair'.",
             header.index,
             header.number,
             place.segment,

@@ -203,8 +203,9 @@ class Repairer:
                     await self._rejoin.join(member, tell)
             except BaseException as error:
                 # It is a node of the store from now on, and is brought back like any other.
+                why = str(error).rstrip(".")
                 self.healer.give_up(
-                    member, NodeError(f"Node {member.name} has not joined yet: {error}.")
+                    member, NodeError(f"Node {member.name} has not joined yet: {why}.")
                 )
                 raise
 

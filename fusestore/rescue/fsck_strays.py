@@ -10,7 +10,7 @@ from ..nodes.base import Strays
 from ..store.store import Store
 
 _FAR_NAMED_MAX = 3
-"""The number of files with a too large number that are named for each node."""
+"""The most files with numbers out of reach that are named for each node."""
 
 
 async def strays(store: Store) -> list[str]:

@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 HOW_TO_GIVE_UP = "use --accept-loss"
 _COMMITS_LOOKED_AT = 100
-"""The last commits of a history in which the time of its last change is searched."""
+"""The last commits of a history, searched for the time of its last change."""
 
 
 def recover(

@@ -19,7 +19,7 @@ _latest = 0
 def now() -> int:
     """Return the time in ns since the epoch for a stamp.
 
-    It is not before a stamp that `came` earlier, unless the clock was set back.
+    It is never earlier than a stamp that was passed to `came`, unless the clock was set back.
     """
     coarse = time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
     return _latest if coarse < _latest <= coarse + _TICK_NS else coarse

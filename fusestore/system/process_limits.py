@@ -22,7 +22,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 OPEN_FILES_WANTED = 65536
-"""More open files are never needed; some programs take time for each that they may open."""
+"""More open files are never needed, and a higher limit slows some programs."""
 RETRY_SECONDS = 5.0
 _PAUSE_SECONDS = 0.02
 _SHORT = (errno.EMFILE, errno.ENFILE)
