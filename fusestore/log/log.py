@@ -118,7 +118,8 @@ class Transaction:
         if left < 0:
             # The count is wrong, so files may still need the stripe.
             logger.error(
-                "Stripe %#x counts %d too few live bytes: it is kept. Run 'fusestore fsck --repair'.",
+                "Stripe %#x counts %d too few live bytes, and is kept: run 'fusestore fsck "
+                "--repair'.",
                 stripe,
                 -left,
             )
