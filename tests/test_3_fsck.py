@@ -375,7 +375,7 @@ async def test_wrong_counts_of_segments_cost_no_shards(
 
 
 @pytest.mark.expects_log(
-    r"files\.removal: a trim of inode \d+ does not match its size",
+    r"files\.removal: A trim of inode \d+ does not match its size",
     r"files\.removal: Inode \d+ is not removed, because it has a name",
 )
 async def test_a_mount_believes_no_trim_and_no_orphan_that_the_inode_contradicts(
