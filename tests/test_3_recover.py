@@ -32,6 +32,7 @@ from fusestore.errors import (
     FileSystemError,
     FusestoreError,
     MetadataError,
+    NodeError,
     ReplayError,
     UsageError,
 )
@@ -39,9 +40,11 @@ from fusestore.files.filesystem import FileSystem
 from fusestore.files.tree import Change
 from fusestore.format import acl
 from fusestore.format.erasure import Code
-from fusestore.format.records import Header, Kind
+from fusestore.format.records import Header, Kind, SegmentKind
 from fusestore.limits import STRIPE_BYTES, Limits
 from fusestore.metadata.engine import Engine
+from fusestore.nodes.directory import DirectoryNode
+from fusestore.rescue.recover import recover
 from fusestore.serve.control_server import lock_store
 from fusestore.serve.messages.safety import FsckRequest
 from fusestore.serve.offline import offline
@@ -1295,3 +1298,28 @@ async def test_the_command_does_not_disturb_who_has_the_store(config: StoreConfi
     assert "Traceback" not in done.stderr
     recovered(config)
     assert await read(config) == files
+
+
+async def test_recover_closes_every_node_that_it_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when it refuses: it does not wait for the garbage collector."""
+    config = make(tmp_path / "store")
+    async with opened(config) as one:
+        await one.put("file", b"data")
+    made: list[DirectoryNode] = []
+    begin = DirectoryNode.__init__
+
+    def init(node: DirectoryNode, *arguments: Any, **options: Any) -> None:
+        begin(node, *arguments, **options)
+        made.append(node)
+
+    monkeypatch.setattr(DirectoryNode, "__init__", init)
+    with pytest.raises(UsageError, match="is not empty"):
+        recover(config.store, [], None, accept_loss=False, progress=lambda message: None)
+    shutil.rmtree(config.metadata)
+    recover(config.store, [], None, accept_loss=False, progress=lambda message: None)
+    assert len(made) >= 3 * len(config.nodes)
+    for node in made:
+        with pytest.raises(NodeError, match="it is closed"):
+            node.segments(SegmentKind.JOURNAL)

@@ -20,7 +20,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from ..log.log import Log
 from ..members.opening import open_members
 from ..metadata.engine import Engine
 from ..nodes.base import Node
-from .recover_nodes import FoundNodes, find_nodes
+from .recover_nodes import FoundNodes, close_node, find_nodes
 from .recover_output import draft_database, recovered_config, write_config
 from .recover_report import recovery_report
 
@@ -71,11 +71,14 @@ def recover(
     started = time.monotonic()
     found = find_nodes(store, extra)
     target = Path(os.path.realpath(metadata)) if metadata else found.metadata
-    journals, rivals = _read_journals(found, progress, history)
-    with draft_database(target) as (draft, move_into_place):
+    with ExitStack() as nodes:
+        journals, rivals = _read_journals(found, nodes, progress, history)
+        draft, move_into_place = nodes.enter_context(draft_database(target))
         with closing(Engine(draft, limits=limits)) as engine:
             checkpoint = load_tables(engine, journals, progress)
             state, config, in_sync = _open_log(engine, found, journals, checkpoint, target)
+            for member in state.members.all:
+                close_node(nodes, member.node)
             replayed = replay(
                 state, checkpoint, in_sync, accept_loss=accept_loss, how=HOW_TO_GIVE_UP
             )
@@ -96,14 +99,14 @@ def recover(
 
 
 def _read_journals(
-    found: FoundNodes, progress: Progress, history: str
+    found: FoundNodes, until: ExitStack, progress: Progress, history: str
 ) -> tuple[Journals, list[Entry]]:
     """Read the journals of all available nodes; errors go to `found.problems`.
 
     Also return the commits of another history, which `history` gives up; ReplayError if
     there is one and `history` is not given.
     """
-    nodes = found.open()
+    nodes = found.open(until)
     if history and history not in nodes:
         raise UsageError(f"Node {history} is not available: its history cannot be recovered.")
     total = _journal_bytes(nodes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
@@ -41,8 +42,8 @@ class FoundNodes:
         """The directory of the store's metadata."""
         return self.config.metadata if self.config else self.store / names.METADATA_NAME
 
-    def open(self) -> dict[str, Node]:
-        """Open the available nodes, by name; UsageError if there are none."""
+    def open(self, until: ExitStack) -> dict[str, Node]:
+        """Open the available nodes, by name, `until` closes them; UsageError if there are none."""
         nodes: dict[str, Node] = {}
         mount = Mount.begin(take_over=False)
         for name, (path, identity) in self.places.items():
@@ -52,6 +53,7 @@ class FoundNodes:
                     nodes[name] = DirectoryNode(
                         path, identity, read_only=True, owner=owner, mount=mount
                     )
+                    close_node(until, nodes[name])
             except NodeBusyError as error:
                 raise StoreBusyError(str(error)) from error
             except NodeError as error:
@@ -68,6 +70,18 @@ class FoundNodes:
             except NodeBusyError as error:  # nothing is written there, and the mount will refuse
                 logger.warning("%s What is written there from now on is not recovered.", error)
         return nodes
+
+
+def close_node(until: ExitStack, node: Node) -> None:
+    """Have a node closed; that this fails is logged."""
+
+    def close() -> None:
+        try:
+            node.close()
+        except NodeError as error:
+            logger.warning("%s", error)
+
+    until.callback(close)
 
 
 def find_nodes(store: Path, extra: Sequence[Path]) -> FoundNodes:
