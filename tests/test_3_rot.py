@@ -21,7 +21,7 @@ import lmdb
 import pytest
 import trio
 
-from fusestore.commit import row_keeper
+from fusestore.commit import row_check, row_keeper
 from fusestore.commit.row_check import examine
 from fusestore.config.store_config import StoreConfig, load
 from fusestore.errors import BadRowError, DamagedMetadataError, FusestoreError, ReplayError
@@ -34,7 +34,8 @@ from fusestore.metadata.engine import ROWS
 from fusestore.rescue.fsck import fsck
 from fusestore.rescue.recover import recover
 from fusestore.store.opening import open_store
-from support.logs import MENDED, NOT_IN_TABLES
+from support.filled_store import shard_bytes
+from support.logs import MENDED, NO_STRIPE, NOT_IN_TABLES, NOT_MENDED, SEGMENT_KEPT
 from support.opened_store import Opened, limited, make, opened, scrub
 from support.processes import in_child
 
@@ -310,7 +311,7 @@ async def test_a_scrub_finds_rows_that_are_gone_or_old(
     change_stored(config, change)
     async with open_store(config, background=False) as store, trio.open_nursery() as nursery:
         one = Opened(store, FileSystem(store, nursery))
-        assert await store.rows.mend()
+        assert await store.rows.mend() or store.log.mended
         await all_right(one)
         assert await store.rows.mend() == []
     async with opened(load(config.store)) as one:
@@ -329,7 +330,7 @@ async def test_fsck_has_it_as_a_finding(
     async with open_store(config, background=False) as store:
         found = await fsck(store, repair=False, at_rest=True)
         assert any("the journals have the right version" in text for text in found["findings"])
-        assert found["left"]
+        assert found["left"] or store.log.mended
         mended = await fsck(store, repair=True, at_rest=True)
         assert mended["left"] == []
     async with opened(config) as one:
@@ -337,7 +338,9 @@ async def test_fsck_has_it_as_a_finding(
 
 
 @pytest.mark.parametrize("change", [*ROTTEN[:8], *GONE], ids=named)
-@pytest.mark.expects_log(MENDED, r"The metadata cannot be mended", NOT_IN_TABLES)
+@pytest.mark.expects_log(
+    MENDED, NOT_MENDED, r"The metadata cannot be mended", NOT_IN_TABLES, SEGMENT_KEPT
+)
 async def test_without_journals_nothing_is_guessed(
     config: StoreConfig, change: Callable[[Rows], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,6 +352,7 @@ async def test_without_journals_nothing_is_guessed(
 
     change_stored(config, change)
     monkeypatch.setattr(row_keeper, "wrong_rows", unknown)
+    monkeypatch.setattr(row_check, "wrong_rows", unknown)
     async with opened(config) as one:
         segment = one.store.dumper.first_segment
         journals = journal_files(config)
@@ -367,6 +371,55 @@ async def test_without_journals_nothing_is_guessed(
     monkeypatch.undo()
     async with opened(load(config.store)) as one:
         assert one.store.log.mended
+        await all_right(one)
+
+
+@pytest.mark.parametrize("change", GONE, ids=named)
+@pytest.mark.expects_log(MENDED)
+async def test_a_large_store_notices_at_the_mount_that_rows_are_gone(
+    config: StoreConfig, change: Callable[[Rows], None]
+) -> None:
+    before: list[int] = []
+    change_stored(config, lambda rows: before.append(len(rows)))
+    change_stored(config, change)
+    after: list[int] = []
+    change_stored(config, lambda rows: after.append(len(rows)))
+    config = limited(config, rows_examined_at_mount_max=0)
+    async with opened(config) as one:
+        assert bool(one.store.log.mended) is (after != before)
+        if after != before:
+            await all_right(one)
+
+
+@pytest.mark.parametrize("letters", [b"G", b"SG", b"SVOG", b"SVOGE"])
+@pytest.mark.parametrize("most", [0, 250_000])
+@pytest.mark.expects_log(
+    MENDED, NOT_MENDED, NOT_IN_TABLES, r"The metadata cannot be mended", NO_STRIPE
+)
+async def test_nothing_is_freed_while_rows_are_gone_that_no_journal_has(
+    config: StoreConfig, letters: bytes, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash left nothing; the segments look as if it had, but for the counts of rows."""
+
+    def unknown(*_: object) -> None:
+        raise ReplayError("The available journals do not lead to commit 7.")
+
+    def lose(rows: Rows) -> None:
+        for key in [key for key in rows if key[0] in letters or key == store_rows.SWEPT_KEY]:
+            del rows[key]
+
+    before = shard_bytes(config)
+    config = limited(config, rows_examined_at_mount_max=most)
+    change_stored(config, lose)
+    monkeypatch.setattr(row_check, "wrong_rows", unknown)
+    for _ in range(2):
+        async with opened(config) as one:
+            await one.checkpoint()
+            assert one.store.log.rows_in_doubt > 0
+            assert one.store.log.doubt
+    assert shard_bytes(config).items() >= before.items()
+    monkeypatch.undo()
+    async with opened(config) as one:
         await all_right(one)
 
 

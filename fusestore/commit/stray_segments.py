@@ -23,7 +23,7 @@ from itertools import islice
 
 import trio
 
-from ..errors import MetadataError, NodeError
+from ..errors import NodeError
 from ..format import keys, store_rows, stripe_rows, tables
 from ..format.file_rows import Extent
 from ..format.records import Header, SegmentKind
@@ -84,18 +84,19 @@ class StraySegments:
                 self._set_swept(member, 0)
 
     async def sweep(self) -> None:
-        """Delete what crashes left on the nodes that can be written to."""
+        """Delete what crashes left on the nodes that can be written to; MetadataError.
+
+        Rows that cannot be read may name what is stray: nothing is deleted then.
+        """
         if not self._may_free:
             return
-        try:
+        if self.any_found:
             await self._note_in_use()
-            for member in self._log.members.writable:
-                try:
-                    await self._sweep_node(member)
-                except NodeError as error:
-                    member.fail(error)
-        except MetadataError as error:  # rows that cannot be read may name what is stray
-            logger.error("Segments that no table names are kept until the next mount: %s", error)
+        for member in self._log.members.writable:
+            try:
+                await self._sweep_node(member)
+            except NodeError as error:
+                member.fail(error)
         if self._may_free:
             self.found.clear()
 

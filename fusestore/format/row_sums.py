@@ -38,6 +38,11 @@ class RowSums:
 
     tables: dict[bytes, tuple[int, int]] = field(default_factory=dict)
 
+    @property
+    def rows(self) -> int:
+        """The number of rows of all tables."""
+        return sum(rows for rows, _ in self.tables.values())
+
     def add(self, key: bytes, stored: bytes) -> None:
         """Add a stored row to the sums."""
         self.change(key[:1], 1, int.from_bytes(stored[-CHECKSUM_BYTES:], "big"))

@@ -91,7 +91,8 @@ class Engine:
         self._views: WeakSet[View] = WeakSet()
         """Open views: threads may be reading them."""
         try:
-            check_pages(directory / DATABASE)
+            self.rows_found = check_pages(directory / DATABASE)
+            """Rows in the pages when the database was opened; LMDB's count may be wrong."""
             self._map_bytes = mappable(limits.map_bytes)
             self._env = self._open(read_only)
             if self._lock is None:

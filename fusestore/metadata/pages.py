@@ -50,6 +50,8 @@ class _Walk:
     last: int
     """The last page of the transaction."""
     used: set[int] = field(default_factory=set)
+    keys: int = 0
+    """Entries of the databases whose keys were checked."""
 
     def tree(
         self,
@@ -100,6 +102,8 @@ class _Walk:
         high: bytes | None,
     ) -> None:
         unpack, end, before = _NODE.unpack_from, self.size, None
+        if entries is None:
+            self.keys += len(pointers)
         for at in pointers:
             one, two, flags, length = unpack(page, at)
             start = at + 8 + length
@@ -153,16 +157,17 @@ class _Walk:
             self.used.add(page)
 
 
-def check_pages(file: Path) -> None:
+def check_pages(file: Path) -> int:
     """Check the pages of a database without a writer; DamagedMetadataError, OSError.
 
-    A missing or empty file is valid: LMDB creates it.
+    A missing or empty file is valid: LMDB creates it.  Return how many entries the pages of
+    the named databases have.
     """
     if not file.exists() or not file.stat().st_size:
-        return
+        return 0
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as data:
         try:
-            _check(data)
+            return _check(data)
         except (_BrokenError, struct.error, RecursionError) as error:
             raise DamagedMetadataError(
                 f"The metadata in {file.parent} is damaged and cannot be opened ({error}): move "
@@ -170,7 +175,7 @@ def check_pages(file: Path) -> None:
             ) from None
 
 
-def _check(data: mmap.mmap) -> None:
+def _check(data: mmap.mmap) -> int:
     newest = max((_meta(data, 0), _meta(data, _page_size(data))), key=lambda meta: meta[-1])
     free, main, last, _ = newest
     walk = _Walk(data, _page_size(data), last)
@@ -185,6 +190,7 @@ def _check(data: mmap.mmap) -> None:
     # This comes last, when the pages in use are known.
     for _, value in lists:
         walk.free(value)
+    return walk.keys
 
 
 def _page_size(data: mmap.mmap) -> int:

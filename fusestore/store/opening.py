@@ -88,7 +88,7 @@ async def open_store(
     )
     members: Members | None = None
     try:
-        wrong = await mend_rows(config, engine, read_only=read_only)
+        mended = await mend_rows(config, engine, read_only=read_only)
         rows = _check_format(config, engine)
         members = open_members(config, rows, opened=False)
         busy: list[NodeBusyError] = []
@@ -99,8 +99,9 @@ async def open_store(
             raise StoreBusyError(str(busy[0]))
         await _own(members, config, read_only=read_only)
         log = Log(engine, members, config.uuid, config.code, read_only=read_only)
-        log.mended = tuple(map(str, wrong))
-        log.rows_mended = len(wrong)
+        log.mended = tuple(map(str, mended.wrong))
+        log.rows_mended = len(mended.wrong)
+        log.rows_in_doubt = int(bool(mended.doubt))
         start = _load(log, config)
         in_sync = [row.id for row in rows if row.in_sync]
         with members.watched():
@@ -110,6 +111,7 @@ async def open_store(
             suspects = await trio.to_thread.run_sync(suspect_shards, log, replayed.doubtful)
             await trio.to_thread.run_sync(_refuse_to_begin, log, replayed)
         _apply(log, replayed, suspects)
+        log.position = replace(log.position, doubt=log.position.doubt or mended.doubt)
         async with trio.open_nursery() as nursery:
             ring = Ring.open()
             if ring is not None:

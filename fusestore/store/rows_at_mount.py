@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 
 import trio
@@ -19,11 +20,22 @@ logger = logging.getLogger(__name__)
 
 ROWS_TOLD_MAX = 20
 """The number of mended rows that are logged."""
+_DOUBT = "rows of the metadata are damaged, and the journals did not give the right values"
 TABLES_AT_MOUNT = (b"Z", b"G", b"T", b"D", b"U", b"B")
 """The tables that a mount reads completely."""
 
 
-async def mend_rows(config: StoreConfig, engine: Engine, *, read_only: bool) -> list[WrongRow]:
+@dataclass(frozen=True, slots=True)
+class MendedRows:
+    """The rows of a database before its store is opened."""
+
+    wrong: tuple[WrongRow, ...] = ()
+    """Those that were wrong, and are mended."""
+    doubt: str = ""
+    """Why others are wrong still: no table may be believed to name all that is needed."""
+
+
+async def mend_rows(config: StoreConfig, engine: Engine, *, read_only: bool) -> MendedRows:
     """Examine the rows, mend those that differ from the journals, and return the wrong ones.
 
     DamagedMetadataError if the database cannot be read.  If the journals do not have the
@@ -31,7 +43,7 @@ async def mend_rows(config: StoreConfig, engine: Engine, *, read_only: bool) -> 
     """
     examined = await trio.to_thread.run_sync(_examine, config, engine)
     if examined.is_right:
-        return []
+        return MendedRows()
     nodes: list[tuple[str, Node]] = []
     for node in config.nodes:
         with suppress(NodeError):
@@ -42,13 +54,15 @@ async def mend_rows(config: StoreConfig, engine: Engine, *, read_only: bool) -> 
             mend_at_rest, engine, config.uuid, nodes, config.metadata
         )
     except (ReplayError, MetadataError) as error:
+        others = ", ".join(examined.miscounted)
         logger.error(
-            "The metadata is damaged (%d rows do not match their checksum), and the journals do "
+            "The metadata is damaged (%d rows do not match their checksum%s), and the journals do "
             "not give the right values: %s Bring all nodes back, or run 'fusestore recover'.",
             len(examined.bad),
+            f"; rows are gone or old in {others}" if others else "",
             error,
         )
-        return []
+        return MendedRows(doubt=_DOUBT)
     finally:
         for _, node_opened in nodes:
             with suppress(NodeError):
@@ -59,11 +73,17 @@ async def mend_rows(config: StoreConfig, engine: Engine, *, read_only: bool) -> 
         engine.freeze()
         await trio.to_thread.run_sync(engine.write)
         engine.thaw()
-    return wrong
+    return MendedRows(tuple(wrong))
 
 
 def _examine(config: StoreConfig, engine: Engine) -> Examined:
-    """In a thread: examine all rows or, if they are many, those that a mount reads."""
+    """In a thread: examine all rows or, if they are many, those that a mount reads.
+
+    All of them, too, if there are not as many as the last checkpoint counted.
+    """
     few = engine.rows_stored <= config.limits.rows_examined_at_mount_max
     with engine.view() as view:
-        return examine(view) if few else examine_some(view, TABLES_AT_MOUNT)
+        counted = view.sums()
+        if few or counted is None or engine.rows_found != counted.rows:
+            return examine(view)
+        return examine_some(view, TABLES_AT_MOUNT)
