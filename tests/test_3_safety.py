@@ -21,6 +21,8 @@ from fusestore.config.store_config import StoreConfig, load
 from fusestore.errors import UsageError
 from fusestore.format import stripe_rows
 from fusestore.format.erasure import Code
+from fusestore.format.records import HEADER_BYTES, SegmentKind
+from fusestore.format.segment_numbers import segment_path
 from fusestore.format.stripe_rows import Stripe
 from fusestore.limits import STRIPE_BYTES
 from fusestore.rescue.recover import recover
@@ -130,6 +132,34 @@ async def test_a_storm_while_it_is_unmounted_is_mended(
         async with opened(config) as one:
             await scrubbed(one, files)
     await loses_a_region(config, 0, files)
+
+
+@pytest.mark.expects_log(SCRUBBED)
+@pytest.mark.parametrize("how", ["scrub", "repair"])
+async def test_a_damaged_header_of_a_shard_is_written_anew(config: StoreConfig, how: str) -> None:
+    """Its payload is right, and is read; but nobody could find it without the metadata."""
+    async with opened(config) as one:
+        files = await fill(one)
+        node = config.nodes[0]
+        rows = [Stripe.decode(row) for _, row in one.rows(b"S")]
+        places = [p for row in rows for p in row.shards if p.written and p.node == 1]
+        for place in places:
+            path = node.path / segment_path(SegmentKind.SHARDS, place.segment)
+            with path.open("r+b") as file:
+                file.seek(place.offset - HEADER_BYTES + 20)
+                byte = file.read(1)[0]
+                file.seek(place.offset - HEADER_BYTES + 20)
+                file.write(bytes([byte ^ 4]))
+        assert places
+        if how == "scrub":
+            done = await do(one, "scrub", action="start", wait=True)
+            assert (done["found"], done["left"]) == (len(places), 0)
+        else:
+            done = await do(one, "repair", node=node.name)
+            assert done["unrepairable"] == []
+        await is_right(one, files)
+        assert (await do(one, "fsck"))["findings"] == []
+    await loses_a_region(config, 1, files)
 
 
 @pytest.mark.expects_log(SCRUBBED)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from typing_extensions import Buffer
 
-from ..commit.commit_shards import shard_is_intact
 from ..errors import LostError, NodeError, NodeFullError
 from ..format import stripe_rows
 from ..format.records import HEADER_BYTES, Header, SegmentKind, record_length
@@ -22,7 +21,7 @@ from ..log.log import Log
 from ..members.member import Member
 from ..nodes.base import Node
 from ..read.reader import Reader, verified
-from ..write.shard_record import may_overwrite, shard_header, write_shard
+from ..write.shard_record import may_overwrite, shard_header, whole_payload, write_shard
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +88,8 @@ class Rebuilder:
         now = self._log.stripe(number)
         if now is not None and now.checksums != row.checksums:
             row = now  # it was wrong, and the shards were right
-            bad = (await member.call(not_intact, member, [(number, row, indices)])).get(number, [])
+            found = await member.call(not_intact, self._log, member, [(number, row, indices)])
+            bad = found.get(number, [])
             good = [index for index in indices if index not in bad]
             self._log.apply({stripe_rows.missing_key(member.id, number, i): None for i in good})
             indices = bad
@@ -254,11 +254,25 @@ def _give_back_ahead(node: Node, segment: int, reserved: int) -> None:
     )
 
 
-def not_intact(member: Member, batch: list[StripeShards]) -> dict[int, list[int]]:
-    """In a thread: the shards of a node that are missing or wrong, by stripe."""
+def not_intact(log: Log, member: Member, batch: list[StripeShards]) -> dict[int, list[int]]:
+    """In a thread: the shards of a node that are missing or wrong, by stripe.
+
+    A shard is also wrong if its header is: without the header, nobody could find the shard if
+    the metadata were lost.
+    """
     found = {}
     for number, row, here in batch:
-        bad = [i for i in here if not row.shards[i].written or not shard_is_intact(member, row, i)]
+        bad = [i for i in here if not _is_intact(log, member, number, row, i)]
         if bad:
             found[number] = bad
     return found
+
+
+def _is_intact(log: Log, member: Member, number: int, row: Stripe, index: int) -> bool:
+    if not row.shards[index].written:
+        return False
+    try:
+        payload = whole_payload(log, member, number, row, index)
+    except NodeError:
+        return False
+    return payload is not None and verified(row, index, 0, payload)

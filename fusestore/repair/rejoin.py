@@ -79,7 +79,7 @@ class Rejoin:
             for batch in self._batches(member, weak, end):
                 length = sum(row.shard_length for _, row, _ in batch)
                 await pace.spend(length)
-                bad = await member.call(not_intact, member, batch)
+                bad = await member.call(not_intact, self._log, member, batch)
                 await pace.spend(sum(self._healer.rebuilder.cost(number) for number in bad))
                 more = await self._healer.rebuilder.rebuild(member, bad)
                 shards, size = shards + more[0], size + more[1]

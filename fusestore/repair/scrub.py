@@ -219,7 +219,7 @@ class Scrubber:
     async def _verify_node(self, node: int, mine: list[tuple[int, Stripe, list[int]]]) -> None:
         member = self._log.members.by_id[node]
         try:
-            bad = await member.call(not_intact, member, mine)
+            bad = await member.call(not_intact, self._log, member, mine)
         except NodeError as error:
             member.fail(error)
             self._committer.ask()
