@@ -27,6 +27,10 @@ class StoreBusyError(FusestoreError):
     """Another process has the store open."""
 
 
+class MountHeldError(FusestoreError):
+    """The mount was removed, but another mount of the same file system remains."""
+
+
 class FencedError(FusestoreError):
     """Another daemon has taken over the store: nothing more is written or acknowledged."""
 
@@ -84,6 +88,10 @@ class NodeLacksError(NodeError):
 
 class NodeTimeoutError(NodeError):
     """A node did not answer in time."""
+
+
+class NodeReadOnlyError(NodeError):
+    """A node's file system is read-only: the node can be read, but not written to."""
 
 
 class NodeFullError(NodeError):

@@ -39,6 +39,7 @@ from ..errors import (
     NodeFullError,
     NodeIdentityError,
     NodeLacksError,
+    NodeReadOnlyError,
 )
 from ..format.records import SegmentKind
 from ..format.segment_numbers import (
@@ -95,6 +96,18 @@ def _drop_cached(descriptor: int, offset: int, length: int) -> None:
         os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
 
+def _check_writable(descriptor: int, found: os.stat_result) -> None:
+    """Raise OSError if the file system of a directory is read-only.
+
+    One that turned read-only after an error may not say that it is: only a change shows it.
+    """
+    try:
+        os.utime(descriptor, ns=(found.st_atime_ns, found.st_mtime_ns))
+    except OSError as error:
+        if error.errno == errno.EROFS:
+            raise
+
+
 class _Segment:
     """An open segment; the descriptor is closed after its last use."""
 
@@ -125,7 +138,8 @@ class DirectoryNode:
     ) -> None:
         """Use the directory of the node with this identity, which has been verified.
 
-        NodeBusyError if another owner than `owner`, the path of a store, has locked it.
+        NodeBusyError if another owner than `owner`, the path of a store, has locked it;
+        NodeReadOnlyError if it is to be written to, and its file system is read-only.
         `mount` becomes its owner with `claim`; without, the caller keeps others from writing.
         """
         self.path = path
@@ -134,6 +148,8 @@ class DirectoryNode:
             self._directory: Directory | None = Directory.at(path)
             self._there = os.fstat(self._directory.fd)
             self._marker = self._directory.look(IDENTITY_NAME)
+            if not read_only:
+                _check_writable(self._directory.fd, self._there)
         if read_identity_in(self._directory, path) != identity:
             raise NodeIdentityError(f"Another directory has taken the place of {path} meanwhile.")
         self._lock_held = self._locked(self._directory, owner, shared=read_only)
@@ -194,6 +210,8 @@ class DirectoryNode:
                 kind = NodeFullError
             elif error.errno in (errno.ENOENT, errno.ENODATA):
                 kind = NodeLacksError
+            elif error.errno == errno.EROFS:
+                kind = NodeReadOnlyError
             reason = error.strerror or str(error)
             raise kind(f"Node {self._name} ({self.path}) cannot {what}: {reason}.") from error
         except FusestoreError:

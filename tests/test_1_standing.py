@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fusestore.errors import InvariantError, NodeError, NodeIdentityError
+from fusestore.errors import InvariantError, NodeError, NodeIdentityError, NodeReadOnlyError
 from fusestore.format.store_rows import NEVER_WHOLE
 from fusestore.limits import Limits
 from fusestore.members.standing import Standing, State
@@ -22,6 +22,8 @@ TRANSITIONS: dict[str, Callable[[Standing], object]] = {
     "set_apart": lambda standing: standing.set_apart("Another history."),
     "entered": Standing.entered,
     "joined": Standing.joined,
+    "resumed": Standing.resumed,
+    "only_read": lambda standing: standing.only_read(NodeReadOnlyError("It is read-only.")),
     "failed": lambda standing: standing.failed(NodeError("It failed.")),
     "failed as gone": lambda standing: standing.failed(NodeIdentityError("It is gone.")),
     "removed": Standing.removed,
@@ -44,6 +46,8 @@ ALLOWED: dict[tuple[State, str], State] = {
     (BEHIND, "missed"): BEHIND,
     **{(state, "entered"): REBUILDING for state in (BEHIND, REBUILDING, SUSPECT, DOWN, FOREIGN)},
     (REBUILDING, "joined"): UP,
+    **{(state, "resumed"): UP for state in (BEHIND, SUSPECT, DOWN)},
+    **{(state, "only_read"): BEHIND for state in (UP, REBUILDING, BEHIND, SUSPECT, DOWN)},
     **{(state, "failed"): SUSPECT for state in (UP, REBUILDING, BEHIND)},
     **{(state, "failed as gone"): DOWN for state in (UP, REBUILDING, BEHIND)},
     # Calls that were under way end later: they change nothing.

@@ -41,6 +41,7 @@ from support.logs import (
     LOST_STRIPE,
     NOT_WHERE_ITS_ROW_SAYS,
     OUT_OF_USE,
+    TOO_FEW_NODES,
     UNREAD_FILE,
 )
 from support.machine import Machine, told
@@ -58,6 +59,8 @@ pytestmark = pytest.mark.expects_log(
     CHECKPOINT_FAILED,
     r"commit\.metadata_dump: No metadata dump",
     OUT_OF_USE,
+    TOO_FEW_NODES,
+    r"commit\.reclaim: Segment \d+ of node \S+ is not of this store",  # its header is torn
 )
 
 SHORT = 7

@@ -47,7 +47,7 @@ from fusestore.serve.messages.nodes import (
 from fusestore.serve.messages.request import Request
 from fusestore.serve.offline import offline
 from support.faults import HangingNode
-from support.logs import GONE, HUNG, NOT_DELETED, OUT_OF_USE, SLOW
+from support.logs import CLOSED, GONE, HUNG, NOT_DELETED, OUT_OF_USE, SLOW
 from support.opened_store import REGIONS, Opened, crashed, limited, opened
 
 R = TypeVar("R")
@@ -773,7 +773,7 @@ async def test_a_node_that_fails_while_it_is_given_shards_is_left_alone(
 
 
 @pytest.mark.parametrize("which", ["us-east-1", "us-east-2"])
-@pytest.mark.expects_log(HUNG, SLOW)
+@pytest.mark.expects_log(HUNG, SLOW, CLOSED)
 async def test_a_node_that_hangs_while_shards_move_stops_nobody(tmp_path: Path, which: str) -> None:
     config = limited(
         make_store(tmp_path / "store"),

@@ -34,6 +34,7 @@ from support.logs import (
     FOREIGN_FILES,
     LOST_STRIPE,
     OTHER_HISTORY,
+    TOO_FEW_NODES,
     UNREAD_FILE,
 )
 from support.opened_store import REGIONS, Opened, healthy, limited, make, opened, repair
@@ -573,7 +574,9 @@ def combinations() -> Iterator[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("code", ["2+1", "1+2", pytest.param("4+2", marks=pytest.mark.long)])
-@pytest.mark.expects_log(DISAGREE, UNREAD_FILE, LOST_STRIPE, DROPPED, FOREIGN_FILES, OTHER_HISTORY)
+@pytest.mark.expects_log(
+    DISAGREE, UNREAD_FILE, LOST_STRIPE, DROPPED, FOREIGN_FILES, OTHER_HISTORY, TOO_FEW_NODES
+)
 async def test_every_combination_of_moments(tmp_path: Path, code: str) -> None:
     world = await make_world(tmp_path / "world", code)
     failures = []

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from support.mounted_store import COMMAND_SECONDS_MAX, Store, is_mounted
+from support.loop_devices import Disks
+from support.mounted_store import Store
 
 pytestmark = [pytest.mark.mounted, pytest.mark.not_plain]
 
@@ -44,44 +45,6 @@ while True:
 """
 
 
-class Disks:
-    """File systems on loop devices, below one directory."""
-
-    def __init__(self, top: Path) -> None:
-        self.top = top
-        self._devices: dict[str, str] = {}
-
-    def run(self, *command: str | Path) -> str:
-        done = subprocess.run(
-            [*map(str, command)], capture_output=True, text=True, timeout=COMMAND_SECONDS_MAX
-        )
-        if done.returncode:
-            raise OSError(f"{command[0]}: {done.stderr}")
-        return done.stdout.strip()
-
-    def image(self, name: str) -> Path:
-        return self.top / f"{name}.image"
-
-    def attach(self, name: str) -> None:
-        (self.top / name).mkdir(exist_ok=True)
-        self._devices[name] = self.run("losetup", "--find", "--show", self.image(name))
-        self.run("mount", self._devices[name], self.top / name)
-
-    def detach(self) -> None:
-        for name, device in self._devices.items():
-            if is_mounted(self.top / name):
-                self.run("umount", "--lazy", self.top / name)
-            self.run("losetup", "--detach", device)  # at once, or when its last user is gone
-        self._devices.clear()
-
-    def make(self) -> None:
-        for name, length in DEVICE_BYTES.items():
-            with self.image(name).open("wb") as file:
-                file.truncate(length)
-            self.run("mkfs.ext4", "-q", "-F", self.image(name))
-            self.attach(name)
-
-
 @pytest.fixture
 def disks(tmp_path: Path) -> Iterator[Disks]:
     disks = Disks(tmp_path / "disks")
@@ -100,7 +63,7 @@ def make(disks: Disks) -> Iterator[Callable[[], Store]]:
     made: list[Store] = []
 
     def make() -> Store:
-        disks.make()
+        disks.make(DEVICE_BYTES)
         nodes = [f"{name}={disks.top / name / 'node'}" for name in ("r0", "r1", "r2")]
         made.append(Store(disks.top / "meta", *(x for node in nodes for x in ("--region", node))))
         return made[-1]

@@ -47,6 +47,11 @@ class Checkpointer:
             or trio.current_time() - self._at >= self._limits.checkpoint_seconds_max
         )
 
+    @property
+    def is_unflushed(self) -> bool:
+        """Whether changes are set aside, and no flushed commit contains them."""
+        return self._log.engine.frozen and self._frozen_at is None
+
     def flushed(self, position: LogPosition) -> None:
         """The changes set aside are flushed, with the commit at this position."""
         self._frozen_at = position
@@ -78,7 +83,7 @@ class Checkpointer:
             try:
                 await trio.to_thread.run_sync(engine.write)
             except FencedError as error:
-                self._log.break_(str(error))
+                self._log.break_(str(error), for_good=True)
                 raise NotDurableError(str(error)) from error
             except MetadataError as error:
                 if not self._log.metadata_error:

@@ -17,8 +17,9 @@ database.  Operations continue meanwhile.
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import trio
@@ -32,6 +33,7 @@ from ..format.records import (
     checksum,
     encode_commit,
 )
+from ..format.segment_numbers import following, reachable
 from ..format.store_rows import NodeRow
 from ..format.stripe_rows import Stripe
 from ..log.log import Log
@@ -143,6 +145,35 @@ class Committer:
                     joined.error = str(error)
             joined.done.set()
 
+    # --- a new epoch ---------------------------------------------------------
+
+    def begin_epoch(self, journals: Iterable[int]) -> None:
+        """Continue in a new epoch, and in a journal segment that no node has.
+
+        `journals` are the segments on the nodes.  The next commit must contain every change
+        since the last checkpoint.
+        """
+        position = self._log.position
+        self._log.position = replace(position, epoch=position.epoch + 1, nonce=os.urandom(16).hex())
+        known = [position.journal_segment, self.journal.segment]
+        self.journal.begin(following(known + reachable(journals, known)))
+        self.epoch_base = self.checkpointer.reached
+
+    async def resume(self, journals: Iterable[int]) -> None:
+        """With the lock held, when enough nodes are back: commit everything that is in memory.
+
+        Nobody knows which nodes hold the commit that failed.  Therefore its number is used
+        again only in a new epoch, in new segments, as at a mount.  NotDurableError.
+        """
+        log = self._log
+        self.begin_epoch(journals)
+        if self.checkpointer.is_unflushed:
+            log.engine.take_back()
+        log.pending = log.engine.unstored()
+        self.writer.sealer.seal_anew()
+        log.broken = ""
+        await self.commit_now(checkpoint=True)
+
     # --- a commit ------------------------------------------------------------
 
     async def commit_now(self, *, checkpoint: bool = False, cover: bool = False) -> None:
@@ -161,7 +192,8 @@ class Committer:
             except BaseException:
                 # Its changes are not in the journals: no later commit may build on them.
                 self._log.break_(
-                    "A commit met an unexpected error: the mount is now read-only; mount it again."
+                    "A commit met an unexpected error: the mount is now read-only; mount it again.",
+                    for_good=True,
                 )
                 raise
 
@@ -203,7 +235,7 @@ class Committer:
             member
             for member in self._log.members.all
             if (member.id in before and not member.in_sync)
-            or (member.out_of_use and member.shards.unflushed)
+            or (not member.writable and member.shards.unflushed)
         ]
 
     def _note_nodes(self) -> bool:
@@ -219,8 +251,8 @@ class Committer:
             return False
         if not self._log.members.can_store(self._log.code):
             self._log.break_(
-                "Too few nodes are left to keep new data safe: "
-                "the mount is now read-only; repair the nodes and mount again."
+                "Too few nodes are left to keep new data safe: the mount is read-only until "
+                "enough of them are back."
             )
             raise NotDurableError(self._log.broken)
         self.rows = rows
@@ -294,14 +326,12 @@ class Committer:
             raise NotDurableError(log.broken)
         if not self._is_held(batch):
             log.break_(
-                "Too few nodes could take a commit: the mount is now read-only; "
-                "repair the nodes and mount again."
+                "Too few nodes could take a commit: the mount is read-only until enough of them "
+                "are back."
             )
             raise NotDurableError(log.broken)
         self._check_flushed(commit)
-        self.writer.sealer.fresh.difference_update(
-            map(stripe_rows.decode_stripe_key, self._puts(batch))
-        )
+        self.writer.sealer.committed(batch.changes)
         log.position = replace(
             log.position,
             commit=commit.number,
@@ -334,7 +364,7 @@ class Committer:
         lost = {
             shard
             for member in members.all
-            if member.out_of_use
+            if not member.writable
             for shard in member.shards.unflushed
         }
         for key in self._puts(batch):

@@ -15,7 +15,7 @@ import time
 
 import trio
 
-from ..errors import NodeError, NodeFullError, NodeTimeoutError
+from ..errors import NodeError, NodeFullError, NodeReadOnlyError, NodeTimeoutError
 from ..format.records import HEADER_BYTES, Header, Kind, SegmentKind, record_length
 from ..log.log import Log
 from ..members.journal_room import JournalRoom
@@ -120,7 +120,8 @@ class JournalWriter:
                 whole = False
             elif result < 0:  # never retried: a second flush may wrongly succeed
                 reason = os.strerror(-result)
-                member.fail(NodeError(f"Node {member.name} cannot write its journal: {reason}."))
+                kind = NodeReadOnlyError if result == -errno.EROFS else NodeError
+                member.fail(kind(f"Node {member.name} cannot write its journal: {reason}."))
             elif os.fstat(room.fd).st_nlink and member.node.is_owned():
                 room.written(header.record_length)
                 self._holds(member, header)
@@ -181,6 +182,11 @@ class JournalWriter:
             if state is not None and member.shards.is_full(segment):
                 node.truncate(SegmentKind.SHARDS, segment, state.size)
         member.sample()
+
+    def begin(self, segment: int) -> None:
+        """Continue in a segment that no node has; earlier segments stay as they are."""
+        self.segment, self.offset = segment, 0
+        self._rolled.clear()
 
     def roll(self) -> None:
         """Continue in a new journal segment."""

@@ -17,6 +17,7 @@ import trio
 from ..errors import DamagedMetadataError, MetadataError, NodeError, NotDurableError
 from ..format import store_rows
 from ..format.records import Changes, Header, Kind, SegmentKind, checksum, encode_changes
+from ..format.store_rows import LogPosition
 from ..limits import MIB
 from ..log.log import Log
 from ..nodes.base import Node
@@ -116,6 +117,7 @@ class MetadataDumper:
                 begin.commit,
             )
             async with committer.lock:
+                self._check_epoch(begin)
                 await committer.journal.append(header, payload)
         row = {
             "commit": begin.commit,
@@ -124,13 +126,21 @@ class MetadataDumper:
             "pieces": pieces,
             "bytes": total,
         }
-        self._log.apply({store_rows.METADATA_DUMP_KEY: json.dumps(row).encode()})
+        async with committer.lock:
+            await committer.commit_now()  # nodes that failed and lack a part are out of the set
+            self._check_epoch(begin)
+            self._log.apply({store_rows.METADATA_DUMP_KEY: json.dumps(row).encode()})
+            await committer.commit_now()
         self.last_bytes, self.first_segment = total, first_segment
-        await committer.commit()
         # The dump must certainly count before the journals that it replaces are deleted.
         async with committer.lock:
             await committer.commit_now(cover=True)
         await self._delete_before(first_segment)
+
+    def _check_epoch(self, begin: LogPosition) -> None:
+        """NotDurableError if the mount was read-only meanwhile: nodes may lack pieces."""
+        if self._log.broken or self._log.position.epoch != begin.epoch:
+            raise NotDurableError("Too few nodes were in use meanwhile.")
 
     async def _examine(self) -> None:
         with self._log.engine.view() as view:

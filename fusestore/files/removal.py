@@ -55,7 +55,7 @@ class Removal:
                 await self._remove_all()
 
     async def _remove_all(self) -> None:
-        while self._dead and not self._log.broken:
+        while self._dead:
             batch, self._dead = (
                 self._dead[: self._limits.removal_batch],
                 self._dead[self._limits.removal_batch :],
@@ -65,8 +65,6 @@ class Removal:
             except Exception:
                 logger.exception("inodes could not be removed; the next mount will remove them")
             await trio.lowlevel.checkpoint()
-        if self._log.broken:
-            self._dead.clear()
 
     async def removed(self, pauses: int = 1) -> None:
         """Return when all orphans that are not in use are removed, including recent ones."""

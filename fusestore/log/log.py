@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from types import TracebackType
 from typing import Protocol, Self
@@ -172,7 +173,11 @@ class Log:
         """Stripes that are read from memory, by number."""
         self.read_only = read_only
         self.broken = ""
-        """Why commits are no longer possible; the mount is then read-only."""
+        """Why nothing can be committed now, and the mount is read-only; empty if it can."""
+        self.broken_for_good = False
+        """Only a new mount can continue."""
+        self.on_break: Callable[[], None] = lambda: None
+        """Called when nothing can be committed any more."""
         self.metadata_error = ""
         """Why the last checkpoint failed; nothing may grow until one succeeds."""
         self.rows_in_doubt = 0
@@ -200,7 +205,7 @@ class Log:
         self.on_damage: Callable[[], None] = lambda: None
         """Called when a row does not match its checksum; the store mends it."""
         self._next_stripe = 1
-        members.on_fenced(self.break_)
+        members.on_fenced(partial(self.break_, for_good=True))
 
     @property
     def doubt(self) -> str:
@@ -277,9 +282,14 @@ class Log:
         last = self.engine.last(stripe_rows.STRIPES_START, stripe_rows.STRIPES_END)
         return last[0] + b"\0" if last is not None else stripe_rows.STRIPES_START
 
-    def break_(self, reason: str) -> None:
-        """Become read-only until the next mount, because a promise cannot be kept."""
-        self.broken = self.broken or reason
+    def break_(self, reason: str, *, for_good: bool = False) -> None:
+        """Make the mount read-only: no promise can be kept now or, if `for_good`, ever."""
+        if self.broken and (self.broken_for_good or not for_good):
+            return
+        self.broken, self.broken_for_good = reason, for_good
+        if not for_good:  # what is for good is raised, too
+            logger.error("%s", reason)
+        self.on_break()
 
     def has_shard(self, number: int, index: int, place: ShardPlace) -> bool:
         """Return whether a shard is at its place, as far as is known without reading it."""

@@ -17,7 +17,7 @@ import trio
 from typing_extensions import Buffer
 
 from ..config.store_config import NodeConfig
-from ..errors import NodeFencedError, NodeFullError, NodeTimeoutError
+from ..errors import NodeFencedError, NodeFullError, NodeReadOnlyError, NodeTimeoutError
 from ..format.records import SegmentKind
 from ..format.store_rows import NodeRow
 from ..format.stripe_rows import ShardPlace
@@ -128,16 +128,45 @@ class Member:
 
     def enter(self, node: Node, on_disk: Sequence[int]) -> None:
         """Give new shards to a reopened node; `on_disk` are its shard segments."""
-        self.node.close()
-        self.node = node
+        self.reopen(node)
         self.shards.begin_after(on_disk)
         self.shards.nothing_unflushed()
         self.standing.entered()
 
+    def reopen(self, node: Node) -> None:
+        """Use a node that was opened anew; its state does not change."""
+        if node is not self.node:
+            self.let_go()
+            self.node = node
+
+    def resume(self, on_disk: Sequence[int]) -> None:
+        """Use a reopened node as if it had not failed, if no shard of it is unflushed."""
+        self.shards.begin_after(on_disk)
+        self.standing.resumed()
+
+    def let_go(self) -> None:
+        """Close the node, so that its disk can be unmounted."""
+        self.node.close()
+        self.node, self.journal_room = AbsentNode(self.name), None
+
+    def only_read(self, node: Node | None, error: NodeReadOnlyError) -> None:
+        """Read from the node, reopened if one is given, and write nothing to it."""
+        if node is not None:
+            self.reopen(node)
+        if self.standing.error != str(error):
+            logger.error("%s The node is read, but gets no data; see 'fusestore status'.", error)
+        self.standing.only_read(error)
+
     def fail(self, error: Exception) -> None:
-        """Take the node out of use; its unflushed shards now count as missing."""
+        """Take the node out of use; its unflushed shards now count as missing.
+
+        A node whose file system has become read-only is still read.
+        """
         if isinstance(error, NodeFencedError):
             self.on_fenced(str(error))
+        if isinstance(error, NodeReadOnlyError) and not self.out_of_use:
+            self.only_read(None, error)
+            return
         if not self.standing.failed(error):
             return
         logger.error("%s The node is now out of use; see 'fusestore status'.", error)

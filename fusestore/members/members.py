@@ -95,14 +95,18 @@ class Members:
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Enforce the deadlines of calls that a thread makes meanwhile."""
-        nodes = [(member, member.node) for member in self.all if member.is_open]
-        for member, _ in nodes:
-            _, member.node = member.watched
+        nodes = []
+        for member in self.all:
+            if member.is_open:
+                _, watched = member.watched
+                nodes.append((member, member.node, watched))
+                member.node = watched
         try:
             yield
         finally:
-            for member, node in nodes:
-                member.node = node
+            for member, node, watched in nodes:
+                if member.node is watched:
+                    member.node = node
 
     def named(self, name: str) -> Member | None:
         """Return the member with this name."""

@@ -5,7 +5,7 @@ Only the methods of `Standing` change the state.
     state       reads  shards  commits  meaning
     up          yes    yes     yes      in sync: it holds every commit
     rebuilding  yes    yes     no       it gets the data that it lacks
-    behind      yes    no      no       open; not checked yet, or the mount is read-only
+    behind      yes    no      no       open; not checked yet, or the mount or its disk is read-only
     suspect     no     no      no       it failed or was late; the store retries it by itself
     foreign     no     no      no       its journal has another history; an operator decides
     down        no     no      no       it is gone, is another node, or failed repeatedly
@@ -20,6 +20,9 @@ Only the methods of `Standing` change the state.
     entered     behind, rebuilding, suspect, down,
                 foreign                              rebuilding
     joined      rebuilding                           up
+    resumed     behind, suspect, down                up
+    only_read   up, rebuilding, behind, suspect,
+                down                                 behind
     failed      up, rebuilding, behind               suspect; down if it is gone
     removed     all but removed                      removed
 
@@ -65,6 +68,7 @@ class Standing:
         "doubted",
         "error",
         "holds",
+        "read_only",
         "state",
         "unread",
     )
@@ -81,6 +85,8 @@ class Standing:
         """It lacks commits, so all its shards must be checked."""
         self.error = ""
         """A sentence that explains why the node is not up; or empty."""
+        self.read_only = False
+        """Its file system is read-only."""
         self.unread = False
         """The node could not be read: its data is unknown, not gone."""
         self._slow_until = 0.0
@@ -162,7 +168,7 @@ class Standing:
             State.DOWN,
             State.FOREIGN,
         )
-        self.error = ""
+        self.error, self.read_only = "", False
 
     def joined(self) -> None:
         """It holds every commit again."""
@@ -170,6 +176,24 @@ class Standing:
         self.holds = 0
         self.checksum = 0
         self._suspicions, self._retry_at, self._retry_wait = 0, None, 0.0
+
+    def resumed(self) -> None:
+        """It holds every acknowledged commit, and nothing was acknowledged since it failed."""
+        self._go("resumed", State.UP, State.BEHIND, State.SUSPECT, State.DOWN)
+        self.error, self.read_only = "", False
+
+    def only_read(self, error: Exception) -> None:
+        """It can be read, but not written to."""
+        self._go(
+            "only_read",
+            State.BEHIND,
+            State.UP,
+            State.REBUILDING,
+            State.BEHIND,
+            State.SUSPECT,
+            State.DOWN,
+        )
+        self.error, self.unread, self.read_only = str(error), False, True
 
     def failed(self, error: Exception) -> bool:
         """It is out of use; return whether it was in use before."""

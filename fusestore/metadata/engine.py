@@ -312,6 +312,16 @@ class Engine:
             raise RuntimeError("a checkpoint is under way")
         self._frozen, self._active = self._active, ChangedRows()
 
+    def take_back(self) -> None:
+        """Undo `freeze`: there will be no checkpoint of what was set aside."""
+        assert self._frozen is not None
+        self._frozen.take(self._active)
+        self._active, self._frozen = self._frozen, None
+
+    def unstored(self) -> dict[bytes, bytes | None]:
+        """Return all changes since the last checkpoint."""
+        return {**(self._frozen or {}), **self._active}
+
     def amend(self, changes: Changes) -> None:
         """Add to the changes that were set aside; later changes stay newer.
 

@@ -25,6 +25,7 @@ from ..members.standing import State
 from ..nodes.base import Node
 from .heal import Healer
 from .rejoin import Rejoin
+from .resume import Resumption
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +33,12 @@ logger = logging.getLogger(__name__)
 class Comeback:
     """Checks and heals all nodes at intervals."""
 
-    def __init__(self, log: Log, healer: Healer, rejoin: Rejoin) -> None:
+    def __init__(self, log: Log, healer: Healer, rejoin: Rejoin, resumption: Resumption) -> None:
         self._log = log
         self._healer = healer
         self._rejoin = rejoin
+        self._resumption = resumption
+        log.on_break = self.wake
         self._wake = trio.Event()
         self._full: set[str] = set()
         """Names of the nodes that had no room for shards that they lack."""
@@ -50,9 +53,10 @@ class Comeback:
         """Heal nodes, and bring back nodes that were away, at intervals, until cancelled."""
         await self._mend_journals()
         while True:
+            await self._resumption.attempt()
             async with self._healer.busy:
                 for member in self._log.members.all:
-                    if member.state is State.UP:
+                    if member.state is State.UP and not self._log.broken:
                         try:
                             await self._look_after(member)
                         except MetadataError:
@@ -61,10 +65,19 @@ class Comeback:
                             self._note_full(member, error)
                         except FusestoreError as error:
                             self._healer.give_up(member, error)
+            if not self._log.broken:  # else each node that answers may still be read
+                self._let_go()
             await self.catch_up(None)
-            with trio.move_on_after(self._log.limits.probe_seconds):
+            limits, broken = self._log.limits, bool(self._log.broken)
+            with trio.move_on_after(limits.retry_seconds_min if broken else limits.probe_seconds):
                 await self._wake.wait()
             self._wake = trio.Event()
+
+    def _let_go(self) -> None:
+        """Close the nodes that are out of use, so that their disks can be unmounted."""
+        for member in self._log.members.all:
+            if member.out_of_use and member.is_open:
+                member.let_go()
 
     async def _mend_journals(self) -> None:
         """Rewrite journal segments that could not be read at the mount, from other nodes."""
@@ -122,7 +135,7 @@ class Comeback:
         except MetadataError:
             raise  # no node is to blame for it
         except FusestoreError as error:
-            member.standing.refused(error)
+            await self._rejoin.refused(member, error)
             if isinstance(error, NodeTimeoutError):
                 member.standing.leave_alone(trio.current_time())
             return

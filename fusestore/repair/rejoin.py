@@ -14,10 +14,12 @@ The caller holds `Healer.busy`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import trio
 
 from ..commit.committer import Committer
+from ..errors import FusestoreError, NodeError, NodeReadOnlyError, NodeTimeoutError
 from ..format.records import SegmentKind
 from ..format.segment_numbers import GAP_MAX
 from ..format.store_rows import NEVER_WHOLE, CommitId
@@ -28,6 +30,8 @@ from ..log.lineage import Lineage, lineage
 from ..log.log import Log
 from ..log.pace import Pace
 from ..members.member import Member
+from ..members.opening import open_node
+from ..members.standing import State
 from ..nodes.base import Node
 from .heal import Healer, Progress
 from .rebuild import StripeShards, not_intact
@@ -55,6 +59,26 @@ class Rejoin:
                 CommitId(member.standing.holds, member.standing.checksum),
                 self._log.given_up,
             )
+
+    async def refused(self, member: Member, error: FusestoreError) -> None:
+        """Handle a node that cannot be used for writing: read it if possible, or close it."""
+        if isinstance(error, NodeReadOnlyError) and member.state is not State.FOREIGN:
+            try:
+                if member.standing.read_only and not member.out_of_use:
+                    await member.call(member.node.check)
+                    return
+                config = self._log.members.config
+                node = await member.call(partial(open_node, config, member.config, read_only=True))
+                member.only_read(node, error)
+                return
+            except NodeError as other:
+                error = other
+        if member.out_of_use:
+            member.standing.refused(error)
+        else:
+            member.fail(error)
+        if not isinstance(error, NodeTimeoutError):
+            member.let_go()
 
     async def enter(self, member: Member, node: Node) -> None:
         """Let new shards go to a node that is not in sync yet."""

@@ -39,6 +39,8 @@ def tidy(store: Store, member: Member) -> NodeContents:
     found = None if member.in_sync else _lineage(store, member)
     if found is not None and _is_foreign(member, found):
         return NodeContents(journals, {}, 0, found)
+    if member.standing.read_only:
+        return NodeContents(journals, shards, 0, found)
     since = [segment for segment in journals if segment >= store.dumper.first_segment]
     size = sum(min(node.size(SegmentKind.JOURNAL, n), SEARCHED_BYTES_MAX) for n in since)
     for segment in list(shards)[-2:]:
@@ -76,6 +78,11 @@ def take_over(store: Store, member: Member, found: NodeContents) -> list[int]:
         return found.journals
     if member.in_sync:
         store.committer.journal.commit_bytes = found.journal_bytes - store.dumper.last_bytes
+    if member.standing.read_only:
+        assert found.lineage is not None
+        member.shards.note_present(found.shards)
+        member.standing.found(found.lineage.last)
+        return found.journals
     known = member.shards.known
     member.shards.begin_after(found.shards)
     member.shards.note_present(found.shards)

@@ -28,6 +28,7 @@ from ..errors import (
     NodeBusyError,
     NodeError,
     NodeFencedError,
+    NodeReadOnlyError,
     ReplayError,
     StoreBusyError,
     UsageError,
@@ -35,7 +36,6 @@ from ..errors import (
 from ..format import erasure, store_rows, stripe_rows, tables
 from ..format.erasure import Code
 from ..format.records import SegmentKind
-from ..format.segment_numbers import following, reachable
 from ..format.store_rows import CommitId, Counters, LogPosition, NodeRow
 from ..format.stripe_rows import SegmentState
 from ..log.log import Log
@@ -75,6 +75,11 @@ async def open_store(
     try:
         os.makedirs(config.metadata, mode=0o700, exist_ok=True)
         fresh = not read_only and not (config.metadata / DATABASE).exists()
+        if not read_only and os.statvfs(config.metadata).f_flag & os.ST_RDONLY:
+            raise MetadataError(
+                f"The metadata in {config.metadata} is on a read-only file system: only a mount "
+                "with -o ro, or a command that changes nothing, can use it."
+            )
     except OSError as error:
         raise MetadataError(
             f"The metadata in {config.metadata} cannot be opened: {error.strerror}."
@@ -181,7 +186,8 @@ async def _own(members: Members, config: StoreConfig, *, read_only: bool) -> Non
     if not read_only:
         async with trio.open_nursery() as nursery:
             for member in there:
-                nursery.start_soon(_claim, member)
+                if not member.standing.read_only:
+                    nursery.start_soon(_claim, member)
 
 
 async def _claim(member: Member) -> None:
@@ -225,6 +231,10 @@ async def _open(
             partial(open_node, config, member.config, read_only=read_only, claim=False)
         )
         member.open(opened, await member.call(opened.space))
+    except NodeReadOnlyError as error:
+        await _open(member, config, True, busy)
+        if member.is_open:
+            member.only_read(None, error)
     except NodeError as error:
         member.standing.refused(error)
         if isinstance(error, NodeBusyError):
@@ -310,7 +320,7 @@ def _apply(log: Log, replayed: Replayed, suspects: dict[bytes, bytes | None]) ->
         log.counters = Counters.decode(counters)
     new = replayed.position.commit == 0
     for member in log.members.all:
-        if member.out_of_use:
+        if member.out_of_use or member.standing.read_only:
             continue
         if new or (
             member.id in replayed.in_sync and replayed.reached[member.id] >= replayed.durable
@@ -368,8 +378,7 @@ def _adopt_tails(store: Store) -> None:
 async def _begin_epoch(store: Store) -> None:
     """Log the replayed changes again, in a new epoch, and checkpoint them."""
     log, committer = store.log, store.committer
-    log.position = replace(log.position, epoch=log.position.epoch + 1, nonce=os.urandom(16).hex())
-    known, journals = [log.position.journal_segment], list[int]()
+    journals: list[int] = []
     for member in log.members.all:
         if not member.out_of_use:
             try:
@@ -377,8 +386,7 @@ async def _begin_epoch(store: Store) -> None:
             except FusestoreError as error:
                 member.fail(error)
     _refuse_without_foreign(log)
-    committer.journal.segment = following(known + reachable(journals, known))
-    committer.epoch_base = committer.checkpointer.reached
+    committer.begin_epoch(journals)
     if log.position.commit == 0 or log.engine.get(store_rows.FORMAT_KEY) != _format(store.config):
         log.apply({store_rows.FORMAT_KEY: _format(store.config)})
     given_up = log.engine.get(store_rows.GIVEN_UP_KEY)

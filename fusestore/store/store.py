@@ -26,6 +26,7 @@ from ..repair.comeback import Comeback
 from ..repair.heal import Healer
 from ..repair.rejoin import Rejoin
 from ..repair.repairer import Repairer
+from ..repair.resume import Resumption
 from ..repair.scrub import Scrubber
 from ..write.writer import Writer
 from .make_room import RoomMaker
@@ -56,7 +57,8 @@ class Store:
         self.room_maker = RoomMaker(log, self.committer, self.reclaimer, self.dumper)
         self.healer = Healer(log, self.reader, self.committer)
         self.rejoin = Rejoin(log, self.committer, self.healer)
-        self.comeback = Comeback(log, self.healer, self.rejoin)
+        resumption = Resumption(log, self.committer, self.healer, self.rejoin)
+        self.comeback = Comeback(log, self.healer, self.rejoin, resumption)
         self.repairer = Repairer(log, self.reader, self.committer, self.healer, self.rejoin)
         self.rebalancer = Rebalancer(log, self.committer, self.repairer)
         self.topology = Topology(log, self.committer, self.repairer, self.rebalancer)

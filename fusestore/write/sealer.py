@@ -8,7 +8,7 @@ and the stripe's row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import trio
@@ -93,8 +93,8 @@ class Sealer:
         self._on_end = on_end
         self.under_way = 0
         """Stripes being coded and written."""
-        self.fresh: set[int] = set()
-        """Sealed stripes that no durable commit contains yet."""
+        self.fresh: dict[int, UnsealedStripe] = {}
+        """Sealed stripes that no durable commit contains yet; their bytes stay in memory."""
 
     def seal(self, stripe: UnsealedStripe, *, alive: bool | None = None) -> None:
         """Start sealing a stripe; `alive` if a transaction points at it."""
@@ -115,7 +115,44 @@ class Sealer:
         self._log.counters.stripes += 1
         self.under_way += 1
         stripe.is_placed = True
+        stripe.is_sealing = True
         self._nursery.start_soon(self._store, stripe, targets, charges)
+
+    def committed(self, changes: Changes) -> None:
+        """Release the bytes of stripes whose rows are in a durable commit."""
+        done = [n for n in self.fresh if stripe_rows.stripe_key(n) in changes]
+        for number in done:
+            self._buffers.release(self.fresh.pop(number))
+
+    async def idle(self) -> None:
+        """Return when no stripe is being coded or written."""
+        for stripe in list(self._log.unsealed.values()):
+            if isinstance(stripe, UnsealedStripe) and stripe.is_sealing:
+                await stripe.sealed.wait()
+
+    def seal_anew(self) -> None:
+        """Seal all stripes that no durable commit contains again, at other places.
+
+        Nobody knows whether a node that failed holds what was written to it.
+        """
+        log = self._log
+        for number, stripe in self.fresh.items():
+            row = log.stripe(number)
+            if row is None:  # freed meanwhile
+                self._buffers.release(stripe)
+                continue
+            with Transaction(log) as txn:
+                txn.delete(stripe_rows.stripe_key(number))
+                txn.stripes -= 1
+                txn.reclaim(number, row)
+            log.unsealed[number] = stripe
+        self.fresh.clear()
+        for member in log.members.all:
+            member.shards.unflushed = []
+        for unsealed in list(log.unsealed.values()):
+            if isinstance(unsealed, UnsealedStripe) and unsealed.sealed.is_set():
+                unsealed.begin_anew()
+                self.seal(unsealed)
 
     def _forget(self, stripe: UnsealedStripe) -> None:
         del self._log.unsealed[stripe.number]
@@ -147,17 +184,22 @@ class Sealer:
                 # The bytes stay readable in memory; nothing is acknowledged.
                 self._log.break_(
                     f"Fewer than {stripe.code.k} nodes could store the shards of a stripe: "
-                    "the mount is now read-only; fix the nodes, then mount the store again."
+                    "the mount is read-only until enough of them are back."
                 )
+                self._give_up(stripe, places)
             else:
                 checksums = tuple(work.checksums)
                 self._sealed(stripe, Stripe(stripe.code, stripe.position, places, checksums))
-                self._forget(stripe)
+                if stripe.number in self.fresh:
+                    del self._log.unsealed[stripe.number]
+                else:
+                    self._forget(stripe)
         except BaseException:
             # Commits wait for the stripe even if this is cancelled: none may continue without it.
             self._log.break_(
                 "Sealing a stripe failed with an unexpected error: the mount is now read-only; "
-                "mount the store again."
+                "mount the store again.",
+                for_good=True,
             )
             raise
         finally:
@@ -170,6 +212,17 @@ class Sealer:
     def _enough(self, code: Code) -> int:
         """The shards of a stripe that must be written, if others find no room for now."""
         return min(code.k + self._log.members.config.spare_shards, code.n)
+
+    def _give_up(self, stripe: UnsealedStripe, places: Sequence[ShardPlace]) -> None:
+        """Take back the places of a stripe that has too few; it is sealed again later."""
+        length = stripe.code.shard_length(stripe.position)
+        for index, place in enumerate(places):
+            if place.written:
+                member = self._log.members.by_id[place.node]
+                member.shards.unflushed.remove((stripe.number, index))
+                self._take_back(stripe, member, place, length)
+        if not stripe.dead:
+            self._log.counters.stripes -= 1
 
     def _places(self, work: _Seal) -> tuple[ShardPlace, ...]:
         """Return the place of each shard; shards of failed nodes were never written."""
@@ -203,7 +256,7 @@ class Sealer:
         if log.engine.get(stripe_rows.stripe_key(number)) is not None:
             raise InvariantError(f"Stripe {number:#x} is already sealed.")
         if alive or stripe.batch is not None:
-            self.fresh.add(number)
+            self.fresh[number] = stripe
             changes = {stripe_rows.stripe_key(number): row.encode()}
             changes.update(stripe.take_owner_rows())
             changes.update((stripe_rows.tail_key(number, offset), None) for offset in stripe.tails)

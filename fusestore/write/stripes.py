@@ -48,11 +48,18 @@ class UnsealedStripe:
     """No file had bytes in the stripe when a commit took it: this commit frees its room."""
     batch: CommitBatch | None = None
     """The commit that waits for the stripe to be sealed."""
+    is_sealing: bool = False
+    """It is being coded or written, or was."""
     sealed: trio.Event = field(default_factory=trio.Event)
 
     def bytes(self, start: int, end: int) -> bytes:
         """Return a copy of its bytes start <= i < end."""
         return bytes(self.data[start:end])
+
+    def begin_anew(self) -> None:
+        """Belong to no commit, and be sealed once more."""
+        self.batch, self.dead, self.sealed = None, False, trio.Event()
+        self.is_placed = self.is_sealing = False
 
     def note_owner(self, ino: int, offset: int, length: int) -> None:
         """Record that the next `length` bytes belong to the file at `offset`."""

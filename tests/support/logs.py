@@ -103,3 +103,6 @@ OTHER_HISTORY = (
     r"(node_contents|comeback): Node \S+: It holds commits \d+ to \d+ of another history"
 )
 NOT_DELETED = r"grow\.topology: The data of removed node \S+ could not be deleted"
+TOO_FEW_NODES = r"log\.log: (Too few nodes|Fewer than \d+ nodes) .* the mount is read-only until"
+ONLY_READ = r"members\.member: .* The node is read, but gets no data"
+CLOSED = r": Node \S+ \(.*\) cannot .*: it is closed\."  # what hung in a node that was let go

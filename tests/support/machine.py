@@ -37,7 +37,7 @@ from fusestore.members import member
 from fusestore.members import opening as node_opening
 from fusestore.metadata.engine import Engine
 from fusestore.nodes.base import Node, Space
-from fusestore.repair import comeback, repairer
+from fusestore.repair import comeback, rejoin, repairer, resume
 from fusestore.store import opening
 from fusestore.system.beneath import Directory
 from support.power_cut import (
@@ -345,7 +345,7 @@ class Machine:
         patch(os, "fdatasync", lambda descriptor: None)
         patch(lmdb, "open", partial(lmdb.open, sync=False))
         opener = self._opening(node_opening.open_node)
-        for module in (node_opening, comeback, repairer, opening):
+        for module in (node_opening, comeback, rejoin, repairer, resume, opening):
             patch(module, "open_node", opener)
         patch(repairer, "write_identity_in", self._claiming(write_identity_in))
         patch(Engine, "write", self._checkpointing(Engine.write))
