@@ -115,7 +115,13 @@ def umount(mountpoint: Path) -> None:
 
 def unmount(mountpoint: Path) -> None:
     """Unmount a store; returns when its daemon has exited.  NotHealthyError: it had died."""
-    from ..errors import FusestoreError, NotHealthyError, NotMountedError, UsageError
+    from ..errors import (
+        FusestoreError,
+        MountHeldError,
+        NotHealthyError,
+        NotMountedError,
+        UsageError,
+    )
     from ..serve.control_client import ControlClient, UnansweredError, lock_holder
     from ..serve.messages.mount import StopRequest
     from ..system import mounts
@@ -145,6 +151,8 @@ def unmount(mountpoint: Path) -> None:
             mounts.clear_dead(place)
             raise
         mounts.unmount(place)
+    except MountHeldError:
+        raise
     except FusestoreError:
         if mounts.find(place) is None:
             _exited(daemon, EXIT_SECONDS)

@@ -10,8 +10,10 @@ All functions here block, and must be called in a thread.
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -141,7 +143,12 @@ def wrong_rows(
     scratch = metadata / SCRATCH_NAME
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        scratch.mkdir(mode=0o700)
+        try:
+            scratch.mkdir(mode=0o700)
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+            scratch = Path(tempfile.mkdtemp(prefix="fusestore-"))
         with closing(Engine(scratch, limits=limits)) as right:
             load_tables(right, journals, lambda progress: None, position)
             with right.view() as rows:

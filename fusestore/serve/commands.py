@@ -76,8 +76,11 @@ class ServedMount(Protocol):
     def about(self) -> MountStatus:
         """Describe the mount."""
 
-    async def stop(self, mountpoint: str | None) -> None:
-        """Unmount, and return when everything is committed; UsageError if mounted elsewhere."""
+    async def stop(self, mountpoint: str | None, commit: Callable[[], Awaitable[None]]) -> None:
+        """Unmount, and return when everything is committed; UsageError if mounted elsewhere.
+
+        MountHeldError, after `commit`, if another mount of the file system remains.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +273,7 @@ async def recode(context: Context, request: RecodeRequest) -> Recoding:
 
 async def stop(context: Context, request: StopRequest) -> StopResult:
     """Unmount, and answer when everything is committed."""
-    await context.served.stop(request.mountpoint)
+    await context.served.stop(request.mountpoint, context.files.commit)
     return StopResult()
 
 

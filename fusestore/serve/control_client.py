@@ -16,6 +16,7 @@ This module imports neither trio nor the store, so that a command starts fast.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -43,6 +44,8 @@ ALIVE_SECONDS = 5.0
 SILENCE_SECONDS = 60.0
 """How long a client waits for a line before it gives up."""
 
+NOT_WRITABLE = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+"""Why files cannot be made in a store whose files can be read."""
 PEER = struct.Struct("3i")
 """The value of SO_PEERCRED: process, user, group."""
 
@@ -57,6 +60,15 @@ def socket_address(directory_fd: int) -> str:
     An address has room for 107 bytes only.
     """
     return f"/proc/self/fd/{directory_fd}/{SOCKET_NAME}"
+
+
+def abstract_address(directory_fd: int) -> bytes:
+    """Return the address of a socket without a file, for a directory that cannot be written to.
+
+    Any process may take it first, so the client looks at the user of the daemon.
+    """
+    found = os.fstat(directory_fd)
+    return b"\0fusestore/%d/%d" % (found.st_dev, found.st_ino)
 
 
 def parse_peer(data: bytes) -> tuple[int, int]:
@@ -162,7 +174,7 @@ class ControlClient:
         try:
             directory = os.open(self._store, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                connection.connect(socket_address(directory))
+                self._reach(connection, directory)
             finally:
                 os.close(directory)
         except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
@@ -184,6 +196,18 @@ class ControlClient:
             connection.close()
             raise
         return connection
+
+    @staticmethod
+    def _reach(connection: socket.socket, directory: int) -> None:
+        """Connect to the daemon of an open directory; OSError."""
+        try:
+            connection.connect(socket_address(directory))
+        except FileNotFoundError:
+            connection.connect(abstract_address(directory))
+            data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size)
+            _, uid = parse_peer(data)
+            if uid not in (0, os.geteuid(), os.fstat(directory).st_uid):
+                raise ConnectionRefusedError from None
 
     @staticmethod
     def _send(connection: socket.socket, line: bytes) -> None:

@@ -11,6 +11,7 @@ daemon must shield itself; its answer is then sent.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -29,10 +30,12 @@ from ..errors import FusestoreError, StoreBusyError, UsageError
 from .control_client import (
     ALIVE_SECONDS,
     ANSWER_BYTES_MAX,
+    NOT_WRITABLE,
     PEER,
     REQUEST_BYTES_MAX,
     Message,
     Progress,
+    abstract_address,
     encode,
     error_message,
     lock_holder,
@@ -55,12 +58,11 @@ newest progress.
 
 @contextmanager
 def lock_store(store: Path) -> Iterator[None]:
-    """Hold the lock of the store; StoreBusyError, with the holder's number, if it is in use."""
-    file = store / LOCK_NAME
-    try:
-        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise FusestoreError(f"{file} cannot be opened: {error.strerror}.") from error
+    """Hold the lock of the store; StoreBusyError, with the holder's number, if it is in use.
+
+    A medium that cannot be written to is locked, too, without the number.
+    """
+    fd, is_written = _open_lock(store)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -68,14 +70,31 @@ def lock_store(store: Path) -> Iterator[None]:
             holder = lock_holder(store)
             who = f"process {holder}" if holder else "another process"
             raise StoreBusyError(f"{store} is in use by {who}.") from None
-        os.truncate(fd, 0)
-        os.write(fd, b"%d\n" % os.getpid())
+        if is_written:
+            os.truncate(fd, 0)
+            with contextlib.suppress(OSError):  # a full disk has no room for the number
+                os.write(fd, b"%d\n" % os.getpid())
         try:
             yield
         finally:
-            os.truncate(fd, 0)
+            if is_written:
+                os.truncate(fd, 0)
     finally:
         os.close(fd)
+
+
+def _open_lock(store: Path) -> tuple[int, bool]:
+    """Open the lock file, or else what there is to lock; and whether it can be written to."""
+    file = store / LOCK_NAME
+    try:
+        return os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), True
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise FusestoreError(f"{file} cannot be opened: {error.strerror}.") from error
+    try:
+        return os.open(file, os.O_RDONLY | os.O_CLOEXEC), False
+    except FileNotFoundError:
+        return os.open(store, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), False
 
 
 # --- the server --------------------------------------------------------------
@@ -119,7 +138,8 @@ class ControlServer:
         fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             try:
-                listener = trio.SocketListener(trio.socket.from_stdlib_socket(_listen(fd)))
+                listening = _listen(fd)
+                listener = trio.SocketListener(trio.socket.from_stdlib_socket(listening))
             except OSError as error:
                 raise FusestoreError(
                     f"The socket {directory / SOCKET_NAME} cannot be opened: {error.strerror}."
@@ -270,17 +290,19 @@ class _Connection:
 
 
 def _listen(directory_fd: int) -> socket.socket:
-    """Open a listening socket in an open directory; OSError."""
-    address = socket_address(directory_fd)
-    try:
+    """Open a listening socket in an open directory, or without a file; OSError."""
+    with contextlib.suppress(OSError):  # binding fails if it is still there
         os.unlink(SOCKET_NAME, dir_fd=directory_fd)
-    except FileNotFoundError:
-        pass
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         # Linux gives the name the mode of the socket, so the name never has another mode.
         os.fchmod(listening.fileno(), 0o600)
-        listening.bind(address)
+        try:
+            listening.bind(socket_address(directory_fd))
+        except OSError as error:
+            if error.errno not in NOT_WRITABLE:
+                raise
+            listening.bind(abstract_address(directory_fd))
         listening.listen(16)
     except OSError:
         listening.close()

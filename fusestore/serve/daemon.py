@@ -11,8 +11,8 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import trio
 
 from ..config.mount_options import NO_METRICS, MountOptions, parse_address
 from ..config.store_config import StoreConfig
-from ..errors import FusestoreError, UsageError
+from ..errors import FusestoreError, MountHeldError, NotDurableError, UsageError
 from ..files.filesystem import FileSystem
 from ..store.opening import open_store
 from ..store.store import Store
@@ -37,6 +37,8 @@ from .operations import TALLIES, Operations
 
 logger = logging.getLogger(__name__)
 
+HELD_SECONDS = 10.0
+"""How long after the mount is removed the kernel may keep its file system."""
 READY_SECONDS = 60.0
 """A mount that does not answer within this time has failed."""
 
@@ -171,16 +173,39 @@ class _Daemon:
             self._unmounted.set()
             pyfuse3.close()
 
-    async def stop(self, mountpoint: str | None) -> None:
-        """Unmount, and return when everything is committed; UsageError if mounted elsewhere."""
+    async def stop(self, mountpoint: str | None, commit: Callable[[], Awaitable[None]]) -> None:
+        """Unmount, and return when everything is committed; UsageError if mounted elsewhere.
+
+        MountHeldError, after `commit`, if another mount of the file system remains.
+        """
         if mountpoint not in (None, str(self._mountpoint)):
             raise UsageError(f"The store is mounted on {self._mountpoint}, not on {mountpoint}.")
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(mounts.unmount, self._mountpoint)
+            held = await self._unmount()
+            if held:
+                with suppress(NotDurableError):
+                    await commit()
+                raise MountHeldError(held)
             await self._closed.wait()
         if self._failed is not None:
             error = self._failed
             raise unwrapped(error) if isinstance(error, ExceptionGroup) else error
+
+    async def _unmount(self) -> str:
+        """Remove the mount; return why its file system remains, or an empty text."""
+        mount = mounts.find(self._mountpoint)
+        await trio.to_thread.run_sync(mounts.unmount, self._mountpoint)
+        with trio.move_on_after(HELD_SECONDS):
+            await self._unmounted.wait()
+        if self._unmounted.is_set():
+            return ""
+        device = mount.device if mount is not None else -1
+        holders = await trio.to_thread.run_sync(mounts.holders_of, device)
+        return (
+            f"{self._mountpoint} is unmounted, but its file system is still in use: "
+            f"{'; '.join(holders) or 'its user is not known'}. Everything is committed, and the "
+            f"daemon ends when the last mount is gone. To end it now: kill {os.getpid()}."
+        )
 
     async def _read_further_ahead(self) -> None:
         """Raise the kernel's read-ahead after the first answer, when the kernel has set its own."""
@@ -220,9 +245,9 @@ class _Daemon:
                     continue
                 logger.info("%s: unmounting", signal.Signals(number).name)
                 try:
-                    await trio.to_thread.run_sync(mounts.unmount, self._mountpoint)
+                    problem = await self._unmount()
                 except FusestoreError as error:
-                    if self._unmounted.is_set():  # unmounted meanwhile
-                        continue
-                    logger.warning("%s The daemon commits everything and exits anyway.", error)
+                    problem = str(error)
+                if problem and not self._unmounted.is_set():  # else unmounted meanwhile
+                    logger.warning("%s The daemon commits everything and exits anyway.", problem)
                     pyfuse3.terminate()

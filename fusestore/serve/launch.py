@@ -24,7 +24,7 @@ from ..config.mount_options import MountOptions
 from ..config.store_config import StoreConfig
 from ..errors import FusestoreError, StoreBusyError, UsageError
 from ..system import linux, logs, mounts
-from .control_client import Message, encode, error_message, error_of
+from .control_client import NOT_WRITABLE, Message, encode, error_message, error_of
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def run(
         os.set_inheritable(ready_fd, False)
     try:
         in_file = in_background and not logs.is_journal()
-        logs.start(level, style, config.log_file if in_file else None)
+        _start_log(config, level, style, in_file=in_file)
         os.chdir("/")
         linux.keep_one_heap()
         import trio
@@ -124,6 +124,16 @@ def run(
             logger.error("%s", error)
             raise SystemExit(3) from error
         raise
+
+
+def _start_log(config: StoreConfig, level: str, style: str, *, in_file: bool) -> None:
+    """Log to the file, or to standard error if there can be no file; OSError."""
+    try:
+        logs.start(level, style, config.log_file if in_file else None)
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        logs.start(level, style, None)
 
 
 def _say(fd: int, message: Message) -> None:
@@ -183,9 +193,11 @@ def _spawn(
         try:
             output = os.open(config.log_file, flags, 0o600)
         except OSError as error:
-            raise FusestoreError(
-                f"The log {config.log_file} cannot be opened: {error.strerror}."
-            ) from error
+            problem = f"The log {config.log_file} cannot be opened: {error.strerror}"
+            if error.errno not in NOT_WRITABLE:
+                raise FusestoreError(f"{problem}.") from error
+            logger.warning("%s; the daemon keeps no log.", problem)
+            output = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     try:
         return subprocess.Popen(
             command,

@@ -279,6 +279,35 @@ def _output(child: subprocess.Popen[bytes], seconds: float) -> bytes | None:
 # --- processes that use a mount ----------------------------------------------
 
 
+def holders_of(device: int, count_max: int = 3) -> list[str]:
+    """Return who still has a mount of a device: other mount points, and other namespaces.
+
+    A container has a namespace of its own, with copies of the mounts that it began with.
+    """
+    found, seen = list[str](), set[str]()
+    for process in [Path("/proc/self"), *sorted(Path("/proc").glob("[0-9]*"))]:
+        if len(found) == count_max:
+            break
+        try:
+            namespace = os.readlink(process / "ns/mnt")
+            if namespace in seen:
+                continue
+            seen.add(namespace)
+            places = [
+                entry.place
+                for entry in parse_entries((process / "mountinfo").read_bytes())
+                if entry.device == device
+            ]
+            name = (process / "comm").read_text().strip()
+        except OSError:
+            continue  # it has ended, or is somebody else's
+        if places and process.name == "self":
+            found += [f"a mount on {place}" for place in places]
+        elif places:
+            found.append(f"process {process.name} ({name}), in a container or namespace of its own")
+    return found
+
+
 def users_of(mountpoint: Path, count_max: int = 3) -> list[tuple[int, str]]:
     """Return some processes (number, name) with an open file or their directory on a mount.
 

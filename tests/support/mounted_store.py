@@ -107,7 +107,7 @@ class Store:
     def umount(self) -> None:
         """Unmount; the daemon must have ended."""
         self.cli("umount", self.mountpoint)
-        self._await_end()
+        self.await_end()
 
     def remount(self, *options: str) -> None:
         """Unmount and mount."""
@@ -119,7 +119,7 @@ class Store:
         assert self._pidfd is not None
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        self._await_end()
+        self.await_end()
         if clear:
             self.clear_mount()
 
@@ -127,7 +127,7 @@ class Store:
         """Send the daemon a signal, and wait for its end."""
         assert self._pidfd is not None
         signal.pidfd_send_signal(self._pidfd, number)
-        self._await_end()
+        self.await_end()
 
     def kill_soon(self, seconds: float) -> threading.Timer:
         """SIGKILL the daemon in `seconds`, while the test goes on."""
@@ -172,7 +172,7 @@ class Store:
                 if was_alive and done.returncode:
                     problems.append(f"umount failed: {done.stdout}{done.stderr}")
                 elif was_alive:
-                    self._await_end()
+                    self.await_end()
             except (Exception, pytest.fail.Exception) as error:
                 problems.append(f"umount failed: {error}")
         problems += self._end_by_force()
@@ -204,7 +204,8 @@ class Store:
             self.clear_mount()
         return problems
 
-    def _await_end(self) -> None:
+    def await_end(self) -> None:
+        """Wait until the daemon has ended by itself."""
         assert self._pidfd is not None
         ended = select.select([self._pidfd], [], [], DAEMON_END_SECONDS_MAX)[0]
         assert ended, f"the daemon {self.daemon_pid} still runs"
