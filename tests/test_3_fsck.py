@@ -278,6 +278,54 @@ async def test_what_has_no_place_goes_to_lost_and_found(config: StoreConfig) -> 
     assert after[f"/lost+found/#{ino}/inner/file2"] == before["/folder/inner/file2"]
 
 
+@pytest.mark.parametrize("kind", ["file", "link", "file that the listing has, too"])
+async def test_a_stray_name_does_not_make_a_directory_of_a_file(
+    config: StoreConfig, kind: str
+) -> None:
+    async with opened(config) as one:
+        tree = one.files.tree
+        if kind == "link":
+            good, _ = tree.make(ROOT, b"good", stat.S_IFLNK | 0o777, 0, 0, target=b"target")
+        else:
+            good = await one.put("good", b"good bytes" * 20_000)
+        other = await one.put("other", b"other")
+        await one.checkpoint()
+
+    def move(rows: Rows) -> None:
+        row = rows.pop(file_rows.name_key(ROOT, b"other"))
+        rows[file_rows.name_key(good, b"other")] = row
+        if kind.startswith("file that"):
+            _, cookie = file_rows.decode_name(row)
+            listed = rows.pop(file_rows.listing_key(ROOT, cookie))
+            rows[file_rows.listing_key(good, cookie)] = listed
+
+    edit(config, move)
+    async with mended(config) as one:
+        tree = one.files.tree
+        assert tree.lookup(ROOT, b"good") == good
+        if kind == "link":
+            assert tree.target(good) == b"target"
+        else:
+            assert await one.get("good") == b"good bytes" * 20_000
+        assert bytes(await one.files.contents.read(other, 0, 10)) == b"other"
+
+
+async def test_one_lost_extent_of_a_file_with_holes_is_put_back(config: StoreConfig) -> None:
+    async with opened(config) as one:
+        for offset in (0, 100_000, 200_000):
+            ino = await one.put("db", b"x" * 5000, offset)
+        await one.checkpoint()
+        before = await one.get("db")
+
+    def drop(rows: Rows) -> None:
+        del rows[file_rows.extent_key(ino, 0)]
+
+    edit(config, drop)
+    async with mended(config) as one:
+        assert (await one.get("db"))[100_000:105_000] == before[100_000:105_000]
+        assert await one.get("db") == before
+
+
 async def test_directories_inside_themselves_are_taken_out(config: StoreConfig) -> None:
     def loop(rows: Rows) -> None:
         folder, cookie = file_rows.decode_name(rows.pop(file_rows.name_key(ROOT, b"folder")))

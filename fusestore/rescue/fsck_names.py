@@ -40,7 +40,10 @@ class NameCheck:
             self.last_cookie = max(self.last_cookie, cookie)
             if above != directory:
                 directory, parent = above, self._store.inode(above)
-            if parent is None or not _is_directory(parent):
+            if parent is not None and not _is_directory(parent) and self._has_contents(above):
+                text = f"{name!r} is in inode {above}, which is not a directory"
+                yield finding(Phase.NAMES, "names", text, "unlink", above, name)
+            elif parent is None or not _is_directory(parent):
                 text = f"{name!r} is in directory {above}, which does not exist"
                 yield finding(Phase.NAMES, "names", text, "restore", above, stat.S_IFDIR)
             elif not _is_possible(name):
@@ -48,6 +51,12 @@ class NameCheck:
                 yield finding(Phase.NAMES, "names", text, "unlink", above, name)
             else:
                 yield from self._name(above, parent, name, ino, cookie)
+
+    def _has_contents(self, ino: int) -> bool:
+        """Return whether an inode has rows that a directory does not have."""
+        extents = self._store.table(file_rows.extent_key(ino, 0)[:9])
+        has_target = self._store.rows.get(file_rows.target_key(ino)) is not None
+        return has_target or next(extents, None) is not None
 
     def _name(
         self, above: int, parent: Inode, name: bytes, ino: int, cookie: int
