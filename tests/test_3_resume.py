@@ -84,14 +84,13 @@ class Away:
 # --- what is in memory ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("failing", [2, 3])
 @pytest.mark.parametrize("nth", range(1, 12))
 async def test_what_was_written_before_the_failure_is_committed_after_it(
-    config: StoreConfig, tmp_path: Path, nth: int, failing: int, full: bool
+    config: StoreConfig, tmp_path: Path, nth: int, failing: int
 ) -> None:
     """Whichever operation of each node fails first, with whatever half-written commits."""
-    chance = random.Random(f"{nth} {failing} {full}")
+    chance = random.Random(f"{nth} {failing}")
     files: dict[str, bytes] = {}
     async with opened(config, faults=True) as one:
         for number in range(3):
@@ -101,7 +100,6 @@ async def test_what_was_written_before_the_failure_is_committed_after_it(
         for member in one.store.log.members.all[:failing]:
             assert isinstance(member.node, FaultyNode)
             member.node.fail_at = member.node.operations + chance.randrange(1, nth + 1)
-            member.node.full = full
         for number in range(12):
             name, data = f"f{number % 5}", chance.randbytes(chance.choice((10, 40_000, 2 * MIB)))
             before = files.pop(name, b"")  # unknown if the mount is read-only for a moment

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -392,3 +393,24 @@ async def test_the_model_counts_regions_too(tmp_path: Path) -> None:
         assert found["regions_borne"] == 1
         assert found["disks_only"] == pytest.approx(3 * 0.02 * 2 * 0.02 * 0.1, rel=0.01)
         assert found["with_regions"] == pytest.approx(3 * 0.03 * 2 * 0.03 * 0.1, rel=0.01)
+
+
+# --- the clock -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("years", [20, -20, 0.01])
+async def test_a_wrong_clock_postpones_no_scrub_for_long(config: StoreConfig, years: float) -> None:
+    """The last scrub ended while the clock was `years` ahead."""
+    async with opened(config) as one:
+        scrubber = one.store.scrubber
+        scrubber.scrub.state = "done"
+        scrubber.scrub.finished = time.time() + years * 365 * 86_400
+        due = scrubber._until_due()
+        assert due == (0 if years < 0 else pytest.approx(config.scrub_days * 86_400, abs=60))
+        assert scrubber.scrub.finished <= time.time()
+
+
+async def test_risk_counts_what_was_just_written(config: StoreConfig) -> None:
+    async with opened(config) as one:
+        await one.put("a", content("a", 2))
+        assert (await do(one, "risk", if_lost=[]))["stripes"] >= 2

@@ -70,7 +70,7 @@ def test_too_few_descriptors_for_the_nodes_are_refused(make_store: Callable[...,
     with limited("-n 100"):
         refused = store.cli("mount", store.store, store.mountpoint, check=False)
     assert refused.returncode == 2
-    assert "may open 100 files, and a store of 8 nodes needs 176" in refused.stderr
+    assert "may open 100 files, and a store of 8 nodes needs 184" in refused.stderr
 
 
 def test_a_limit_that_is_lowered_while_mounted_costs_no_node(

@@ -44,6 +44,11 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Permanently give up the commits of the other history that `status` reports on NODE.",
 )
+@click.option(
+    "--on-this-disk",
+    is_flag=True,
+    help="Rebuild an empty NODE in its place even if its disk is probably not mounted.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @rate_option
 @QUIET
@@ -55,6 +60,7 @@ def repair(
     node: str,
     to: Path | None,
     discard_history: bool,
+    on_this_disk: bool,
     dry_run: bool,
     rate: float | None,
     quiet: bool,
@@ -68,7 +74,8 @@ def repair(
     you can lose any other region.  A repair that was killed continues where it was.
 
     The command refuses a node that holds another history of the store, unless you
-    discard that history with --discard-history.
+    discard that history with --discard-history.  It refuses an empty node whose disk
+    is probably not mounted, unless you say --on-this-disk.
 
     Exit status 1: something cannot be rebuilt.  The command names it file by file.
 
@@ -82,7 +89,12 @@ def repair(
 
     place = os.fspath(to.absolute()) if to else None
     request = RepairRequest(
-        node, to=place, dry_run=dry_run, rate=rate, discard_history=discard_history
+        node,
+        to=place,
+        dry_run=dry_run,
+        rate=rate,
+        on_this_disk=on_this_disk,
+        discard_history=discard_history,
     )
     with closing(ProgressBar(quiet)) as bar, answering(as_json):
         config = load(store)

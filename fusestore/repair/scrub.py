@@ -29,6 +29,8 @@ from .repairer import Repairer
 logger = logging.getLogger(__name__)
 
 DAY_SECONDS = 86_400
+LOOK_SECONDS = 600.0
+"""How often the schedule is compared with the clock."""
 
 REFUSALS = {
     "begin": "A scrub is {state} already: pause, resume or wait for it.",
@@ -141,7 +143,8 @@ class Scrubber:
                     if self.job.is_running:
                         self.job.pause()
             if not self.job.is_running:
-                await self.job.changed(self._until_due())
+                # The clock may be set meanwhile, and does not run while the machine sleeps.
+                await self.job.changed(min(self._until_due(), LOOK_SECONDS))
                 if self.scrub.state in ("never", "done") and self._until_due() <= 0:
                     self.job.begin(Scrub())
 
@@ -151,7 +154,12 @@ class Scrubber:
             return float("inf")
         # A scrub that skipped nodes is soon repeated: their shards are unverified.
         days = 1 if self.scrub.skipped else self._every_days
-        return max(0.0, self.scrub.finished + days * DAY_SECONDS - time.time())
+        # If the last one ended in the future, the clock was wrong then, or is wrong now.
+        ended = min(self.scrub.finished, time.time())
+        if ended < self.scrub.finished:
+            self.scrub.finished = ended
+            self.job.note()
+        return max(0.0, ended + days * DAY_SECONDS - time.time())
 
     async def _walk(self) -> None:
         scrub = self.scrub

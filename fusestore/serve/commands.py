@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from ..errors import InvalidError, NotMountedError, UsageError
+from trio import to_thread
+
+from ..errors import InvalidError, NotDurableError, NotMountedError, UsageError
 from ..files.filesystem import FileSystem
 from ..repair.risk import Rates, Safety
+from ..repair.unmounted_disk import check_disk
 from ..rescue.fsck import fsck as check_tables
 from ..store.store import Store
 from ..system import logs
@@ -145,6 +149,8 @@ async def repair(context: Context, request: RepairRequest) -> RepairResult:
     member = repairer.member(request.node)
     await context.store.healer.look_at(member)
     to = Path(request.to) if request.to else None
+    if to is None and not request.on_this_disk:
+        await to_thread.run_sync(check_disk, context.store.log.members, member)
     plan = from_json(RepairPlan, await context.safety.plan(member, anew=to is not None))
     if request.dry_run:
         return RepairResult(plan)
@@ -160,6 +166,8 @@ async def repair(context: Context, request: RepairRequest) -> RepairResult:
 
 async def risk(context: Context, request: RiskRequest) -> RiskResult:
     """Count how many losses the stripes would survive; add the expected losses if asked."""
+    with suppress(NotDurableError):  # what is only in memory has no stripes to count
+        await context.files.commit()
     safety = context.safety
     found = await safety.risk(request.if_lost)
     if request.model is not None:

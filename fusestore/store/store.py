@@ -102,4 +102,11 @@ class Store:
     def _advice(self, member: Member) -> str:
         if member.state is State.FOREIGN:  # its error has the remedy
             return ""
-        return f" Run 'fusestore repair {self.config.store} {member.name}'."
+        if member.standing.read_only:
+            return " It is used again when its file system is writable."
+        if member.state is not State.DOWN:
+            return ""  # it is brought back
+        return (
+            " If its disk is not mounted, mount it. If its data is lost, run 'fusestore repair "
+            f"{self.config.store} {member.name}'."
+        )

@@ -1,6 +1,7 @@
 """A small HTTP server in its own threads: fixed paths, only GET and HEAD.
 
-A connection lasts at most CLIENT_SECONDS, and there are at most CLIENTS_MAX.  A
+A connection lasts at most CLIENT_SECONDS, and there are at most CLIENTS_MAX: a new one
+ends the oldest, so that silent clients keep nobody away.  A
 server on the loopback address answers only requests for a name of the loopback.
 Otherwise a web page could read it through a browser under a name of its own (DNS
 rebinding).
@@ -8,6 +9,7 @@ rebinding).
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
 import socket
@@ -120,9 +122,11 @@ class _Server(ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)  # HTTPServer would look up its own name
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if len(self._since) >= CLIENTS_MAX:
-            self.shutdown_request(request)
-            return
+        if len(self._since) >= CLIENTS_MAX:  # the oldest has had the most time
+            oldest = min(self._since.items(), key=lambda item: item[1], default=None)
+            if oldest is not None:
+                self._end(oldest[0])
+                self._since.pop(oldest[0], None)
         self._since[request] = time.monotonic()
         super().process_request(request, client_address)
 
@@ -133,10 +137,13 @@ class _Server(ThreadingHTTPServer):
     def service_actions(self) -> None:
         for request, since in list(self._since.items()):
             if time.monotonic() - since > CLIENT_SECONDS:
-                try:
-                    request.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass  # the connection has just ended
+                self._end(request)
+
+    @staticmethod
+    def _end(request: socket.socket) -> None:
+        """End a connection; its thread then closes it."""
+        with contextlib.suppress(OSError):  # it has just ended
+            request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         logger.debug("a client of the status page disconnected: %s", sys.exception())

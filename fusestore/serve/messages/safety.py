@@ -93,6 +93,8 @@ class RepairRequest(Request[RepairResult]):
     to: str | None = None
     dry_run: bool = False
     rate: float | None = None
+    on_this_disk: bool = False
+    """Rebuild an empty node although its disk is probably not mounted."""
     discard_history: bool = False
     """Give up the commits of another history that the node holds."""
 
