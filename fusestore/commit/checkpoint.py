@@ -30,6 +30,7 @@ class Checkpointer:
         self._log = log
         self._limits = log.limits
         self._lock = trio.Lock()
+        self._writing = trio.CapacityLimiter(1)
         self._at = trio.current_time()
         self._frozen_at: LogPosition | None = None
         """The position of the commit up to which changes are set aside, once it is flushed."""
@@ -76,7 +77,7 @@ class Checkpointer:
             engine.amend({store_rows.LOG_KEY: position.encode()})
             began = time.perf_counter_ns()
             try:
-                await trio.to_thread.run_sync(engine.write)
+                await trio.to_thread.run_sync(engine.write, limiter=self._writing)
             except FencedError as error:
                 self._log.break_(str(error))
                 raise NotDurableError(str(error)) from error

@@ -67,6 +67,8 @@ class Committer:
         """Held during a commit; only its holder may change the set of nodes in sync."""
         self._checkpoint_owed = False
         """Nothing is acknowledged before the metadata has the set of nodes in sync."""
+        self._encoding = trio.CapacityLimiter(1)
+        """No thread that hangs elsewhere may hold up a commit."""
         self._counters = b""
         self.rows: list[NodeRow] = []
         """The nodes in the last commit."""
@@ -285,7 +287,7 @@ class Committer:
         if len(batch.changes) < self._limits.hop_changes_min:
             payload = encode_commit(commit)
         else:
-            payload = await trio.to_thread.run_sync(encode_commit, commit)
+            payload = await trio.to_thread.run_sync(encode_commit, commit, limiter=self._encoding)
         header = Header(
             Kind.COMMIT, len(payload), checksum(payload, len(payload)), commit.epoch, commit.number
         )
