@@ -167,6 +167,8 @@ class Limits:
     """The assumed size of an operation on names or attributes in a commit, without its values."""
     metadata_page_bytes: int = 4096
     """By how much such an operation may let the metadata grow, without its values."""
+    unwritten_bytes_max: int = 512 * MIB
+    """By how much the metadata may grow in memory while its disk hangs, as estimated."""
     metadata_share: int = 16
     """File bytes for each byte on the metadata device that must be free."""
 

@@ -129,23 +129,24 @@ class JournalWriter:
 
     async def _written(self, ring: Ring, batch: Batch, members: list[Member]) -> None:
         """Wait until the kernel has written a record, or those that are late may be given up."""
-        calls = [member.calls.begin(None, is_patient=True) for member in members]
-        pause = self._limits.node_seconds_max
+        limits = self._limits
+        calls = {member: member.calls.begin(None, is_patient=True) for member in members}
+        until = trio.current_time() + limits.node_seconds_max
         try:
             while batch.left:
-                with trio.move_on_after(pause, shield=True):
+                with trio.move_on_after(
+                    min(limits.stall_seconds, limits.node_seconds_max / 4), shield=True
+                ):
                     await ring.wait(batch)
-                spared = True
-                for member, call, result in zip(members, calls, batch.results, strict=True):
-                    if result is None:
-                        spared = member.may_give_up(call) and spared
-                    else:
-                        member.calls.end(call)
-                if spared:
-                    return
-                pause = self._limits.node_seconds_max / 4
+                for member, result in zip(members, batch.results, strict=True):
+                    if result is not None and member in calls:
+                        member.calls.end(calls.pop(member))
+                if trio.current_time() >= until:
+                    given_up = [member.may_give_up(call) for member, call in calls.items()]
+                    if all(given_up):
+                        return
         finally:
-            for member, call in zip(members, calls, strict=True):
+            for member, call in calls.items():
                 member.calls.end(call)
 
     @staticmethod

@@ -78,6 +78,8 @@ class Member:
         """Called when another mount has claimed the node; the log breaks."""
         self.calls = NodeCalls(limits.node_threads_max)
         """Ended at once when the node fails."""
+        self.was_late = False
+        """Whether it failed because it did not answer in time."""
         self.can_be_spared: Callable[[], bool] = lambda: True
         """Whether the store can do without it; `Members` knows."""
 
@@ -144,6 +146,7 @@ class Member:
         if not self.standing.failed(error):
             return
         logger.error("%s The node is now out of use; see 'fusestore status'.", error)
+        self.was_late = isinstance(error, NodeTimeoutError)
         self.calls.end_all()
 
     def row(self) -> NodeRow:

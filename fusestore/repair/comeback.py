@@ -125,7 +125,7 @@ class Comeback:
                     self._set_apart(member, node, found)
                     return
                 on_disk = await member.call(node.segments, SegmentKind.SHARDS)
-                if member.calls.left_behind:
+                if member.was_late:
                     member.shards.begin_after(on_disk)
                     await member.call(_try_to_write, node, member.shards.current)
                 member.shards.note_present(on_disk)

@@ -111,12 +111,13 @@ class Reporter:
         unused = {member.id for member in members.all if member.out_of_use}
         size, free = log.room.usable(log.code)
         problem = log.broken or members.waiting()
+        metadata_problem = log.metadata_error or log.metadata_stall
         try:
             metadata_bytes = log.engine.bytes_used
         except OSError:
             metadata_bytes = 0
         return {
-            "healthy": whole and not problem and not log.metadata_error,
+            "healthy": whole and not problem and not metadata_problem,
             "store": str(self._config.store),
             "uuid": str(self._config.uuid),
             "code": str(log.code),
@@ -127,7 +128,7 @@ class Reporter:
             "readable": members.losses_borne(codes, unused) >= 0,
             "read_only": log.read_only or bool(log.broken),
             "error": problem,
-            "metadata_error": log.metadata_error,
+            "metadata_error": metadata_problem,
             "files": log.counters.files,
             "bytes": log.counters.file_bytes,
             "bytes_total": size,
