@@ -102,6 +102,10 @@ class Limits:
     """A node that lacks at most this many shards is brought back before the mount answers."""
     node_seconds_max: float = 30.0
     """How long a node may take for a write or a flush before the store stops using it."""
+    patience_seconds: float = 300.0
+    """How long the store waits for a node that it cannot do without, as when all disks hang."""
+    stall_seconds: float = 1.0
+    """When a node takes longer for a shard, the others get theirs meanwhile."""
     read_seconds_max: float = 3.0
     """How long a node may take for a read before others are read instead."""
     slow_seconds: float = 30.0
@@ -163,6 +167,8 @@ class Limits:
     """The assumed size of an operation on names or attributes in a commit, without its values."""
     metadata_page_bytes: int = 4096
     """By how much such an operation may let the metadata grow, without its values."""
+    unwritten_bytes_max: int = 512 * MIB
+    """By how much the metadata may grow in memory while its disk hangs, as estimated."""
     metadata_share: int = 16
     """File bytes for each byte on the metadata device that must be free."""
 

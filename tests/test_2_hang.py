@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,19 @@ import trio
 
 from fusestore.config.mkfs import make_store
 from fusestore.config.store_config import StoreConfig
-from fusestore.errors import NodeError
+from fusestore.errors import NodeError, NotDurableError
 from fusestore.format.records import Place, SegmentKind, records
 from fusestore.limits import STRIPE_BYTES
 from fusestore.log.journal_copy import Copied, copy_journals
 from fusestore.members import opening
+from fusestore.nodes.base import Node
 from fusestore.repair import comeback, rejoin
 from fusestore.rescue.fsck import fsck
 from support.faults import HangingNode
-from support.logs import HUNG, OUT_OF_USE, SLOW
+from support.logs import HUNG, METADATA_STALL, OUT_OF_USE, SLOW, WAITED_FOR
 from support.opened_store import Opened, limited, opened
 
-pytestmark = pytest.mark.expects_log(HUNG, SLOW)
+pytestmark = pytest.mark.expects_log(HUNG, METADATA_STALL, SLOW)
 
 DEADLINE = 0.6
 
@@ -238,13 +239,13 @@ async def test_a_write_that_ends_late_hurts_no_journal(config: StoreConfig) -> N
             found |= {header.number for _, header, _ in records(place, file.read_bytes())}
         return found
 
-    class HangingWrites(HangingNode):
+    class HangingWrite(HangingNode):
         def __getattr__(self, name: str) -> Any:
             return super().__getattr__(name) if name == "write" else getattr(self.node, name)
 
     async with hanging(config) as (one, awake):
         member = one.store.log.members.all[0]
-        node = member.node = HangingWrites(awake.node)
+        node = member.node = HangingWrite(awake.node)
         member.journal_room = None  # so that it is asked
         node.hang()
         await one.put("late", b"given up by one node")
@@ -254,7 +255,128 @@ async def test_a_write_that_ends_late_hurts_no_journal(config: StoreConfig) -> N
             await one.put(f"then {i}", b"in the same segment")
             await one.store.committer.commit()
         await healthy(one)
-        assert commits(0) >= commits(1)
-        node.awake.set()
-        await trio.sleep(0.5)
-        assert commits(0) >= commits(1)
+        async with one.store.committer.lock:  # no commit is under way
+            assert commits(0) >= commits(1)
+            node.awake.set()
+            await trio.sleep(0.5)
+            assert commits(0) >= commits(1)
+
+
+class HangingWrites(HangingNode):
+    """A node whose writes and flushes hang, while it reads."""
+
+    def __getattr__(self, name: str) -> Any:
+        hangs = name in ("write", "flush")
+        return super().__getattr__(name) if hangs else getattr(self.node, name)
+
+
+@asynccontextmanager
+async def all_hanging(one: Opened, which: Sequence[int], kind: type) -> AsyncIterator[None]:
+    """Some nodes hang."""
+    nodes = []
+    for index in which:
+        member = one.store.log.members.all[index]
+        node = member.node = kind(member.node)
+        member.journal_room = None
+        node.hang()
+        nodes.append(node)
+    try:
+        yield
+    finally:
+        for node in nodes:
+            node.awake.set()
+
+
+@pytest.mark.parametrize(
+    ("which", "kind", "size"),
+    [
+        ((0, 1, 2), HangingNode, 100),
+        ((0, 1, 2), HangingWrites, 20 * STRIPE_BYTES),
+        ((0, 2), HangingNode, 20 * STRIPE_BYTES),
+        ((1, 2), HangingWrites, 100),
+    ],
+)
+@pytest.mark.expects_log(WAITED_FOR)
+async def test_disks_that_hang_together_are_waited_for(
+    config: StoreConfig, which: tuple[int, ...], kind: type, size: int
+) -> None:
+    config = limited(config, config.limits, node_seconds_max=3.0, stall_seconds=0.2)
+    written = random.Random(size).randbytes(size)
+    async with opened(config) as one:
+        await one.put("before", data("before"))
+        await one.store.committer.commit()
+        async with trio.open_nursery() as nursery, all_hanging(one, which, kind):
+
+            async def write() -> None:
+                await one.put("meanwhile", written)
+                await one.store.committer.commit()
+
+            nursery.start_soon(write)
+            status: dict[str, Any] = {"error": ""}
+            with trio.fail_after(30):
+                while not status["error"]:
+                    await trio.sleep(0.5)
+                    with trio.fail_after(DEADLINE + 5):
+                        status = await one.store.status()
+            assert "waits for" in status["error"]
+            assert not status["healthy"]
+            assert not status["read_only"]
+            await trio.sleep(config.limits.node_seconds_max / 2)
+        await healthy(one)
+        await one.put("after", data("after"))
+        await one.store.committer.commit()
+        assert await one.get("meanwhile") == written
+    async with opened(config) as one:
+        assert await one.get("meanwhile") == written
+        assert await one.get("after") == data("after")
+
+
+@pytest.mark.expects_log(WAITED_FOR, r"Too few|Fewer than")
+async def test_disks_that_hang_for_good_are_given_up(config: StoreConfig) -> None:
+    config = limited(config, config.limits, patience_seconds=3 * DEADLINE)
+    with pytest.raises((NotDurableError, BaseExceptionGroup)):
+        async with opened(config) as one, all_hanging(one, (0, 1, 2), HangingNode):
+            with trio.fail_after(10 * DEADLINE + 5):
+                await one.put("meanwhile", data("meanwhile"))
+                await one.store.committer.commit()
+
+
+@pytest.mark.expects_log(WAITED_FOR)
+async def test_a_node_whose_writes_hang_holds_up_no_thread_of_others(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def again(*arguments: Any) -> Node:
+        node = opening.open_node(*arguments)
+        if awake.is_set():
+            return node
+        hanging = HangingWrites(node)
+        hanging.awake = awake
+        return hanging
+
+    config = limited(config, config.limits, node_seconds_max=2.0, stall_seconds=0.3)
+    async with opened(config) as one:
+        hung = one.store.log.members.all[0]
+        monkeypatch.setattr(comeback, "open_node", again)
+        async with all_hanging(one, (0,), HangingWrites):
+            awake = hung.node.awake
+            until = trio.current_time() + 15
+            number, left = 0, []
+            while trio.current_time() < until:
+                with trio.fail_after(20):
+                    await one.put(f"file {number}", data(f"file {number}"))
+                    await one.store.committer.commit()
+                number += 1
+                await trio.sleep(0.05)
+                one.store.comeback.wake()
+                left.append(hung.calls.left_behind)
+            assert number > 10
+            assert hung.out_of_use
+            assert all(member.in_sync for member in one.store.log.members.all[1:])
+            assert left[-1] == left[len(left) // 2] <= config.limits.seals_max + 2
+            assert trio.to_thread.current_default_thread_limiter().borrowed_tokens == 0
+            with trio.fail_after(DEADLINE + 5):
+                await one.store.status()
+        await healthy(one)
+        assert hung.calls.left_behind == 0
+        for i in range(number):
+            assert await one.get(f"file {i}") == data(f"file {i}")

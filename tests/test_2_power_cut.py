@@ -18,14 +18,14 @@ from pathlib import Path
 import pytest
 
 from support.cuts import Cut
-from support.logs import AS_TOLD, DROPPED, OUT_OF_USE
+from support.logs import AS_TOLD, CORRUPT, DROPPED, OUT_OF_USE, UNREAD_FILE
 from support.machine import Machine, told
 from support.opened_store import make, opened
 from support.power_cut import Possible, Promised, write_disks
 from support.random_work import CODES, MIB, STEPS, History, illness_of, small_limits, work
 from support.tree_model import State, match, observe
 
-pytestmark = pytest.mark.expects_log(AS_TOLD, DROPPED, OUT_OF_USE)
+pytestmark = pytest.mark.expects_log(AS_TOLD, CORRUPT, DROPPED, OUT_OF_USE, UNREAD_FILE)
 
 CUTS = 20
 

@@ -1,18 +1,26 @@
-"""A daemon whose time stops: killed clients."""
+"""Clients that are killed, a daemon that is stopped, and disks that hang, stop nothing for good."""
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from support.disks import Disks
+from support.logs import HUNG, METADATA_STALL, OUT_OF_USE, SLOW, WAITED_FOR
 from support.mounted_store import Store
 
 pytestmark = pytest.mark.mounted
@@ -77,3 +85,162 @@ def test_the_daemon_goes_on_when_those_who_use_it_are_killed(
         user.kill()
         user.wait()
     assert within(6, lambda: (store.status()["last_commit_at"] or 0) > made_at)
+
+
+# --- disks that hang, and a daemon that is stopped ----------------------------
+
+
+@pytest.fixture
+def disks(tmp_path: Path) -> Iterator[Disks]:
+    """File systems; ask for them before `make_store`, so that the stores end first."""
+    (tmp_path / "disks").mkdir()
+    disks = Disks(tmp_path / "disks")
+    yield disks
+    disks.clean_up()
+
+
+@contextmanager
+def frozen(*places: Path) -> Iterator[None]:
+    """File systems whose writes hang."""
+    for place in places:
+        subprocess.run(["fsfreeze", "--freeze", place], check=True)
+    try:
+        yield
+    finally:
+        for place in places:
+            subprocess.run(["fsfreeze", "--unfreeze", place], check=True)
+
+
+WRITER = """\
+import os, sys
+number = 0
+while True:
+    number += 1
+    for name, data in ("small", b"%d" % number), (f"large {number % 20}", os.urandom(3 << 20)):
+        file = os.open(f"{sys.argv[1]}/{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.write(file, data)
+        os.fsync(file)
+        os.close(file)
+    print(number, flush=True)
+"""
+
+
+class Writer:
+    """A program that writes and syncs files."""
+
+    def __init__(self, store: Store) -> None:
+        command = [sys.executable, "-c", WRITER, store.mountpoint]
+        self._program = subprocess.Popen(command, stdout=subprocess.PIPE)
+        self.rounds = 0
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._program.stdout is not None
+        with self._program.stdout as lines:
+            for line in lines:
+                self.rounds = int(line)
+
+    def goes_on(self, seconds: float) -> bool:
+        """Whether it syncs files within some time."""
+        before = self.rounds
+        return within(seconds, lambda: self.rounds > before + 1)
+
+    def end(self) -> None:
+        """End it; it met no error."""
+        assert self._program.poll() is None
+        self._program.kill()
+        self._program.wait()
+        self._reader.join()
+
+
+def is_well(store: Store, writer: Writer) -> None:
+    """The writer goes on by itself, and nothing is lost or missing."""
+    assert writer.goes_on(30)
+    writer.end()
+    assert within(60, lambda: store.status()["healthy"]), store.status()["summary"]
+
+
+def test_a_daemon_that_is_stopped_blames_nobody(make_store: Callable[..., Store]) -> None:
+    store = make_store()
+    store.mount()
+    writer = Writer(store)
+    assert writer.goes_on(20)
+    assert store.daemon_pid is not None
+    os.kill(store.daemon_pid, signal.SIGSTOP)
+    time.sleep(34)
+    os.kill(store.daemon_pid, signal.SIGCONT)
+    is_well(store, writer)
+
+
+@pytest.mark.long
+@pytest.mark.expects_log(HUNG, OUT_OF_USE, WAITED_FOR)
+def test_disks_that_hang_together_are_waited_for(
+    disks: Disks, make_store: Callable[..., Store]
+) -> None:
+    """One that hangs a moment before the others may be given up, but comes back by itself."""
+    places = [disks.ext4(f"r{number}", 400) for number in range(3)]
+    regions = [f"--region=r{number}={place}/node" for number, place in enumerate(places)]
+    store = make_store(*regions)
+    store.mount()
+    writer = Writer(store)
+    assert writer.goes_on(20)
+    with frozen(*places):
+        time.sleep(38)
+        began = time.monotonic()
+        status = store.status()
+        assert time.monotonic() - began < 10
+        assert not status["read_only"]
+    is_well(store, writer)
+
+
+@pytest.mark.long
+@pytest.mark.expects_log(HUNG, OUT_OF_USE, SLOW)
+def test_a_disk_whose_writes_hang_holds_up_nobody_for_long(
+    disks: Disks, make_store: Callable[..., Store]
+) -> None:
+    place = disks.ext4("r0", 800)
+    store = make_store(f"--region=r0={place}/node", "--region=r1", "--region=r2")
+    store.mount()
+    writer = Writer(store)
+    assert writer.goes_on(20)
+    with frozen(place):
+        assert writer.goes_on(60)
+        threads = []
+        for _ in range(20):
+            assert writer.goes_on(20)
+            status = store.status()
+            assert [node["name"] for node in status["nodes"] if not node["in_sync"]] == ["r0"]
+            threads.append(len(os.listdir(f"/proc/{store.daemon_pid}/task")))
+            time.sleep(2)
+        assert max(threads) < 40
+    is_well(store, writer)
+
+
+@pytest.mark.expects_log(METADATA_STALL)
+def test_a_metadata_disk_that_hangs_stops_nobody(
+    disks: Disks, make_store: Callable[..., Store], tmp_path: Path
+) -> None:
+    place = disks.ext4("metadata", 800)
+    (tmp_path / "s0").symlink_to(place)
+    regions = [f"--region=r{number}={tmp_path}/regions/{number}" for number in range(3)]
+    store = make_store(*regions)
+    store.mount("metrics=127.0.0.1:0")
+    (store.mountpoint / "before").write_bytes(b"before")
+    url = store.status()["metrics"]
+    writer = Writer(store)
+    assert writer.goes_on(20)
+    with frozen(place):
+        for _ in range(45):
+            time.sleep(1)
+            assert answers(store, 2)
+            assert writer.goes_on(10)
+            assert urllib.request.urlopen(f"{url}metrics", timeout=10).status == 200
+            (store.mountpoint / "before").stat()
+        assert (store.mountpoint / "before").read_bytes() == b"before"
+        assert "disk of the metadata" in store.status()["summary"]
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            urllib.request.urlopen(f"{url}healthz", timeout=10)
+    is_well(store, writer)
+    store.remount()
+    assert (store.mountpoint / "before").read_bytes() == b"before"

@@ -65,12 +65,14 @@ def ask(
         import trio
 
         from ..serve.offline import offline
+        from ..system.loop_clock import LoopClock
 
         return None, trio.run(
             offline,
             config,
             request,
             progress,
+            clock=LoopClock(),
             restrict_keyboard_interrupt_to_checkpoints=True,
         )
 

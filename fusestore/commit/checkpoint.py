@@ -13,11 +13,13 @@ import time
 from collections.abc import Callable
 
 import trio
+from outcome import Outcome
 
 from ..errors import FencedError, InvariantError, MetadataError, NotDurableError
 from ..format import store_rows
 from ..format.store_rows import LogPosition
 from ..log.log import Log
+from ..members.node_calls import in_thread
 from ..tally import Histogram
 
 logger = logging.getLogger(__name__)
@@ -81,7 +83,7 @@ class Checkpointer:
             engine.amend({store_rows.LOG_KEY: position.encode()})
             began = time.perf_counter_ns()
             try:
-                await trio.to_thread.run_sync(engine.write)
+                await self._write_in_thread()
             except FencedError as error:
                 self._log.break_(str(error), for_good=True)
                 raise NotDurableError(str(error)) from error
@@ -102,3 +104,27 @@ class Checkpointer:
             self.reached = position.commit
         for callback in self.on_checkpoint:
             callback()
+
+    async def _write_in_thread(self) -> None:
+        """Write, and say so while the disk does not answer; MetadataError, FencedError."""
+        ended = trio.Event()
+        outcomes: list[Outcome[None]] = []
+
+        def on_end(outcome: Outcome[None]) -> None:
+            outcomes.append(outcome)
+            ended.set()
+
+        in_thread(self._log.engine.write, on_end)
+        with trio.CancelScope(shield=True):
+            with trio.move_on_after(self._limits.node_seconds_max):
+                await ended.wait()
+            if not ended.is_set():
+                self._log.metadata_stall = (
+                    "The disk of the metadata does not answer: the nodes keep all changes, and a "
+                    "checkpoint follows when it answers."
+                )
+                logger.error("%s", self._log.metadata_stall)
+                await ended.wait()
+                self._log.metadata_stall = ""
+                logger.info("The disk of the metadata answers again.")
+        outcomes[0].unwrap()

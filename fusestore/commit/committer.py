@@ -69,6 +69,8 @@ class Committer:
         """Held during a commit; only its holder may change the set of nodes in sync."""
         self._checkpoint_owed = False
         """Nothing is acknowledged before the metadata has the set of nodes in sync."""
+        self._encoding = trio.CapacityLimiter(1)
+        """No thread that hangs elsewhere may hold up a commit."""
         self._counters = b""
         self.rows: list[NodeRow] = []
         """The nodes in the last commit."""
@@ -176,9 +178,21 @@ class Committer:
 
     # --- a commit ------------------------------------------------------------
 
-    async def commit_now(self, *, checkpoint: bool = False, cover: bool = False) -> None:
+    async def checkpoint(self) -> None:
+        """Make a checkpoint of all commits so far, and hold up no commits; NotDurableError."""
+        wanted = self._log.position.commit
+        while self.checkpointer.reached < wanted:
+            await self.checkpointer.write()
+            async with self.lock:
+                await self.commit_now(freeze=True)
+            await self.checkpointer.write()
+
+    async def commit_now(
+        self, *, checkpoint: bool = False, cover: bool = False, freeze: bool = False
+    ) -> None:
         """Make one commit, with the lock held, and its checkpoint if `checkpoint` is set.
 
+        With `freeze`, the changes are set aside for a checkpoint that the caller makes.
         With `cover`, if there is nothing to commit, an empty commit records that all
         nodes flushed the last one, which then counts even if shards are lost later.
         NotDurableError if no sufficient set of nodes has flushed it.  A commit that has
@@ -186,7 +200,7 @@ class Committer:
         """
         with trio.CancelScope(shield=True):
             try:
-                await self._commit_now(checkpoint, cover)
+                await self._commit_now(checkpoint, cover, freeze)
             except NotDurableError:
                 raise
             except BaseException:
@@ -197,7 +211,7 @@ class Committer:
                 )
                 raise
 
-    async def _commit_now(self, checkpoint: bool, cover: bool) -> None:
+    async def _commit_now(self, checkpoint: bool, cover: bool, freeze: bool) -> None:
         while True:
             if self._log.broken:
                 raise NotDurableError(self._log.broken)
@@ -207,7 +221,7 @@ class Committer:
             if checkpoint:
                 await self.checkpointer.write()  # so that this commit can set its changes aside
             unflushed = self.writer.unflushed
-            batch = self._take(force=checkpoint, cover=cover)
+            batch = self._take(force=checkpoint or freeze, cover=cover)
             try:
                 if batch is not None:
                     await self._flush(batch)
@@ -317,7 +331,7 @@ class Committer:
         if len(batch.changes) < self._limits.hop_changes_min:
             payload = encode_commit(commit)
         else:
-            payload = await trio.to_thread.run_sync(encode_commit, commit)
+            payload = await trio.to_thread.run_sync(encode_commit, commit, limiter=self._encoding)
         header = Header(
             Kind.COMMIT, len(payload), checksum(payload, len(payload)), commit.epoch, commit.number
         )

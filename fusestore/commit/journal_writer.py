@@ -20,7 +20,7 @@ from ..format.records import HEADER_BYTES, Header, Kind, SegmentKind, record_len
 from ..log.log import Log
 from ..members.journal_room import JournalRoom
 from ..members.member import Member
-from ..system.io_uring import Operation
+from ..system.io_uring import Batch, Operation, Ring
 
 _NOT_TRIED = (-errno.EAGAIN, -errno.EINVAL)
 """Results of the ring for a write that the file system did not begin."""
@@ -109,8 +109,7 @@ class JournalWriter:
         if batch is None:
             return False
         if batch.left:
-            with trio.move_on_after(self._limits.node_seconds_max, shield=True):
-                await ring.wait(batch)
+            await self._written(ring, batch, members)
         whole = True
         for (member, room, operation, _), result in zip(writes, batch.results, strict=True):
             if result is None:
@@ -128,6 +127,28 @@ class JournalWriter:
             else:
                 whole = False
         return whole
+
+    async def _written(self, ring: Ring, batch: Batch, members: list[Member]) -> None:
+        """Wait until the kernel has written a record, or those that are late may be given up."""
+        limits = self._limits
+        calls = {member: member.calls.begin(None, is_patient=True) for member in members}
+        until = trio.current_time() + limits.node_seconds_max
+        try:
+            while batch.left:
+                with trio.move_on_after(
+                    min(limits.stall_seconds, limits.node_seconds_max / 4), shield=True
+                ):
+                    await ring.wait(batch)
+                for member, result in zip(members, batch.results, strict=True):
+                    if result is not None and member in calls:
+                        member.calls.end(calls.pop(member))
+                if trio.current_time() >= until:
+                    given_up = [member.may_give_up(call) for member, call in calls.items()]
+                    if all(given_up):
+                        return
+        finally:
+            for member, call in calls.items():
+                member.calls.end(call)
 
     @staticmethod
     def _holds(member: Member, header: Header) -> None:

@@ -176,8 +176,7 @@ class MetadataDumper:
 
         They are kept while the history is in doubt; the next dump deletes them.
         """
-        async with self._committer.lock:
-            await self._committer.commit_now(checkpoint=True)
+        await self._committer.checkpoint()
         if self._log.doubt or self._log.keeps_all:
             return
         async with self._log.journals:

@@ -178,8 +178,11 @@ class Log:
         """Only a new mount can continue."""
         self.on_break: Callable[[], None] = lambda: None
         """Called when nothing can be committed any more."""
+        self._measuring = trio.CapacityLimiter(1)
         self.metadata_error = ""
         """Why the last checkpoint failed; nothing may grow until one succeeds."""
+        self.metadata_stall = ""
+        """A sentence while a checkpoint hangs; little may grow then, as memory is limited."""
         self.rows_in_doubt = 0
         """Rows that differ from the nodes and could not be mended, since the mount."""
         self.rows_mended = 0
@@ -313,6 +316,8 @@ class Log:
     def _check_room(self) -> None:
         if self.metadata_error or self.room.waits:
             raise NoSpaceError(self.metadata_error or self.room.waits)
+        if self.metadata_stall and self.room.growth_unwritten > self.limits.unwritten_bytes_max:
+            raise NoSpaceError(self.metadata_stall)
 
     def can_do_without(self, nodes: Collection[Member]) -> bool:
         """Whether commits and new stripes can do without these nodes."""
@@ -345,7 +350,7 @@ class Log:
         """Measure the room for the metadata."""
         begun = self.members.devices.begin_sample()
         try:
-            found = await trio.to_thread.run_sync(self.engine.space)
+            found = await trio.to_thread.run_sync(self.engine.space, limiter=self._measuring)
         except OSError as error:
             logger.error("The free space of the metadata is unknown: %s.", error.strerror)
         else:

@@ -90,6 +90,11 @@ class Room:
         """Record that what was set aside is in the metadata; a sample follows."""
         self._metadata_frozen = 0
 
+    @property
+    def growth_unwritten(self) -> int:
+        """Estimated growth of the metadata that no checkpoint has written, in bytes."""
+        return self.metadata_pending + self._metadata_frozen
+
     # --- what is asked -------------------------------------------------------
 
     def take_bytes(self, length: int, code: Code) -> None:

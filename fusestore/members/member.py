@@ -1,7 +1,8 @@
 """One node of an open store: calls with deadlines, and the known state of the node.
 
-If a call takes longer than `node_seconds_max`, its thread is abandoned, and the node is
-taken out of use.  All methods run on the event loop unless documented otherwise.  Only
+If a call takes longer than `node_seconds_max`, it is given up, and the node is taken out of
+use.  If the store cannot do without the node, as when all disks hang at once, it waits up to
+`patience_seconds`.  All methods run on the event loop unless documented otherwise.  Only
 `call` and `read` await.
 """
 
@@ -28,6 +29,7 @@ from ..system.io_uring import Ring, read_operation
 from ..tally import Histogram
 from .devices import Device, Devices
 from .journal_room import JournalRoom
+from .node_calls import NodeCall, NodeCalls
 from .shard_segments import ShardSegments
 from .standing import Standing, State
 
@@ -74,9 +76,12 @@ class Member:
         """Durations of the node's part of commits."""
         self.on_fenced: Callable[[str], None] = lambda reason: None
         """Called when another mount has claimed the node; the log breaks."""
-        self._calls: set[trio.CancelScope] = set()
-        """The scopes of running calls; cancelled at once when the node fails."""
-        self._threads = trio.CapacityLimiter(limits.node_threads_max)
+        self.calls = NodeCalls(limits.node_threads_max)
+        """Ended at once when the node fails."""
+        self.was_late = False
+        """Whether it failed because it did not answer in time."""
+        self.can_be_spared: Callable[[], bool] = lambda: True
+        """Whether the store can do without it; `Members` knows."""
 
     # --- state ---------------------------------------------------------------
 
@@ -170,8 +175,8 @@ class Member:
         if not self.standing.failed(error):
             return
         logger.error("%s The node is now out of use; see 'fusestore status'.", error)
-        for scope in list(self._calls):
-            scope.cancel()
+        self.was_late = isinstance(error, NodeTimeoutError)
+        self.calls.end_all()
 
     def row(self) -> NodeRow:
         """The row of the node for the log."""
@@ -186,17 +191,34 @@ class Member:
     async def call(
         self, function: Callable[..., T], *arguments: Any, seconds: float | None = None
     ) -> T:
-        """Call a function with the node in a thread; NodeTimeoutError if it takes too long."""
-        seconds = self.limits.node_seconds_max if seconds is None else seconds
-        with trio.move_on_after(seconds, shield=True) as scope:
-            self._calls.add(scope)
-            try:
-                return await trio.to_thread.run_sync(
-                    function, *arguments, abandon_on_cancel=True, limiter=self._threads
-                )
-            finally:
-                self._calls.discard(scope)
-        raise self.late(seconds)
+        """Call a function with the node in a thread; NodeTimeoutError if it takes too long.
+
+        With `seconds`, that is not a reason to take the node out of use.
+        """
+        limit = self.limits.node_seconds_max if seconds is None else seconds
+        judge = self.may_give_up if seconds is None else None
+        found = await self.calls.run(partial(function, *arguments), limit, judge)
+        if found is None:
+            raise self.late(limit)
+        return cast("T", found.unwrap())
+
+    def may_give_up(self, call: NodeCall) -> bool:
+        """Return whether to fail the node for a call that is late, or to wait on."""
+        now = trio.current_time()
+        if now - call.begun >= self.limits.patience_seconds:
+            return True
+        if self.can_be_spared():
+            since = call.begun if call.spared_at is None else call.spared_at
+            return now - since >= self.limits.node_seconds_max
+        if not self.calls.are_spared:
+            logger.warning(
+                "Node %s has not answered for %.0f seconds. The store cannot do without it, and "
+                "waits.",
+                self.name,
+                now - call.begun,
+            )
+        call.spared_at = now
+        return False
 
     @property
     def watched(self) -> tuple[str, Node]:
@@ -227,11 +249,11 @@ class Member:
             return False
         if batch.left:
             with trio.move_on_after(seconds, shield=True) as scope:
-                self._calls.add(scope)
+                call = self.calls.begin(scope, is_patient=False)
                 try:
                     await self.ring.wait(batch)
                 finally:
-                    self._calls.discard(scope)
+                    self.calls.end(call)
             if batch.left:
                 raise self.late(seconds)
         return batch.results[0] == len(buffer)

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
+
+import trio
 
 from ..config.store_config import CONFIG_NAME, NodeConfig, StoreConfig, load
 from ..config.store_config_write import write_store_config
@@ -38,6 +40,8 @@ class Members:
         self._taking: tuple[int, ...] = ()
         self._takers: list[Member] = []
         self._placement: Placement | None = None
+        for member in members:
+            member.can_be_spared = partial(self.can_do_without, [member])
 
     @property
     def regions(self) -> tuple[str, ...]:
@@ -74,6 +78,7 @@ class Members:
         self.all = [*self.all, member]
         self._share_devices(member)
         self.by_id[member.id] = member
+        member.can_be_spared = partial(self.can_do_without, [member])
         self._placement = None
 
     def _share_devices(self, member: Member) -> None:
@@ -171,6 +176,32 @@ class Members:
     def can_store(self, code: Code) -> bool:
         """Return whether stripes of a code would get enough shards, and a node can take commits."""
         return bool(self.in_sync) and self.could_store(code, {m.id for m in self.all if m.takes})
+
+    def can_do_without(self, late: Collection[Member]) -> bool:
+        """Return whether the store can go on if nodes that do not answer are given up.
+
+        Other nodes that have not answered for long do not count.  If the store cannot go on
+        with the nodes either, nothing is gained by waiting for them.
+        """
+        code = self.config.code
+        if not self.can_store(code):
+            return True
+        since = trio.current_time() - self.config.limits.node_seconds_max / 4
+        rest = [
+            member
+            for member in self.all
+            if member not in late and (member.calls.waiting_since() or since) >= since
+        ]
+        left = any(member.in_sync for member in rest)
+        return left and self.could_store(code, {member.id for member in rest if member.takes})
+
+    def waiting(self) -> str:
+        """Return a sentence about the nodes that the store waits for; empty if there are none."""
+        late = [member for member in self.all if member.calls.are_spared]
+        if not late:
+            return ""
+        names = ", ".join(member.name for member in late)
+        return f"The store waits for {names}, without which it cannot go on: writes hang."
 
     def could_store(self, code: Code, ids: Collection[int]) -> bool:
         """Return whether these nodes alone would get enough shards of each stripe of a code.

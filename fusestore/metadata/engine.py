@@ -24,6 +24,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from weakref import WeakSet
 
@@ -142,16 +143,29 @@ class Engine:
     # --- the environment -----------------------------------------------------
 
     def _open(self, read_only: bool) -> lmdb.Environment:
-        return lmdb.open(
-            os.fsencode(self._directory),
-            map_size=self._map_bytes,
-            subdir=True,
-            create=not read_only,
-            readonly=read_only,
-            max_dbs=1,
-            lib_version=0,
-            mode=0o600,
-        )
+        """Open the environment, with the file of LMDB's locks in memory.
+
+        Every reader writes to that file.  On a disk that is frozen, as backup tools do, this
+        would stop the event loop.  Other processes need no such locks: they cannot open the
+        environment (`_own`), or all of them only read it.
+        """
+        with TemporaryDirectory(prefix="fusestore-") as links:
+            lock = os.memfd_create(DATABASE_LOCK)
+            try:
+                os.symlink(self._directory.absolute() / DATABASE, Path(links, DATABASE))
+                os.symlink(f"/proc/self/fd/{lock}", Path(links, DATABASE_LOCK))
+                return lmdb.open(
+                    links,
+                    map_size=self._map_bytes,
+                    subdir=True,
+                    create=not read_only,
+                    readonly=read_only,
+                    max_dbs=1,
+                    lib_version=0,
+                    mode=0o600,
+                )
+            finally:
+                os.close(lock)
 
     def after_failure(self) -> None:
         """When `write` has failed: open the environment anew, or its map wider, if that helps.

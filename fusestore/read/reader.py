@@ -174,7 +174,8 @@ class Reader:
         if member.out_of_use and not self._log.broken:
             return None  # when too few nodes are up, every node that answers is used
         standing = member.standing
-        if (standing.doubted or standing.is_slow(trio.current_time())) and not patient:
+        is_slow = member.calls.left_behind or standing.is_slow(trio.current_time())
+        if (standing.doubted or is_slow) and not patient:
             return None
         seconds = self._limits.node_seconds_max if patient else self._limits.read_seconds_max
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from itertools import islice
+from math import inf
 
 import trio
 
@@ -16,6 +17,7 @@ from ..errors import (
 )
 from ..format.records import SegmentKind
 from ..format.store_rows import NEVER_WHOLE
+from ..limits import RECORD_ALIGN_BYTES
 from ..log.lineage import Lineage
 from ..log.log import Log
 from ..log.pace import Pace
@@ -44,6 +46,8 @@ class Comeback:
         """Names of the nodes that had no room for shards that they lack."""
         self.damaged: set[str] = set()
         """Names of the nodes whose journals had places that could not be read at the mount."""
+        self._hangs: dict[int, int] = {}
+        """By node: the calls that hung when it was last retried; it is retried when one ends."""
 
     def wake(self) -> None:
         """Check now: a node may lack shards."""
@@ -97,6 +101,8 @@ class Comeback:
                 continue
             if shards_max is None and member.out_of_use and not member.standing.is_due(now):
                 continue
+            if member.out_of_use and self._still_hangs(member):
+                continue
             if shards_max is not None:
                 debt = islice(self._healer.lacks(member), shards_max + 1)
                 if sum(1 for _ in debt) > shards_max:
@@ -116,6 +122,11 @@ class Comeback:
                 except FusestoreError as error:
                     member.fail(error)
 
+    def _still_hangs(self, member: Member) -> bool:
+        """Whether no call has returned since the last attempt, which hung, too."""
+        left = member.calls.left_behind
+        return left > 0 and left >= self._hangs.get(member.id, inf)
+
     async def _bring_back(self, member: Member, quick: bool) -> None:
         """Bring a node that was away back in sync; if this fails, try again later."""
         try:
@@ -126,7 +137,11 @@ class Comeback:
                 if found.foreign and member.standing.holds != NEVER_WHOLE:
                     self._set_apart(member, node, found)
                     return
-                member.shards.note_present(await member.call(node.segments, SegmentKind.SHARDS))
+                on_disk = await member.call(node.segments, SegmentKind.SHARDS)
+                if member.was_late:
+                    member.shards.begin_after(on_disk)
+                    await member.call(_try_to_write, node, member.shards.current)
+                member.shards.note_present(on_disk)
                 member.standing.found(found.last)
             if quick and (member.standing.doubted or member.shards.lost):
                 return
@@ -138,6 +153,7 @@ class Comeback:
             await self._rejoin.refused(member, error)
             if isinstance(error, NodeTimeoutError):
                 member.standing.leave_alone(trio.current_time())
+                self._hangs[member.id] = member.calls.left_behind
             return
         logger.info("Node %s is back: it gets the data that it missed.", member.name)
         try:
@@ -152,6 +168,8 @@ class Comeback:
         except FusestoreError as error:
             if not isinstance(error, NodeFullError):
                 member.standing.leave_alone(trio.current_time())
+            if isinstance(error, NodeTimeoutError):
+                self._hangs[member.id] = member.calls.left_behind
             self._healer.give_up(member, error)
         else:
             logger.info("Node %s is up and in sync.", member.name)
@@ -179,3 +197,10 @@ class Comeback:
                 await self._rejoin.rebuild_all(member, progress)
         await self._healer.heal(member, Pace(self._log))
         self._full.discard(member.name)
+
+
+def _try_to_write(node: Node, segment: int) -> None:
+    """Write to a new segment and remove it: a medium may read well while its writes hang."""
+    node.write(SegmentKind.SHARDS, segment, 0, [bytes(RECORD_ALIGN_BYTES)])
+    node.flush(SegmentKind.SHARDS, [segment])
+    node.delete(SegmentKind.SHARDS, segment)

@@ -96,6 +96,7 @@ def run(
         linux.keep_one_heap()
         import trio
 
+        from ..system.loop_clock import LoopClock
         from .daemon import serve
 
         def on_ready(warnings: list[str]) -> None:
@@ -113,6 +114,7 @@ def run(
             mountpoint,
             options,
             on_ready,
+            clock=LoopClock(),
             restrict_keyboard_interrupt_to_checkpoints=True,
         )
     except (FusestoreError, OSError) as error:

@@ -52,6 +52,7 @@ class Reporter:
         repairer: Repairer,
         scrubber: Scrubber,
         reclaimer: Reclaimer,
+        nursery: trio.Nursery,
     ) -> None:
         self._config = config
         self._log = log
@@ -60,19 +61,31 @@ class Reporter:
         self._repairer = repairer
         self._scrubber = scrubber
         self._reclaimer = reclaimer
+        self._nursery = nursery
+        self._measuring: dict[int, trio.Event] = {}
+        """The nodes that are being measured."""
+        self._counting = trio.CapacityLimiter(1)
 
     async def status(self) -> dict[str, Any]:
         """Return the current fields, after checking and measuring every node."""
         await self.measure()
         view = self._log.engine.view(b"M")
-        return self.report(await trio.to_thread.run_sync(count_missing, view))
+        return self.report(
+            await trio.to_thread.run_sync(count_missing, view, limiter=self._counting)
+        )
 
     async def measure(self) -> None:
-        """Check that the nodes in use are present, and measure their used and free room."""
-        async with trio.open_nursery() as nursery:
-            for member in self._log.members.all:
-                if not member.out_of_use:
-                    nursery.start_soon(self._measure, member)
+        """Check that the nodes in use are present, and measure their used and free room.
+
+        Returns after `read_seconds_max`; late nodes are measured further.
+        """
+        for member in self._log.members.all:
+            if not member.out_of_use and member.id not in self._measuring:
+                self._measuring[member.id] = trio.Event()
+                self._nursery.start_soon(self._measure, member)
+        with trio.move_on_after(self._log.limits.read_seconds_max):
+            for measured in list(self._measuring.values()):
+                await measured.wait()
 
     async def _measure(self, member: Member) -> None:
         try:
@@ -81,6 +94,8 @@ class Reporter:
         except NodeError as error:
             member.fail(error)
             self._committer.ask()
+        finally:
+            self._measuring.pop(member.id).set()
 
     def report(self, missing: Missing) -> dict[str, Any]:
         """Return the fields as far as they are known without I/O on a node."""
@@ -95,12 +110,14 @@ class Reporter:
         whole = not lacking
         unused = {member.id for member in members.all if member.out_of_use}
         size, free = log.room.usable(log.code)
+        problem = log.broken or members.waiting()
+        metadata_problem = log.metadata_error or log.metadata_stall
         try:
             metadata_bytes = log.engine.bytes_used
         except OSError:
             metadata_bytes = 0
         return {
-            "healthy": whole and not log.broken and not log.metadata_error,
+            "healthy": whole and not problem and not metadata_problem,
             "store": str(self._config.store),
             "uuid": str(self._config.uuid),
             "code": str(log.code),
@@ -110,8 +127,8 @@ class Reporter:
             "regions_borne": members.losses_borne(codes, lacking),
             "readable": members.losses_borne(codes, unused) >= 0,
             "read_only": log.read_only or bool(log.broken),
-            "error": log.broken,
-            "metadata_error": log.metadata_error,
+            "error": problem,
+            "metadata_error": metadata_problem,
             "files": log.counters.files,
             "bytes": log.counters.file_bytes,
             "bytes_total": size,

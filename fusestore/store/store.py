@@ -71,6 +71,7 @@ class Store:
             self.repairer,
             self.scrubber,
             self.reclaimer,
+            nursery,
         )
         self.status = self.reporter.status
         self.committer.checkpointer.on_checkpoint += [self.reclaimer.wake, self.comeback.wake]

@@ -9,15 +9,18 @@ output of libraries and of crashes.
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import json
 import logging
 import os
 import sys
+import threading
 import time
 from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from ..errors import UsageError
@@ -27,6 +30,10 @@ LEVELS = ("debug", "info", "warning", "error")
 LOG_BYTES_MAX = 10 * 1000 * 1000
 LOG_FILES = 3
 """How many rolled files are kept."""
+RECORDS_MAX = 10_000
+"""Records that wait for a disk."""
+END_SECONDS = 5.0
+"""How long the end of the daemon waits for the log's disk."""
 
 
 def _utc(record: logging.LogRecord) -> str:
@@ -120,6 +127,32 @@ class DaemonLog(RotatingFileHandler):
         return open(fd, "a", encoding=self.encoding, errors=self.errors)
 
 
+class BackgroundHandler(logging.Handler):
+    """Writes records in a thread, so that a disk that hangs holds up nobody who logs."""
+
+    def __init__(self, inner: logging.Handler) -> None:
+        super().__init__()
+        self._inner = inner
+        self._records: SimpleQueue[logging.LogRecord | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+        atexit.register(self._end)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass a record on; it is dropped if too many wait."""
+        if self._records.qsize() < RECORDS_MAX:
+            record.msg, record.args = record.getMessage(), None
+            self._records.put(record)
+
+    def _run(self) -> None:
+        while (record := self._records.get()) is not None:
+            self._inner.handle(record)
+
+    def _end(self) -> None:
+        self._records.put(None)
+        self._thread.join(END_SECONDS)
+
+
 def is_journal(fd: int = 2) -> bool:
     """Return whether a descriptor is the connection to the journal that systemd announced."""
     try:
@@ -149,7 +182,7 @@ def start(level: str, style: str, file: Path | None) -> None:
         formatter = JournalFormatter(formatter if style == "json" else None)
     handler.setFormatter(formatter)
     root = logging.getLogger()
-    root.handlers[:] = [handler]
+    root.handlers[:] = [BackgroundHandler(handler) if file else handler]
     set_level(level)
     logging.captureWarnings(True)
     faulthandler.enable(2)

@@ -8,10 +8,13 @@ and the stripe's row.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import trio
+from outcome import Error, Outcome
 
 from ..errors import InvariantError, NodeError, NodeFullError, NodeTimeoutError
 from ..format import erasure, stripe_rows
@@ -21,40 +24,75 @@ from ..format.stripe_rows import SegmentState, ShardPlace, Stripe
 from ..log.log import Log, Transaction
 from ..members.devices import Device
 from ..members.member import Member
+from ..members.node_calls import NodeCall, in_thread
 from .shard_record import NOT_WRITTEN, shard_header, write_shard
 from .stripes import Buffers, UnsealedStripe
 
 
 @dataclass(slots=True, eq=False)
 class _Seal:
-    """A stripe that is being sealed."""
+    """A stripe that is being sealed.
+
+    One thread at a time takes shards from `todo`.  If a node holds it up, another thread goes
+    on, and the first one ends with the shard that it is writing.
+    """
 
     stripe: UnsealedStripe
     targets: list[tuple[Member, ShardPlace]]
     parity: bytearray
     charges: list[Device]
     """The devices that count each of its shards as on its way."""
+    todo: list[int]
+    """The indices of the shards that nobody has begun to write, the next one at the end."""
     checksums: list[bytes] = field(default_factory=list)
-    errors: dict[int, NodeError] = field(default_factory=dict)
-    order: list[int] = field(default_factory=list)
-    """The indices of the shards to write."""
-    next: int = 0
-    """The position in `order` of the shard that is being written."""
-    attempt: int = 0
-    """The number of the attempt; the thread of an earlier attempt is abandoned, and must stop."""
+    errors: dict[int, Exception] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held to change `writing` and `turn`."""
+    writing: int | None = None
+    """The shard that the thread is writing."""
+    turn: int = 0
+    """Threads of earlier turns take no more shards."""
+    runs: bool = True
+    """The thread of this turn has not ended."""
+    held: dict[int, NodeCall] = field(default_factory=dict)
+    """Shards that are being written by threads of earlier turns."""
+    changed: trio.Event = field(default_factory=trio.Event)
     hung: bool = False
+    """A thread was given up: it keeps the buffers."""
+    failure: BaseException | None = None
+    """An unexpected error in a thread."""
 
-    def give_up(self) -> None:
-        """Abandon the node that is being written to, and its thread."""
-        index = self.order[self.next]
+    @property
+    def is_held(self) -> bool:
+        """Whether a shard is being written that was not given up."""
+        return any(not call.is_left for call in self.held.values())
+
+    def take(self, turn: int) -> int | None:
+        """Return the next shard to write, if a thread of this turn is to write one."""
+        with self.lock:
+            if self.turn == turn:
+                self.writing = self.todo.pop() if self.todo else None
+                return self.writing
+            return None
+
+    def finished(self, turn: int) -> bool:
+        """Return False if another thread has gone on during the write of a shard."""
+        with self.lock:
+            if self.turn == turn:
+                self.writing = None
+            return self.turn == turn
+
+    def leave(self, index: int) -> None:
+        """Give up a shard, and the thread that is writing it."""
+        call = self.held[index]
+        if not call.is_left:
+            self.hung = True
+            self.targets[index][0].calls.leave(call)
+
+    def returned(self, index: int) -> None:
+        """Note that a thread which was held up has ended."""
         member, _ = self.targets[index]
-        seconds = member.limits.node_seconds_max
-        self.errors[index] = NodeTimeoutError(
-            f"Node {member.name} did not write a shard within {seconds:.0f} seconds."
-        )
-        self.hung = True
-        self.attempt += 1
-        self.next += 1
+        member.calls.returned(self.held.pop(index))
 
     @property
     def written(self) -> int:
@@ -75,9 +113,9 @@ class _Seal:
 
     def again(self) -> None:
         """Write those shards again that found no room."""
-        self.order = [i for i, error in self.errors.items() if isinstance(error, NodeFullError)]
-        self.next = 0
-        for index in self.order:
+        self.todo = [i for i, error in self.errors.items() if isinstance(error, NodeFullError)]
+        self.runs = True
+        for index in self.todo:
             del self.errors[index]
 
 
@@ -165,8 +203,8 @@ class Sealer:
         targets: list[tuple[Member, ShardPlace]],
         charges: list[Device],
     ) -> None:
-        work = _Seal(stripe, targets, self._buffers.parity(stripe.code), charges)
-        work.order = list(range(len(targets)))
+        todo = list(range(len(targets)))[::-1]
+        work = _Seal(stripe, targets, self._buffers.parity(stripe.code), charges, todo)
         try:
             await self._run(work)
             while work.full and work.written < self._enough(stripe.code):
@@ -297,29 +335,67 @@ class Sealer:
         stripe.batch.changes.update(changes)
 
     async def _run(self, work: _Seal) -> None:
-        """Code and write in one thread; continue in another if a node hangs."""
-        while work.next < len(work.order):
-            done = trio.Event()
+        """Code and write in a thread; continue in another if a node holds it up."""
+        limits = self._log.limits
+        await trio.lowlevel.checkpoint_if_cancelled()  # the store may be closing
+        self._start(work)
+        try:
+            while work.runs or work.is_held:
+                work.changed, before = trio.Event(), (work.turn, len(work.todo))
+                with trio.move_on_after(min(limits.stall_seconds, limits.node_seconds_max / 4)):
+                    await work.changed.wait()
+                if not work.changed.is_set():
+                    if (work.turn, len(work.todo)) == before:
+                        self._overtake(work)
+                    self._judge(work)
+                if work.failure is not None:
+                    raise work.failure
+        finally:
+            for index in work.held:
+                work.leave(index)
 
-            async def attempt(done: trio.Event = done) -> None:
-                await trio.to_thread.run_sync(
-                    self._write_shards, work, work.attempt, abandon_on_cancel=True
+    def _start(self, work: _Seal) -> None:
+        turn = work.turn
+
+        def ended(outcome: Outcome[int | None]) -> None:
+            if isinstance(outcome, Error):
+                work.failure = outcome.error
+            elif (index := outcome.unwrap()) is not None:
+                work.returned(index)
+            if work.turn == turn:
+                work.runs = False
+            work.changed.set()
+
+        in_thread(partial(self._write_shards, work, turn), ended)
+
+    def _overtake(self, work: _Seal) -> None:
+        """Let another thread write the other shards, if a node holds up this one."""
+        with work.lock:
+            index, work.writing = work.writing, None
+            if index is None:
+                return  # it is coding
+            work.turn += 1
+        calls = work.targets[index][0].calls
+        begun = trio.current_time() - self._log.limits.stall_seconds
+        work.held[index] = calls.begin(None, is_patient=True, begun=begun)
+        work.runs = bool(work.todo)
+        if work.runs:
+            self._start(work)
+
+    def _judge(self, work: _Seal) -> None:
+        """Give up nodes that take too long for a shard, unless the store has to wait for them."""
+        seconds = self._log.limits.node_seconds_max
+        for index, call in work.held.items():
+            member, _ = work.targets[index]
+            late = trio.current_time() - call.begun >= seconds and member.may_give_up(call)
+            if member.out_of_use or late:
+                work.errors[index] = NodeTimeoutError(
+                    f"Node {member.name} did not write a shard within {seconds:.0f} seconds."
                 )
-                done.set()
+                work.leave(index)
 
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(attempt)
-                while not done.is_set():
-                    before = work.next
-                    with trio.move_on_after(self._log.limits.node_seconds_max):
-                        await done.wait()
-                    if not done.is_set() and work.checksums and work.next == before:
-                        work.give_up()
-                        nursery.cancel_scope.cancel()
-                        break
-
-    def _write_shards(self, work: _Seal, attempt: int) -> None:
-        """Code, checksum and write; runs in a thread."""
+    def _write_shards(self, work: _Seal, turn: int) -> int | None:
+        """Code, checksum and write; return the shard that held it up, if any; in a thread."""
         stripe, code = work.stripe, work.stripe.code
         length = code.shard_length(stripe.position)
         shards = [stripe.data[i * length : (i + 1) * length] for i in range(code.k)]
@@ -331,8 +407,7 @@ class Sealer:
                 stripe.data[stripe.position : stripe.position + padding] = bytes(padding)
             erasure.encode(code, length, shards[: code.k], shards[code.k :])
             work.checksums = [block_checksums(shard, length) for shard in shards]
-        while work.attempt == attempt and work.next < len(work.order):
-            index = work.order[work.next]
+        while (index := work.take(turn)) is not None:
             member, place = work.targets[index]
             if place.written and member.is_open:
                 sums = work.checksums[index]
@@ -340,6 +415,7 @@ class Sealer:
                 try:
                     write_shard(self._log, member, place, header, shards[index])
                 except NodeError as error:
-                    work.errors[index] = error
-            if work.attempt == attempt:
-                work.next += 1
+                    work.errors.setdefault(index, error)
+            if not work.finished(turn):
+                return index
+        return None

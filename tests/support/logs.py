@@ -72,6 +72,8 @@ def unexpected(lines: Iterable[str], patterns: Sequence[str]) -> list[str]:
 
 AS_TOLD = r"(failed|no room for the \w+|no room), as told"
 HUNG = r"members\.member: Node \S+ did not (answer|write a shard) within \d+ seconds"
+WAITED_FOR = r"members\.member: Node \S+ has not answered for \d+ seconds\. .*, and waits"
+METADATA_STALL = r"commit\.checkpoint: The disk of the metadata does not answer"
 GONE = r"members\.member: Node \S+ is gone from .* The node is now out of use"
 OUT_OF_USE = r"members\.member: .* The node is now out of use"
 SLOW = r"read\.reader: Node \S+ did not answer .* Others are read for a while"

@@ -25,6 +25,7 @@ import lmdb
 import pytest
 import trio
 import trio.testing
+from outcome import Outcome, capture
 from typing_extensions import Buffer
 
 from fusestore.config.node_identity import IDENTITY_NAME, write_identity_in
@@ -339,6 +340,7 @@ class Machine:
     def __enter__(self) -> Machine:
         patch = self._patches.setattr
         patch(trio.to_thread, "run_sync", self._run_sync)
+        patch(trio.lowlevel, "start_thread_soon", self._start_thread_soon)
         patch(trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
         patch(member, "_Watched", lambda member: member.node)  # its threads are not of trio
         patch(os, "fsync", lambda descriptor: None)  # the tape is what decides
@@ -388,6 +390,20 @@ class Machine:
                 self._abandoned.append(job)
                 raise
         return job.result()  # type: ignore[no-any-return]
+
+    def _start_thread_soon(
+        self, function: Callable[[], Result], deliver: Callable[[Outcome[Result]], object]
+    ) -> None:
+        """In place of trio.lowlevel.start_thread_soon."""
+        trio.lowlevel.spawn_system_task(self._deliver, _Job(function), deliver)
+
+    async def _deliver(self, job: _Job, deliver: Callable[[Outcome[Any]], object]) -> None:
+        try:
+            await self._turns(job)
+        except trio.Cancelled:
+            self._abandoned.append(job)
+            raise
+        deliver(capture(job.result))
 
     async def _turns(self, job: _Job) -> None:
         """Let a job go on and end, by turns with all others."""

@@ -1,0 +1,142 @@
+"""The calls of one node that are under way, each in a thread, and those that were given up.
+
+A call that does not return cannot be ended.  It is given up: its thread stays behind until
+the medium answers.  Threads come from no common pool, so a node that hangs holds up nobody
+else, and a node that has threads left behind is left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import trio
+from outcome import Outcome
+
+
+class NodeCall:
+    """One call."""
+
+    __slots__ = ("begun", "is_left", "is_patient", "outcome", "returned", "scope", "spared_at")
+
+    def __init__(self, begun: float, scope: trio.CancelScope | None, *, is_patient: bool) -> None:
+        self.begun = begun
+        """By trio's clock."""
+        self.scope = scope
+        """Of the task that waits; cancelled when the node fails."""
+        self.is_patient = is_patient
+        """Whether the node fails if it does not answer in time."""
+        self.returned = trio.Event()
+        self.outcome: Outcome[Any] | None = None
+        self.is_left = False
+        self.spared_at: float | None = None
+        """When the store last decided to wait on although it was late."""
+
+
+class NodeCalls:
+    """The calls of one node; all methods run on the event loop."""
+
+    def __init__(self, threads_max: int) -> None:
+        self._threads = trio.CapacityLimiter(threads_max)
+        self._under_way: set[NodeCall] = set()
+        self.left_behind = 0
+        """Calls that were given up and have not returned."""
+
+    def waiting_since(self) -> float | None:
+        """Return when the oldest call began after which the node may fail, or None."""
+        return min((call.begun for call in self._under_way if call.is_patient), default=None)
+
+    @property
+    def are_spared(self) -> bool:
+        """Whether the store waits for a call that is late."""
+        return any(call.spared_at is not None for call in self._under_way)
+
+    def begin(
+        self, scope: trio.CancelScope | None, *, is_patient: bool, begun: float | None = None
+    ) -> NodeCall:
+        """Note that a call is under way."""
+        begun = trio.current_time() if begun is None else begun
+        call = NodeCall(begun, scope, is_patient=is_patient)
+        self._under_way.add(call)
+        return call
+
+    def end(self, call: NodeCall) -> None:
+        """Note that nobody waits for a call any more."""
+        self._under_way.discard(call)
+
+    def leave(self, call: NodeCall) -> None:
+        """Give up a call whose thread has not returned."""
+        self._under_way.discard(call)
+        call.is_left = True
+        self.left_behind += 1
+
+    def returned(self, call: NodeCall) -> None:
+        """Note that the thread of a call has returned."""
+        self._under_way.discard(call)
+        if call.is_left:
+            call.is_left = False
+            self.left_behind -= 1
+
+    def end_all(self) -> None:
+        """Wake up those who wait for calls: the node has failed."""
+        for call in list(self._under_way):
+            if call.scope is not None:
+                call.scope.cancel()
+
+    async def run(
+        self,
+        function: Callable[[], Any],
+        seconds: float,
+        may_give_up: Callable[[NodeCall], bool] | None,
+    ) -> Outcome[Any] | None:
+        """Call a function in a thread, and return the outcome, or None if it was given up.
+
+        `may_give_up` is asked after `seconds`, and then again and again; None gives up at once.
+        """
+        scope = trio.CancelScope(shield=True)
+        call = self.begin(scope, is_patient=may_give_up is not None)
+        started, pause = False, seconds
+        try:
+            with scope:
+                while True:
+                    with trio.move_on_after(pause):
+                        if not started:
+                            await self._start(call, function)
+                            started = True
+                        await call.returned.wait()
+                        return call.outcome
+                    if may_give_up is None or may_give_up(call):
+                        break
+                    pause = seconds / 4
+        finally:
+            self.end(call)
+            if started and not call.returned.is_set():
+                self.leave(call)
+        return None
+
+    async def _start(self, call: NodeCall, function: Callable[[], Any]) -> None:
+        try:
+            self._threads.acquire_on_behalf_of_nowait(call)
+        except trio.WouldBlock:
+            await self._threads.acquire_on_behalf_of(call)
+        in_thread(function, partial(self._deliver, call))
+
+    def _deliver(self, call: NodeCall, outcome: Outcome[Any]) -> None:
+        self._threads.release_on_behalf_of(call)
+        self.returned(call)
+        call.outcome = outcome
+        call.returned.set()
+
+
+def in_thread(function: Callable[[], Any], deliver: Callable[[Outcome[Any]], object]) -> None:
+    """Start a function in a thread; its outcome is delivered on the event loop, if that runs."""
+    token = trio.lowlevel.current_trio_token()
+
+    def on_end(outcome: Outcome[Any]) -> None:
+        try:
+            token.run_sync_soon(deliver, outcome)
+        except trio.RunFinishedError:
+            pass
+
+    trio.lowlevel.start_thread_soon(function, on_end)
