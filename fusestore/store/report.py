@@ -100,7 +100,7 @@ class Reporter:
         except OSError:
             metadata_bytes = 0
         return {
-            "healthy": whole and not log.broken and not log.metadata_error,
+            "healthy": whole and not log.broken and not log.room.waits and not log.metadata_error,
             "store": str(self._config.store),
             "uuid": str(self._config.uuid),
             "code": str(log.code),
@@ -110,7 +110,7 @@ class Reporter:
             "regions_borne": members.losses_borne(codes, lacking),
             "readable": members.losses_borne(codes, unused) >= 0,
             "read_only": log.read_only or bool(log.broken),
-            "error": log.broken,
+            "error": log.broken or log.room.waits,
             "metadata_error": log.metadata_error,
             "files": log.counters.files,
             "bytes": log.counters.file_bytes,
