@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from support.disks import Disks, fill, free
+from support.logs import OUT_OF_USE
 from support.mounted_store import Store
 
 pytestmark = pytest.mark.mounted
@@ -238,4 +239,39 @@ def test_a_device_without_inodes_counts_as_full(
     for path in made[:-1]:
         path.unlink()
     put(store.mountpoint / "after", BLOCK)
+    is_well(store)
+
+
+# --- smaller disks -----------------------------------------------------------
+
+
+@pytest.mark.expects_log(OUT_OF_USE)
+@pytest.mark.parametrize("there", ["wiped", "moved", "remounted"])
+def test_a_place_that_is_too_small_is_refused_before_anything_is_written(
+    disks: Disks, on_disks: Callable[..., tuple[Store, list[Path]]], there: str
+) -> None:
+    places = [disks.tmpfs(f"d{i}", 200) for i in range(3)]
+    store, _ = on_disks(*places)
+    for number in range(10):
+        put(store.mountpoint / f"f{number}", BLOCK * 15)
+    small = disks.tmpfs("small", 60)
+    config = (store.store / "fusestore.toml").read_text()
+    target = small / "n"
+    options: list[str | Path] = ["--to", target]
+    if there != "moved":
+        shutil.rmtree(places[0] / "n0")
+    if there == "remounted":
+        disks.unmount(places[0])
+        small, options = disks.remount_tmpfs(places[0], 60), []
+        target = small / "n0"
+    for extra in (["--dry-run"], []):
+        done = store.cli("repair", store.store, "r0", *options, *extra, check=False)
+        assert done.returncode != 0
+        assert "choose a larger disk" in done.stderr
+        assert not target.exists()
+        assert (store.store / "fusestore.toml").read_text() == config
+    large = disks.tmpfs("large", 200)
+    store.cli("repair", store.store, "r0", "--to", large / "n")
+    assert str(large / "n") in (store.store / "fusestore.toml").read_text()
+    store.remount()
     is_well(store)

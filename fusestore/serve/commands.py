@@ -144,6 +144,7 @@ async def repair(context: Context, request: RepairRequest) -> RepairResult:
     to = Path(request.to) if request.to else None
     plan = from_json(RepairPlan, await context.safety.plan(member, anew=to is not None))
     if request.dry_run:
+        await repairer.check_place(member, to)
         return RepairResult(plan)
     done = await repairer.repair(
         member.name,
