@@ -275,3 +275,42 @@ def test_a_place_that_is_too_small_is_refused_before_anything_is_written(
     assert str(large / "n") in (store.store / "fusestore.toml").read_text()
     store.remount()
     is_well(store)
+
+
+# --- unequal disks -----------------------------------------------------------
+
+
+def test_the_room_of_unequal_disks_is_used(
+    disks: Disks, on_disks: Callable[..., tuple[Store, list[Path]]]
+) -> None:
+    places = [disks.tmpfs(f"d{i}", size) for i, size in enumerate((80, 200, 200))]
+    store, _ = on_disks(*places)
+    more = disks.tmpfs("more", 200)
+    store.cli("node", "add", store.store, "r0b", "--region", "r0", "--path", more / "n")
+    weights = {node["name"]: node["weight"] for node in store.status()["nodes"]}
+    assert weights["r0b"] == pytest.approx(2.5, rel=0.05)
+    expected = os.statvfs(store.mountpoint).f_bavail * 4096
+    written = write_until_full(store.mountpoint / "big")
+    assert written >= 250 * MIB
+    assert 0.8 * written < expected < 1.2 * written
+    assert free(places[0]) >= 10 * MIB
+    (store.mountpoint / "big").unlink()
+    put(store.mountpoint / "other", BLOCK * 20)
+    assert [node["state"] for node in store.status()["nodes"]] == ["up"] * 4
+
+
+def test_disks_that_are_added_to_full_ones_are_used_at_once(
+    disks: Disks, on_disks: Callable[..., tuple[Store, list[Path]]]
+) -> None:
+    store, _ = on_disks(*(disks.tmpfs(f"d{i}", 90) for i in range(3)))
+    write_until_full(store.mountpoint / "big")
+    for number in range(3):
+        path = disks.tmpfs(f"more{number}", 150) / "n"
+        store.cli(
+            "node", "add", store.store, f"m{number}", "--region", f"r{number}", "--path", path
+        )
+    written = write_until_full(store.mountpoint / "big2")
+    assert written >= 130 * MIB
+    (store.mountpoint / "big").unlink()
+    (store.mountpoint / "big2").unlink()
+    put(store.mountpoint / "other", BLOCK * 20)
