@@ -19,7 +19,7 @@ import trio
 
 from fusestore.config.mkfs import make_store
 from fusestore.config.store_config import StoreConfig, load
-from fusestore.errors import UsageError
+from fusestore.errors import NodeError, UsageError
 from fusestore.format import stripe_rows
 from fusestore.format.erasure import Code
 from fusestore.format.records import HEADER_BYTES, SegmentKind
@@ -31,7 +31,7 @@ from fusestore.serve.commands import Context, handlers
 from fusestore.serve.messages.safety import ScrubRequest
 from fusestore.serve.offline import offline
 from support.logs import CORRUPT, GONE, NOT_WHERE_ITS_ROW_SAYS, OUT_OF_USE, SCRUBBED
-from support.opened_store import REGIONS, Opened, limited, loses_a_region, opened
+from support.opened_store import REGIONS, Opened, healthy, limited, loses_a_region, opened
 
 
 @pytest.fixture(params=["2+1", "4+2", "1+2"])
@@ -350,6 +350,34 @@ async def test_a_node_moves_to_another_place(
         with pytest.raises(UsageError):
             await do(one, "repair", node=REGIONS[1], to=str(config.metadata / "inside"))
     await loses_a_region(moved, 2, files)
+
+
+@pytest.mark.expects_log(OUT_OF_USE)
+async def test_the_configuration_moves_a_node_when_it_is_complete(
+    config: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, before = tmp_path / "elsewhere", config.nodes[1].path
+    async with opened(config) as one:
+        files = await fill(one)
+
+        async def fails(*arguments: object) -> tuple[int, int]:
+            assert load(config.store).nodes[1].path == before
+            raise NodeError("It failed.")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(one.store.rejoin, "rebuild_all", fails)
+            with pytest.raises(NodeError, match=r"stopped: It failed\."):
+                await do(one, "repair", node=REGIONS[1], to=str(place))
+        assert load(config.store).nodes[1].path == before
+        await one.checkpoint()
+    async with opened(load(config.store)) as one:  # where it was it is made whole again
+        await healthy(one)
+        for name, data in files.items():
+            assert await one.get(name) == data
+        await do(one, "repair", node=REGIONS[1], to=str(place))
+        assert load(config.store).nodes[1].path == place
+        assert (await one.store.status())["healthy"] is True
+    await loses_a_region(load(config.store), 2, files)
 
 
 @pytest.mark.expects_log(GONE)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from support.disks import Disks, fill, free
+from support.logs import OUT_OF_USE
 from support.mounted_store import Store
 
 pytestmark = pytest.mark.mounted
@@ -88,7 +89,7 @@ def is_well(store: Store) -> None:
         ("tmpfs", 260, 1, "1+2", "", MIB),
         ("tmpfs", 300, 1, "2+1", "1+2", MIB),
         ("tmpfs", 200, 3, "2+1", "1+63", MIB),
-        ("tmpfs", 200, 3, "2+1", "4+2", 5000),
+        ("tmpfs", 120, 3, "2+1", "4+2", 20_000),
         ("tmpfs", 250, 2, "1+2", "", MIB),
     ],
 )
@@ -239,3 +240,77 @@ def test_a_device_without_inodes_counts_as_full(
         path.unlink()
     put(store.mountpoint / "after", BLOCK)
     is_well(store)
+
+
+# --- smaller disks -----------------------------------------------------------
+
+
+@pytest.mark.expects_log(OUT_OF_USE)
+@pytest.mark.parametrize("there", ["wiped", "moved", "remounted"])
+def test_a_place_that_is_too_small_is_refused_before_anything_is_written(
+    disks: Disks, on_disks: Callable[..., tuple[Store, list[Path]]], there: str
+) -> None:
+    places = [disks.tmpfs(f"d{i}", 200) for i in range(3)]
+    store, _ = on_disks(*places)
+    for number in range(10):
+        put(store.mountpoint / f"f{number}", BLOCK * 15)
+    small = disks.tmpfs("small", 60)
+    config = (store.store / "fusestore.toml").read_text()
+    target = small / "n"
+    options: list[str | Path] = ["--to", target]
+    if there != "moved":
+        shutil.rmtree(places[0] / "n0")
+    if there == "remounted":
+        disks.unmount(places[0])
+        small, options = disks.remount_tmpfs(places[0], 60), []
+        target = small / "n0"
+    for extra in (["--dry-run"], []):
+        done = store.cli("repair", store.store, "r0", *options, *extra, check=False)
+        assert done.returncode != 0
+        assert "choose a larger disk" in done.stderr
+        assert not target.exists()
+        assert (store.store / "fusestore.toml").read_text() == config
+    large = disks.tmpfs("large", 200)
+    store.cli("repair", store.store, "r0", "--to", large / "n")
+    assert str(large / "n") in (store.store / "fusestore.toml").read_text()
+    store.remount()
+    is_well(store)
+
+
+# --- unequal disks -----------------------------------------------------------
+
+
+def test_the_room_of_unequal_disks_is_used(
+    disks: Disks, on_disks: Callable[..., tuple[Store, list[Path]]]
+) -> None:
+    places = [disks.tmpfs(f"d{i}", size) for i, size in enumerate((80, 200, 200))]
+    store, _ = on_disks(*places)
+    more = disks.tmpfs("more", 200)
+    store.cli("node", "add", store.store, "r0b", "--region", "r0", "--path", more / "n")
+    weights = {node["name"]: node["weight"] for node in store.status()["nodes"]}
+    assert weights["r0b"] == pytest.approx(2.5, rel=0.05)
+    expected = os.statvfs(store.mountpoint).f_bavail * 4096
+    written = write_until_full(store.mountpoint / "big")
+    assert written >= 250 * MIB
+    assert 0.8 * written < expected < 1.2 * written
+    assert free(places[0]) >= 10 * MIB
+    (store.mountpoint / "big").unlink()
+    put(store.mountpoint / "other", BLOCK * 20)
+    assert [node["state"] for node in store.status()["nodes"]] == ["up"] * 4
+
+
+def test_disks_that_are_added_to_full_ones_are_used_at_once(
+    disks: Disks, on_disks: Callable[..., tuple[Store, list[Path]]]
+) -> None:
+    store, _ = on_disks(*(disks.tmpfs(f"d{i}", 90) for i in range(3)))
+    write_until_full(store.mountpoint / "big")
+    for number in range(3):
+        path = disks.tmpfs(f"more{number}", 150) / "n"
+        store.cli(
+            "node", "add", store.store, f"m{number}", "--region", f"r{number}", "--path", path
+        )
+    written = write_until_full(store.mountpoint / "big2")
+    assert written >= 130 * MIB
+    (store.mountpoint / "big").unlink()
+    (store.mountpoint / "big2").unlink()
+    put(store.mountpoint / "other", BLOCK * 20)

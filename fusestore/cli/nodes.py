@@ -78,9 +78,8 @@ def list_nodes(store: Path, as_json: bool) -> None:
 @click.option(
     "--weight",
     type=float,
-    default=1.0,
-    show_default=True,
-    help="Its share of new shards, relative to the weights of the region's other nodes.",
+    help="Its share of new shards, relative to the weights of the region's other nodes; "
+    "default: by the sizes of their disks.",
 )
 @QUIET
 @JSON
@@ -89,7 +88,7 @@ def add(
     node: str,
     region: str,
     path: Path | None,
-    weight: float,
+    weight: float | None,
     quiet: bool,
     as_json: bool,
 ) -> None:

@@ -73,6 +73,8 @@ class StoreConfig:
     """How many shards more than k must find a place in each new stripe."""
     scrub_days: int = 30
     """A scrub begins by itself this many days after the last one; 0: never."""
+    user_codes: tuple[Code, ...] = ()
+    """The codes that users may set on their own directories; root may set any."""
     metrics: str = ""
     """The address for metrics and the status page (`parse_address`); empty: none."""
     limits: Limits = field(default=DEFAULTS, compare=False)
@@ -197,6 +199,7 @@ def examine(file: Path) -> tuple[StoreConfig, list[str]]:
         nodes=tuple(nodes),
         spare_shards=table.take_count("spare_shards", 0, 63),
         scrub_days=table.take_count("scrub_days", 30, 36_500),
+        user_codes=_user_codes(table),
         metrics=_address(table),
     )
     table.end()
@@ -226,6 +229,16 @@ def _code(table: Table) -> Code:
     except UsageError as error:
         table.bad("code", f"cannot be used: {str(error).rstrip('.')}")
         return Code(1, 0)
+
+
+def _user_codes(table: Table) -> tuple[Code, ...]:
+    codes = []
+    for text in table.take("user_codes", list, []):
+        try:
+            codes.append(Code.parse(text if isinstance(text, str) else repr(text)))
+        except UsageError as error:
+            table.bad("user_codes", f"cannot be used: {str(error).rstrip('.')}")
+    return tuple(codes)
 
 
 def _address(table: Table) -> str:

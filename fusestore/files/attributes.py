@@ -15,6 +15,7 @@ follows.
 from __future__ import annotations
 
 import json
+import os
 import stat
 from typing import Any
 
@@ -108,6 +109,23 @@ class Attributes:
                 txn.delete(key)
             else:
                 txn.put(key, stored)
+
+    def check_setter(self, ino: int, uid: int, code: bytes | None) -> None:
+        """Raise NotPermittedError unless a user may give a directory this code, or clear its own.
+
+        Root, and the user of the mount, may set any; owners may change between `user_codes`.
+        """
+        if uid in (0, os.getuid()):
+            return
+        inode = self._inode(ino)
+        if uid != inode.uid:
+            raise NotPermittedError("Only root and its owner may set the code of a directory.")
+        codes = [Code(inode.k, inode.m)] if inode.k else []
+        if code is not None:
+            codes.append(self.parse_code(code.decode(errors="replace")))
+        for found in codes:
+            if found not in self._log.members.config.user_codes:
+                raise NotPermittedError(f"Code {found} is not among the `user_codes` of the store.")
 
     def drop_capability(self, ino: int) -> None:
         """Remove a file's capability, as the kernel does before a change if attributes are on."""

@@ -10,6 +10,7 @@ repeated.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import islice
@@ -85,16 +86,19 @@ class Topology:
     # --- adding --------------------------------------------------------------
 
     async def add(
-        self, name: str, region: str, path: Path, weight: float, progress: Progress
+        self, name: str, region: str, path: Path, weight: float | None, progress: Progress
     ) -> dict[str, Any]:
         """Add a node; a repeated call continues an interrupted one.  UsageError, NodeError."""
         self._log.transaction()  # raises when nothing can be changed
         async with self._changing:
             members = self._log.members
             config = members.config
+            member = members.named(name)
+            if weight is None:
+                weight = await self._weight_by_size(region, path) if member is None else None
+            weight = weight or (member.config.weight if member is not None else 1.0)
             node = NodeConfig(name, region, path, weight)
             result = {"node": name, "region": region, "path": str(path), "weight": weight}
-            member = members.named(name)
             if member is not None:
                 if member.config != node:
                     raise UsageError(f"There is already a node {name!r}: choose another name.")
@@ -113,6 +117,16 @@ class Topology:
             await trio.to_thread.run_sync(members.configure, nodes)
             await self._repairer.join(member, progress)
             return result
+
+    async def _weight_by_size(self, region: str, path: Path) -> float:
+        """Return the weight of a new node by the size of its disk and those in its region."""
+        there = [m for m in self._log.members.all if m.config.region == region and m.space]
+        sizes = sum(member.space.total for member in there if member.space is not None)
+        if not sizes:
+            return 1.0
+        size = await trio.to_thread.run_sync(_size_at, path)
+        weight = round(size * sum(member.config.weight for member in there) / sizes, 2)
+        return min(max(weight, WEIGHTS[0]), WEIGHTS[1])
 
     def _prepare(self, nodes: tuple[NodeConfig, ...]) -> None:
         """In a thread: create the directory of the last node, if its place is allowed."""
@@ -295,3 +309,11 @@ def _clear(config: StoreConfig, place: NodeConfig, journal: int, shards: list[in
         node.remove()
     finally:
         node.close()
+
+
+def _size_at(path: Path) -> int:
+    """Return the size of the file system of a path, which need not exist."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    found = os.statvfs(path)
+    return int(found.f_blocks * found.f_frsize)

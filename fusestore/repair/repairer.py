@@ -48,6 +48,7 @@ from ..read.reader import Reader
 from ..system.beneath import Directory
 from ..system.files import sync_directory
 from .heal import Healer, Progress
+from .place_room import check_room
 from .rejoin import Rejoin
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,10 @@ class Repairer:
         started = time.monotonic()
         async with self.healer.busy:
             member = self.member(name)
-            if to is not None and to != member.config.path:
+            await self.check_place(member, to)
+            before = member.config
+            moves = to is not None and to != before.path
+            if to is not None and moves:
                 await self._move(member, to)
             try:
                 await self._begin(member, discard_history)
@@ -107,11 +111,15 @@ class Repairer:
                     shards, size = await self._rejoin.rebuild_all(member, tell, pace)
                     more = await self.healer.heal(member, pace)
                     await self._rejoin.join(member, tell)
+                if moves:  # only now: until then a mount looks for the node where it was
+                    await trio.to_thread.run_sync(self._members_with, member.config)
             except (FusestoreError, OSError) as error:
+                member.config = before
                 reason = NodeError(f"Repair of node {name} stopped: {error}")
                 self.healer.give_up(member, reason)
                 raise reason from error
             except BaseException:
+                member.config = before
                 if member.state is State.REBUILDING:
                     # The client disconnected: a node with only some of its shards must
                     # not be mistaken for one that was only away.
@@ -167,19 +175,36 @@ class Repairer:
             member.standing.never_whole()
         await self._rejoin.enter(member, node)
 
-    async def _move(self, member: Member, to: Path) -> None:
-        """Give a node another, empty place, also in the configuration.
+    async def check_place(self, member: Member, to: Path | None) -> None:
+        """Check where a node is to be repaired, at another place if one is given.
 
-        FusestoreError if the place cannot be used; nothing has changed then.
+        FusestoreError if the place cannot be used, or is too small.
         """
+        moves = to is not None and to != member.config.path
+        if to is not None and moves:
+            config = self._log.members.config
+            problem = check_places(
+                config.store, config.metadata, self._nodes_with(replace(member.config, path=to))
+            )
+            if problem:
+                raise UsageError(problem)
+            await trio.to_thread.run_sync(self._log.members.check_file)
+        if moves or member.state is not State.UP:
+            path = to or member.config.path
+            await check_room(self._log, member, path, self._rejoin.total(member))
+
+    def _nodes_with(self, moved: NodeConfig) -> tuple[NodeConfig, ...]:
+        nodes = self._log.members.config.nodes
+        return tuple(moved if node.name == moved.name else node for node in nodes)
+
+    def _members_with(self, moved: NodeConfig) -> None:
+        """In a thread: write the new place of a node to the configuration."""
+        self._log.members.configure(self._nodes_with(moved))
+
+    async def _move(self, member: Member, to: Path) -> None:
+        """Use another, empty place for a node from now on; the file follows later."""
         moved = replace(member.config, path=to)
-        config = self._log.members.config
-        nodes = tuple(moved if node.name == moved.name else node for node in config.nodes)
-        problem = check_places(config.store, config.metadata, nodes)
-        if problem:
-            raise UsageError(problem)
-        await member.call(self.prepare_directory, moved)
-        await trio.to_thread.run_sync(self._log.members.configure, nodes)
+        (await member.call(self.prepare_directory, moved)).close()
         member.fail(NodeError(f"Node {member.name} moves to {to}."))
         member.config = moved
 

@@ -153,6 +153,7 @@ async def repair(context: Context, request: RepairRequest) -> RepairResult:
         await to_thread.run_sync(check_disk, context.store.log.members, member)
     plan = from_json(RepairPlan, await context.safety.plan(member, anew=to is not None))
     if request.dry_run:
+        await repairer.check_place(member, to)
         return RepairResult(plan)
     done = await repairer.repair(
         member.name,

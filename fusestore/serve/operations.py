@@ -22,7 +22,7 @@ import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext
 
 from .. import errors
-from ..files.attributes import POLICY
+from ..files.attributes import CODE, POLICY
 from ..files.filesystem import FileSystem
 from ..files.tree import Change
 from ..format.file_rows import Inode
@@ -430,6 +430,8 @@ class Operations(pyfuse3.Operations):
     @_answered
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
         self._need_xattrs()
+        if name == CODE:
+            self._attributes.check_setter(inode, ctx.uid, value)
         may_keep_sgid = ctx.uid == 0
         if not may_keep_sgid and name.startswith(b"system."):
             group = self._tree.inode(inode).gid
@@ -439,6 +441,8 @@ class Operations(pyfuse3.Operations):
     @_answered
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
         self._need_xattrs()
+        if name == CODE:
+            self._attributes.check_setter(inode, ctx.uid, None)
         self._attributes.remove(inode, name)
 
     # --- the file system -----------------------------------------------------

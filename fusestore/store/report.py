@@ -110,7 +110,7 @@ class Reporter:
         whole = not lacking
         unused = {member.id for member in members.all if member.out_of_use}
         size, free = log.room.usable(log.code)
-        problem = log.broken or members.waiting()
+        problem = log.broken or members.waiting() or log.room.waits
         metadata_problem = log.metadata_error or log.metadata_stall
         try:
             metadata_bytes = log.engine.bytes_used

@@ -28,6 +28,17 @@ class Disks:
         self._mounted.append(place)
         return place
 
+    def unmount(self, place: Path) -> None:
+        """Take a file system away, whoever uses it."""
+        subprocess.run(["umount", "-l", place], check=True)
+        self._mounted.remove(place)
+
+    def remount_tmpfs(self, place: Path, mib: int) -> Path:
+        """Mount another tmpfs where one was."""
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "none", place], check=True)
+        self._mounted.append(place)
+        return place
+
     def ext4(self, name: str, mib: int) -> Path:
         """Mount an ext4 on a loop device."""
         place, image = self._place(name), self._base / f"{name}.img"

@@ -100,7 +100,8 @@ class NodeAddRequest(Request[NodeAdded]):
     node: str
     region: str
     path: str
-    weight: float = 1.0
+    weight: float | None = None
+    """None: by the size of its disk, compared with those of the region's other nodes."""
 
 
 @dataclass(frozen=True, slots=True)
