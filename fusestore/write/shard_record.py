@@ -182,10 +182,9 @@ def may_be_ours(log: Log, member: Member, segment: int) -> bool:
     It begins with a record, or with a torn header, or with zeros, if a crash or a fault came
     before the record was on the disk.
     """
-    if member.node.size(SegmentKind.SHARDS, segment) == 0:
-        return True
     try:
-        data = member.node.read(SegmentKind.SHARDS, segment, 0, HEADER_BYTES)
+        size = member.node.size(SegmentKind.SHARDS, segment)
+        data = member.node.read(SegmentKind.SHARDS, segment, 0, min(size, HEADER_BYTES))
     except NodeLacksError:
         return False
     return _is_torn_header(data) or _header(log.shards(member.name, segment), data, 0) is not None
