@@ -185,6 +185,10 @@ class NoSpaceError(FileSystemError):
     """The store is full, except for its reserve."""
 
 
+class BacklogError(FileSystemError):
+    """Too many bytes of names and attributes wait in memory for a checkpoint: try again."""
+
+
 class QuotaError(FileSystemError):
     """The operation would exceed the quota of a directory."""
 

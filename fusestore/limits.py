@@ -169,6 +169,8 @@ class Limits:
     """By how much such an operation may let the metadata grow, without its values."""
     unwritten_bytes_max: int = 512 * MIB
     """By how much the metadata may grow in memory while its disk hangs, as estimated."""
+    unwritten_values_bytes_max: int = 32 * MIB
+    """Names and values of attributes that may wait in memory for the metadata database."""
     metadata_share: int = 16
     """File bytes for each byte on the metadata device that must be free."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -314,3 +315,92 @@ def test_disks_that_are_added_to_full_ones_are_used_at_once(
     (store.mountpoint / "big").unlink()
     (store.mountpoint / "big2").unlink()
     put(store.mountpoint / "other", BLOCK * 20)
+
+
+# --- the metadata ------------------------------------------------------------
+
+
+def set_attributes(top: Path, count: int, start: int = 0) -> None:
+    """Set attributes of 64 KiB, 400 a file; OSError."""
+    value = random.Random(2).randbytes(64 << 10)
+    for number in range(start, start + count):
+        path = top / f"f{number // 400}"
+        if number % 400 == 0 or not path.exists():
+            path.touch()
+        os.setxattr(path, f"user.{number % 400}", value[number % 400 :] + value[: number % 400])
+
+
+@pytest.mark.parametrize(
+    "what", ["attributes", "links", pytest.param("names", marks=pytest.mark.long)]
+)
+def test_metadata_that_would_outgrow_its_device_is_refused_before(
+    disks: Disks, make_store: Callable[..., Store], what: str
+) -> None:
+    place = disks.tmpfs("metadata", 64)
+    store = make_store("--metadata", place / "m")
+    store.mount()
+    top = store.mountpoint / "top"
+    top.mkdir()
+    with pytest.raises(OSError, match="No space left"):
+        if what == "attributes":
+            set_attributes(top, 10_000)
+        else:
+            for number in range(200_000):
+                if what == "links":
+                    os.symlink("x" * 4000, top / f"{number}")
+                else:
+                    fd = os.open(top / f"{number:0250}", os.O_CREAT | os.O_WRONLY)
+                    os.close(fd)
+    sync(top)
+    assert free(place) >= 10 * MIB
+    is_well(store)
+    store.remount()
+    shutil.rmtree(top)
+    put(store.mountpoint / "other", BLOCK)
+    (store.mountpoint / "again").mkdir()
+    set_attributes(store.mountpoint / "again", 100)
+    is_well(store)
+
+
+def test_attributes_take_no_more_memory_than_file_bytes(make_store: Callable[..., Store]) -> None:
+    store = make_store()
+    store.mount()
+    sizes = []
+    for number in range(30):
+        set_attributes(store.mountpoint, 100, 100 * number)
+        text = Path(f"/proc/{store.daemon_pid}/status").read_text()
+        (line,) = (line for line in text.splitlines() if line.startswith("RssAnon:"))
+        sizes.append(int(line.split()[1]) >> 10)
+    assert max(sizes) < 300, sizes
+
+
+# --- df ----------------------------------------------------------------------
+
+
+@pytest.mark.expects_log(OUT_OF_USE, r"The mount is now read-only")
+@pytest.mark.parametrize(("gone", "remount"), [(1, False), (2, False), (3, False), (2, True)])
+def test_df_shows_sane_numbers_whatever_nodes_are_down(
+    disks: Disks, on_disks: Callable[..., tuple[Store, list[Path]]], gone: int, remount: bool
+) -> None:
+    places = [disks.tmpfs(f"d{i}", 200) for i in range(3)]
+    store, _ = on_disks(*places)
+    put(store.mountpoint / "file", BLOCK * 20)
+    whole = os.statvfs(store.mountpoint)
+    if remount:
+        store.umount()
+    for number in range(gone):
+        (places[number] / f"n{number}").rename(places[number] / "away")
+    if remount:
+        store.mount("ro")
+    with contextlib.suppress(OSError):
+        put(store.mountpoint / "other", BLOCK)
+    found = os.statvfs(store.mountpoint)
+    assert 0 <= found.f_bavail <= found.f_bfree <= found.f_blocks
+    assert found.f_blocks - found.f_bfree >= 20 * MIB // 4096
+    assert found.f_blocks <= 1.1 * whole.f_blocks
+    assert found.f_bavail <= 1.05 * whole.f_bavail
+    if gone > 1:
+        assert found.f_bavail == 0
+    for number in range(gone):
+        (places[number] / "away").rename(places[number] / f"n{number}")
+    store.kill()

@@ -33,6 +33,7 @@ class FileSystem:
         self.recoder = Recoder(store, self.tree, self.contents, nursery)
         self.commit = store.committer.commit
         self.make_room = store.room_maker.make_room
+        self.catch_up = store.room_maker.catch_up
 
     async def begin(self) -> None:
         """Make the root of a new store; complete the removals that the last mount left."""
@@ -49,6 +50,7 @@ class FileSystem:
     def space(self) -> tuple[int, int]:
         """Return (total, free) bytes of file data in the default code, within the root's quota."""
         total, free = self.log.room.usable(self.log.code)
+        total = max(total, self.log.counters.file_bytes + free)
         row = self.quotas.of_root()
         if row is not None and row.bytes_max < total:
             return row.bytes_max, max(0, min(free, row.bytes_max - row.bytes_used))

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from ..errors import NoSpaceError
+from ..errors import BacklogError, NoSpaceError
 from ..format.erasure import Code
 from ..format.records import record_length
 from ..members.devices import Begun
@@ -54,6 +54,8 @@ class Room:
         self.metadata_pending = 0
         """Estimated growth of the metadata since the last freeze."""
         self._metadata_frozen = 0
+        self._values_pending = self._values_frozen = 0
+        """Bytes of names and values in memory, as for the metadata."""
         self._metadata: tuple[int, int] | None = None
         """The device of the metadata, and the free bytes within its file."""
         self.waits = ""
@@ -84,11 +86,18 @@ class Room:
     def frozen(self) -> None:
         """Record that a checkpoint sets the changes so far aside."""
         self._metadata_frozen += self.metadata_pending
-        self.metadata_pending = 0
+        self._values_frozen += self._values_pending
+        self.metadata_pending = self._values_pending = 0
 
     def checkpointed(self) -> None:
         """Record that what was set aside is in the metadata; a sample follows."""
-        self._metadata_frozen = 0
+        self._metadata_frozen = self._values_frozen = 0
+
+    @property
+    def has_backlog(self) -> bool:
+        """Whether too many values wait in memory for a checkpoint."""
+        waiting = self._values_pending + self._values_frozen
+        return waiting >= self._limits.unwritten_values_bytes_max
 
     @property
     def growth_unwritten(self) -> int:
@@ -114,7 +123,12 @@ class Room:
         self.rows_pending += 256
 
     def take_rows(self, length: int, share: float) -> None:
-        """Take room for a change of rows with values of `length` bytes; NoSpaceError."""
+        """Take room for a change of rows with values of `length` bytes.
+
+        NoSpaceError; BacklogError if a checkpoint must come first.
+        """
+        if self.has_backlog:
+            raise BacklogError("Many changes wait for the metadata database.")
         record = self._limits.metadata_row_bytes + length
         growth = self._limits.metadata_page_bytes + length if share == GROWS else 0
         raw = record * len(self._members.all)
@@ -125,6 +139,7 @@ class Room:
             self._look(share, self._code, 0, growth, record)
         self.rows_pending += record
         self.metadata_pending += growth
+        self._values_pending += length
 
     def refresh(self) -> None:
         """Compute anew what may be granted without a look; called after each sample."""
@@ -187,10 +202,12 @@ class Room:
             left[number] = self._members.devices.at(number).room - kept - need
         if self._metadata is not None:
             number, spare = self._metadata
-            need = max(0, self.metadata_pending + self._metadata_frozen + growth - spare)
-            if number not in left:
-                left[number] = self._members.devices.at(number).room - reserve
-            left[number] -= need
+            need = self.metadata_pending + self._metadata_frozen + growth
+            if number not in left:  # free pages within the file count for half of the reserve
+                room = self._members.devices.at(number).room
+                left[number] = room - reserve + min(spare, reserve // 2)
+                spare = max(0, spare - reserve // 2)
+            left[number] -= max(0, need - spare)
         return left
 
     def _device_left(self, member: Member) -> int:

@@ -67,8 +67,33 @@ _Handler = TypeVar("_Handler", bound=Callable[..., Awaitable[Any]])
 _NOT_OFFERED = FUSEError(errno.ENOSYS)
 """After this answer the kernel does not send the request again."""
 
+_RETRIED = (errors.BacklogError, errors.QuotaError, errors.NoSpaceError)
+
 TALLIES: Tallies = {}
 """Counts of the requests that this process has answered, by handler."""
+
+
+async def _again(
+    handler: Callable[..., Awaitable[Any]], args: tuple[Any, ...], error: errors.FusestoreError
+) -> Any:
+    """Call a handler again once there may be the room that it lacked; raise `error` if not."""
+    made = False
+    while True:
+        if isinstance(error, errors.BacklogError):
+            await args[0].catch_up()
+        elif made:
+            raise error
+        elif isinstance(error, errors.QuotaError):
+            await args[0].remove_deleted()  # a deleted file counts until it is removed
+            made = True
+        elif not await args[0].make_room():
+            raise error
+        else:
+            made = True
+        try:
+            return await handler(*args)
+        except _RETRIED as other:
+            error = other
 
 
 def _answered(handler: _Handler) -> _Handler:
@@ -82,14 +107,8 @@ def _answered(handler: _Handler) -> _Handler:
         try:
             try:
                 return await handler(*args)
-            except errors.QuotaError:
-                # A deleted file counts until it is removed.
-                await args[0].remove_deleted()
-                return await handler(*args)
-            except errors.NoSpaceError:
-                if not await args[0].make_room():
-                    raise
-                return await handler(*args)
+            except _RETRIED as error:
+                return await _again(handler, args, error)
         except FUSEError as error:
             tally.answered(error.errno)
             raise
@@ -181,6 +200,10 @@ class Operations(pyfuse3.Operations):
     def found_damage(self) -> None:
         """A request failed on damaged metadata: the store repairs it soon."""
         self._files.log.on_damage()
+
+    async def catch_up(self) -> None:
+        """Wait until the metadata database has most of the names and attributes."""
+        await self._files.catch_up()
 
     async def make_room(self) -> bool:
         """Wait for the room of deleted files; return whether a request is to be tried again."""

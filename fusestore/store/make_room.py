@@ -12,7 +12,7 @@ import trio
 from ..commit.committer import Committer
 from ..commit.metadata_dump import MetadataDumper
 from ..commit.reclaim import Reclaimer
-from ..errors import NodeError, NotDurableError
+from ..errors import NodeError, NoSpaceError, NotDurableError
 from ..log.log import Log
 from ..members.member import Member
 
@@ -47,6 +47,16 @@ class RoomMaker:
         finally:
             self._waiting -= 1
         return False
+
+    async def catch_up(self) -> None:
+        """Let a checkpoint write what waits in memory, if that is much; NoSpaceError."""
+        async with self._lock:
+            while self._log.room.has_backlog:
+                try:
+                    async with self._committer.lock:
+                        await self._committer.commit_now(checkpoint=True)
+                except NotDurableError as error:
+                    raise NoSpaceError(str(error)) from error
 
     def _is_owed(self) -> bool:
         """Whether a commit, a checkpoint or the reclaimer may free room."""
