@@ -127,6 +127,13 @@ class Comeback:
         left = member.calls.left_behind
         return left > 0 and left >= self._hangs.get(member.id, inf)
 
+    async def bring_back_now(self, member: Member) -> None:
+        """Bring a node back without a pause; its state tells whether this succeeded."""
+        await self._resumption.attempt(now=True)
+        async with self._healer.busy:
+            if member.state is not State.UP and not self._log.broken:
+                await self._bring_back(member, quick=False)
+
     async def _bring_back(self, member: Member, quick: bool) -> None:
         """Bring a node that was away back in sync; if this fails, try again later."""
         try:

@@ -43,10 +43,10 @@ class Resumption:
         self._resumed_at = float("-inf")
         self._wait = 0.0
 
-    async def attempt(self) -> None:
-        """Continue if the mount is read-only, and enough nodes are back."""
+    async def attempt(self, *, now: bool = False) -> None:
+        """Continue if the mount is read-only, and enough nodes are back; `now`: without a pause."""
         log = self._log
-        if trio.current_time() < self._resumed_at + self._wait:
+        if not now and trio.current_time() < self._resumed_at + self._wait:
             return
         async with self._healer.busy, self._committer.lock:
             if not log.broken or log.broken_for_good:
