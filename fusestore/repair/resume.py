@@ -23,7 +23,7 @@ from ..members.member import Member
 from ..members.opening import open_node
 from ..members.standing import State
 from .heal import Healer
-from .rejoin import Rejoin
+from .rejoin import Rejoin, try_to_write
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +94,9 @@ class Resumption:
         member.reopen(node)
         if await member.call(self._lacks_nothing, member):
             on_disk = await member.call(node.segments, SegmentKind.SHARDS)
+            if member.was_late:
+                member.shards.begin_after(on_disk)
+                await member.call(try_to_write, node, member.shards.current)
             member.shards.note_present(on_disk)
             member.resume(on_disk)
 
