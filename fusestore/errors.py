@@ -82,6 +82,10 @@ class NodeIdentityError(NodeError):
     """The directory of a node is missing, or belongs to another node."""
 
 
+class NodeOfflineError(NodeIdentityError):
+    """An operator took the node offline."""
+
+
 class NodeLacksError(NodeError):
     """A node does not hold the requested data; a retry would not help."""
 

@@ -37,6 +37,7 @@ from support.cuts import Cut
 from support.logs import (
     AS_TOLD,
     CHECKPOINT_FAILED,
+    CORRUPT,
     DROPPED,
     LOST_STRIPE,
     NOT_WHERE_ITS_ROW_SAYS,
@@ -60,7 +61,8 @@ pytestmark = pytest.mark.expects_log(
     r"commit\.metadata_dump: No metadata dump",
     OUT_OF_USE,
     TOO_FEW_NODES,
-    r"commit\.reclaim: Segment \d+ of node \S+ is not of this store",  # its header is torn
+    CORRUPT,
+    r"Segment \d+ of node \S+ is not of this store",  # its header is torn
 )
 
 SHORT = 7

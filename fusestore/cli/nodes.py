@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _NODE = click.argument("node", shell_complete=complete_node)
 
 
-@click.group(short_help="Add, drain, remove and list nodes.")
+@click.group(short_help="Add, drain, remove and list nodes, and take them offline.")
 def node() -> None:
     """Add, drain, remove, replace and list the nodes of a store, mounted or not.
 
@@ -147,6 +147,45 @@ def remove(store: Path, node: str, as_json: bool) -> None:
     if not as_json:
         rest = "is empty" if result.emptied else "was missing, or could not be emptied"
         print_lines([f"{node} is no longer a node of {store}; {result.path} {rest}."])
+
+
+@node.command(short_help="Close a node, for work on its disk.")
+@STORE
+@_NODE
+@click.option(
+    "--force", is_flag=True, help="Even if the store cannot be written to without the node."
+)
+@JSON
+def offline(store: Path, node: str, force: bool, as_json: bool) -> None:
+    """Close NODE of STORE until `fusestore node online`, also after a restart.
+
+    Its disk can then be unmounted, checked or moved.  New data goes to the other
+    nodes, and NODE gets what it missed when it is online again.
+    """
+    from ..serve.messages.nodes import NodeOfflineRequest
+
+    result = do(store, NodeOfflineRequest(node, force), as_json=as_json)
+    if not as_json:
+        click.echo(f"{node} is offline: the disk of {result.path} can be unmounted.")
+
+
+@node.command(short_help="Use a node again that is offline.")
+@STORE
+@_NODE
+@JSON
+@click.pass_context
+def online(context: click.Context, store: Path, node: str, as_json: bool) -> None:
+    """Use NODE of STORE again, and give it what it missed.
+
+    Exit status 1: the node is not up yet.  The store retries it by itself.
+    """
+    from ..serve.messages.nodes import NodeOnlineRequest
+
+    result = do(store, NodeOnlineRequest(node), as_json=as_json)
+    if not as_json:
+        click.echo(f"{node} is {result.state}. {result.problem}".strip())
+    if result.state != "up":
+        context.exit(1)
 
 
 @click.command(short_help="Give each node its share.")

@@ -55,6 +55,8 @@ class NodeConfig:
     """Its share of the region's shards, relative to the weights of the region's other nodes."""
     draining: bool = False
     """The node gets no new shards, and its shards move to other nodes."""
+    offline: bool = False
+    """The node is not opened: an operator works on its disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,9 +259,10 @@ def _node(store: Path, table: Table) -> NodeConfig:
     path = table.take_path("path", store, name)
     weight = table.take_number("weight", 1.0, *WEIGHTS)
     draining = table.take("draining", bool, False)
+    offline = table.take("offline", bool, False)
     table.end()
     for key, text in (("name", name), ("region", region)):
         problem = check_name(text)
         if problem:
             table.bad(key, f"cannot be used: {problem.rstrip('.')}")
-    return NodeConfig(name, region, path, weight, draining)
+    return NodeConfig(name, region, path, weight, draining, offline)

@@ -95,6 +95,7 @@ def _sync_nodes(document: TOMLDocument, config: StoreConfig) -> None:
             ("path", _text(config.store, node.path), node.name),
             ("weight", weight, 1),
             ("draining", node.draining, False),
+            ("offline", node.offline, False),
         ):
             if row.get(key, usual) != value or (key == "path" and key not in row):
                 row[key] = value

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,7 @@ import trio
 from ..commit.committer import Committer
 from ..config.mkfs import check_owner
 from ..config.store_config import WEIGHTS, NodeConfig, StoreConfig, check_name, check_places
-from ..errors import NodeError, UsageError
+from ..errors import NodeError, NotDurableError, ReadOnlyError, UsageError
 from ..format import keys, store_rows, stripe_rows
 from ..format.erasure import Code
 from ..format.placement import check_region_rule
@@ -31,7 +32,8 @@ from ..format.segment_numbers import reachable
 from ..log.background_job import LOOK_SECONDS
 from ..log.log import Log
 from ..members.member import Member
-from ..members.opening import open_node
+from ..members.opening import offline_error, open_node
+from ..repair.comeback import Comeback
 from ..repair.repairer import Repairer
 from .balance import Census, take_census
 from .rebalance import Rebalancer
@@ -45,13 +47,19 @@ class Topology:
     """Changes the set of nodes, one change at a time."""
 
     def __init__(
-        self, log: Log, committer: Committer, repairer: Repairer, rebalancer: Rebalancer
+        self,
+        log: Log,
+        committer: Committer,
+        repairer: Repairer,
+        rebalancer: Rebalancer,
+        comeback: Comeback,
     ) -> None:
         self._log = log
         self._limits = log.limits
         self._committer = committer
         self._repairer = repairer
         self._rebalancer = rebalancer
+        self._comeback = comeback
         self._changing = trio.Lock()
 
     # --- listing -------------------------------------------------------------
@@ -236,6 +244,64 @@ class Topology:
                 f"The other nodes of region {region} have room for {room >> 20:,} MiB, and "
                 f"{member.name} holds {census.held[member.id] >> 20:,} MiB: add a node first."
             )
+
+    # --- offline ---------------------------------------------------------------
+
+    async def offline(self, name: str, *, force: bool) -> dict[str, Any]:
+        """Close a node until it is online again, also after a restart; UsageError.
+
+        Without `force`, this is refused if the store could not be written to without the node.
+        """
+        members = self._log.members
+        if self._log.read_only:
+            raise ReadOnlyError("The store is mounted read-only.")
+        async with self._changing:
+            member = self._repairer.member(name)
+            others = [other for other in members.all if other is not member]
+            enough = any(other.in_sync for other in others) and members.could_store(
+                self._log.code, {other.id for other in others if other.takes}
+            )
+            if not enough and not force and not member.config.offline:
+                raise UsageError(
+                    f"Without {name}, the store could not be written to: too few of the other "
+                    "nodes are up. With --force, the mount is read-only until the node is back."
+                )
+            async with self._committer.lock:
+                await self._commit_if_possible()  # the node has flushed what it was given
+                await self._configure(member, replace(member.config, offline=True))
+                error = offline_error(members.config, member.config)
+                if member.out_of_use:
+                    member.standing.refused(error)
+                else:
+                    member.fail(error)
+                member.let_go()
+                await self._commit_if_possible()
+        return self._state(member)
+
+    async def online(self, name: str) -> dict[str, Any]:
+        """Use a node again that was taken offline; UsageError."""
+        async with self._changing:
+            member = self._repairer.member(name)
+            if member.config.offline:
+                await self._configure(member, replace(member.config, offline=False))
+        await self._comeback.bring_back_now(member)
+        return self._state(member)
+
+    async def _commit_if_possible(self) -> None:
+        with suppress(NotDurableError):
+            await self._committer.commit_now()
+
+    async def _configure(self, member: Member, after: NodeConfig) -> None:
+        """Change the configuration of a node, in the file, too; ConfigError."""
+        members = self._log.members
+        nodes = (after if node.name == after.name else node for node in members.config.nodes)
+        await trio.to_thread.run_sync(members.configure, tuple(nodes))
+        members.reconfigured(member, after)
+
+    @staticmethod
+    def _state(member: Member) -> dict[str, Any]:
+        path, problem = str(member.config.path), member.standing.error
+        return {"node": member.name, "path": path, "state": str(member.state), "problem": problem}
 
     # --- removing ------------------------------------------------------------
 

@@ -18,7 +18,13 @@ import trio
 from typing_extensions import Buffer
 
 from ..config.store_config import NodeConfig
-from ..errors import NodeFencedError, NodeFullError, NodeReadOnlyError, NodeTimeoutError
+from ..errors import (
+    NodeFencedError,
+    NodeFullError,
+    NodeOfflineError,
+    NodeReadOnlyError,
+    NodeTimeoutError,
+)
 from ..format.records import SegmentKind
 from ..format.store_rows import NodeRow
 from ..format.stripe_rows import ShardPlace
@@ -174,7 +180,10 @@ class Member:
             return
         if not self.standing.failed(error):
             return
-        logger.error("%s The node is now out of use; see 'fusestore status'.", error)
+        if isinstance(error, NodeOfflineError):
+            logger.info("%s", error)
+        else:
+            logger.error("%s The node is now out of use; see 'fusestore status'.", error)
         self.was_late = isinstance(error, NodeTimeoutError)
         self.calls.end_all()
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from ..config.node_identity import read_identity
 from ..config.store_config import NodeConfig, StoreConfig
-from ..errors import NodeError, NodeIdentityError, NodeLacksError
+from ..errors import NodeError, NodeIdentityError, NodeLacksError, NodeOfflineError
 from ..format.records import SegmentKind
 from ..format.store_rows import NodeRow
 from ..nodes.base import Node
@@ -23,9 +23,13 @@ def open_node(
 ) -> DirectoryNode:
     """Open a node of the configuration; NodeError if it is missing, another node's, or in use.
 
+    NodeOfflineError if an operator took it offline.
+
     Without `read_only` the mount of the configuration becomes its owner, or with `claim`
     false, the caller sees to that.
     """
+    if node.offline:
+        raise offline_error(config, node)
     with costs_only(node.name):
         identity = read_identity(node.path)
         if (identity.store, identity.node) != (config.uuid, node.name):
@@ -49,6 +53,14 @@ def open_node(
                 opened.close()
                 raise
         return opened
+
+
+def offline_error(config: StoreConfig, node: NodeConfig) -> NodeOfflineError:
+    """Return what is said of a node that an operator took offline."""
+    return NodeOfflineError(
+        f"Node {node.name} is offline: 'fusestore node online {config.store} {node.name}' brings "
+        "it back."
+    )
 
 
 def node_ids(nodes: Iterable[NodeConfig], rows: Iterable[NodeRow]) -> dict[str, int]:

@@ -17,7 +17,6 @@ from ..errors import (
 )
 from ..format.records import SegmentKind
 from ..format.store_rows import NEVER_WHOLE
-from ..limits import RECORD_ALIGN_BYTES
 from ..log.lineage import Lineage
 from ..log.log import Log
 from ..log.pace import Pace
@@ -26,7 +25,7 @@ from ..members.opening import open_node
 from ..members.standing import State
 from ..nodes.base import Node
 from .heal import Healer
-from .rejoin import Rejoin
+from .rejoin import Rejoin, try_to_write
 from .resume import Resumption
 
 logger = logging.getLogger(__name__)
@@ -127,6 +126,13 @@ class Comeback:
         left = member.calls.left_behind
         return left > 0 and left >= self._hangs.get(member.id, inf)
 
+    async def bring_back_now(self, member: Member) -> None:
+        """Bring a node back without a pause; its state tells whether this succeeded."""
+        await self._resumption.attempt(now=True)
+        async with self._healer.busy:
+            if member.state is not State.UP and not self._log.broken:
+                await self._bring_back(member, quick=False)
+
     async def _bring_back(self, member: Member, quick: bool) -> None:
         """Bring a node that was away back in sync; if this fails, try again later."""
         try:
@@ -140,7 +146,7 @@ class Comeback:
                 on_disk = await member.call(node.segments, SegmentKind.SHARDS)
                 if member.was_late:
                     member.shards.begin_after(on_disk)
-                    await member.call(_try_to_write, node, member.shards.current)
+                    await member.call(try_to_write, node, member.shards.current)
                 member.shards.note_present(on_disk)
                 member.standing.found(found.last)
             if quick and (member.standing.doubted or member.shards.lost):
@@ -197,10 +203,3 @@ class Comeback:
                 await self._rejoin.rebuild_all(member, progress)
         await self._healer.heal(member, Pace(self._log))
         self._full.discard(member.name)
-
-
-def _try_to_write(node: Node, segment: int) -> None:
-    """Write to a new segment and remove it: a medium may read well while its writes hang."""
-    node.write(SegmentKind.SHARDS, segment, 0, [bytes(RECORD_ALIGN_BYTES)])
-    node.flush(SegmentKind.SHARDS, [segment])
-    node.delete(SegmentKind.SHARDS, segment)

@@ -24,6 +24,7 @@ from ..format.records import SegmentKind
 from ..format.segment_numbers import GAP_MAX
 from ..format.store_rows import NEVER_WHOLE, CommitId
 from ..format.stripe_rows import Stripe
+from ..limits import RECORD_ALIGN_BYTES
 from ..log.journal import first_needed
 from ..log.journal_copy import Copied, copy_journals
 from ..log.lineage import Lineage, lineage
@@ -211,3 +212,10 @@ def _set_journals_aside(node: Node, before: int) -> None:
     for segment in node.segments(SegmentKind.JOURNAL):
         if segment < before:
             node.set_aside(SegmentKind.JOURNAL, segment)
+
+
+def try_to_write(node: Node, segment: int) -> None:
+    """Write to a new segment and remove it: a medium may read well while its writes hang."""
+    node.write(SegmentKind.SHARDS, segment, 0, [bytes(RECORD_ALIGN_BYTES)])
+    node.flush(SegmentKind.SHARDS, [segment])
+    node.delete(SegmentKind.SHARDS, segment)

@@ -41,7 +41,7 @@ from ..log.journal_copy import Copied
 from ..log.log import Log
 from ..log.pace import Pace
 from ..members.member import Member
-from ..members.opening import node_ids, open_node
+from ..members.opening import node_ids, offline_error, open_node
 from ..members.standing import State
 from ..nodes.base import Node
 from ..read.reader import Reader
@@ -237,6 +237,8 @@ class Repairer:
     def prepare_directory(self, node: NodeConfig) -> Node:
         """In a thread: open a node's directory, and recreate it if it is gone or wiped."""
         path = node.path
+        if node.offline:
+            raise offline_error(self._log.members.config, node)
         if not os.path.lexists(path):
             path.mkdir(mode=0o700, parents=True)
             sync_directory(path.parent)

@@ -23,7 +23,7 @@ from ..members.member import Member
 from ..members.opening import open_node
 from ..members.standing import State
 from .heal import Healer
-from .rejoin import Rejoin
+from .rejoin import Rejoin, try_to_write
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +43,10 @@ class Resumption:
         self._resumed_at = float("-inf")
         self._wait = 0.0
 
-    async def attempt(self) -> None:
-        """Continue if the mount is read-only, and enough nodes are back."""
+    async def attempt(self, *, now: bool = False) -> None:
+        """Continue if the mount is read-only, and enough nodes are back; `now`: without a pause."""
         log = self._log
-        if trio.current_time() < self._resumed_at + self._wait:
+        if not now and trio.current_time() < self._resumed_at + self._wait:
             return
         async with self._healer.busy, self._committer.lock:
             if not log.broken or log.broken_for_good:
@@ -94,6 +94,9 @@ class Resumption:
         member.reopen(node)
         if await member.call(self._lacks_nothing, member):
             on_disk = await member.call(node.segments, SegmentKind.SHARDS)
+            if member.was_late:
+                member.shards.begin_after(on_disk)
+                await member.call(try_to_write, node, member.shards.current)
             member.shards.note_present(on_disk)
             member.resume(on_disk)
 

@@ -44,10 +44,13 @@ from .messages.nodes import (
     NodeAddRequest,
     NodeDrained,
     NodeDrainRequest,
+    NodeOfflineRequest,
+    NodeOnlineRequest,
     NodeRemoved,
     NodeRemoveRequest,
     NodesRequest,
     NodesResult,
+    NodeState,
     Rebalance,
     RebalanceRequest,
 )
@@ -236,6 +239,17 @@ async def node_remove(context: Context, request: NodeRemoveRequest) -> NodeRemov
     return from_json(NodeRemoved, await context.store.topology.remove(request.node))
 
 
+async def node_offline(context: Context, request: NodeOfflineRequest) -> NodeState:
+    """Take a node offline."""
+    found = await context.store.topology.offline(request.node, force=request.force)
+    return from_json(NodeState, found)
+
+
+async def node_online(context: Context, request: NodeOnlineRequest) -> NodeState:
+    """Use a node again that was taken offline."""
+    return from_json(NodeState, await context.store.topology.online(request.node))
+
+
 # --- files ---------------------------------------------------------------------
 
 
@@ -329,6 +343,8 @@ COMMANDS: dict[str, _Command[Any, Any]] = {
         _Command(NodeAddRequest, node_add),
         _Command(NodeDrainRequest, node_drain),
         _Command(NodeRemoveRequest, node_remove),
+        _Command(NodeOfflineRequest, node_offline),
+        _Command(NodeOnlineRequest, node_online),
         _Command(LayoutRequest, layout),
         _Command(QuotaRequest, quota),
         _Command(RecodeRequest, recode),

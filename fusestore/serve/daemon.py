@@ -37,7 +37,7 @@ from .operations import TALLIES, Operations
 
 logger = logging.getLogger(__name__)
 
-HELD_SECONDS = 10.0
+HELD_SECONDS = 30.0
 """How long after the mount is removed the kernel may keep its file system."""
 READY_SECONDS = 60.0
 """A mount that does not answer within this time has failed."""

@@ -61,7 +61,7 @@ class Store:
         self.comeback = Comeback(log, self.healer, self.rejoin, resumption)
         self.repairer = Repairer(log, self.reader, self.committer, self.healer, self.rejoin)
         self.rebalancer = Rebalancer(log, self.committer, self.repairer)
-        self.topology = Topology(log, self.committer, self.repairer, self.rebalancer)
+        self.topology = Topology(log, self.committer, self.repairer, self.rebalancer, self.comeback)
         self.scrubber = Scrubber(log, self.committer, self.repairer, self.rows, config.scrub_days)
         self.reporter = Reporter(
             config,
@@ -102,6 +102,8 @@ class Store:
 
     def _advice(self, member: Member) -> str:
         if member.state is State.FOREIGN:  # its error has the remedy
+            return ""
+        if member.config.offline:  # its error has the remedy
             return ""
         if member.standing.read_only:
             return " It is used again when its file system is writable."

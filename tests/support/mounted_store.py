@@ -23,7 +23,7 @@ TRACEBACK = "Traceback (most recent call last)"
 
 #: Seconds for any one command, and for a daemon to end after its umount.
 COMMAND_SECONDS_MAX = 180
-DAEMON_END_SECONDS_MAX = 30
+DAEMON_END_SECONDS_MAX = 60
 
 
 class Directory:

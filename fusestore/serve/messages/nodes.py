@@ -141,3 +141,32 @@ class NodeRemoveRequest(Request[NodeRemoved]):
 
     command = "node_remove"
     node: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeState:
+    """A node that was taken offline, or is to be online again."""
+
+    node: str
+    path: str
+    state: str
+    problem: str
+    """A sentence that explains why the node is not up; or empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeOfflineRequest(Request[NodeState]):
+    """Take a node offline."""
+
+    command = "node_offline"
+    node: str
+    force: bool = False
+    """Even if the store cannot be written to without it."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeOnlineRequest(Request[NodeState]):
+    """Use a node again."""
+
+    command = "node_online"
+    node: str

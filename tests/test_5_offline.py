@@ -1,0 +1,106 @@
+"""Nodes are taken offline and back, on a mount and without one; their disks can be changed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from support.logs import OUT_OF_USE, TOO_FEW_NODES
+from support.loop_devices import Disks
+from support.mounted_store import Store
+
+pytestmark = [
+    pytest.mark.mounted,
+    pytest.mark.not_plain,
+    pytest.mark.expects_log(OUT_OF_USE, TOO_FEW_NODES),
+]
+
+MIB = 1 << 20
+REGIONS = ("r0", "r1", "r2")
+
+
+@pytest.fixture
+def disks(tmp_path: Path) -> Iterator[Disks]:
+    disks = Disks(tmp_path / "disks")
+    disks.top.mkdir()
+    try:
+        disks.make(dict.fromkeys(REGIONS, 100 * MIB))
+    except OSError as error:
+        disks.detach()
+        pytest.skip(f"there are no loop devices: {error}")
+    yield disks
+    disks.detach()
+
+
+@pytest.fixture
+def store(disks: Disks, make_store: Callable[..., Store]) -> Iterator[Store]:
+    store = make_store(*[f"--region={name}={disks.top / name / 'node'}" for name in REGIONS])
+    store.mount()
+    yield store
+    store.clean_up()
+
+
+def write(store: Store, name: str) -> None:
+    with (store.mountpoint / name).open("wb") as file:
+        file.write(name.encode() * MIB)
+        os.fsync(file.fileno())
+
+
+def state(store: Store, name: str) -> tuple[str, str]:
+    (node,) = (node for node in store.status()["nodes"] if node["name"] == name)
+    return node["state"], node["error"]
+
+
+def test_a_disk_is_checked_while_the_store_is_used(store: Store, disks: Disks) -> None:
+    write(store, "a")
+    assert "can be unmounted" in store.cli("node", "offline", store.store, "r1").stdout
+    disks.detach_one("r1")
+    write(store, "b")
+    assert state(store, "r1")[0] == "down"
+    assert f"'fusestore node online {store.store} r1'" in state(store, "r1")[1]
+    store.remount()  # it stays offline
+    assert "is offline" in state(store, "r1")[1]
+    assert store.cli("repair", store.store, "r1", check=False).returncode != 0
+    disks.attach("r1")
+    write(store, "c")
+    assert "is offline" in state(store, "r1")[1]
+    assert store.cli("node", "online", store.store, "r1").stdout == "r1 is up.\n"
+    assert store.status()["healthy"]
+    (disks.top / "r2" / "node").rename(disks.top / "r2" / "away")
+    for name in ("a", "b", "c"):
+        assert (store.mountpoint / name).read_bytes() == name.encode() * MIB
+    (disks.top / "r2" / "away").rename(disks.top / "r2" / "node")
+    store.kill()
+
+
+def test_the_last_node_but_too_few_is_kept_unless_forced(store: Store) -> None:
+    write(store, "a")
+    store.cli("node", "offline", store.store, "r0")
+    refused = store.cli("node", "offline", store.store, "r1", check=False)
+    assert refused.returncode == 2
+    assert "Without r1, the store could not be written to" in refused.stderr
+    write(store, "b")
+    store.cli("node", "offline", store.store, "r1", "--force")
+    with pytest.raises(OSError, match=r"Input/output error|Read-only file system"):
+        write(store, "c")
+    assert store.cli("node", "online", store.store, "r1").stdout == "r1 is up.\n"
+    write(store, "d")
+    store.cli("node", "online", store.store, "r0")
+    assert store.status()["healthy"]
+
+
+def test_an_unmounted_store(store: Store, disks: Disks) -> None:
+    write(store, "a")
+    store.umount()
+    store.cli("node", "offline", store.store, "r2")
+    disks.detach_one("r2")
+    store.mount()
+    write(store, "b")
+    store.umount()
+    disks.attach("r2")
+    assert store.cli("node", "online", store.store, "r2").stdout == "r2 is up.\n"
+    store.mount()
+    assert store.status()["healthy"]
