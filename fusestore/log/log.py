@@ -344,7 +344,7 @@ class Log:
         """Record that what waited for room was written, or given up."""
         if self.room.waits:
             self.room.waits = ""
-            logger.warning("There is room again.")
+            logger.info("There is room again.")
 
     async def sample_metadata(self) -> None:
         """Measure the room for the metadata."""
