@@ -31,6 +31,8 @@ LINKS_MAX = 65_000
 FILE_BYTES_MAX = (1 << 63) - 1
 XATTR_BYTES_MAX = 64 * KIB
 XATTR_LIST_BYTES_MAX = 64 * KIB
+XATTRS_BYTES_MAX = MIB
+"""The names and values of all attributes of an inode: quotas do not count them."""
 
 assert STRIPE_BYTES % BLOCK_BYTES == 0
 assert BLOCK_BYTES % SHARD_ALIGN_BYTES == 0
@@ -71,6 +73,9 @@ class Limits:
     checkpoint_seconds_max: float = 10.0
     checkpoint_changes_max: int = 10_000
     """Changed keys that wait in memory for the metadata database."""
+    metadata_unwritten_bytes_max: int = 64 * MIB
+    """Values of changed rows that wait in memory for it.  Requests that add rows wait above this; a
+    checkpoint begins at half of it."""
     dump_journal_bytes_min: int = 8 * MIB
     """How much journal there must be since the last metadata dump before the next one."""
     dump_piece_bytes: int = 256 * KIB

@@ -32,6 +32,7 @@ class FileSystem:
         self.quotas = QuotaRoots(store.log, self.tree, nursery)
         self.recoder = Recoder(store, self.tree, self.contents, nursery)
         self.commit = store.committer.commit
+        self.rows_room = store.writer.rows_room
         self.make_room = store.room_maker.make_room
 
     async def begin(self) -> None:

@@ -250,6 +250,16 @@ class Log:
             self.room.note_rows()
         return Transaction(self)
 
+    @property
+    def is_crowded(self) -> bool:
+        """Whether so much waits in memory for the metadata database that growth must wait.
+
+        Nobody waits for a database that cannot be written, or whose disk does not answer.
+        """
+        if self.engine.unwritten_bytes < self.limits.metadata_unwritten_bytes_max:
+            return False
+        return not (self.broken or self.metadata_error or self.metadata_stall)
+
     def apply(self, changes: Changes) -> None:
         """Make changes for the next commit; after RowTooLargeError none of them was made."""
         self.engine.apply(changes)  # first: refused rows must not reach the journals

@@ -314,6 +314,16 @@ class Engine:
         return len(self._active)
 
     @property
+    def changed_bytes(self) -> int:
+        """The bytes of values that were changed since the last freeze."""
+        return self._active.size
+
+    @property
+    def unwritten_bytes(self) -> int:
+        """The bytes of values in memory that no checkpoint has written."""
+        return self._active.size + (self._frozen.size if self._frozen is not None else 0)
+
+    @property
     def frozen(self) -> bool:
         """Whether a checkpoint is under way."""
         return self._frozen is not None

@@ -27,18 +27,25 @@ SUMS = b"sums"
 class ChangedRows(dict[bytes, bytes | None]):
     """Changed keys and their values; sorted only when an order is requested."""
 
-    __slots__ = ("_fresh", "_order")
+    __slots__ = ("_fresh", "_order", "size")
 
     def __init__(self, changes: Changes | None = None) -> None:
         super().__init__(changes or {})
         self._order: SortedList[bytes] = SortedList()
         self._fresh: list[bytes] = list(self)
+        self.size = 0
+        """The bytes of the values that `take` added."""
 
     def take(self, changes: Changes) -> None:
         """Add changes."""
-        for key in changes:
-            if key not in self:
+        for key, value in changes.items():
+            old = self.get(key)
+            if old is not None:
+                self.size -= len(old)
+            elif key not in self:
                 self._fresh.append(key)
+            if value is not None:
+                self.size += len(value)
         self.update(changes)
 
     def irange(

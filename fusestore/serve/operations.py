@@ -194,6 +194,11 @@ class Operations(pyfuse3.Operations):
         removed = self._files.log.counters.files < before
         return await self._files.make_room(removed=removed)
 
+    async def _rows_room(self) -> None:
+        """Wait until a request may add rows to those in memory."""
+        if self._files.log.is_crowded:
+            await self._files.rows_room()
+
     async def remove_deleted(self) -> None:
         """Wait until inodes that have no name and are not in use are removed.
 
@@ -237,6 +242,7 @@ class Operations(pyfuse3.Operations):
         fh: int | None,
         ctx: RequestContext,
     ) -> EntryAttributes:
+        await self._rows_room()
         if fields.update_size or fields.update_uid or fields.update_gid:
             self._will_change(inode)
         if fields.update_size:
@@ -261,6 +267,7 @@ class Operations(pyfuse3.Operations):
     async def mknod(
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
+        await self._rows_room()
         made = self._tree.make(parent_inode, name, mode, ctx.uid, ctx.gid, rdev=rdev)
         return self._entry(*made)
 
@@ -268,6 +275,7 @@ class Operations(pyfuse3.Operations):
     async def mkdir(
         self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext
     ) -> EntryAttributes:
+        await self._rows_room()
         mode = stat.S_IFDIR | stat.S_IMODE(mode)
         return self._entry(*self._tree.make(parent_inode, name, mode, ctx.uid, ctx.gid))
 
@@ -275,6 +283,7 @@ class Operations(pyfuse3.Operations):
     async def symlink(
         self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext
     ) -> EntryAttributes:
+        await self._rows_room()
         made = self._tree.make(
             parent_inode, name, stat.S_IFLNK | 0o777, ctx.uid, ctx.gid, target=target
         )
@@ -284,6 +293,7 @@ class Operations(pyfuse3.Operations):
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext
     ) -> EntryAttributes:
+        await self._rows_room()
         return self._entry(inode, self._tree.link(inode, new_parent_inode, new_name))
 
     @_answered
@@ -304,6 +314,7 @@ class Operations(pyfuse3.Operations):
         flags: int,
         ctx: RequestContext,
     ) -> None:
+        await self._rows_room()
         if flags & ~(pyfuse3.RENAME_EXCHANGE | pyfuse3.RENAME_NOREPLACE | _RENAME_WHITEOUT):
             raise FUSEError(errno.EINVAL)
         if flags & pyfuse3.RENAME_EXCHANGE:
@@ -360,6 +371,7 @@ class Operations(pyfuse3.Operations):
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
+        await self._rows_room()
         mode = stat.S_IFREG | stat.S_IMODE(mode)
         ino, inode = self._tree.make(parent_inode, name, mode, ctx.uid, ctx.gid)
         return FileInfo(fh=ino, keep_cache=True), self._entry(ino, inode)
@@ -434,6 +446,7 @@ class Operations(pyfuse3.Operations):
 
     @_answered
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        await self._rows_room()
         self._need_xattrs()
         if name == CODE:
             self._attributes.check_setter(inode, ctx.uid, value)

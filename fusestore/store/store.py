@@ -74,7 +74,11 @@ class Store:
             nursery,
         )
         self.status = self.reporter.status
-        self.committer.checkpointer.on_checkpoint += [self.reclaimer.wake, self.comeback.wake]
+        self.committer.checkpointer.on_checkpoint += [
+            self.writer.wake,
+            self.reclaimer.wake,
+            self.comeback.wake,
+        ]
         self.committer.on_commit.append(self.dumper.look)
 
     def tasks(self) -> list[Callable[[], Awaitable[None]]]:

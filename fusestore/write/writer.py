@@ -23,6 +23,9 @@ from ..log.log import Log, Transaction
 from .sealer import Sealer
 from .stripes import Buffers, UnsealedStripe
 
+_LOOK_SECONDS = 1.0
+"""How often who waits for a checkpoint looks whether it has failed."""
+
 
 class Writer:
     """The open stripes, one per code, and the sealing of full stripes."""
@@ -52,6 +55,8 @@ class Writer:
         while not self._has_room():
             if self._log.room.waits:  # and so does the memory
                 raise NoSpaceError(self._log.room.waits)
+            if self._log.is_crowded:
+                self._ask_commit()
             await self._waiting.park()
 
     def _unwritten(self) -> int:
@@ -67,9 +72,21 @@ class Writer:
                 found[code] = found.get(code, 0) + size
         return found
 
+    def wake(self) -> None:
+        """Let the waiting tasks look again: a checkpoint was written."""
+        self._waiting.unpark_all()
+
+    async def rows_room(self) -> None:
+        """Wait until rows may be accepted into memory."""
+        while self._log.is_crowded:
+            self._ask_commit()
+            with trio.move_on_after(_LOOK_SECONDS):
+                await self._waiting.park()
+
     def _has_room(self) -> bool:
         return bool(self._log.broken) or (
-            self.sealer.under_way < self._limits.seals_max
+            not self._log.is_crowded
+            and self.sealer.under_way < self._limits.seals_max
             and self.unflushed < self._limits.unflushed_bytes_max
         )
 
