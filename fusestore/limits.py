@@ -31,6 +31,8 @@ LINKS_MAX = 65_000
 FILE_BYTES_MAX = (1 << 63) - 1
 XATTR_BYTES_MAX = 64 * KIB
 XATTR_LIST_BYTES_MAX = 64 * KIB
+XATTRS_BYTES_MAX = MIB
+"""The names and values of all attributes of an inode: quotas do not count them."""
 
 assert STRIPE_BYTES % BLOCK_BYTES == 0
 assert BLOCK_BYTES % SHARD_ALIGN_BYTES == 0

@@ -202,7 +202,7 @@ def test_lines_for_the_journal_have_a_priority_and_no_time() -> None:
     formatter = logs.JournalFormatter()
     for level, priority in [("DEBUG", 7), ("INFO", 6), ("WARNING", 4), ("ERROR", 3)]:
         line = formatter.format(record(getattr(logging, level), "one\ntwo"))
-        assert line == f"<{priority}>fusestore.serve.daemon: one\n<{priority}>two"
+        assert line == f"<{priority}>fusestore.serve.daemon: one\\ntwo"
     line = logs.JournalFormatter(logs.JSONFormatter()).format(record(logging.INFO, "x"))
     assert line.startswith("<6>{")
     assert json.loads(line[3:])["message"] == "x"

@@ -118,6 +118,27 @@ def test_attribute_values_have_up_to_64_kib(shared_mount: Path) -> None:
     assert os.listxattr(path) == ["user.large"]
 
 
+@pytest.mark.not_plain
+def test_the_attributes_of_an_inode_have_up_to_one_mib(shared_mount: Path) -> None:
+    path = shared_mount / "file"
+    path.touch()
+    value = bytes(64 * KIB)
+    for number in range(15):
+        os.setxattr(path, f"user.{number}", value)
+    for number in (15, 16):
+        with refused(errno.ENOSPC):
+            os.setxattr(path, f"user.{number}", value)
+    os.setxattr(path, "user.15", value[: 60 * KIB])
+    with refused(errno.ENOSPC):
+        os.setxattr(path, "user.15", value)
+    os.setxattr(path, "user.15", b"short")
+    os.removexattr(path, "user.3")
+    os.setxattr(path, "user.17", value)
+    for number in (0, 1, 17):
+        os.setxattr(path, f"user.{number}", value)  # of the same length
+    assert len(os.listxattr(path)) == 16
+
+
 def test_many_attributes_are_listed_or_refused_in_time(shared_mount: Path) -> None:
     path = shared_mount / "file"
     path.touch()

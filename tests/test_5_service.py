@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import signal
 import socket
@@ -368,3 +369,168 @@ def test_mount_fstab_and_umount_work(make_store: MakeStore, tmp_path: Path) -> N
     letter, options = done.stdout.splitlines()
     assert letter == "one"
     assert options.startswith("ro,")
+
+
+LINKED = """
+set -e
+mkdir "$HELPERS/upper" "$HELPERS/work"
+mount -t overlay -o "lowerdir=$(realpath /sbin),upperdir=$HELPERS/upper,workdir=$HELPERS/work" \\
+    overlay "$(realpath /sbin)"
+export PYTHONPATH="$REPOSITORY"
+link() { printf '#!%s\\nfrom fusestore.cli.%s import %s\\n%s()\\n' "$PYTHON" "$2" "$3" "$3" >"$1"
+    chmod 755 "$1"; }
+for name in $NAMES; do
+    case $name in
+    mount*) link "/sbin/$name" mount_helper main_mount;;
+    umount*) link "/sbin/$name" mount_helper main_umount;;
+    fusestore) link /sbin/fusestore main main;;
+    esac
+done
+say() { echo "$*"; }
+options() { findmnt --noheadings --output VFS-OPTIONS --mountpoint "$MOUNTPOINT"; }
+"""
+
+
+def in_namespace(store: Store, helpers: Path, names: str, script: str) -> list[str]:
+    """Run a script in a mount namespace where helpers are in place; the lines that it prints."""
+    helpers.mkdir()
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", LINKED + script],
+        env={
+            **os.environ,
+            "HELPERS": str(helpers),
+            "NAMES": names,
+            "PYTHON": sys.executable,
+            "REPOSITORY": str(REPOSITORY),
+            "STORE": str(store.store),
+            "MOUNTPOINT": str(store.mountpoint),
+        },
+        capture_output=True,
+        text=True,
+        timeout=SECONDS_MAX * 2,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+REMOUNTED = """
+mount -t fusestore "$STORE" "$MOUNTPOINT"
+echo one >"$MOUNTPOINT/letter"
+mount -o remount,ro "$MOUNTPOINT"
+options
+cat "$MOUNTPOINT/letter"
+echo two >"$MOUNTPOINT/letter" || say refused
+mount -o remount,rw "$MOUNTPOINT"
+options
+echo two >"$MOUNTPOINT/letter"
+cat "$MOUNTPOINT/letter"
+for option in strictatime relatime noatime nosuid,nodev,noexec suid,dev,exec; do
+    mount -o "remount,$option" "$MOUNTPOINT"
+    say "$option: $(options)"
+done
+mount -o remount,big "$MOUNTPOINT" || say refused
+exec 3>"$MOUNTPOINT/open"
+mount -o remount,ro "$MOUNTPOINT" || say busy
+exec 3>&-
+mount -o remount,ro "$MOUNTPOINT"
+umount "$MOUNTPOINT"
+mount -t fusestore -o ro,strictatime,lazytime "$STORE" "$MOUNTPOINT"
+mount -o remount,rw "$MOUNTPOINT" || say refused
+umount "$MOUNTPOINT"
+"""
+
+
+@pytest.mark.mounted
+@pytest.mark.parametrize(
+    "names", ["mount.fusestore fusestore", "mount.fusestore mount.fuse.fusestore"]
+)
+def test_a_mount_can_be_remounted(make_store: MakeStore, tmp_path: Path, names: str) -> None:
+    """Also if mount(8) finds mount.fuse(8) only, which runs `fusestore` from the path."""
+    lines = in_namespace(make_store(), tmp_path / "helpers", names, REMOUNTED)
+    assert lines == [
+        "ro,noatime",
+        "one",
+        "refused",
+        "rw,noatime",
+        "two",
+        "strictatime: rw",
+        "relatime: rw,relatime",
+        "noatime: rw,noatime",
+        "nosuid,nodev,noexec: rw,nosuid,nodev,noexec,noatime",
+        "suid,dev,exec: rw,noatime",
+        "refused",
+        "busy",
+        "refused",
+    ]
+
+
+@pytest.mark.mounted
+def test_a_mount_that_turns_read_only_is_committed(make_store: MakeStore, tmp_path: Path) -> None:
+    store = make_store()
+    script = """
+mount -t fusestore "$STORE" "$MOUNTPOINT"
+head -c 5000000 /dev/urandom >"$MOUNTPOINT/data"
+sha256sum <"$MOUNTPOINT/data"
+mount -o remount,ro "$MOUNTPOINT"
+kill -9 "$(cat "$STORE/fusestore.lock")"
+umount -l "$MOUNTPOINT"
+"""
+    (digest,) = in_namespace(store, tmp_path / "helpers", "mount.fusestore fusestore", script)
+    store.mount()
+    assert hashlib.sha256((store.mountpoint / "data").read_bytes()).hexdigest() == digest.split()[0]
+
+
+@pytest.mark.mounted
+@pytest.mark.parametrize("names", ["", "umount.fuse.fusestore"])
+@pytest.mark.parametrize("kind", ["absolute", "twice"])
+def test_umount_returns_when_all_is_committed(
+    make_store: MakeStore, tmp_path: Path, names: str, kind: str
+) -> None:
+    """With an absolute path umount(8) never runs a helper: it asks statfs(2) for the type."""
+    store = make_store()
+    script = """
+for round in 1 2 3; do
+    "$PYTHON" -m fusestore mount "$STORE" "$MOUNTPOINT"
+    pid=$(cat "$STORE/fusestore.lock")
+    head -c 20000000 /dev/urandom >"$MOUNTPOINT/data$round"
+    sha256sum <"$MOUNTPOINT/data$round"
+    if [ "$KIND" = twice ]; then
+        exec 3<"$MOUNTPOINT/data1"; umount "$MOUNTPOINT" 2>/dev/null || true; exec 3<&-
+    fi
+    umount "$MOUNTPOINT"
+    kill -9 "$pid" 2>/dev/null || true
+    while kill -0 "$pid" 2>/dev/null; do sleep 0.1; done
+done
+"""
+    lines = in_namespace(store, tmp_path / "helpers", names, f"KIND={kind}\n{script}")
+    store.mount()
+    for number, digest in enumerate(lines, 1):
+        found = hashlib.sha256((store.mountpoint / f"data{number}").read_bytes()).hexdigest()
+        assert found == digest.split()[0]
+    assert len(lines) == 3
+
+
+@pytest.mark.mounted
+@pytest.mark.parametrize("names", ["", "umount.fuse.fusestore"])
+def test_bind_mounts_are_unmounted_one_by_one(
+    make_store: MakeStore, tmp_path: Path, names: str
+) -> None:
+    store = make_store()
+    script = """
+"$PYTHON" -m fusestore mount "$STORE" "$MOUNTPOINT"
+mkdir "$MOUNTPOINT/directory" "$HELPERS/directory" "$HELPERS/whole"
+echo one >"$MOUNTPOINT/file"; echo x >"$HELPERS/file"
+mount --bind "$MOUNTPOINT/file" "$HELPERS/file"
+mount --bind "$MOUNTPOINT/directory" "$HELPERS/directory"
+mount --bind "$MOUNTPOINT" "$HELPERS/whole"
+cd "$HELPERS"
+umount "$HELPERS/file"; cat "$HELPERS/file"
+mount --bind "$MOUNTPOINT/file" "$HELPERS/file"
+umount file; cat file
+umount directory; umount "$HELPERS/whole"
+cat "$MOUNTPOINT/file"
+umount "$MOUNTPOINT"
+"""
+    assert in_namespace(store, tmp_path / "helpers", names, script) == ["x", "x", "one"]
+    store.mount()
+    assert (store.mountpoint / "file").read_text() == "one\n"

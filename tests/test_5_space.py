@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from fusestore.format import acl
+from fusestore.format.acl import Entry, Tag
 from support.mounted_store import Store
 
 pytestmark = pytest.mark.mounted
@@ -229,3 +231,56 @@ def test_the_daemon_keeps_no_descriptors_of_what_was_closed(
     for _ in range(3):
         use_it()
     assert descriptors() <= before + 3
+
+
+def new_attributes(top: Path, number: int, value: bytes) -> None:
+    if number % 15 == 0:
+        (top / f"{number // 15}").touch()
+    os.setxattr(top / f"{number // 15}", f"user.{number % 15}", value)
+
+
+def one_attribute(top: Path, number: int, value: bytes) -> None:
+    (top / "one").touch()
+    os.setxattr(top / "one", "user.one", value)
+
+
+def targets(top: Path, number: int, value: bytes) -> None:
+    for part in range(10):
+        os.symlink(value[:2000].hex(), top / f"{number}.{part}")
+
+
+def inherited_acls(top: Path, number: int, value: bytes) -> None:
+    if number == 0:
+        users = (Entry(Tag.USER, 7, uid) for uid in range(400))
+        last = Entry(Tag.GROUP_OBJ, 7), Entry(Tag.MASK, 7), Entry(Tag.OTHER, 7)
+        acl_of = acl.format((Entry(Tag.USER_OBJ, 7), *users, *last))
+        os.setxattr(top, "system.posix_acl_default", acl_of)
+    (top / f"{number}").mkdir()
+
+
+@pytest.mark.parametrize("flood", [new_attributes, one_attribute, targets, inherited_acls])
+def test_the_daemon_stays_small_whatever_is_put_into_the_metadata(
+    make_store: Callable[..., Store], flood: Callable[[Path, int, bytes], None]
+) -> None:
+    """By somebody with a quota, too, which does not count attributes; others are served."""
+    store = make_store()
+    store.mount()
+    top = store.mountpoint / "top"
+    top.mkdir()
+    store.cli("quota", "set", top, "--bytes", "1M")
+    assert store.daemon_pid is not None
+    before, peak, longest, put = anonymous_memory(store.daemon_pid), 0, 0.0, 0
+    value = random.Random(1).randbytes(64 * KIB)
+    until = time.monotonic() + 15
+    while time.monotonic() < until and put < 12_000:
+        flood(top, put, value[put % 1000 :] + value[: put % 1000])
+        put += 1
+        if put % 200 == 0:
+            peak = max(peak, anonymous_memory(store.daemon_pid))
+            started = time.monotonic()
+            (store.mountpoint / f"nothing{put}").exists()
+            longest = max(longest, time.monotonic() - started)
+    peak = max(peak, anonymous_memory(store.daemon_pid))
+    assert put > 200
+    assert peak - before < 500 * MIB
+    assert longest < 15

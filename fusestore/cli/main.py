@@ -149,4 +149,9 @@ def mkfs(
 def main() -> None:
     """Run the command line of this process."""
     process_limits.raise_limits()
+    if sys.argv[1:2] and sys.argv[1].startswith("/"):
+        # mount.fuse(8), which mount(8) runs for the type fuse.fusestore: STORE MOUNTPOINT -o …
+        from .mount_helper import main_mount
+
+        main_mount()
     sys.exit(cli.main(prog_name="fusestore"))

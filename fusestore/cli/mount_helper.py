@@ -7,6 +7,8 @@ mount(8).
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +56,9 @@ def mount(
 
     mount(8) runs this as /sbin/mount.fusestore.  The options are those of
     `fusestore mount`.  Options that only mount(8) and systemd understand
-    (defaults, noauto, nofail, user, _netdev, x-systemd.…) are ignored.
+    (defaults, noauto, nofail, user, _netdev, x-systemd.…) are ignored.  With
+    `-o remount`, the options ro, rw, nosuid, nodev, noexec and those of access times
+    change on a mount in use.
 
     \b
       mount -t fusestore /srv/store /srv/data -o allow_other
@@ -63,10 +67,13 @@ def mount(
     In /etc/fstab:
       /srv/store  /srv/data  fusestore  allow_other,nofail,_netdev  0  0
     """
-    from ..config.mount_options import MountOptions, of_fstab
+    from ..config.mount_options import MountOptions, of_fstab, split
     from ..config.store_config import load
     from ..serve import launch
 
+    if "remount" in split(options):
+        _remount(mountpoint, split(options), sloppy=sloppy, fake=fake)
+        return
     config = load(store)
     chosen = MountOptions.parse(of_fstab(options, sloppy=sloppy))
     if chosen.once:
@@ -78,6 +85,38 @@ def mount(
         print_lines([f"mount.fusestore: warning: {warning}"], err=True)
     if verbose:
         print_lines([f"mount.fusestore: {config.store} mounted on {place}."])
+
+
+def _remount(mountpoint: Path, options: list[str], *, sloppy: bool, fake: bool) -> None:
+    """Change the kernel's options of a mount; a mount that turns read-only is committed."""
+    from ..config.remount_options import remount_flags
+    from ..errors import FusestoreError, StoreBusyError
+    from ..serve.control_client import ControlClient
+    from ..serve.messages.mount import StatusRequest
+    from ..system import linux, mounts
+
+    place = mounts.locate(mountpoint)
+    there = mounts.find(place)
+    if there is None:
+        raise UsageError(f"No store is mounted on {place}.")
+    flags = remount_flags(options, sloppy=sloppy)
+    read_only = bool(flags & 1)
+    if not read_only and ControlClient(there.store).ask(StatusRequest()).read_only:
+        raise FusestoreError(
+            f"The daemon of {place} is read-only: unmount it, and mount it again without `ro`."
+        )
+    if fake:
+        return
+    try:
+        linux.remount(place, flags)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise StoreBusyError(f"{place} is busy: files are open for writing.") from error
+        raise FusestoreError(f"{place} cannot be remounted: {error.strerror}.") from error
+    if read_only:
+        fd = os.open(place, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
 
 
 @click.command(cls=_Helper, short_help="Unmount a store, for umount(8).")
@@ -99,14 +138,23 @@ def umount(
 ) -> None:
     """Unmount the store on MOUNTPOINT; return when everything is committed.
 
-    umount(8) runs this as /sbin/umount.fuse.fusestore.
+    umount(8) runs this as /sbin/umount.fuse.fusestore.  If the mount is one of several,
+    such as a bind mount of a file, only this one ends.
     """
-    if force or lazy:  # the kernel does it; the daemon commits when the mount ends
+    if force or lazy or _is_one_of_several(mountpoint):
+        # The kernel does it; the daemon commits when its last mount ends.
         flags = [*(["-f"] if force else []), *(["-l"] if lazy else [])]
         sys.exit(subprocess.run(["umount", "-i", *flags, "--", mountpoint]).returncode)
     from .mount import unmount
 
     unmount(mountpoint)
+
+
+def _is_one_of_several(mountpoint: Path) -> bool:
+    from ..system import mounts
+
+    there = mounts.find(mounts.locate(mountpoint))
+    return there is not None and sum(m.device == there.device for m in mounts.all_mounts()) > 1
 
 
 def main_mount() -> None:

@@ -27,23 +27,30 @@ NO_METRICS = "off"
 _OF_FSTAB = {
     *("auto", "noauto", "nofail", "_netdev", "user", "nouser", "users", "owner", "group"),
     *("async", "relatime", "norelatime", "nostrictatime", "diratime", "nodiratime"),
-    *("nolazytime", "silent", "loud", "nomand"),
+    *("lazytime", "nolazytime", "strictatime", "silent", "loud", "nomand"),
 }
 _OF_FSTAB_WITH_VALUES = ("x-", "X-", "comment=", "user=", "uhelper=", "helper=")
 
 
+def split(values: Iterable[str]) -> list[str]:
+    """Return the options in the values of `-o`, each a list with commas."""
+    return [option.strip() for option in ",".join(values).split(",")]
+
+
+def _is_of_fstab(option: str) -> bool:
+    return option in _OF_FSTAB or option.startswith(_OF_FSTAB_WITH_VALUES)
+
+
+def is_known(option: str) -> bool:
+    """Return whether it is an option of a mount, or one that only mount(8) and systemd use."""
+    ours = option in {*_OWN, *_SWITCHES, *_IGNORED, "rw"} or option.startswith(_METRICS)
+    return ours or _is_of_fstab(option)
+
+
 def of_fstab(values: Iterable[str], *, sloppy: bool) -> list[str]:
     """Remove the options that only mount(8) and systemd use; with `sloppy` also unknown options."""
-    options = [option.strip() for option in ",".join(values).split(",")]
-    left = [
-        option
-        for option in options
-        if option not in _OF_FSTAB and not option.startswith(_OF_FSTAB_WITH_VALUES)
-    ]
-    known = {*_OWN, *_SWITCHES, *_IGNORED, "rw"}
-    if not sloppy:
-        return left
-    return [option for option in left if option in known or option.startswith(_METRICS)]
+    left = [option for option in split(values) if not _is_of_fstab(option)]
+    return [option for option in left if is_known(option)] if sloppy else left
 
 
 def parse_address(text: str) -> tuple[str, int]:

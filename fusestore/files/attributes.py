@@ -34,7 +34,7 @@ from ..format.file_rows import Inode
 from ..format.placement import check_region_rule, regions_borne
 from ..format.records import SegmentKind
 from ..format.segment_numbers import segment_path
-from ..limits import FILE_BYTES_MAX, XATTR_BYTES_MAX, XATTR_LIST_BYTES_MAX
+from ..limits import FILE_BYTES_MAX, XATTR_BYTES_MAX, XATTR_LIST_BYTES_MAX, XATTRS_BYTES_MAX
 from ..log.log import Log
 from ..read.reader import Reader
 from ..system import clock
@@ -99,10 +99,9 @@ class Attributes:
                 if not stat.S_ISDIR(inode.mode):
                     raise NotPermittedError("Only a directory can have a default ACL.")
                 stored = value if acl.parse(value) else None
-            if stored is not None and txn.get(key) is None:
-                taken = sum(len(known) + 1 for known in self.names(ino))
-                if taken + len(name) + 1 > XATTR_LIST_BYTES_MAX:
-                    raise AttributeTooLargeError("The inode has too many attributes.")
+            old = txn.get(key)
+            if stored is not None and (old is None or len(stored) > len(old)):
+                self._check_room(ino, name, stored)
             inode.ctime = clock.now()
             txn.put(file_rows.inode_key(ino), inode.encode())
             if stored is None:
@@ -126,6 +125,17 @@ class Attributes:
         for found in codes:
             if found not in self._log.members.config.user_codes:
                 raise NotPermittedError(f"Code {found} is not among the `user_codes` of the store.")
+
+    def _check_room(self, ino: int, name: bytes, value: bytes) -> None:
+        """Raise AttributeTooLargeError if the inode's attributes would become too large."""
+        prefix = file_rows.xattr_key(ino, b"")
+        names, values = len(name) + 1, len(value)
+        for key, other in self._log.engine.scan(prefix, keys.after(prefix)):
+            if key[len(prefix) :] != name:
+                names += len(key) - len(prefix) + 1
+                values += len(other)
+        if names > XATTR_LIST_BYTES_MAX or names + values > XATTRS_BYTES_MAX:
+            raise AttributeTooLargeError("The inode has too many attributes.")
 
     def drop_capability(self, ino: int) -> None:
         """Remove a file's capability, as the kernel does before a change if attributes are on."""

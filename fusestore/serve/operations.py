@@ -8,6 +8,7 @@ this module and the daemon import pyfuse3.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import logging
@@ -27,6 +28,7 @@ from ..files.filesystem import FileSystem
 from ..files.tree import Change
 from ..format.file_rows import Inode
 from ..limits import NAME_BYTES_MAX
+from ..system import linux
 from ..tally import Tallies, Tally
 from .lookups import Lookups
 
@@ -36,6 +38,9 @@ CACHED_SECONDS = 300
 """How long the kernel may cache names and attributes; they change only through this mount."""
 _RENAME_WHITEOUT = 4
 """See renameat2(2); pyfuse3 has no name for it."""
+_UMOUNT = "umount"
+"""umount(8) asks for the type of the file system before it unmounts.  The answer waits for a
+commit: the kernel does not tell a FUSE daemon of the end of a mount before umount(2) returns."""
 _BLOCK_BYTES = 4096
 _FOLDER_BYTES = 4096
 
@@ -472,6 +477,9 @@ class Operations(pyfuse3.Operations):
 
     @_answered
     async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
+        if linux.process_name(ctx.pid) == _UMOUNT and not self._files.log.read_only:
+            with contextlib.suppress(errors.FusestoreError):  # the log has it
+                await self._files.commit()
         total, free = self._files.space()
         found = pyfuse3.StatvfsData()
         found.f_bsize = found.f_frsize = _BLOCK_BYTES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from pathlib import Path
 
 from cffi import FFI
 
@@ -14,6 +15,8 @@ _ffi.cdef(
     struct statfs { long type; char rest[248]; };
     int fstatfs(int fd, struct statfs *found);
     int mallopt(int parameter, int value);
+    int mount(const char *source, const char *target, const char *type, unsigned long flags,
+              const void *data);
     """
 )
 _libc = _ffi.dlopen(None)
@@ -21,6 +24,7 @@ _libc = _ffi.dlopen(None)
 _KEEP_SIZE = 1
 _PUNCH_HOLE = 2
 _ARENA_MAX = -8
+_REMOUNT = 32
 _LOCAL = {
     *(0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x2FC12FC1, 0xCA451A4E),
     *(0x01021994, 0x858458F6, 0x794C7630, 0x3153464A, 0x52654973, 0x3434),
@@ -40,6 +44,15 @@ def allocate(descriptor: int, offset: int, length: int) -> None:
     _fallocate(descriptor, _KEEP_SIZE, offset, length)
 
 
+def process_name(pid: int) -> str:
+    """Return the name of a process, as `ps -o comm` does; empty if it cannot be read."""
+    try:
+        with open(f"/proc/{pid}/comm", errors="replace") as file:
+            return file.read().rstrip("\n")
+    except OSError:
+        return ""
+
+
 def keep_one_heap() -> None:
     """Make all threads allocate from one heap: separate heaps keep their peak sizes."""
     with contextlib.suppress(AttributeError):  # only glibc has several heaps
@@ -50,6 +63,12 @@ def is_local(descriptor: int) -> bool:
     """Return whether an open file is known to lie where only this kernel writes."""
     found = _ffi.new("struct statfs *")
     return bool(_libc.fstatfs(descriptor, found) == 0 and found.type & 0xFFFFFFFF in _LOCAL)
+
+
+def remount(mountpoint: Path, flags: int) -> None:
+    """Give a mount other flags: MS_RDONLY and so on, see mount(2); OSError."""
+    if _libc.mount(_ffi.NULL, os.fsencode(mountpoint), _ffi.NULL, _REMOUNT | flags, _ffi.NULL):
+        raise OSError(_ffi.errno, os.strerror(_ffi.errno))
 
 
 def punch_hole(descriptor: int, offset: int, length: int) -> None:
