@@ -17,6 +17,7 @@ local file system one system call without I/O shows that the old one has no name
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 from pathlib import Path
@@ -94,11 +95,24 @@ class Ownership:
 
     def claim(self) -> None:
         """Write this mount's record durably in the place of any other."""
-        content = self._mount.record(self._inode).encode()
+        self._put(self._mount.record(self._inode).encode())
+        self._adopt()
+
+    def _put(self, content: bytes) -> None:
+        """Replace the record; on a device without room in place only, which needs none.
+
+        Whoever shares a file system that knows no link counts reads the record anyway; on a
+        local one, the lock has kept out everybody else.
+        """
+        is_written = False
         with contextlib.suppress(OSError):  # it is damaged, a link, or may not be written
             _write(self._directory.open(OWNER_NAME, os.O_WRONLY), content)
-        self._replace(content)
-        self._adopt()
+            is_written = True
+        try:
+            self._replace(content)
+        except OSError as error:
+            if not is_written or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
 
     def _replace(self, content: bytes) -> None:
         """Give the record's name to a new file."""
@@ -173,8 +187,7 @@ class Ownership:
         """Record that this mount has written its last byte, unless another owns the node."""
         if self._record is not None:
             self.check()
-            content = self._mount.record(self._inode, ended=True).encode()
-            self._replace(content)
+            self._put(self._mount.record(self._inode, ended=True).encode())
             self._record = None
 
 

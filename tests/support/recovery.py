@@ -10,6 +10,7 @@ from typing import Any
 
 from xxhash import xxh3_64_intdigest
 
+from fusestore.config.owner_record import OWNER_NAME
 from fusestore.config.store_config import StoreConfig
 from fusestore.format.records import Header, Place, SegmentKind, records
 from fusestore.rescue.recover import recover
@@ -41,11 +42,13 @@ def instead(copy: Path, original: Path) -> None:
 
 
 def fingerprint(*roots: Path) -> Print:
-    """All that can be told of the files below some directories."""
+    """All that can be told of the files below some nodes, but of who used them last."""
     found: Print = {}
     for root in roots:
-        for path in sorted([root, *root.rglob("*")]):
+        for path in sorted(root.rglob("*")):
             about = path.stat()
+            if path == root / OWNER_NAME:
+                continue
             digest = xxh3_64_intdigest(path.read_bytes()) if path.is_file() else 0
             found[str(path)] = (about.st_mode, about.st_size, about.st_mtime_ns, digest)
     return found
