@@ -140,12 +140,17 @@ def test_a_summary_tells_failures_from_answers() -> None:
 async def test_the_wrapper_counts_answers_and_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operations, "TALLIES", {})
 
-    @_answered
-    async def some(error: Exception | None) -> str:
-        if error is not None:
-            raise error
-        return "fine"
+    class Handlers:
+        @_answered
+        async def some(self, error: Exception | None) -> str:
+            if error is not None:
+                raise error
+            return "fine"
 
+        async def make_room(self) -> bool:
+            return False
+
+    some = Handlers().some
     assert await some(None) == "fine"
     for error in (NoEntryError(""), NoSpaceError(""), FUSEError(errno.EPERM), ValueError("odd")):
         with pytest.raises(FUSEError):

@@ -103,8 +103,10 @@ class Topology:
             config = members.config
             member = members.named(name)
             if weight is None:
-                weight = await self._weight_by_size(region, path) if member is None else None
-            weight = weight or (member.config.weight if member is not None else 1.0)
+                if member is None:
+                    weight = await self._weight_by_size(region, path)
+                else:
+                    weight = member.config.weight
             node = NodeConfig(name, region, path, weight)
             result = {"node": name, "region": region, "path": str(path), "weight": weight}
             if member is not None:
