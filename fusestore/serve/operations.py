@@ -82,22 +82,23 @@ async def _again(
     handler: Callable[..., Awaitable[Any]], args: tuple[Any, ...], error: errors.FusestoreError
 ) -> Any:
     """Call a handler again once there may be the room that it lacked; raise `error` if not."""
-    made = False
+    made, mount = False, args[0]
     while True:
+        if made or not isinstance(mount, Operations):
+            raise error
         if isinstance(error, errors.BacklogError):
-            await args[0].catch_up()
-        elif made:
-            raise error
+            await mount.catch_up()
         elif isinstance(error, errors.QuotaError):
-            await args[0].remove_deleted()  # a deleted file counts until it is removed
+            await mount.remove_deleted()  # a deleted file counts until it is removed
             made = True
-        elif not await args[0].make_room():
-            raise error
+        elif await mount.make_room():
+            made = True
         else:
-            made = True
+            raise error
         try:
             return await handler(*args)
         except _RETRIED as other:
+            made = made and not isinstance(other, errors.BacklogError)
             error = other
 
 

@@ -21,12 +21,18 @@ class RoomMaker:
     """Commits, reclaims and measures for requests that found no room."""
 
     def __init__(
-        self, log: Log, committer: Committer, reclaimer: Reclaimer, dumper: MetadataDumper
+        self,
+        log: Log,
+        committer: Committer,
+        reclaimer: Reclaimer,
+        dumper: MetadataDumper,
+        nursery: trio.Nursery,
     ) -> None:
         self._log = log
         self._committer = committer
         self._reclaimer = reclaimer
         self._dumper = dumper
+        self._nursery = nursery
         self._lock = trio.Lock()
         self._waiting = 0
 
@@ -42,21 +48,37 @@ class RoomMaker:
                     if not removed and not self._is_owed():
                         return await self._measure_if_old()
                     return await self._pay()
-        except NotDurableError:
-            pass
         finally:
             self._waiting -= 1
         return False
 
     async def catch_up(self) -> None:
         """Let a checkpoint write what waits in memory, if that is much; NoSpaceError."""
-        async with self._lock:
-            while self._log.room.has_backlog:
-                try:
-                    async with self._committer.lock:
-                        await self._committer.commit_now(checkpoint=True)
-                except NotDurableError as error:
-                    raise NoSpaceError(str(error)) from error
+        with trio.move_on_after(self._log.limits.full_seconds_max):
+            async with self._lock:
+                while self._log.room.has_backlog and await self._checkpoint():
+                    pass
+        if self._log.room.has_backlog:
+            raise NoSpaceError("The metadata database takes too long to write what waits for it.")
+
+    async def _checkpoint(self) -> bool:
+        """Wait for a commit and its checkpoint, which go on if the caller is cancelled."""
+        done, succeeded = trio.Event(), False
+
+        async def run() -> None:
+            nonlocal succeeded
+            try:
+                async with self._committer.lock:
+                    await self._committer.commit_now(checkpoint=True)
+                succeeded = True
+            except NotDurableError:
+                pass  # every other caller of a commit learns it, too
+            finally:
+                done.set()
+
+        self._nursery.start_soon(run)
+        await done.wait()
+        return succeeded
 
     def _is_owed(self) -> bool:
         """Whether a commit, a checkpoint or the reclaimer may free room."""
@@ -71,8 +93,8 @@ class RoomMaker:
 
     async def _pay(self) -> bool:
         passes = self._reclaimer.passes
-        async with self._committer.lock:
-            await self._committer.commit_now(checkpoint=True)
+        if not await self._checkpoint():
+            return False
         await self._reclaimer.passed(passes)
         await self._dumper.done()
         await self._measure()

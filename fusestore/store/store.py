@@ -54,7 +54,7 @@ class Store:
         log.on_damage = self.rows.wake
         self.reclaimer = Reclaimer(log)
         self.dumper = MetadataDumper(log, self.committer)
-        self.room_maker = RoomMaker(log, self.committer, self.reclaimer, self.dumper)
+        self.room_maker = RoomMaker(log, self.committer, self.reclaimer, self.dumper, nursery)
         self.healer = Healer(log, self.reader, self.committer)
         self.rejoin = Rejoin(log, self.committer, self.healer)
         resumption = Resumption(log, self.committer, self.healer, self.rejoin)
