@@ -1,7 +1,7 @@
 """A bad place on a disk costs the bytes that lie there, not the node.
 
 Sectors of shards and journals cannot be read, with disks that give other sectors in their
-place when they are written, and with disks that do not.  The node
+place when they are written, and with disks that do not; and `node.toml` rots.  The node
 stays in use, what was lost is rebuilt elsewhere, and nobody else is blamed.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import trio
 
+from fusestore.config.node_identity import IDENTITY_NAME, read_identity
 from fusestore.config.store_config import StoreConfig
 from fusestore.errors import NodeError, ReplayError
 from fusestore.format.records import HEADER_BYTES, SegmentKind
@@ -26,7 +27,7 @@ from fusestore.members.standing import State
 from fusestore.nodes.directory import DirectoryNode
 from fusestore.store.opening import open_store
 from support.faults import BadSectors
-from support.logs import SCRUBBED, UNREAD_FILE
+from support.logs import FOREIGN_FILES, NOT_WHERE_ITS_ROW_SAYS, SCRUBBED, UNREAD_FILE
 from support.opened_store import (
     REGIONS,
     Opened,
@@ -262,3 +263,106 @@ def test_sources_that_cannot_be_read_are_not_the_target_s_fault(
         copy_journals(config.uuid, named, (REGIONS[0], target), 0, 100)
     copied = copy_journals(config.uuid, [], (REGIONS[0], target), 0, 100)
     assert (copied.records, copied.mended, copied.unknown) == (0, 0, [])
+
+
+# --- node.toml
+
+NEW_IDENTITY = r"repair\.claim: (\S+ is damaged, but the records|.*node\.toml)"
+
+
+def garbage(path: Path) -> None:
+    path.write_bytes(b"\x13\xfe" * 90)
+
+
+def another_store(path: Path) -> None:
+    """A bit of the store's number flips."""
+    text = path.read_text()
+    at = text.index('store = "') + 9
+    path.write_text(text[:at] + ("1" if text[at] != "1" else "2") + text[at + 1 :])
+
+
+def another_name(path: Path) -> None:
+    path.write_text(path.read_text().replace(f'"{REGIONS[1]}"', '"us-wesd-1"'))
+
+
+def unknown_key(path: Path) -> None:
+    path.write_text(path.read_text().replace("incarnation", "inkarnation"))
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [garbage, another_store, another_name, unknown_key, empty])
+@pytest.mark.expects_log(NEW_IDENTITY)
+async def test_a_damaged_identity_does_not_cost_the_data(
+    config: StoreConfig, damage: Callable[[Path], None]
+) -> None:
+    """The data of another node are lost, too: the shards here are needed."""
+    await write(config, FILES)
+    damage(config.nodes[1].path / IDENTITY_NAME)
+    async with opened(config) as one:
+        member = one.store.log.members.named(REGIONS[1])
+        assert member is not None
+        assert member.state is State.DOWN
+        assert IDENTITY_NAME in member.standing.error or "belongs to" in member.standing.error
+        done = await repair(one, REGIONS[1])
+        assert done["shards_rebuilt"] == 0
+        await healthy(one)
+    assert read_identity(config.nodes[1].path).node == REGIONS[1]
+    await loses_a_region(config, 0, FILES)
+
+
+@pytest.mark.expects_log(NEW_IDENTITY)
+async def test_an_identity_that_cannot_be_read_does_not_cost_the_data(config: StoreConfig) -> None:
+    await write(config, FILES)
+    with BadSectors() as bad:
+        bad.add(config.nodes[1].path / IDENTITY_NAME, 0, 100)
+        async with opened(config) as one:
+            await repair(one, REGIONS[1])
+            await healthy(one)
+    await loses_a_region(config, 0, FILES)
+
+
+@pytest.mark.expects_log(NEW_IDENTITY, FOREIGN_FILES, NOT_WHERE_ITS_ROW_SAYS)
+@pytest.mark.parametrize("whose", ["another node's", "another store's", "nobody's"])
+async def test_a_directory_without_records_of_the_node_is_not_claimed(
+    config: StoreConfig, tmp_path: Path, whose: str
+) -> None:
+    await write(config, FILES)
+    other = make(tmp_path / "other")
+    await write(other, FILES)
+    place = config.nodes[1].path
+    shutil.rmtree(place)
+    if whose == "another node's":
+        shutil.copytree(config.nodes[2].path, place)
+    elif whose == "another store's":
+        shutil.copytree(other.nodes[1].path, place)
+    else:
+        (place / "journal").mkdir(parents=True)
+        (place / "journal" / "00000001.log").write_bytes(b"fusestore" * 100)
+    garbage(place / IDENTITY_NAME)
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    async with opened(config) as one:
+        with pytest.raises(NodeError, match=IDENTITY_NAME):
+            await repair(one, REGIONS[1])
+        assert await read_files(one) == FILES
+    assert before == {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    shutil.rmtree(place)
+    async with opened(config) as one:
+        await repair(one, REGIONS[1])
+        await healthy(one)
+
+
+async def test_the_identity_of_another_node_with_its_data_is_left(config: StoreConfig) -> None:
+    """A copy of another node is in the place: nothing is damaged."""
+    await write(config, FILES)
+    place = config.nodes[1].path
+    shutil.rmtree(place)
+    shutil.copytree(config.nodes[2].path, place)
+    before = read_identity(place)
+    async with opened(config) as one:
+        with pytest.raises(NodeError, match="belongs to node"):
+            await repair(one, REGIONS[1])
+        assert await read_files(one) == FILES
+    assert read_identity(place) == before
