@@ -17,7 +17,7 @@ import trio
 
 from fusestore.config.node_identity import IDENTITY_NAME, read_identity
 from fusestore.config.store_config import StoreConfig
-from fusestore.errors import NodeError, ReplayError
+from fusestore.errors import DamagedMetadataError, MetadataError, NodeError, ReplayError
 from fusestore.format.records import HEADER_BYTES, SegmentKind
 from fusestore.format.segment_numbers import segment_path
 from fusestore.format.stripe_rows import Stripe
@@ -366,3 +366,33 @@ async def test_the_identity_of_another_node_with_its_data_is_left(config: StoreC
             await repair(one, REGIONS[1])
         assert await read_files(one) == FILES
     assert read_identity(place) == before
+
+
+# --- the database
+
+
+async def test_a_database_that_cannot_be_read_is_an_error_with_a_remedy(
+    config: StoreConfig,
+) -> None:
+    await write(config, FILES)
+    size = (config.metadata / "data.mdb").stat().st_size
+    refused = 0
+    for start in range(0, size, 4096):
+        with BadSectors() as bad:
+            bad.add(config.metadata / "data.mdb", start, start + 4096)
+            for read_only in (True, False):
+                try:
+                    async with open_store(config, read_only=read_only, background=False):
+                        continue
+                except (DamagedMetadataError, MetadataError) as error:
+                    said = str(error)
+                refused += 1
+                assert "recover" in said
+    assert refused
+    with BadSectors() as bad:
+        bad.add(config.metadata / "data.mdb", 0, size)
+        with pytest.raises(MetadataError, match="run 'fusestore recover'"):
+            await read(config)
+        forget(config)
+        recovered(config)
+        assert await read(config) == FILES
