@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import trio
 
+from fusestore.config.mkfs import make_store
 from fusestore.config.node_identity import IDENTITY_NAME, read_identity
-from fusestore.config.store_config import StoreConfig
+from fusestore.config.store_config import StoreConfig, load
 from fusestore.errors import DamagedMetadataError, MetadataError, NodeError, ReplayError
+from fusestore.format.erasure import Code
 from fusestore.format.records import HEADER_BYTES, SegmentKind
 from fusestore.format.segment_numbers import segment_path
 from fusestore.format.stripe_rows import Stripe
@@ -38,7 +40,7 @@ from support.opened_store import (
     repair,
     scrub,
 )
-from support.recovery import forget, recovered
+from support.recovery import copy_tree, dump_metadata, forget, journal_records, recovered
 from support.whole_tree import made, put, read, read_files, write
 
 pytestmark = pytest.mark.expects_log(UNREAD_FILE, SCRUBBED)
@@ -233,6 +235,51 @@ async def test_a_journal_that_stays_unreadable_costs_no_node(
     forget(config)
     recovered(config)
     assert await read(config) == files
+
+
+def flip(path: Path, at: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 0x10]))
+
+
+@pytest.mark.parametrize("nodes", [2, 3])
+@pytest.mark.parametrize("how", ["mounted", "recovered", "dumped and recovered"])
+@pytest.mark.expects_log(r"journal_scan: Node \S+: the record in \S+ at \d+ is damaged\.")
+async def test_a_record_that_is_damaged_on_every_node(tmp_path: Path, nodes: int, how: str) -> None:
+    """Each copy has flipped bits, at other places: together they have all of it."""
+    regions = [(name, None) for name in REGIONS[:nodes]]
+    code = Code.parse("2+1" if nodes == 3 else "1+1")
+    config = make_store(tmp_path / "store", regions, code, None, False)
+    files = {f"f{i}": bytes([i + 1]) * 2000 for i in range(12)}
+    async with opened(config) as one:
+        for name, data in files.items():
+            await one.put(name, data)
+        await one.store.committer.commit()
+        copy_tree(config.store, tmp_path / "crash")
+    store = config if how == "dumped and recovered" else load(tmp_path / "crash")
+    if how == "dumped and recovered":
+        await dump_metadata(store)
+    for node in range(nodes):
+        path, offset, found = max(journal_records(store, node), key=lambda r: r[2].record_length)
+        assert found.record_length > 3900
+        for place in range(2):
+            flip(path, offset + 100 + 600 * node + 1900 * place)
+    if how != "mounted":
+        forget(store)
+        recovered(store)
+    assert await read(store) == files
+    forget(store)
+    recovered(store)
+    async with opened(store) as one:
+        result = await scrub(one)
+        assert (result["state"], result["unread"]) == ("done", 0)
+        assert await read_files(one) == files
+    if nodes == 3:
+        shutil.rmtree(store.nodes[2].path)
+        assert await read(store) == files
 
 
 async def test_a_scrub_with_one_node_in_sync_ends(tmp_path: Path) -> None:
