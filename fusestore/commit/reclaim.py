@@ -83,7 +83,9 @@ class Reclaimer:
         engine = self._log.engine
         prefixes = (stripe_rows.reclaim_key(m.id, 0, 0)[:3] for m in self._log.members.writable)
         return not self._log.keeps_all and any(
-            next(engine.scan(prefix, keys.after(prefix)), None) for prefix in prefixes
+            key not in self._unreadable
+            for prefix in prefixes
+            for key, _ in engine.scan(prefix, keys.after(prefix))
         )
 
     async def _reclaim(self, member: Member) -> None:

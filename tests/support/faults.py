@@ -109,9 +109,14 @@ class BadSectors:
         about = path.stat()
         self._bad.append((about.st_dev, about.st_ino, start, end))
 
-    def clear(self) -> None:
-        """All can be read again."""
-        self._bad.clear()
+    def clear(self, path: Path | None = None) -> None:
+        """All can be read again, or all of a file."""
+        about = path.stat() if path is not None else None
+        self._bad = [
+            bad
+            for bad in self._bad
+            if about is not None and bad[:2] != (about.st_dev, about.st_ino)
+        ]
 
     def _is_bad(self, descriptor: int, offset: int, length: int) -> bool:
         about = os.fstat(descriptor)
