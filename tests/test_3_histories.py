@@ -11,19 +11,16 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
-from fusestore.config.mkfs import make_store
-from fusestore.config.node_identity import read_identity, write_identity
-from fusestore.config.store_config import CONFIG_NAME, StoreConfig, load
+from fusestore.config.store_config import StoreConfig, load
 from fusestore.errors import FusestoreError, NodeError, ReplayError
 from fusestore.files.filesystem import FileSystem
-from fusestore.format.erasure import Code
 from fusestore.members.standing import State
 from fusestore.rescue.fsck import fsck
 from fusestore.serve.offline import unwrapped
@@ -37,7 +34,16 @@ from support.logs import (
     TOO_FEW_NODES,
     UNREAD_FILE,
 )
-from support.opened_store import REGIONS, Opened, healthy, limited, make, opened, repair
+from support.opened_store import (
+    REGIONS,
+    Opened,
+    healthy,
+    limited,
+    make,
+    make_with_two_nodes_a_region,
+    opened,
+    repair,
+)
 from support.recovery import copy_tree, dump_metadata, fingerprint, forget, instead, recovered
 from support.whole_tree import Files, made, put, read, read_files, write
 
@@ -389,21 +395,6 @@ class World:
 
 
 SOURCES = ("now", "earlier", "clone", "away")
-
-
-def make_with_two_nodes_a_region(path: Path, code: str) -> StoreConfig:
-    names = [(f"{region}-{letter}", None) for region in REGIONS for letter in "ab"]
-    config = make_store(path, names, Code.parse(code), None, True)
-    text = (path / CONFIG_NAME).read_text()
-    for node in config.nodes:
-        line = f'name = "{node.name}"\n'
-        assert text.count(line) == 1
-        text = text.replace(f'region = "{node.name}"\n', "")
-        text = text.replace(line, f'{line}region = "{node.name[:-2]}"\n')
-        identity = read_identity(node.path)
-        write_identity(node.path, replace(identity, region=node.name[:-2]))
-    (path / CONFIG_NAME).write_text(text)
-    return load(path)
 
 
 async def make_world(base: Path, code: str) -> World:

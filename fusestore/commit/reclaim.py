@@ -11,7 +11,8 @@ While a node holds another history, nothing is freed: that history needs the sha
 all nodes.
 
 Nothing is freed against its own header.  The header names the shard; if the row of its
-stripe has the shard at this place, it is in use, regardless of the counts.
+stripe has the shard at this place, it is in use, regardless of the counts.  A shard whose
+header cannot be read is not freed, and keeps its segment; another mount tries it again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections import defaultdict
 
 import trio
 
-from ..errors import NodeError
+from ..errors import NodeError, NodeIdentityError, NodeTimeoutError
 from ..format import keys, stripe_rows
 from ..format.records import Header, SegmentKind, record_length
 from ..format.stripe_rows import ShardPlace
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 Debt = dict[int, list[tuple[int, int]]]
 """By segment: (payload offset, payload length)."""
+Headers = list[tuple[int, Header]]
+"""Shards in a segment, by payload offset."""
 
 
 class Reclaimer:
@@ -49,6 +52,8 @@ class Reclaimer:
         self._passed = trio.lowlevel.ParkingLot()
         """Tasks that wait for the end of a pass."""
         self.strays = StraySegments(log)
+        self._unreadable: set[bytes] = set()
+        """Keys of rows of `reclaim` whose shards have headers that cannot be read."""
 
     def wake(self) -> None:
         """Run soon: a checkpoint has been made."""
@@ -78,7 +83,9 @@ class Reclaimer:
         engine = self._log.engine
         prefixes = (stripe_rows.reclaim_key(m.id, 0, 0)[:3] for m in self._log.members.writable)
         return not self._log.keeps_all and any(
-            next(engine.scan(prefix, keys.after(prefix)), None) for prefix in prefixes
+            key not in self._unreadable
+            for prefix in prefixes
+            for key, _ in engine.scan(prefix, keys.after(prefix))
         )
 
     async def _reclaim(self, member: Member) -> None:
@@ -86,7 +93,7 @@ class Reclaimer:
         prefix = stripe_rows.reclaim_key(member.id, 0, 0)[:3]
         debt: Debt = defaultdict(list)
         for key, value in engine.scan_stored(prefix, keys.after(prefix)):
-            if engine.get(key) is not None:
+            if engine.get(key) is not None and key not in self._unreadable:
                 _, segment, offset = stripe_rows.decode_reclaim_key(key)
                 debt[segment].append((offset, int.from_bytes(value, "little")))
         for segment, shards in debt.items():
@@ -94,7 +101,13 @@ class Reclaimer:
             state = member.shards.states.get(segment)
             drop = state is not None and state.live == dead and not self._log.doubt
             try:
-                alive = await self._alive(member, segment, None if drop else shards)
+                whole = await member.call(self._all_headers, member, segment) if drop else None
+                if whole is None:
+                    drop = False
+                    shards, found = await member.call(self._headers_of, member, segment, shards)
+                else:
+                    found = whole
+                alive = self._alive(member, segment, found)
                 if alive:
                     shards, drop = self._spare(member, segment, shards, alive), False
                 if drop:
@@ -109,22 +122,39 @@ class Reclaimer:
                 member.fail(error)
                 return
 
-    async def _alive(
-        self, member: Member, segment: int, shards: list[tuple[int, int]] | None
-    ) -> set[int]:
-        """Payload offsets of records that are shards at the place in their stripe's row.
+    def _all_headers(self, member: Member, segment: int) -> Headers | None:
+        """In a thread: all shards in a segment; None if a part is unreadable; NodeError."""
+        try:
+            return list(headers(self._log, member, segment))
+        except (NodeIdentityError, NodeTimeoutError):
+            raise
+        except NodeError as error:
+            logger.warning("%s The segment is kept.", error)
+            return None
 
-        Among some shards, or all in the segment; NodeError.
-        """
+    def _headers_of(
+        self, member: Member, segment: int, shards: list[tuple[int, int]]
+    ) -> tuple[list[tuple[int, int]], Headers]:
+        """In a thread: those of some shards that may be freed, and their headers; NodeError."""
+        readable, found = list[tuple[int, int]](), list[tuple[int, Header]]()
+        for offset, length in shards:
+            try:
+                header = header_at(self._log, member, segment, offset)
+            except (NodeIdentityError, NodeTimeoutError):
+                raise
+            except NodeError as error:
+                logger.warning("%s The shard there is not freed.", error)
+                self._unreadable.add(stripe_rows.reclaim_key(member.id, segment, offset))
+                continue
+            readable.append((offset, length))
+            if header is not None:
+                found.append((offset, header))
+        return readable, found
 
-        def look() -> list[tuple[int, Header]]:
-            if shards is None:
-                return list(headers(self._log, member, segment))
-            found = ((at, header_at(self._log, member, segment, at)) for at, _ in shards)
-            return [(at, header) for at, header in found if header is not None]
-
+    def _alive(self, member: Member, segment: int, found: Headers) -> set[int]:
+        """Payload offsets of the records that are shards at the place in their stripe's row."""
         alive = set()
-        for offset, header in await member.call(look):
+        for offset, header in found:
             stripe = self._log.stripe(header.number)
             place = ShardPlace(member.id, segment, offset)
             if stripe is not None and stripe.shards[header.index : header.index + 1] == (place,):

@@ -23,7 +23,7 @@ from itertools import islice
 
 import trio
 
-from ..errors import NodeError
+from ..errors import NodeError, NodeIdentityError, NodeTimeoutError
 from ..format import keys, store_rows, stripe_rows, tables
 from ..format.file_rows import Extent
 from ..format.records import Header, SegmentKind
@@ -126,22 +126,20 @@ class StraySegments:
         """Delete what crashes left on a node; NodeError, MetadataError."""
         await member.call(member.node.drop_aside)
         looked: dict[int, _Contents] = {}
+        waits = False
         for segment in self.found.get(member.id, ()):
-            if not await member.call(may_be_ours, self._log, member, segment):
-                logger.warning(
-                    "Segment %d of node %s is not of this store: it is ignored.",
-                    segment,
-                    member.name,
-                )
-            elif segment < member.shards.swept:
-                _keep(member, segment)
-            else:
-                looked[segment] = self._judge(
-                    member, await member.call(self._headers, member, segment)
-                )
+            try:
+                contents = await self._looked_at(member, segment)
+            except (NodeIdentityError, NodeTimeoutError):
+                raise
+            except NodeError as error:  # one bad sector does not cost the node
+                logger.warning("%s The segment is kept.", error)
+                waits = True
+                continue
+            if contents is not None:
+                looked[segment] = contents
         numbers = {header.number for found in looked.values() for _, header in found.unnamed}
         lacking = await self._named_by_extents(numbers)
-        waits = False
         for segment, found in looked.items():
             known = [*found.named, *(one for one in found.unnamed if one[1].number in lacking)]
             if await member.call(_any_whole, member, segment, known):
@@ -153,6 +151,18 @@ class StraySegments:
         if self._may_free and member.id in self._first and not waits:
             self._set_swept(member, max(member.shards.swept, self._first[member.id]))
             self._swept.add(member.id)
+
+    async def _looked_at(self, member: Member, segment: int) -> _Contents | None:
+        """What a segment has, or None if it is kept whatever it has; NodeError."""
+        if not await member.call(may_be_ours, self._log, member, segment):
+            logger.warning(
+                "Segment %d of node %s is not of this store: it is ignored.", segment, member.name
+            )
+            return None
+        if segment < member.shards.swept:
+            _keep(member, segment)
+            return None
+        return self._judge(member, await member.call(self._headers, member, segment))
 
     def _set_swept(self, member: Member, first: int) -> None:
         if member.shards.swept != first:
@@ -216,8 +226,14 @@ class StraySegments:
 
 
 def _any_whole(member: Member, segment: int, records: list[_Record]) -> bool:
-    """In a thread: whether one of some shards is what its header says; NodeError."""
-    return any(is_whole(member, segment, offset, header) for offset, header in records)
+    """In a thread: whether one of some shards is what its header says, or unreadable; NodeError."""
+    try:
+        return any(is_whole(member, segment, offset, header) for offset, header in records)
+    except (NodeIdentityError, NodeTimeoutError):
+        raise
+    except NodeError as error:
+        logger.warning("%s", error)
+        return True
 
 
 def _keep(member: Member, segment: int) -> None:

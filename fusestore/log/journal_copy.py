@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
 
-from ..errors import NodeError, ReplayError
+from ..errors import NodeError, NodeIdentityError, NodeTimeoutError, ReplayError
 from ..format.records import HEADER_BYTES, Place, SegmentKind
 from ..format.records import checksum as checksum_of
 from ..nodes.base import Node
@@ -31,7 +31,7 @@ class Copied:
     mended: int
     """Segments that had unreadable blocks, and that were rewritten."""
     unknown: list[Unreadable] = field(default_factory=list)
-    """Ranges that no node can read."""
+    """Ranges that no node can read, or that still cannot be read after they were rewritten."""
 
 
 def copy_journals(
@@ -43,15 +43,17 @@ def copy_journals(
 ) -> Copied:
     """Give a node the records of others in the segments first <= n < before.
 
-    Blocks; NodeError of the target.  From a failing or damaged source, all readable
-    records are taken.  Written records are read back from the medium and checked.
+    Blocks; NodeError of the target, ReplayError if there are sources and none can be read.
+    From a failing or damaged source, all readable records are taken.  Written records are
+    read back from the medium and checked.
     """
     name, node = target
     journals = read_journals(store, [*sources, target], first)
     if name in journals.failed:
         raise journals.failed[name]
-    if journals.failed.keys() >= {source for source, _ in sources}:
-        raise next(iter(journals.failed.values()))
+    if sources and journals.failed.keys() >= {source for source, _ in sources}:
+        reasons = " ".join(map(str, journals.failed.values()))
+        raise ReplayError(f"The journals of the other nodes cannot be read. {reasons}")
     whole: dict[int, list[Entry]] = defaultdict(list)
     for entry in [*journals.entries(), *journals.pieces.values()]:
         if entry.segment < before:
@@ -69,9 +71,27 @@ def copy_journals(
         lacking = [entry for entry in whole[segment] if name not in entry.holders]
         if lacking or segment in damaged:
             place = Place(store, name, SegmentKind.JOURNAL, segment)
-            count += _write_anew(place, node, whole[segment], lacking)
-            mended += segment in damaged
+            try:
+                count += _write_anew(place, node, whole[segment], lacking)
+                mended += segment in damaged
+            except _UnreadableError as error:
+                logger.warning("%s", error)
+                unknown.append(Unreadable(name, segment, 0, None, str(error)))
     return Copied(count, mended, unknown)
+
+
+class _UnreadableError(Exception):
+    """A segment was written anew, and still cannot be read: other nodes have its records."""
+
+
+def _read_back(place: Place, node: Node, length: int) -> bytes:
+    """Read a new segment back; NodeError if the node fails, _UnreadableError if a part does."""
+    try:
+        return node.read_back(SegmentKind.JOURNAL, place.segment, 0, length)
+    except (NodeIdentityError, NodeTimeoutError):
+        raise
+    except NodeError as error:
+        raise _UnreadableError(str(error)) from error
 
 
 def _write_anew(place: Place, node: Node, entries: list[Entry], lacking: list[Entry]) -> int:
@@ -97,7 +117,7 @@ def _write_anew(place: Place, node: Node, entries: list[Entry], lacking: list[En
     if not written and lacking:
         return 0
     node.replace(SegmentKind.JOURNAL, place.segment, content)
-    back = node.read_back(SegmentKind.JOURNAL, place.segment, 0, len(content))
+    back = _read_back(place, node, len(content))
     for entry in written:
         header, start = entry.header, entry.offset + HEADER_BYTES
         payload = back[start : start + header.payload_length]

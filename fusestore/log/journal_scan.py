@@ -3,8 +3,9 @@
 A segment is read in pieces.  A piece that fails is read again in halves, down to a
 block.  An unreadable block is noted, and reads as zeros here; the scan continues at the
 next record.  Such a block is *unknown*.  The end of a segment, or a missing segment, is
-not unknown: it holds nothing.  A record that no node can read completely is assembled
-from the readable parts of all: the payloads are equal on all nodes.
+not unknown: it holds nothing.  A record that no node can read completely, or that is
+damaged on all of them, is assembled from the parts of all: the payloads are equal on all
+nodes.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from ..format.store_rows import GivenUp
 from ..nodes.base import Node
 from ..nodes.unexpected import costs_only
 from .journal import Entry, Journals, Unreadable
+from .journal_mix import mixed_records
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,7 @@ def read_journals(
     """
     found = Journals()
     whole: list[tuple[str, Node]] = []
+    garbled = set[int]()
     nodes = list(nodes)
     listed = _listed(nodes, first, found.failed)
     for name, node in nodes:
@@ -80,7 +83,9 @@ def read_journals(
         try:
             with costs_only(name):
                 for segment in listed.get(name, ()):
-                    _index_segment(found, Place(store, name, SegmentKind.JOURNAL, segment), reader)
+                    place = Place(store, name, SegmentKind.JOURNAL, segment)
+                    if _index_segment(found, place, reader):
+                        garbled.add(segment)
                     progress(found.size)
         except NodeError as error:
             found.failed[name] = error
@@ -91,6 +96,8 @@ def read_journals(
             whole.append((name, node))
     for segment in sorted({lost.segment for lost in found.unreadable}):
         _put_together(found, store, whole, segment)
+    for segment in sorted(garbled):
+        _mix(found, store, whole, segment)
     return found
 
 
@@ -230,10 +237,13 @@ class _SegmentReader:
             self.unreadable.append(Unreadable(self.name, segment, start, end, error))
 
 
-def _index_segment(found: Journals, place: Place, reader: _SegmentReader) -> None:
+def _index_segment(found: Journals, place: Place, reader: _SegmentReader) -> bool:
+    """Index a segment; return whether it has bytes besides its intact records."""
     data = reader.read(place)
     found.size += len(data)
-    reader.indexed(len(data), _index_records(found, place, reader.node, data))
+    records_length = _index_records(found, place, reader.node, data)
+    reader.indexed(len(data), records_length)
+    return len(data.rstrip(b"\0")) > records_length
 
 
 def _index_records(
@@ -243,39 +253,42 @@ def _index_records(
 
     Not `held`: the node alone cannot read them.
     """
-    segment, size = place.segment, 0
+    size = 0
     for offset, header, payload in records(place, data):
         size += header.record_length
-        entry: Entry | None
-        if header.kind is Kind.COMMIT:
-            same = found.commits[header.number]
-            entry = next((e for e in same if e.header == header), None)
-            if entry is None:
-                entry = _commit_entry(header, payload)
-                if entry is None:
-                    continue
-                same.append(entry)
-        elif header.kind is Kind.METADATA_DUMP:
-            key = (segment, offset, header.payload_checksum)
-            entry = found.pieces.setdefault(key, Entry(header))
-            if store_rows.GIVEN_UP_KEY in bytes(payload):
-                entry.given_up = _given_up(decode_changes(payload))
-        else:
+        entry = _entry(found, place.segment, offset, header, payload)
+        if entry is None:
             continue
         if held:
-            entry.places.append((node, segment, offset + HEADER_BYTES))
+            entry.places.append((node, place.segment, offset + HEADER_BYTES))
             entry.holders.add(place.node)
         elif not entry.places:
-            entry.places.append((node, segment, offset + HEADER_BYTES))
+            entry.places.append((node, place.segment, offset + HEADER_BYTES))
             entry.put_together = bytes(payload)
     return size
 
 
-def _put_together(
-    found: Journals, store: UUID, nodes: Sequence[tuple[str, Node]], segment: int
-) -> None:
-    """Find records of a damaged segment that only several nodes together can read."""
-    readers = {name: _SegmentReader(name, node) for name, node in nodes}
+def _entry(
+    found: Journals, segment: int, offset: int, header: Header, payload: memoryview
+) -> Entry | None:
+    """Return the entry of a record, which is made if it is new; None for what is no entry."""
+    if header.kind is Kind.COMMIT:
+        same = found.commits[header.number]
+        known = next((e for e in same if e.header == header), None)
+        entry = known or _commit_entry(header, payload)
+        if known is None and entry is not None:
+            same.append(entry)
+        return entry
+    if header.kind is Kind.METADATA_DUMP:
+        entry = found.pieces.setdefault((segment, offset, header.payload_checksum), Entry(header))
+        if store_rows.GIVEN_UP_KEY in bytes(payload):
+            entry.given_up = _given_up(decode_changes(payload))
+        return entry
+    return None
+
+
+def _images(store: UUID, readers: dict[str, _SegmentReader], segment: int) -> dict[str, bytearray]:
+    """Return a segment as each node has it, with zeros where it is unreadable."""
     images: dict[str, bytearray] = {}
     for name, reader in readers.items():
         try:
@@ -283,6 +296,43 @@ def _put_together(
                 images[name] = reader.read(Place(store, name, SegmentKind.JOURNAL, segment))
         except NodeError as error:
             logger.info("%s", error)
+    return images
+
+
+def _mix(found: Journals, store: UUID, nodes: Sequence[tuple[str, Node]], segment: int) -> None:
+    """Find records of a segment that are damaged on every node, each at another place.
+
+    Each node that should have such a record counts as unable to read it.
+    """
+    readers = {name: _SegmentReader(name, node) for name, node in nodes}
+    images = {
+        name: (Place(store, name, SegmentKind.JOURNAL, segment), image)
+        for name, image in _images(store, readers, segment).items()
+    }
+    entries = [*found.entries(), *found.pieces.values()]
+    known = {entry.offset for entry in entries if entry.places and entry.segment == segment}
+    for offset, header, payload in mixed_records(images, known):
+        entry = _entry(found, segment, offset, header, memoryview(payload))
+        if entry is None:
+            continue
+        end = offset + header.record_length
+        for name, (_, image) in images.items():
+            if len(image) >= end:
+                where = f"{segment_path(SegmentKind.JOURNAL, segment)} at {offset}"
+                error = f"Node {name}: the record in {where} is damaged."
+                logger.warning("%s It is put together from several nodes.", error)
+                found.unreadable.append(Unreadable(name, segment, offset, end, error))
+                if not entry.places:
+                    entry.places.append((readers[name].node, segment, offset + HEADER_BYTES))
+        entry.put_together = payload
+
+
+def _put_together(
+    found: Journals, store: UUID, nodes: Sequence[tuple[str, Node]], segment: int
+) -> None:
+    """Find records of a damaged segment that only several nodes together can read."""
+    readers = {name: _SegmentReader(name, node) for name, node in nodes}
+    images = _images(store, readers, segment)
     bad = {
         name: {
             block

@@ -11,7 +11,7 @@ This follows liblmdb 0.9 on little-endian machines with 64 bits.
 
 from __future__ import annotations
 
-import mmap
+import os
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,11 +40,23 @@ class _BrokenError(Exception):
     """The damage, for people."""
 
 
+class _File:
+    """A file that is read without a map: a bad sector is an OSError, not a signal."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self.size = os.fstat(fd).st_size
+
+    def read(self, start: int, length: int) -> bytes:
+        """Return the bytes that there are in a range; OSError."""
+        return os.pread(self._fd, length, start)
+
+
 @dataclass(slots=True)
 class _Walk:
     """One walk over the pages of a transaction."""
 
-    data: mmap.mmap
+    data: _File
     size: int
     """The size of a page, in bytes."""
     last: int
@@ -130,19 +142,19 @@ class _Walk:
             raise _BrokenError(f"page {first} is invalid")
         if count > 1:
             self._use(first + 1, count - 1)
-        return self.data[first * self.size + 16 : first * self.size + 16 + length]
+        return self.data.read(first * self.size + 16, length)
 
     def _use(self, first: int, count: int) -> bytes:
         """Mark pages as used, and return the first; _BrokenError if used or not in the file."""
         if first < 2 or first + count - 1 > self.last:
             raise _BrokenError(f"page {first} does not exist")
-        if (first + count) * self.size > len(self.data):
+        if (first + count) * self.size > self.data.size:
             raise _BrokenError(f"the file ends before page {first + count - 1}")
         for page in range(first, first + count):
             if page in self.used:
                 raise _BrokenError(f"page {page} is used twice")
             self.used.add(page)
-        return self.data[first * self.size : (first + 1) * self.size]
+        return self.data.read(first * self.size, self.size)
 
     def free(self, value: bytes) -> None:
         """Check a list of free pages: its length, and its numbers."""
@@ -160,14 +172,15 @@ class _Walk:
 def check_pages(file: Path) -> int:
     """Check the pages of a database without a writer; DamagedMetadataError, OSError.
 
-    A missing or empty file is valid: LMDB creates it.  Return how many entries the pages of
-    the named databases have.
+    This also shows that they can be read: LMDB maps them, and a bad sector in a map ends the
+    process.  A missing or empty file is valid: LMDB creates it.  Return how many entries the
+    pages of the named databases have.
     """
     if not file.exists() or not file.stat().st_size:
         return 0
-    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as data:
+    with file.open("rb") as opened:
         try:
-            return _check(data)
+            return _check(_File(opened.fileno()))
         except (_BrokenError, struct.error, RecursionError) as error:
             raise DamagedMetadataError(
                 f"The metadata in {file.parent} is damaged and cannot be opened ({error}): move "
@@ -175,7 +188,7 @@ def check_pages(file: Path) -> int:
             ) from None
 
 
-def _check(data: mmap.mmap) -> int:
+def _check(data: _File) -> int:
     newest = max((_meta(data, 0), _meta(data, _page_size(data))), key=lambda meta: meta[-1])
     free, main, last, _ = newest
     walk = _Walk(data, _page_size(data), last)
@@ -193,18 +206,20 @@ def _check(data: mmap.mmap) -> int:
     return walk.keys
 
 
-def _page_size(data: mmap.mmap) -> int:
-    *_, free, _, _, _ = _META.unpack_from(data, _PAGE.size)
+def _page_size(data: _File) -> int:
+    *_, free, _, _, _ = _META.unpack(data.read(_PAGE.size, _META.size))
     size: int = _DATABASE.unpack(free)[0]
     if size not in _PAGE_SIZES:
         raise _BrokenError("its first page is invalid")
     return size
 
 
-def _meta(data: mmap.mmap, at: int) -> tuple[tuple[int, ...], tuple[int, ...], int, int]:
+def _meta(data: _File, at: int) -> tuple[tuple[int, ...], tuple[int, ...], int, int]:
     """Return the database of free pages, the unnamed one, the last page, and the transaction."""
-    _, _, flags, _, _ = _PAGE.unpack_from(data, at)
-    magic, version, _, _, free, main, last, transaction = _META.unpack_from(data, at + _PAGE.size)
+    _, _, flags, _, _ = _PAGE.unpack(data.read(at, _PAGE.size))
+    magic, version, _, _, free, main, last, transaction = _META.unpack(
+        data.read(at + _PAGE.size, _META.size)
+    )
     if flags != _META_FLAG or magic != _MAGIC or version != _VERSION:
         raise _BrokenError("its first pages are invalid")
     return _DATABASE.unpack(free), _DATABASE.unpack(main), last, transaction

@@ -14,6 +14,7 @@ from ..errors import (
     NodeError,
     NodeFullError,
     NodeTimeoutError,
+    ReplayError,
 )
 from ..format.records import SegmentKind
 from ..format.store_rows import NEVER_WHOLE
@@ -90,7 +91,9 @@ class Comeback:
                     try:
                         await self._rejoin.mend_journal(member)
                     except NodeError as error:
-                        member.fail(error)
+                        self._healer.give_up(member, error)
+                    except ReplayError as error:
+                        logger.warning("The journal of node %s is damaged. %s", member.name, error)
 
     async def catch_up(self, shards_max: int | None) -> None:
         """Bring back each node that has returned, if it lacks at most `shards_max` shards."""

@@ -21,7 +21,13 @@ from ..log.log import Log
 from ..members.member import Member
 from ..nodes.base import Node
 from ..read.reader import Reader, verified
-from ..write.shard_record import may_overwrite, shard_header, whole_payload, write_shard
+from ..write.shard_record import (
+    can_be_read,
+    may_overwrite,
+    shard_header,
+    whole_payload,
+    write_shard,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -109,13 +115,18 @@ class Rebuilder:
     ) -> None:
         """Write a shard to its old place, or, if it was not on this node, to a new one.
 
-        It also goes to a new place if other data lies at the place in the row.
-        `seen`: it was read there.
+        It also goes to a new place if other data lies at the place in the row, or if that
+        cannot be read: a bad sector may stay bad.  `seen`: it was read there.
         """
         place = row.shards[index]
+        stays = place.node == member.id and place.written
+        doubted = False
         header = shard_header(row.code, row.length, number, index, row.checksums[index])
-        doubted = not seen and await self._is_in_doubt(member, place, header, data)
-        if place.node != member.id or not place.written or doubted:
+        if stays:
+            stays = await member.call(can_be_read, member, place, row.shard_length)
+        if not seen and (stays or place.node != member.id):
+            doubted = await self._is_in_doubt(member, place, header, data)
+        if not stays or doubted:
             place = member.reserve(row.shard_length)
             member.shards.hold_back(place, row.shard_length)
         written.append(_Rebuilt(number, index, row, place, doubted))
@@ -140,6 +151,10 @@ class Rebuilder:
         if not place.written or owner is None or owner.out_of_use:
             return False
         try:
+            if owner is not member and not await owner.call(
+                can_be_read, owner, place, header.payload_length
+            ):
+                return False  # what cannot be read is not freed
             if await owner.call(may_overwrite, self._log, owner, place, header, data):
                 return False
         except NodeError as error:

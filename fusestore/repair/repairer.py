@@ -1,7 +1,7 @@
 """The repair path: a node that lost its data gets all of it back, verified.
 
-1. The directory becomes the node again (a wiped one gets a new incarnation), and
-   new shards go there.
+1. The directory becomes the node again (a wiped one, or one with a damaged `node.toml`,
+   gets a new incarnation), and new shards go there.
 2. The journal is copied from the nodes in sync, read back and checked.
 3. Every stripe with a shard on the node is checked, stripes that lack other shards
    first.  An intact shard stays.  Any other is computed from k others and written
@@ -21,40 +21,32 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import trio
 
 from ..commit.committer import Committer
-from ..config.node_identity import IDENTITY_NAME, IDENTITY_VERSION, NodeIdentity, write_identity_in
-from ..config.owner_record import OWNER_NAME
 from ..config.store_config import NodeConfig, check_places
-from ..errors import FusestoreError, NodeError, NodeIdentityError, UsageError
+from ..errors import FusestoreError, NodeError, UsageError
 from ..format import store_rows
 from ..format.store_rows import NEVER_WHOLE
 from ..log.journal_copy import Copied
 from ..log.log import Log
 from ..log.pace import Pace
 from ..members.member import Member
-from ..members.opening import node_ids, offline_error, open_node
+from ..members.opening import node_ids
 from ..members.standing import State
 from ..nodes.base import Node
 from ..read.reader import Reader
-from ..system.beneath import Directory
-from ..system.files import sync_directory
+from .claim import claim_directory
 from .heal import Healer, Progress
 from .place_room import check_room
 from .rejoin import Rejoin
 
 logger = logging.getLogger(__name__)
-
-_EMPTY = {"journal", "shards", "lost+found", OWNER_NAME}
-"""Names that the directory of a wiped node may contain."""
 
 
 class Repairer:
@@ -236,21 +228,4 @@ class Repairer:
 
     def prepare_directory(self, node: NodeConfig) -> Node:
         """In a thread: open a node's directory, and recreate it if it is gone or wiped."""
-        path = node.path
-        if node.offline:
-            raise offline_error(self._log.members.config, node)
-        if not os.path.lexists(path):
-            path.mkdir(mode=0o700, parents=True)
-            sync_directory(path.parent)
-        directory = Directory.at(path)  # the same directory is checked here and claimed below
-        if not directory.has(IDENTITY_NAME):
-            if any(entry.name not in _EMPTY for entry in directory.entries()):
-                raise NodeIdentityError(
-                    f"{path} contains files that are not a node's: empty it, or give the node "
-                    "another place."
-                )
-            identity = NodeIdentity(
-                self._log.store, node.name, node.region, uuid4(), IDENTITY_VERSION
-            )
-            write_identity_in(directory, identity)
-        return open_node(self._log.members.config, node)
+        return claim_directory(self._log.members.config, node)

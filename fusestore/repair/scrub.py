@@ -195,8 +195,12 @@ class Scrubber:
                 self._committer.ask()
                 self.scrub.unread += 1
                 continue
+            except ReplayError as error:
+                logger.error("Scrub: node %s cannot be compared: %s", member.name, error)
+                self.scrub.unread += 1
+                continue
             for lost in copied.unknown:
-                logger.error("Scrub: no node can read a part of the journals: %s", lost.error)
+                logger.error("Scrub: a part of the journals cannot be read: %s", lost.error)
             self.scrub.unread += len(copied.unknown)
             self.scrub.found += max(copied.records, copied.mended)
 

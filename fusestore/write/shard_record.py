@@ -11,7 +11,13 @@ from collections.abc import Iterator
 
 from typing_extensions import Buffer
 
-from ..errors import FormatError, NodeError, NodeLacksError
+from ..errors import (
+    FormatError,
+    NodeError,
+    NodeIdentityError,
+    NodeLacksError,
+    NodeTimeoutError,
+)
 from ..format.erasure import Code
 from ..format.records import (
     HEADER_BYTES,
@@ -123,6 +129,25 @@ def may_overwrite(
         if other is not None and before + offset + other.record_length > start:
             return False  # a record that reaches into the place, or lies in it
     return _is_torn(found[start - before :], header.encode(at.seed(start)) + bytes(payload))
+
+
+def can_be_read(member: Member, place: ShardPlace, length: int) -> bool:
+    """Return whether the record of a shard of `length` bytes can be read; runs in a thread.
+
+    Bytes that are not there count as readable: nothing is unknown about them.  NodeError if
+    the node is gone, or too late.
+    """
+    start = place.offset - HEADER_BYTES
+    try:
+        member.node.read(SegmentKind.SHARDS, place.segment, start, HEADER_BYTES + length)
+    except (NodeIdentityError, NodeTimeoutError):
+        raise
+    except NodeLacksError:
+        return True
+    except NodeError as error:
+        logger.warning("%s", error)
+        return False
+    return True
 
 
 def _header(at: Place, data: bytes, offset: int) -> Header | None:

@@ -8,6 +8,7 @@ flush.
 
 from __future__ import annotations
 
+import builtins
 import errno
 import os
 import threading
@@ -18,9 +19,12 @@ from typing import Any, BinaryIO
 import pytest
 from typing_extensions import Buffer
 
+from fusestore.config import node_identity
 from fusestore.errors import NodeError, NodeFullError
 from fusestore.format.records import HEADER_BYTES, SegmentKind
+from fusestore.members import member
 from fusestore.nodes.base import Node
+from fusestore.system import strict_toml
 
 
 class FaultyNode:
@@ -85,13 +89,16 @@ class FaultyNode:
 
 
 class BadSectors:
-    """Places on disks that cannot be read: every `pread` that touches one fails with EIO.
+    """Places on disks that cannot be read: every read that touches one fails with EIO.
 
     They belong to the files that are there when they are named, not to their paths: a
-    file that is written anew lies elsewhere.  Use as a context manager.
+    file that is written anew lies elsewhere.  With `remaps`, a place that is written can be
+    read again, as disks do it.  Not modelled: what is read through a map (LMDB's pages).
+    Use as a context manager.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, remaps: bool = False) -> None:
+        self._remaps = remaps
         self._bad: list[tuple[int, int, int, int]] = []
         self._kept: list[BinaryIO] = []
         self._patches = pytest.MonkeyPatch()
@@ -102,19 +109,43 @@ class BadSectors:
         about = path.stat()
         self._bad.append((about.st_dev, about.st_ino, start, end))
 
-    def clear(self) -> None:
-        """All can be read again."""
-        self._bad.clear()
+    def clear(self, path: Path | None = None) -> None:
+        """All can be read again, or all of a file."""
+        about = path.stat() if path is not None else None
+        self._bad = [
+            bad
+            for bad in self._bad
+            if about is not None and bad[:2] != (about.st_dev, about.st_ino)
+        ]
+
+    def _is_bad(self, descriptor: int, offset: int, length: int) -> bool:
+        about = os.fstat(descriptor)
+        return any(
+            (device, inode) == (about.st_dev, about.st_ino)
+            and offset < end
+            and offset + length > start
+            for device, inode, start, end in self._bad
+        )
 
     def _check(self, descriptor: int, offset: int, length: int) -> None:
+        if self._is_bad(descriptor, offset, length):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def _written(self, descriptor: int, offset: int, length: int) -> None:
+        """A disk puts other sectors in the place of bad ones that are written."""
         about = os.fstat(descriptor)
+        left = []
         for device, inode, start, end in self._bad:
-            here = (device, inode) == (about.st_dev, about.st_ino)
-            if here and offset < end and offset + length > start:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            if (device, inode) != (about.st_dev, about.st_ino):
+                left.append((device, inode, start, end))
+                continue
+            before, after = min(end, offset), max(start, offset + length)
+            left += [(device, inode, a, b) for a, b in ((start, before), (after, end)) if a < b]
+        self._bad = left
 
     def __enter__(self) -> BadSectors:
-        pread, preadv = os.pread, os.preadv
+        pread, preadv, pwritev = os.pread, os.preadv, os.pwritev
+        operation, opened = member.read_operation, builtins.open
 
         def bad_pread(descriptor: int, length: int, offset: int) -> bytes:
             self._check(descriptor, offset, length)
@@ -124,8 +155,29 @@ class BadSectors:
             self._check(descriptor, offset, sum(map(len, buffers)))
             return preadv(descriptor, buffers, offset, flags)
 
+        def noted_pwritev(descriptor: int, buffers: Any, offset: int, flags: int = 0) -> int:
+            written = pwritev(descriptor, buffers, offset, flags)
+            if self._remaps:
+                self._written(descriptor, offset, written)
+            return written
+
+        def bad_operation(descriptor: int, offset: int, buffer: Any) -> Any:
+            bad = self._is_bad(descriptor, offset, len(buffer))
+            return operation(-1 if bad else descriptor, offset, buffer)
+
+        def bad_open(file: Any, mode: str = "rb") -> BinaryIO:
+            stream = opened(file, mode)
+            if self._is_bad(stream.fileno(), 0, 1 << 40):
+                stream.close()
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return stream  # type: ignore[return-value]
+
         self._patches.setattr(os, "pread", bad_pread)
         self._patches.setattr(os, "preadv", bad_preadv)
+        self._patches.setattr(os, "pwritev", noted_pwritev)
+        self._patches.setattr(member, "read_operation", bad_operation)
+        for module in (strict_toml, node_identity):
+            self._patches.setattr(module, "open", bad_open, raising=False)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -14,7 +14,8 @@ import trio
 import trio.testing
 
 from fusestore.config.mkfs import make_store
-from fusestore.config.store_config import StoreConfig, load
+from fusestore.config.node_identity import read_identity, write_identity
+from fusestore.config.store_config import CONFIG_NAME, StoreConfig, load
 from fusestore.files.filesystem import FileSystem
 from fusestore.format import file_rows, keys, stripe_rows
 from fusestore.format.erasure import Code
@@ -88,6 +89,22 @@ def make(path: Path, code: str = "2+1", limits: Limits = DEFAULTS) -> StoreConfi
     """A new store of one node in each of three regions."""
     regions = [(name, None) for name in REGIONS]
     return limited(make_store(path, regions, Code.parse(code), None, False), limits)
+
+
+def make_with_two_nodes_a_region(path: Path, code: str) -> StoreConfig:
+    """A new store of two nodes in each of three regions."""
+    names = [(f"{region}-{letter}", None) for region in REGIONS for letter in "ab"]
+    config = make_store(path, names, Code.parse(code), None, True)
+    text = (path / CONFIG_NAME).read_text()
+    for node in config.nodes:
+        line = f'name = "{node.name}"\n'
+        assert text.count(line) == 1
+        text = text.replace(f'region = "{node.name}"\n', "")
+        text = text.replace(line, f'{line}region = "{node.name[:-2]}"\n')
+        identity = read_identity(node.path)
+        write_identity(node.path, replace(identity, region=node.name[:-2]))
+    (path / CONFIG_NAME).write_text(text)
+    return load(path)
 
 
 def limited(config: StoreConfig, limits: Limits = DEFAULTS, **changes: float) -> StoreConfig:
