@@ -94,7 +94,16 @@ class Ownership:
         )
 
     def claim(self) -> None:
-        """Write this mount's record durably in the place of any other."""
+        """Write this mount's record durably in the place of the one that was found.
+
+        NodeBusyError if another mount has written its own since.
+        """
+        now = None if self._mount.take_over else self._read()
+        if now is not None and now != self.found and now.mount != self._mount.nonce:
+            raise NodeBusyError(
+                f"Another mount has begun to use node {self._name} ({self._path}) at the same "
+                "time: try again."
+            )
         self._put(self._mount.record(self._inode).encode())
         self._adopt()
 
@@ -182,6 +191,15 @@ class Ownership:
         with contextlib.suppress(OSError):  # the server has removed the file
             return read_past_cache(self._record.fd) == content
         return False
+
+    def give_back(self) -> None:
+        """Restore the record that `claim` replaced."""
+        self.check()
+        if self.found is not None:
+            self._replace(self.found.encode())
+        else:
+            self._directory.unlink(OWNER_NAME)
+        self._record = None
 
     def end(self) -> None:
         """Record that this mount has written its last byte, unless another owns the node."""
