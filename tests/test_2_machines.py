@@ -146,7 +146,7 @@ async def idle(one: Opened) -> None:
     broken, real = trio.Event(), one.store.log.break_
 
     def break_(reason: str) -> None:
-        real(reason)
+        real(reason, for_good=True)
         broken.set()
 
     one.store.log.members.on_fenced(break_)
