@@ -43,6 +43,10 @@ class AbsentNode:
         """See Node."""
         return False
 
+    def give_back(self) -> None:
+        """See Node."""
+        self._refuse()
+
     def disown(self) -> None:
         """See Node."""
         self._refuse()

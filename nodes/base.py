@@ -99,6 +99,9 @@ class Node(Protocol):
         False says nothing: `check` does.  Never raises.
         """
 
+    def give_back(self) -> None:
+        """Restore the owner record as it was before `claim`: the node is not used."""
+
     def disown(self) -> None:
         """Record that this mount will write nothing more."""
 

@@ -283,6 +283,13 @@ class DirectoryNode:
             with self._errors(f"read its file {OWNER_NAME}"):
                 owner.check()
 
+    def give_back(self) -> None:
+        """See Node."""
+        if self._owner is not None:
+            with self._errors(f"write its file {OWNER_NAME}"):
+                self._owner.give_back()
+            self._ours = None
+
     def disown(self) -> None:
         """See Node."""
         if self._owner is not None:

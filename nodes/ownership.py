@@ -23,6 +23,7 @@ import os
 from pathlib import Path
 
 from ..config.owner_record import (
+    OWNER_BYTES,
     OWNER_NAME,
     Mount,
     OwnerRecord,
@@ -94,7 +95,16 @@ class Ownership:
         )
 
     def claim(self) -> None:
-        """Write this mount's record durably in the place of any other."""
+        """Write this mount's record durably in the place of the one that was found.
+
+        NodeBusyError if another mount has written its own since.
+        """
+        now = None if self._mount.take_over else self._read()
+        if now is not None and now != self.found and now.mount != self._mount.nonce:
+            raise NodeBusyError(
+                f"Another mount has begun to use node {self._name} ({self._path}) at the same "
+                "time: try again."
+            )
         self._put(self._mount.record(self._inode).encode())
         self._adopt()
 
@@ -145,7 +155,7 @@ class Ownership:
 
     def check(self) -> None:
         """Raise NodeFencedError if another mount has claimed the node since `claim`."""
-        if self._is_in_place() and (self._is_local or self._reads_as_mine()):
+        if self._is_in_place() and self._reads_as_mine():
             return
         found = self._read()
         if found is None:
@@ -163,7 +173,12 @@ class Ownership:
         logger.info("Node %s (%s) lost its owner record.", self._name, self._path)
         with contextlib.suppress(FileExistsError):
             content = self._mount.record(self._inode).encode()
-            _write(self._directory.create(OWNER_NAME, os.O_WRONLY), content)
+            fd = self._directory.create(OWNER_NAME, os.O_WRONLY)
+            try:
+                _write(fd, content)
+            except BaseException:
+                self._directory.unlink(OWNER_NAME)
+                raise
             self._directory.sync()
 
     def _is_in_place(self) -> bool:
@@ -180,8 +195,19 @@ class Ownership:
         assert self._record is not None
         content = self._mount.record(self._inode).encode()
         with contextlib.suppress(OSError):  # the server has removed the file
+            if self._is_local:
+                return os.pread(self._record.fd, OWNER_BYTES + 1, 0) == content
             return read_past_cache(self._record.fd) == content
         return False
+
+    def give_back(self) -> None:
+        """Restore the record that `claim` replaced."""
+        self.check()
+        if self.found is not None:
+            self._put(self.found.encode())
+        else:
+            self._directory.unlink(OWNER_NAME)
+        self._record = None
 
     def end(self) -> None:
         """Record that this mount has written its last byte, unless another owns the node."""

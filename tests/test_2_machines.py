@@ -6,6 +6,7 @@ other.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -22,7 +23,9 @@ from fusestore.errors import NodeError, NotDurableError, ReadOnlyError, StoreBus
 from fusestore.format.erasure import Code
 from fusestore.format.records import SegmentKind
 from fusestore.nodes.directory import DirectoryNode
+from fusestore.nodes.ownership import Ownership
 from fusestore.rescue.recover import recover
+from fusestore.store.claims import Claims
 from fusestore.store.opening import open_store
 from fusestore.system import linux, locks
 from fusestore.system.beneath import Directory
@@ -103,7 +106,7 @@ async def test_another_machine_is_refused_and_writes_nothing(
 
 
 @pytest.mark.expects_log(
-    "WARNING fusestore.store.opening: .*of one, since .* This mount reads only",
+    "WARNING fusestore.store.claims: .*of one, since .* This mount only reads",
     "WARNING fusestore.rescue.recover_nodes: .*of one, since .* is not recovered",
 )
 async def test_who_writes_to_no_node_is_warned(config: StoreConfig, machines: Machines) -> None:
@@ -410,16 +413,69 @@ async def test_removing_the_record_lets_nobody_in_unseen(
                 await small(two)
 
 
-@fenced
-async def test_of_two_that_begin_at_once_at_most_one_goes_on(
+@pytest.mark.parametrize("when", ["in use", "ended"])
+async def test_of_two_that_begin_at_once_one_is_refused(
+    config: StoreConfig, machines: Machines, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """One has read all records; before it writes its own, the other begins, or even ends."""
+    await begun(config)
+    copy, real, used = copy_of(config), Claims.after_replay, contextlib.AsyncExitStack()
+
+    async def after_replay(claims: Claims) -> None:
+        monkeypatch.setattr(Claims, "after_replay", real)
+        machines.be("two")
+        two = await used.enter_async_context(opened(copy))
+        await two.put("f", b"two" * 10_000)
+        await two.store.committer.commit()
+        if when == "ended":
+            await used.aclose()
+        machines.be("one")
+        await real(claims)
+
+    monkeypatch.setattr(Claims, "after_replay", after_replay)
+    with pytest.raises(StoreBusyError, match="at the same time: try again"):
+        async with opened(config):
+            pass
+    if when == "in use":
+        await used.aclose()  # it commits
+    async with opened(config) as one:
+        assert await one.get("f") == b"two" * 10_000
+
+
+async def test_a_mount_that_came_and_went_between_two_looks_is_noticed(
     config: StoreConfig, machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both have looked at all records before either has written one."""
+    """Its record was not there at either look: its journal is."""
     await begun(config)
-    real = DirectoryNode.claim
+    copy, real, used = copy_of(config), Ownership.claim, [False]
+
+    def claim(owner: Ownership) -> None:
+        if not used[0]:
+            used[0] = True
+            path = config.nodes[0].path / "journal"
+            last = max(path.iterdir())
+            shutil.copy(last, path / f"{int(last.stem) + 1:08d}.log")
+        real(owner)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ownership, "claim", claim)
+        with pytest.raises(StoreBusyError, match="at the same time: try again"):
+            async with opened(copy):
+                pass
+    async with opened(config) as one:
+        assert await one.get("base") == b"base" * 10_000
+
+
+@fenced
+async def test_two_that_write_their_records_at_once(
+    config: StoreConfig, machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has written some: the one that finds another's acknowledges nothing."""
+    await begun(config)
     machines.be("two")
     other = Mount.begin(take_over=True)
     machines.be("one")
+    real = DirectoryNode.claim
 
     def claim(node: DirectoryNode) -> None:
         real(node)

@@ -371,6 +371,7 @@ def _clear(config: StoreConfig, place: NodeConfig, journal: int, shards: list[in
     """
     node = open_node(config, place)
     try:
+        node.claim()
         for kind, known in ((SegmentKind.SHARDS, shards), (SegmentKind.JOURNAL, [journal])):
             for segment in reachable(node.segments(kind), [0, *known]):
                 node.delete(kind, segment)

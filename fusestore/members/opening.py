@@ -19,14 +19,14 @@ from .members import Members
 
 
 def open_node(
-    config: StoreConfig, node: NodeConfig, *, read_only: bool = False, claim: bool = True
+    config: StoreConfig, node: NodeConfig, *, read_only: bool = False, refuse: bool = True
 ) -> DirectoryNode:
     """Open a node of the configuration; NodeError if it is missing, another node's, or in use.
 
     NodeOfflineError if an operator took it offline.
 
-    Without `read_only` the mount of the configuration becomes its owner, or with `claim`
-    false, the caller sees to that.
+    If the node may be written, the owner record must permit it, or with `refuse` false,
+    the caller checks this.  The caller claims the node.
     """
     if node.offline:
         raise offline_error(config, node)
@@ -45,10 +45,9 @@ def open_node(
             owner=os.path.realpath(config.store),
             mount=config.mount,
         )
-        if claim and not read_only:
+        if refuse and not read_only:
             try:
                 opened.refuse_owner()
-                opened.claim()
             except BaseException:
                 opened.close()
                 raise

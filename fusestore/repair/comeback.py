@@ -146,6 +146,7 @@ class Comeback:
                 if found.foreign and member.standing.holds != NEVER_WHOLE:
                     self._set_apart(member, node, found)
                     return
+                await member.call(node.claim)
                 on_disk = await member.call(node.segments, SegmentKind.SHARDS)
                 if member.was_late:
                     member.shards.begin_after(on_disk)

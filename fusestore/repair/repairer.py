@@ -165,6 +165,7 @@ class Repairer:
             raise NodeError(found.problem(str(self._log.members.config.store), member.name))
         if found.foreign or found.last < max(member.standing.holds, 1):
             member.standing.never_whole()
+        await member.call(node.claim)
         await self._rejoin.enter(member, node)
 
     async def check_place(self, member: Member, to: Path | None) -> None:
@@ -206,6 +207,7 @@ class Repairer:
         The file already has its configuration.
         """
         node = await member.call(self.prepare_directory, member.config)
+        await member.call(node.claim)
         async with self.healer.busy:
             async with self._committer.lock:
                 # A mount from the metadata at this point would give it the same id.

@@ -93,6 +93,7 @@ class Resumption:
         node = await member.call(open_node, self._log.members.config, member.config)
         member.reopen(node)
         if await member.call(self._lacks_nothing, member):
+            await member.call(node.claim)
             on_disk = await member.call(node.segments, SegmentKind.SHARDS)
             if member.was_late:
                 member.shards.begin_after(on_disk)
@@ -128,6 +129,7 @@ class Resumption:
                 )
                 member.let_go()
                 return
+            await member.call(node.claim)
             on_disk = await member.call(node.segments, SegmentKind.SHARDS)
         except NodeError as error:
             member.standing.refused(error)

@@ -38,6 +38,7 @@ def tidy(store: Store, member: Member) -> NodeContents:
     journals, shards = node.segments(SegmentKind.JOURNAL), shard_sizes(node)
     found = None if member.in_sync else _lineage(store, member)
     if found is not None and _is_foreign(member, found):
+        node.give_back()
         return NodeContents(journals, {}, 0, found)
     if member.standing.read_only:
         return NodeContents(journals, shards, 0, found)

@@ -43,10 +43,10 @@ from ..members.member import Member
 from ..members.members import Members
 from ..members.opening import open_members, open_node
 from ..metadata.engine import DATABASE, DATABASE_LOCK, Engine
-from ..nodes.unexpected import costs_only
 from ..system import process_limits
 from ..system.files import sync_directory
 from ..system.io_uring import Ring
+from .claims import Claims
 from .node_contents import take_over, tidy
 from .rows_at_mount import mend_rows
 from .store import Store
@@ -71,7 +71,8 @@ async def open_store(
     committed and checkpointed; NotDurableError if this fails.
     """
     erasure.self_check(config.code)
-    config = replace(_within_limits(config, read_only), mount=Mount.begin(take_over=take_over))
+    mount = Mount.begin(take_over=take_over)
+    config = replace(_within_limits(config, read_only), mount=mount)
     try:
         os.makedirs(config.metadata, mode=0o700, exist_ok=True)
         fresh = not read_only and not (config.metadata / DATABASE).exists()
@@ -102,7 +103,8 @@ async def open_store(
                 nursery.start_soon(_open, member, config, read_only, busy)
         if busy:  # a mount without the node would begin a second history
             raise StoreBusyError(str(busy[0]))
-        await _own(members, config, read_only=read_only)
+        claims = Claims(members, mount, read_only=read_only)
+        await claims.before_replay()
         log = Log(engine, members, config.uuid, config.code, read_only=read_only)
         log.mended = tuple(map(str, mended.wrong))
         log.rows_mended = len(mended.wrong)
@@ -115,6 +117,7 @@ async def open_store(
             )
             suspects = await trio.to_thread.run_sync(suspect_shards, log, replayed.doubtful)
             await trio.to_thread.run_sync(_refuse_to_begin, log, replayed)
+        await claims.after_replay()
         _apply(log, replayed, suspects)
         log.position = replace(log.position, doubt=log.position.doubt or mended.doubt)
         async with trio.open_nursery() as nursery:
@@ -168,36 +171,6 @@ def _within_limits(config: StoreConfig, read_only: bool) -> StoreConfig:
     return replace(config, limits=replace(limits, open_segments_max=most))
 
 
-async def _own(members: Members, config: StoreConfig, *, read_only: bool) -> None:
-    """Become the owner of all nodes that are open, before a journal is read; StoreBusyError.
-
-    Nothing is written before the owners of all nodes are known.
-    """
-    there = [member for member in members.all if member.is_open]
-    assert config.mount is not None
-    config.mount.note_ended([member.node.found_owner for member in there])
-    for member in there:
-        try:
-            member.node.refuse_owner()
-        except NodeBusyError as error:
-            if not read_only:
-                raise StoreBusyError(str(error)) from error
-            logger.warning("%s This mount reads only, and may miss what is written there.", error)
-    if not read_only:
-        async with trio.open_nursery() as nursery:
-            for member in there:
-                if not member.standing.read_only:
-                    nursery.start_soon(_claim, member)
-
-
-async def _claim(member: Member) -> None:
-    try:
-        with costs_only(member.name):
-            await member.call(member.node.claim)
-    except NodeError as error:
-        member.fail(error)
-
-
 async def _note_lost_segments(members: Members) -> None:
     """Note segments that are gone from their nodes; readers then ignore them."""
     for member in members.all:
@@ -228,7 +201,7 @@ async def _open(
 ) -> None:
     try:
         opened = await member.call(
-            partial(open_node, config, member.config, read_only=read_only, claim=False)
+            partial(open_node, config, member.config, read_only=read_only, refuse=False)
         )
         member.open(opened, await member.call(opened.space))
     except NodeReadOnlyError as error:

@@ -254,6 +254,11 @@ class RecordedNode:
         """See Node."""
         return self.node.is_owned()
 
+    def give_back(self) -> None:
+        """See Node."""
+        pause()
+        self.node.give_back()
+
     def disown(self) -> None:
         """See Node."""
         pause()
