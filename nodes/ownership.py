@@ -5,8 +5,9 @@ keeps out the others: machines that share the directory by a file system whose l
 not reach them.
 
 A mount reads the records of all nodes first (`refuse`), then writes its own on all of them
-(`claim`), and only then reads a journal.  Whoever owned a node until then looks at the
-record after each flush and before it acknowledges anything.  What it acknowledged was
+(`claim`), and only then reads a journal (if all owners have ended, the other way round:
+store/claims).  Whoever owned a node until then looks at the record after each flush and
+before it acknowledges anything.  What it acknowledged was
 thus flushed before its record was replaced, so the new owner reads it.
 
 A record is replaced twice.  It is written in place: a machine that has the file open on a
