@@ -11,12 +11,13 @@ import trio
 from click.testing import CliRunner
 
 from fusestore.cli.main import cli
-from fusestore.config.store_config import StoreConfig
+from fusestore.config.store_config import StoreConfig, load
 from fusestore.format.stripe_rows import Stripe
 from fusestore.store.opening import open_store
 from support.filled_store import fill
 from support.logs import LOST_STRIPE, MENDED, UNREAD_FILE
 from support.metadata_rows import Rows, edit
+from support.mounted_store import Store
 from support.opened_store import make
 
 
@@ -61,6 +62,31 @@ def test_what_repair_mends_is_said_to_be_mendable(config: StoreConfig) -> None:
     assert "all mended" in output
     assert "losses" not in output
     assert fsck(config)[0] == 0
+
+
+@pytest.mark.mounted
+@pytest.mark.expects_log(MENDED)
+@pytest.mark.parametrize("table", [b"I", b"S", b"V"])
+def test_what_a_mount_has_mended_is_not_said_to_need_repair(
+    make_store: Callable[..., Store], table: bytes
+) -> None:
+    store = make_store()
+    store.mount()
+    (store.mountpoint / "file").write_bytes(bytes(100_000))
+    store.umount()
+    rows: Rows = {}
+    edit(load(store.store), rows.update)
+    key = max(key for key in rows if key[:1] == table)
+    database = store.store / "metadata" / "data.mdb"
+    row, flipped = key + rows[key], key + bytes([rows[key][0] ^ 1]) + rows[key][1:]
+    assert row in database.read_bytes()
+    database.write_bytes(database.read_bytes().replace(row, flipped))
+    store.mount()
+    done = store.cli("fsck", store.store, check=False)
+    assert done.returncode == 1
+    assert "all mended when the store was mounted" in done.stdout
+    store.umount()
+    assert store.cli("fsck", store.store).stdout.startswith("Clean")
 
 
 def test_losses_are_said_to_be_recorded_only(config: StoreConfig) -> None:

@@ -14,6 +14,7 @@ import pytest
 from support.logs import GONE, LOST_STRIPE, ONLY_READ, OUT_OF_USE, TOO_FEW_NODES, UNREAD_FILE
 from support.loop_devices import Disks
 from support.mounted_store import Store
+from support.posixly import read_uncached
 
 pytestmark = [
     pytest.mark.mounted,
@@ -101,6 +102,29 @@ def test_a_mount_continues_when_directories_are_back(store: Store, disks: Disks,
     assert (store.mountpoint / "old").read_bytes() == b"o" * MIB
     assert (store.mountpoint / "accepted").read_bytes() == b"a" * 3 * MIB
     assert (store.mountpoint / "later").read_bytes() == b"l" * MIB
+
+
+@pytest.mark.parametrize(("gone", "size"), [(3, 3 * MIB), (3, 300_000), (2, 40_000), (2, 9 * MIB)])
+def test_what_was_read_in_vain_can_be_read_when_the_mount_continues(
+    store: Store, disks: Disks, gone: int, size: int
+) -> None:
+    data = os.urandom(size)
+    for name in REGIONS[:gone]:
+        (disks.top / name / "node").rename(disks.top / name / "hidden")
+    for number in range(3):
+        with suppress(OSError):
+            write(store.mountpoint / f"f{number}", data)
+        with suppress(OSError):
+            read_uncached(store.mountpoint / f"f{number}")
+    assert is_read_only(store)
+    for name in REGIONS[:gone]:
+        (disks.top / name / "hidden").rename(disks.top / name / "node")
+    eventually(lambda: healthy(store))
+    assert read_uncached(store.mountpoint / "f0") == data
+    write(store.mountpoint / "later", data)
+    for path in store.mountpoint.iterdir():
+        assert data.startswith(read_uncached(path))
+    assert (store.mountpoint / "f0").stat().st_size == size
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -160,6 +160,8 @@ def _what_repair_does(result: FsckResult, repair: bool) -> str:
         return f"{left:,} of them could not be mended"
     if repair:
         return f"all mended{recorded}"
+    if not left:
+        return "all mended when the store was mounted"
     if losses == count:
         return "all of them losses: --repair, unmounted, only records them"
     return f"mend them with --repair, unmounted{recorded}"

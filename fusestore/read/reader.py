@@ -136,6 +136,19 @@ class Reader:
         row = self.stripe(number)
         if row is None:
             raise LostError(f"Stripe {number:#x} is not in the metadata.")
+        try:
+            return await self._read_shards(number, row, start, end)
+        except LostError:
+            self.forget(number)
+            if number not in self._log.unsealed and self.stripe(number) == row:
+                raise
+        # A mount that continued sealed it anew, at other places.
+        return await self.read_stripe(number, start, end)
+
+    async def _read_shards(
+        self, number: int, row: Stripe, start: int, end: int
+    ) -> bytes | memoryview:
+        """Return the bytes start <= i < end of a sealed stripe, from its data shards."""
         length = row.shard_length
         first, last = start // length, (end - 1) // length
         if first == last:

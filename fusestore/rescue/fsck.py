@@ -64,7 +64,8 @@ async def fsck(store: Store, *, repair: bool, at_rest: bool) -> dict[str, Any]:
 
     `at_rest`: nothing else uses the store; only then may it be mended.
     """
-    found = dict.fromkeys(store.log.mended)
+    mended = list(store.log.mended)
+    found = dict.fromkeys(mended)
     wrong, hindrance = await _rows_of_journals(store, repair=repair, at_rest=at_rest)
     found.update(dict.fromkeys([*wrong, *hindrance]))
     checked = await _check(store, at_rest)
@@ -91,7 +92,12 @@ async def fsck(store: Store, *, repair: bool, at_rest: bool) -> dict[str, Any]:
         "findings": list(found),
         "hindrances": hindrance,
         "losses": losses,
-        "left": [*hindrance, *([] if repair else wrong), *map(str, checked.findings)],
+        "left": [
+            *hindrance,
+            *([] if repair else wrong),
+            *(mended if store.log.read_only else []),  # in memory alone
+            *map(str, checked.findings),
+        ],
         "unreadable": checked.unreadable,
         "strays": await strays(store),
         "files": checked.files,
