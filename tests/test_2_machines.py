@@ -30,7 +30,6 @@ from fusestore.store.opening import open_store
 from fusestore.system import linux, locks
 from fusestore.system.beneath import Directory
 from fusestore.system.machine import Process
-from support.logs import OUT_OF_USE
 from support.opened_store import Opened, crashed, healthy, opened, repair
 
 BY_ANOTHER = "is in use on another machine, by process .* of two, since .*-o take_over"
@@ -309,39 +308,6 @@ async def test_a_node_that_was_out_of_use_at_the_end_moves_with_the_others(
     machines.be("two")
     async with opened(config) as two:
         assert await two.get("f") == b"one" * 10_000
-
-
-@pytest.mark.expects_log(OUT_OF_USE, "log.log: Too few nodes", "is in use on another machine")
-async def test_a_mount_that_waits_for_its_nodes_does_not_continue_with_those_of_another(
-    config: StoreConfig, machines: Machines, tmp_path: Path
-) -> None:
-    """It is read-only because its nodes are away; they come back with another owner."""
-    await begun(config)
-    copy = copy_of(config)
-    with pytest.raises(ExceptionGroup):
-        async with opened(config) as one:
-            await small(one)
-            for node in config.nodes:
-                node.path.rename(tmp_path / node.name)
-            with pytest.raises(NotDurableError):
-                await large(one)
-            assert one.store.log.broken
-            for node in config.nodes:
-                (tmp_path / node.name).rename(node.path)
-            machines.be("two")
-            async with opened(copy, take_over=True) as two:
-                await large(two)
-                machines.be("one")
-                for _ in range(3):
-                    await one.store.comeback.bring_back_now(one.store.log.members.all[0])
-                assert one.store.log.broken
-                with pytest.raises(NotDurableError):
-                    await one.store.committer.commit()
-                await large(two)
-            await one.store.comeback.bring_back_now(one.store.log.members.all[0])
-            assert one.store.log.broken  # two has ended, and its commits are not one's
-    async with opened(copy) as two:
-        assert len(await two.get("large")) == 3 << 20
 
 
 async def test_a_node_that_another_machine_owns_does_not_come_back(
