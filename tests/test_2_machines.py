@@ -143,16 +143,10 @@ async def checkpoint(one: Opened) -> None:
 
 async def idle(one: Opened) -> None:
     """Nothing is asked of it: it looks after its nodes."""
-    broken, real = trio.Event(), one.store.log.break_
-
-    def break_(reason: str) -> None:
-        real(reason, for_good=True)
-        broken.set()
-
-    one.store.log.members.on_fenced(break_)
     one.store.comeback.wake()
     with trio.fail_after(30):
-        await broken.wait()
+        while not one.store.log.broken:
+            await trio.sleep(0.01)
     await one.store.committer.commit()
 
 
