@@ -145,7 +145,7 @@ async def idle(one: Opened) -> None:
     """Nothing is asked of it: it looks after its nodes."""
     one.store.comeback.wake()
     with trio.fail_after(30):
-        while not one.store.log.broken:
+        while not one.store.log.broken:  # noqa: ASYNC110
             await trio.sleep(0.01)
     await one.store.committer.commit()
 
