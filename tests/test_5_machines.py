@@ -60,7 +60,14 @@ class Machine:
         return self.run("mount", self.store, self.mountpoint, *chosen)
 
     def must_mount(self, *options: str) -> None:
+        """Mount the store, and do what the mount advises if its metadata became too old."""
         done = self.mount(*options)
+        if "which no node holds" in done.stderr:
+            metadata = self.store / "metadata"
+            metadata.rename(self.store / f"metadata-{time.monotonic_ns()}")
+            recovered = self.run("recover", self.store)
+            assert recovered.returncode == 0, recovered.stderr
+            done = self.mount(*options)
         assert done.returncode == 0, done.stderr
 
     def must_be_refused(self) -> None:
