@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from fusestore.limits import XATTR_BYTES_MAX, XATTRS_BYTES_MAX
 from support.disks import Disks, fill, free
-from support.logs import OUT_OF_USE
+from support.logs import OUT_OF_USE, TOO_FEW_NODES
 from support.mounted_store import Store
 
 pytestmark = pytest.mark.mounted
@@ -320,14 +321,17 @@ def test_disks_that_are_added_to_full_ones_are_used_at_once(
 # --- the metadata ------------------------------------------------------------
 
 
+ATTRIBUTES_MAX = XATTRS_BYTES_MAX // XATTR_BYTES_MAX - 1
+
+
 def set_attributes(top: Path, count: int, start: int = 0) -> None:
-    """Set attributes of 64 KiB, 400 a file; OSError."""
+    """Set attributes of 64 KiB, as many a file as it may have; OSError."""
     value = random.Random(2).randbytes(64 << 10)
     for number in range(start, start + count):
-        path = top / f"f{number // 400}"
-        if number % 400 == 0 or not path.exists():
+        path, at = top / f"f{number // ATTRIBUTES_MAX}", number % ATTRIBUTES_MAX
+        if at == 0 or not path.exists():
             path.touch()
-        os.setxattr(path, f"user.{number % 400}", value[number % 400 :] + value[: number % 400])
+        os.setxattr(path, f"user.{at}", value[number:] + value[:number])
 
 
 @pytest.mark.parametrize(
@@ -377,7 +381,7 @@ def test_attributes_take_no_more_memory_than_file_bytes(make_store: Callable[...
 # --- df ----------------------------------------------------------------------
 
 
-@pytest.mark.expects_log(OUT_OF_USE, r"The mount is now read-only")
+@pytest.mark.expects_log(OUT_OF_USE, TOO_FEW_NODES)
 @pytest.mark.parametrize(("gone", "remount"), [(1, False), (2, False), (3, False), (2, True)])
 def test_df_shows_sane_numbers_whatever_nodes_are_down(
     disks: Disks, on_disks: Callable[..., tuple[Store, list[Path]]], gone: int, remount: bool
