@@ -73,69 +73,22 @@ async def open_store(
     erasure.self_check(config.code)
     mount = Mount.begin(take_over=take_over)
     config = replace(_within_limits(config, read_only), mount=mount)
-    try:
-        os.makedirs(config.metadata, mode=0o700, exist_ok=True)
-        fresh = not read_only and not (config.metadata / DATABASE).exists()
-        if not read_only and os.statvfs(config.metadata).f_flag & os.ST_RDONLY:
-            raise MetadataError(
-                f"The metadata in {config.metadata} is on a read-only file system: only a mount "
-                "with -o ro, or a command that changes nothing, can use it."
-            )
-    except OSError as error:
-        raise MetadataError(
-            f"The metadata in {config.metadata} cannot be opened: {error.strerror}."
-        ) from error
-    engine = Engine(
-        config.metadata,
-        read_only=read_only,
-        limits=config.limits,
-        owner=os.path.realpath(config.store),
-        guard=store_rows.LOG_KEY,
-    )
+    engine, is_new = _open_engine(config, read_only=read_only)
     members: Members | None = None
     try:
         mended = await mend_rows(config, engine, read_only=read_only)
         rows = _check_format(config, engine)
         members = open_members(config, rows, opened=False)
-        busy: list[NodeBusyError] = []
-        async with trio.open_nursery() as nursery:
-            for member in members.all:
-                nursery.start_soon(_open, member, config, read_only, busy)
-        if busy:  # a mount without the node would begin a second history
-            raise StoreBusyError(str(busy[0]))
-        claims = Claims(members, mount, read_only=read_only)
-        await claims.before_replay()
+        await _open_nodes(members, config, read_only=read_only)
         log = Log(engine, members, config.uuid, config.code, read_only=read_only)
         log.mended = tuple(map(str, mended.wrong))
         log.rows_mended = len(mended.wrong)
         log.rows_in_doubt = int(bool(mended.doubt))
-        start = _load(log, config)
         in_sync = [row.id for row in rows if row.in_sync]
-        with members.watched():
-            replayed = await trio.to_thread.run_sync(
-                partial(replay, log, start, in_sync, accept_loss=accept_loss)
-            )
-            suspects = await trio.to_thread.run_sync(suspect_shards, log, replayed.doubtful)
-            await trio.to_thread.run_sync(_refuse_to_begin, log, replayed)
-        await claims.after_replay()
-        _apply(log, replayed, suspects)
+        damaged = await _replay(log, config, mount, in_sync, accept_loss=accept_loss)
         log.position = replace(log.position, doubt=log.position.doubt or mended.doubt)
         async with trio.open_nursery() as nursery:
-            ring = Ring.open()
-            if ring is not None:
-                nursery.start_soon(ring.run)
-                for member in members.all:
-                    member.ring = ring
-            store = Store(config, log, nursery)
-            store.comeback.damaged = replayed.damaged
-            if not read_only:
-                await log.sample_metadata()
-            _adopt_tails(store)
-            if read_only:
-                await _note_lost_segments(members)
-            else:
-                await _begin_epoch(store)
-                nursery.start_soon(store.committer.run)
+            store = await _begin(config, log, nursery, damaged)
             try:
                 async with trio.open_nursery() as tasks:
                     if background and not read_only:
@@ -153,13 +106,85 @@ async def open_store(
                     finally:
                         nursery.cancel_scope.cancel()
     finally:
-        refused = fresh and engine.get(store_rows.LOG_KEY) is None
+        refused = is_new and engine.get(store_rows.LOG_KEY) is None
         engine.close()
         with trio.CancelScope(shield=True):
             await _close_nodes(members)
         if refused:  # files made in vain must not hinder `recover`
             for name in (DATABASE, DATABASE_LOCK):
                 (config.metadata / name).unlink(missing_ok=True)
+
+
+def _open_engine(config: StoreConfig, *, read_only: bool) -> tuple[Engine, bool]:
+    """Open the metadata; return the engine, and whether there was none.  MetadataError."""
+    try:
+        os.makedirs(config.metadata, mode=0o700, exist_ok=True)
+        is_new = not read_only and not (config.metadata / DATABASE).exists()
+        if not read_only and os.statvfs(config.metadata).f_flag & os.ST_RDONLY:
+            raise MetadataError(
+                f"The metadata in {config.metadata} is on a read-only file system: only a mount "
+                "with -o ro, or a command that changes nothing, can use it."
+            )
+    except OSError as error:
+        raise MetadataError(
+            f"The metadata in {config.metadata} cannot be opened: {error.strerror}."
+        ) from error
+    engine = Engine(
+        config.metadata,
+        read_only=read_only,
+        limits=config.limits,
+        owner=os.path.realpath(config.store),
+        guard=store_rows.LOG_KEY,
+    )
+    return engine, is_new
+
+
+async def _open_nodes(members: Members, config: StoreConfig, *, read_only: bool) -> None:
+    """Open the nodes at the same time; StoreBusyError if another process uses one."""
+    busy: list[NodeBusyError] = []
+    async with trio.open_nursery() as nursery:
+        for member in members.all:
+            nursery.start_soon(_open, member, config, read_only, busy)
+    if busy:  # a mount without the node would begin a second history
+        raise StoreBusyError(str(busy[0]))
+
+
+async def _replay(
+    log: Log, config: StoreConfig, mount: Mount, in_sync: list[int], *, accept_loss: bool
+) -> set[str]:
+    """Own the nodes and replay their journals; return the names of nodes with damaged ones."""
+    claims = Claims(log.members, mount, read_only=log.read_only)
+    await claims.before_replay()
+    start = _load(log, config)
+    with log.members.watched():
+        replayed = await trio.to_thread.run_sync(
+            partial(replay, log, start, in_sync, accept_loss=accept_loss)
+        )
+        suspects = await trio.to_thread.run_sync(suspect_shards, log, replayed.doubtful)
+        await trio.to_thread.run_sync(_refuse_to_begin, log, replayed)
+    await claims.after_replay()
+    _apply(log, replayed, suspects)
+    return replayed.damaged
+
+
+async def _begin(config: StoreConfig, log: Log, nursery: trio.Nursery, damaged: set[str]) -> Store:
+    """Return the store, ready to serve."""
+    ring = Ring.open()
+    if ring is not None:
+        nursery.start_soon(ring.run)
+        for member in log.members.all:
+            member.ring = ring
+    store = Store(config, log, nursery)
+    store.comeback.damaged = damaged
+    if not log.read_only:
+        await log.sample_metadata()
+    _adopt_tails(store)
+    if log.read_only:
+        await _note_lost_segments(log.members)
+    else:
+        await _begin_epoch(store)
+        nursery.start_soon(store.committer.run)
+    return store
 
 
 def _within_limits(config: StoreConfig, read_only: bool) -> StoreConfig:
