@@ -56,7 +56,9 @@ def run(life: Life, events: int) -> None:
             life.note(f"{name}:")
             if EVENTS[name](life):
                 done += 1
-                life.work(6)
+            if not life.world.store.alive():
+                break
+            life.work(6)
         life.settle()
     life.end()
 

@@ -96,7 +96,10 @@ def _filled(life: Life, device: Device, what: str, write: Callable[[Path], None]
     folder = device.place / "others"
     if folder.exists():
         return False
-    folder.mkdir()
+    try:
+        folder.mkdir()
+    except OSError:
+        return False  # it is full, or read-only
     write(folder)
     life.add(Cause(f"{what} of {device.name}", errors=FULL, undo=lambda: shutil.rmtree(folder)))
     return True
@@ -175,8 +178,8 @@ def set_clock(life: Life) -> bool:
 @event
 def kill(life: Life) -> bool:
     """The daemon is killed."""
-    if len(life.hurt) > life.world.bears or life.tolerated:
-        return False
+    if any(cause.errors for cause in life.causes):
+        return False  # a mount in want of room is an event of its own
     seconds = life.chance.random()
     life.note(f"kill -9 after {seconds:.1f} s")
 
@@ -185,8 +188,9 @@ def kill(life: Life) -> bool:
         life.world.store.kill(clear=False)
 
     life.work(25, strike, DEAD)
-    life.mount()
-    life.compare(crashed=True)
+    if len(life.hurt) <= life.world.bears:
+        life.mount()
+        life.compare(crashed=True)
     return True
 
 
@@ -305,6 +309,117 @@ def move_away(life: Life) -> bool:
 
 
 @event
+def move_several_away(life: Life) -> bool:
+    """More nodes are away at a time than the code bears, for a while: a cable is pulled."""
+    if life.hurt or life.tolerated:
+        return False
+    count = life.chance.randrange(life.world.bears + 1, len(life.world.nodes) + 1)
+    names = sorted(life.chance.sample(sorted(life.world.nodes), count))
+    paths = [life.world.node(name) for name in names]
+    for path in paths:
+        path.rename(path.with_name(f"{path.name}.away"))
+
+    def back() -> None:
+        for path in paths:
+            path.with_name(f"{path.name}.away").rename(path)
+
+    life.add(Cause(f"{', '.join(names)} are moved away", frozenset(names), undo=back))
+    life.work(6)
+    for name in names:
+        life.must_notice(name)
+    return True
+
+
+@event
+def turn_read_only(life: Life) -> bool:
+    """A file system finds an error of its disk and turns read-only; later it is checked."""
+    device = device_of(life, ("ext4",))
+    if device is None or device is life.world.meta or life.hurt or life.tolerated:
+        return False
+    nodes = on(life, device)
+    device.fail()
+    life.add(
+        Cause(f"{device.name} is read-only", nodes, undo=lambda: _check_disk(life, device, nodes))
+    )
+    life.work(6)
+    return True
+
+
+def _check_disk(life: Life, device: Device, nodes: frozenset[str]) -> None:
+    """What an operator does with a disk that is read-only, while the store is mounted or not."""
+    store = str(life.world.store.store)
+    force = ["--force"] if len(nodes) > life.world.bears else []
+    for name in sorted(nodes):
+        if life.cli("node", "offline", store, name, *force).returncode:
+            raise BrokenPromiseError(f"{name} cannot be taken offline")
+    device.detach()
+    subprocess.run(["e2fsck", "-fy", device.image], capture_output=True, check=False)
+    device.attach()
+    for name in sorted(nodes):
+        if life.cli("node", "online", store, name).returncode not in (0, 1):
+            raise BrokenPromiseError(f"{name} cannot be taken online")
+
+
+@event
+def take_offline(life: Life) -> bool:
+    """A node is offline for a while, as for a new cable."""
+    name, store = some_node(life), str(life.world.store.store)
+    if name in life.hurt or not life.may_lose(frozenset({name})) or life.tolerated:
+        return False
+    if life.cli("node", "offline", store, name).returncode:
+        raise BrokenPromiseError(f"{name} cannot be taken offline")
+
+    def online() -> None:
+        if life.cli("node", "online", store, name).returncode not in (0, 1):
+            raise BrokenPromiseError(f"{name} cannot be taken online")
+
+    life.add(Cause(f"{name} is offline", frozenset({name}), undo=online))
+    return True
+
+
+@event
+def mount_read_only(life: Life) -> bool:
+    """The store is mounted with -o ro for a while."""
+    if life.hurt or life.causes:
+        return False
+    life.umount()
+    life.mount("ro")
+    life.compare(crashed=False)
+    life.umount()
+    life.mount()
+    return True
+
+
+@event
+def ask(life: Life) -> bool:
+    """Somebody asks about everything while there is trouble."""
+    store = str(life.world.store.store)
+    for words in (["status"], ["risk"], ["fsck"], ["node", "list"], ["scrub", store, "status"]):
+        done = life.cli(*words, *([store] if store not in words else []))
+        if done.returncode not in (0, 1):
+            raise BrokenPromiseError(f"{words} fails")
+    return True
+
+
+@event
+def scrub_in_trouble(life: Life) -> bool:
+    """A scrub runs while there is trouble."""
+    gone = {name for cause in life.causes for name in cause.nodes if not cause.destroys}
+    if len(life.hurt) > life.world.bears or life.tolerated:
+        return False
+    done = life.cli("scrub", str(life.world.store.store), "start", "--wait", "--quiet")
+    if done.returncode not in (0, 1) or (gone and done.returncode == 0):
+        raise BrokenPromiseError(f"scrub says {done.returncode} while {gone} are not there")
+    return True
+
+
+def copied(source: Path, target: Path) -> None:
+    """Copy a directory as a careful operator does."""
+    run("cp", "-a", "--sparse=always", source, target)
+    run("sync", "--file-system", target)
+
+
+@event
 def move_copy(life: Life) -> bool:
     """A node is copied, as to another disk, and the copy takes its place."""
     name = some_node(life)
@@ -315,7 +430,7 @@ def move_copy(life: Life) -> bool:
     copy = life.world.top / "copy"
     run("cp", "-a", "--sparse=always", path, copy)
     remove(path)
-    run("cp", "-a", "--sparse=always", copy, path)
+    copied(copy, path)
     remove(copy)
     life.note(f"{name} is a copy")
     life.mount()
@@ -402,7 +517,7 @@ def keep_copy(life: Life) -> bool:
 
 def _put_back(copy: Path, target: Path) -> None:
     remove(target)
-    run("cp", "-a", "--sparse=always", copy, target)
+    copied(copy, target)
 
 
 @event
@@ -435,6 +550,11 @@ def restore_metadata(life: Life) -> bool:
         life.umount()
     _put_back(life.kept["metadata"], life.world.store.store / "metadata")
     life.note("the database is restored from a copy")
+    names = sorted(set(life.kept) - {"metadata"})
+    if names and life.chance.random() < 0.4:
+        name = life.chance.choice(names)
+        _put_back(life.kept[name], life.world.node(name))
+        life.add(Cause(f"{name} is restored from a copy", frozenset({name}), destroys=True))
     life.mount()
     life.compare(crashed=crashed)
     return True
@@ -512,15 +632,24 @@ def needless_fsck(life: Life) -> bool:
 
 
 @event
-def needless_recover(life: Life) -> bool:
-    """Somebody moves the database away, and recovers it."""
+def lose_metadata(life: Life) -> bool:
+    """The database is lost, perhaps together with a node, and is recovered."""
     if life.hurt or life.tolerated:
         return False
-    life.umount()
+    crashed = life.chance.random() < 0.5
+    if crashed:
+        life.work(10)
+        life.world.store.kill()
+    else:
+        life.umount()
     remove(life.world.store.store / "metadata")
-    life.note("the database is removed")
+    life.note(f"the database is removed after {'a kill' if crashed else 'an umount'}")
+    if life.chance.random() < 0.4:
+        name = some_node(life)
+        remove(life.world.node(name))
+        life.add(Cause(f"{name} is lost", frozenset({name}), destroys=True))
     life.mount()
-    life.compare(crashed=False)
+    life.compare(crashed=crashed)
     return True
 
 

@@ -95,6 +95,8 @@ class Life:
         for device in self.world.devices:
             subprocess.run(["fsfreeze", "--unfreeze", device.place], capture_output=True)
         self.world.store._end_by_force()
+        with contextlib.suppress(OSError):  # for people, when it failed
+            shutil.copy(self.world.store.store / "fusestore.log", self.world.top)
 
     # --- trouble ----------------------------------------------------------------
 
@@ -126,9 +128,10 @@ class Life:
         """All causes go."""
         self.chance.shuffle(self.causes)
         while self.causes:
-            cause = self.causes.pop()
+            cause = self.causes[-1]
             self.note(f"no more: {cause.what}")
             cause.undo()
+            self.causes.pop()
 
     # --- use -------------------------------------------------------------------------
 
@@ -212,7 +215,7 @@ class Life:
         done = self.cli("umount", str(self.world.store.mountpoint))
         if done.returncode:
             raise BrokenPromiseError(f"umount failed: {done.stderr}")
-        self.world.store._await_end()
+        self.world.store.await_end()
         self.model.acknowledged()
 
     def is_well(self) -> bool:
@@ -227,7 +230,7 @@ class Life:
 
     def heal(self) -> None:
         """Do what the messages say until all is well; BrokenPromiseError if it never is."""
-        began = time.monotonic()
+        began, hurt = time.monotonic(), set(self.damaged)
         told = began + 20
         while not self.is_well():
             now = time.monotonic()
@@ -236,14 +239,22 @@ class Life:
             if now > told or self.damaged:
                 told = now + 20
                 self.note(f"not well: {self.trouble()}")
-                for node in self.status["nodes"]:
-                    if node["state"] == "foreign":
-                        self.obey(node["error"])
-                    elif node["state"] in ("down", "suspect"):
-                        self.cli("repair", str(self.world.store.store), node["name"], "--quiet")
+                self.care(hurt)
                 self.damaged.clear()
             time.sleep(0.5)
         self.damaged.clear()
+
+    def care(self, hurt: set[str]) -> None:
+        """Do what the messages say about nodes that are not up."""
+        for node in self.status["nodes"]:
+            if node["state"] == "foreign":
+                if node["name"] not in hurt:
+                    raise BrokenPromiseError(f"nothing happened to a node: {self.trouble()}")
+                self.obey(node["error"])
+            elif node["state"] in ("down", "suspect"):
+                done = self.cli("repair", str(self.world.store.store), node["name"], "--quiet")
+                if done.returncode == 2:  # it says what to do when the disk is the right one
+                    self.obey(done.stderr)
 
     def trouble(self) -> str:
         """What `status` says, in short."""
@@ -289,7 +300,8 @@ class Life:
         store = str(self.world.store.store)
         done = self.world.store.cli("fsck", store, "--json", check=False)
         answer = json.loads(done.stdout)
-        if done.returncode or not answer["clean"]:
+        mended = self.world.store.status()["rows_mended"]  # those are told, too
+        if answer["left"] or answer["unreadable"] or (answer["findings"] and not mended):
             raise BrokenPromiseError(f"fsck says {done.returncode} {answer} {done.stderr}")
         done = self.world.store.cli("risk", store, check=False)
         if done.returncode:

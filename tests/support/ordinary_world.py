@@ -74,6 +74,10 @@ class Device:
         run("losetup", "--detach", self.loop)
         self.loop = ""
 
+    def fail(self) -> None:
+        """Have the kernel treat an ext4 as it does after an error of its disk."""
+        Path(f"/sys/fs/ext4/{Path(self.loop).name}/trigger_fs_error").write_text("1")
+
     def end(self) -> None:
         """Unmount it whatever happened."""
         subprocess.run(["fsfreeze", "--unfreeze", self.place], capture_output=True)
