@@ -34,7 +34,7 @@ from support.ordinary_model import (
     sync,
     tree_of,
 )
-from support.ordinary_world import World
+from support.ordinary_world import Device, World
 
 #: Seconds for a request that no disk holds up, and for the store to be well once causes are gone.
 ANSWER_SECONDS = 90
@@ -71,6 +71,8 @@ class Life:
     """What happened, for people."""
     kept: dict[str, Any] = field(default_factory=dict)
     """Copies of earlier moments."""
+    patient: bool = False
+    """Whether there is time for pauses that are longer than the deadlines of nodes."""
     to_scrub: bool = False
     """Whether bytes were damaged that only a scrub or a read finds."""
 
@@ -132,6 +134,10 @@ class Life:
             self.note(f"no more: {cause.what}")
             cause.undo()
             self.causes.pop()
+
+    def pause(self) -> float:
+        """Choose for how long something stands still, in seconds."""
+        return self.chance.choice([0.1, 1.0, 3.0, 36.0] if self.patient else [0.1, 1.0, 3.0])
 
     # --- use -------------------------------------------------------------------------
 
@@ -341,3 +347,14 @@ class Life:
 def remove(path: Any) -> None:
     """Remove a directory and all below it, if it is there."""
     shutil.rmtree(path, ignore_errors=True)
+
+
+def some_node(life: Life) -> str:
+    """Choose a node."""
+    return life.chance.choice(sorted(life.world.nodes))
+
+
+def device_of(life: Life, kinds: tuple[str, ...] = ("ext4", "tmpfs")) -> Device | None:
+    """Choose a file system of some kind."""
+    devices = [device for device in life.world.devices if device.kind in kinds]
+    return life.chance.choice(devices) if devices else None
