@@ -16,11 +16,11 @@ import pytest
 from support.logs import Recorder
 from support.ordinary_events import EVENTS
 from support.ordinary_life import Life
-from support.ordinary_world import DAEMON_FOLDER, choose_world
+from support.ordinary_world import choose_world
 
 pytestmark = [pytest.mark.mounted, pytest.mark.not_plain]
 
-SHORT_EVENTS, LONG_EVENTS = 12, 40
+SHORT_EVENTS, LONG_EVENTS = 20, 40
 
 
 @pytest.fixture
@@ -29,12 +29,13 @@ def live(
 ) -> Iterator[Callable[[str], Life]]:
     """A function that begins a life; it ends with the test."""
     lives: list[Life] = []
-    monkeypatch.setenv("PYTHONPATH", str(DAEMON_FOLDER))
-    monkeypatch.setenv("TEST_CLOCK", str(tmp_path / "world" / "clock"))
 
     def begin(seed: str) -> Life:
         chance = random.Random(seed)
         lives.append(Life(choose_world(tmp_path / "world", chance), chance))
+        print("seed", seed, lives[-1].world, flush=True)
+        for name, value in lives[-1].world.surroundings().items():
+            monkeypatch.setenv(name, value)
         lives[-1].begin()
         return lives[-1]
 
@@ -48,15 +49,18 @@ def live(
 
 
 def run(life: Life, events: int) -> None:
-    """Let events happen, one to three at a time."""
-    done = 0
+    """Let events happen, one to three at a time; each before any happens again."""
+    done, deck = 0, list[str]()
     while done < events:
         for _ in range(life.chance.choice([1, 1, 2, 3])):
-            name = life.chance.choice(list(EVENTS))
+            deck = deck or life.chance.sample(list(EVENTS), len(EVENTS))
+            name = deck.pop()
             life.note(f"{name}:")
             if EVENTS[name](life):
                 done += 1
-                life.work(6)
+            if not life.world.store.alive():
+                break
+            life.work(6)
         life.settle()
     life.end()
 
@@ -67,7 +71,6 @@ def run(life: Life, events: int) -> None:
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_ordinary_life(live: Callable[[str], Life], seed: int) -> None:
     life = live(str(seed))
-    print("seed", seed, life.world)
     run(life, SHORT_EVENTS)
 
 
@@ -80,5 +83,5 @@ def test_a_long_ordinary_life(
 ) -> None:
     seed = f"{pytestconfig.getoption('--model-seed')}/{number}"
     life = live(seed)
-    print("seed", seed, life.world)
+    life.patient = True
     run(life, LONG_EVENTS)

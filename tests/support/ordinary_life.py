@@ -34,7 +34,7 @@ from support.ordinary_model import (
     sync,
     tree_of,
 )
-from support.ordinary_world import World
+from support.ordinary_world import Device, World
 
 #: Seconds for a request that no disk holds up, and for the store to be well once causes are gone.
 ANSWER_SECONDS = 90
@@ -71,6 +71,8 @@ class Life:
     """What happened, for people."""
     kept: dict[str, Any] = field(default_factory=dict)
     """Copies of earlier moments."""
+    patient: bool = False
+    """Whether there is time for pauses that are longer than the deadlines of nodes."""
     to_scrub: bool = False
     """Whether bytes were damaged that only a scrub or a read finds."""
 
@@ -95,6 +97,8 @@ class Life:
         for device in self.world.devices:
             subprocess.run(["fsfreeze", "--unfreeze", device.place], capture_output=True)
         self.world.store._end_by_force()
+        with contextlib.suppress(OSError):  # for people, when it failed
+            shutil.copy(self.world.store.store / "fusestore.log", self.world.top)
 
     # --- trouble ----------------------------------------------------------------
 
@@ -126,9 +130,14 @@ class Life:
         """All causes go."""
         self.chance.shuffle(self.causes)
         while self.causes:
-            cause = self.causes.pop()
+            cause = self.causes[-1]
             self.note(f"no more: {cause.what}")
             cause.undo()
+            self.causes.pop()
+
+    def pause(self) -> float:
+        """Choose for how long something stands still, in seconds."""
+        return self.chance.choice([0.1, 1.0, 3.0, 36.0] if self.patient else [0.1, 1.0, 3.0])
 
     # --- use -------------------------------------------------------------------------
 
@@ -212,7 +221,7 @@ class Life:
         done = self.cli("umount", str(self.world.store.mountpoint))
         if done.returncode:
             raise BrokenPromiseError(f"umount failed: {done.stderr}")
-        self.world.store._await_end()
+        self.world.store.await_end()
         self.model.acknowledged()
 
     def is_well(self) -> bool:
@@ -227,7 +236,7 @@ class Life:
 
     def heal(self) -> None:
         """Do what the messages say until all is well; BrokenPromiseError if it never is."""
-        began = time.monotonic()
+        began, hurt = time.monotonic(), set(self.damaged)
         told = began + 20
         while not self.is_well():
             now = time.monotonic()
@@ -236,14 +245,22 @@ class Life:
             if now > told or self.damaged:
                 told = now + 20
                 self.note(f"not well: {self.trouble()}")
-                for node in self.status["nodes"]:
-                    if node["state"] == "foreign":
-                        self.obey(node["error"])
-                    elif node["state"] in ("down", "suspect"):
-                        self.cli("repair", str(self.world.store.store), node["name"], "--quiet")
+                self.care(hurt)
                 self.damaged.clear()
             time.sleep(0.5)
         self.damaged.clear()
+
+    def care(self, hurt: set[str]) -> None:
+        """Do what the messages say about nodes that are not up."""
+        for node in self.status["nodes"]:
+            if node["state"] == "foreign":
+                if node["name"] not in hurt:
+                    raise BrokenPromiseError(f"nothing happened to a node: {self.trouble()}")
+                self.obey(node["error"])
+            elif node["state"] in ("down", "suspect"):
+                done = self.cli("repair", str(self.world.store.store), node["name"], "--quiet")
+                if done.returncode == 2:  # it says what to do when the disk is the right one
+                    self.obey(done.stderr)
 
     def trouble(self) -> str:
         """What `status` says, in short."""
@@ -289,7 +306,8 @@ class Life:
         store = str(self.world.store.store)
         done = self.world.store.cli("fsck", store, "--json", check=False)
         answer = json.loads(done.stdout)
-        if done.returncode or not answer["clean"]:
+        mended = self.world.store.status()["rows_mended"]  # those are told, too
+        if answer["left"] or answer["unreadable"] or (answer["findings"] and not mended):
             raise BrokenPromiseError(f"fsck says {done.returncode} {answer} {done.stderr}")
         done = self.world.store.cli("risk", store, check=False)
         if done.returncode:
@@ -329,3 +347,14 @@ class Life:
 def remove(path: Any) -> None:
     """Remove a directory and all below it, if it is there."""
     shutil.rmtree(path, ignore_errors=True)
+
+
+def some_node(life: Life) -> str:
+    """Choose a node."""
+    return life.chance.choice(sorted(life.world.nodes))
+
+
+def device_of(life: Life, kinds: tuple[str, ...] = ("ext4", "tmpfs")) -> Device | None:
+    """Choose a file system of some kind."""
+    devices = [device for device in life.world.devices if device.kind in kinds]
+    return life.chance.choice(devices) if devices else None

@@ -176,6 +176,7 @@ class Client:
             failed: set[str] = set()
             for operation in operations:
                 if failed & operation.paths():
+                    failed |= operation.paths()
                     report("skipped")
                     continue
                 try:

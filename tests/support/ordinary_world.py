@@ -19,6 +19,7 @@ from support.mounted_store import COMMAND_SECONDS_MAX, Store, is_mounted
 
 MIB = 1 << 20
 DAEMON_FOLDER = Path(__file__).parent / "ordinary_daemon"
+BAD_SECTORS_SOURCE = Path(__file__).parent / "bad_sectors.c"
 
 
 def run(*command: str | Path) -> str:
@@ -74,6 +75,10 @@ class Device:
         run("losetup", "--detach", self.loop)
         self.loop = ""
 
+    def fail(self) -> None:
+        """Have the kernel treat an ext4 as it does after an error of its disk."""
+        Path(f"/sys/fs/ext4/{Path(self.loop).name}/trigger_fs_error").write_text("1")
+
     def end(self) -> None:
         """Unmount it whatever happened."""
         subprocess.run(["fsfreeze", "--unfreeze", self.place], capture_output=True)
@@ -93,6 +98,8 @@ class World:
     nodes: dict[str, Device]
     """By node, which is named as its region."""
     meta: Device
+    has_bad_sectors: bool
+    """Whether reads of the daemon can fail (bad_sectors.c); it has no io_uring then."""
     clock: Path = field(init=False)
     store: Store = field(init=False)
     bears: int = field(init=False)
@@ -104,14 +111,34 @@ class World:
         self.clock = self.top / "clock"
         self.set_clock(0)
 
+    @property
+    def bad_sectors(self) -> Path | None:
+        """The file that lists them."""
+        return self.top / "bad" if self.has_bad_sectors else None
+
+    def surroundings(self) -> dict[str, str]:
+        """The environment of the daemon."""
+        found = {"PYTHONPATH": str(DAEMON_FOLDER), "TEST_CLOCK": str(self.clock)}
+        if self.bad_sectors is not None:
+            library = self.top / "bad_sectors.so"
+            run("gcc", "-O1", "-shared", "-fPIC", "-o", library, BAD_SECTORS_SOURCE, "-ldl")
+            self.bad_sectors.write_text("")
+            found |= {"LD_PRELOAD": str(library), "BAD_SECTORS": str(self.bad_sectors)}
+        return found
+
     def __str__(self) -> str:
         devices = [f"{d.name} {d.kind} {d.mib} MiB, {d.inodes} inodes" for d in self.devices]
         places = [f"{name} on {device.name}" for name, device in self.nodes.items()]
-        return f"{self.code}; {'; '.join(devices)}; {', '.join(places)}; STORE on {self.meta.name}"
+        parts = [self.code, *devices, ", ".join(places), f"STORE on {self.meta.name}"]
+        return "; ".join([*parts, *(["bad sectors"] if self.has_bad_sectors else [])])
 
     def node(self, name: str) -> Path:
         """The directory of a node."""
         return self.nodes[name].place / name
+
+    def on(self, device: Device) -> frozenset[str]:
+        """The nodes on a file system."""
+        return frozenset(name for name, other in self.nodes.items() if other is device)
 
     def set_clock(self, seconds: float) -> None:
         """Let the clock of the daemon be off."""
@@ -167,6 +194,7 @@ def choose_world(top: Path, chance: random.Random) -> World:
     top.mkdir()
     regions = ["r0", "r1", "r2"]
     layout = chance.choice(["each", "each", "one", "two", "four"])
+    bad = chance.random() < 0.5
     kinds = chance.choice([["ext4"], ["ext4"], ["tmpfs"], ["ext4", "tmpfs"]])
 
     def device(name: str, mib: int) -> Device:
@@ -175,15 +203,15 @@ def choose_world(top: Path, chance: random.Random) -> World:
     match layout:
         case "one":
             only = device("d0", chance.randrange(330, 500))
-            return World(top, chance.choice(["2+1", "1+2"]), [only], dict.fromkeys(regions, only),
-                         only)  # fmt: skip
+            code = chance.choice(["2+1", "1+2"])
+            return World(top, code, [only], dict.fromkeys(regions, only), only, bad)
         case "two":
             large, small = device("d0", chance.randrange(260, 400)), device("d1", 180)
-            nodes = {"r0": large, "r1": large, "r2": small}
-            return World(top, "2+1", [large, small], nodes, chance.choice([large, small]))
+            nodes, meta = {"r0": large, "r1": large, "r2": small}, chance.choice([large, small])
+            return World(top, "2+1", [large, small], nodes, meta, bad)
         case "four":
             regions.append("r3")
     each = [device(f"d{i}", chance.randrange(150, 300)) for i in range(len(regions))]
     meta = device("meta", 200)
     code = chance.choice(["2+1", "2+1", "1+2"] if len(regions) == 3 else ["2+2", "3+1"])
-    return World(top, code, [*each, meta], dict(zip(regions, each, strict=True)), meta)
+    return World(top, code, [*each, meta], dict(zip(regions, each, strict=True)), meta, bad)
