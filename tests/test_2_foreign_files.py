@@ -34,6 +34,7 @@ from fusestore.system.files import write_whole
 from fusestore.system.strict_toml import PARSED_MAX, Table
 from support.foreign_files import FILES, KINDS, MIB, PLACES, Outside, plant, quick
 from support.logs import (
+    CLAIMED,
     CORRUPT,
     FOREIGN_FILES,
     JOURNAL_DAMAGED,
@@ -121,6 +122,7 @@ async def repaired(config: StoreConfig, files: dict[str, bytes]) -> None:
     JOURNAL_DAMAGED,
     FOREIGN_FILES,
     SCRUBBED,
+    CLAIMED,
 )
 async def test_an_oddity_costs_that_node_only(
     config: StoreConfig, outside: Outside, caplog: pytest.LogCaptureFixture, kind: str, place: str

@@ -67,7 +67,13 @@ def claim_directory(config: StoreConfig, node: NodeConfig) -> Node:
 
 def _write_identity(directory: Directory, config: StoreConfig, node: NodeConfig) -> None:
     identity = NodeIdentity(config.uuid, node.name, node.region, uuid4(), IDENTITY_VERSION)
-    write_identity_in(directory, identity)
+    try:
+        write_identity_in(directory, identity)
+    except OSError as error:
+        raise NodeIdentityError(
+            f"{node.path / IDENTITY_NAME} cannot be replaced: {error.strerror}. Remove it, and "
+            "repair the node again."
+        ) from error
 
 
 def _is_identified(directory: Directory, config: StoreConfig, node: NodeConfig) -> bool:

@@ -90,7 +90,7 @@ NOT_MENDED = r"rows_at_mount: The metadata is damaged .* do not give the right v
 DROPPED = r"commit\.replay: \d+ commits that were never acknowledged are dropped"
 SEGMENT_KEPT = r"commit\.stray_segments: Segment \d+ of node \S+ is in no table"
 SEGMENT_IN_USE = r"commit\.reclaim: Segment \d+ of node \S+ was to be freed"
-NOT_IN_TABLES = r"commit\.stray_segments: Segment \d+ of node \d+ is in use but not in the tables"
+NOT_IN_TABLES = r"commit\.stray_segments: Segment \d+ of node \S+ is in use but not in the tables"
 CHECKPOINT_FAILED = r"commit\.checkpoint: .* The checkpoint will be tried again"
 JOURNAL_DAMAGED = (
     r"journal_scan: Node \S+: .* no record was found in the last .* it is damaged"
@@ -104,6 +104,7 @@ FOREIGN_FILES = (
 OTHER_HISTORY = (
     r"(node_contents|comeback): Node \S+: It holds commits \d+ to \d+ of another history"
 )
+CLAIMED = r"repair\.claim: \S+ ?.*node\.toml"
 NOT_DELETED = r"grow\.topology: The data of removed node \S+ could not be deleted"
 TOO_FEW_NODES = r"log\.log: (Too few nodes|Fewer than \d+ nodes) .* the mount is read-only until"
 ONLY_READ = r"members\.member: .* The node is read, but gets no data"
