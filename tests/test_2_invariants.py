@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 
 import pytest
 import trio.testing
 
 from fusestore.commit.journal_writer import JournalWriter
+from fusestore.commit.reclaim import Headers, Reclaimer
 from fusestore.config.store_config import StoreConfig
 from fusestore.errors import InvariantError, NotDurableError
 from fusestore.format import stripe_rows
 from fusestore.format.records import Header
 from fusestore.format.stripe_rows import LOST_STRIPE
 from fusestore.limits import STRIPE_BYTES
+from fusestore.members.member import Member
 from fusestore.rescue.fsck import fsck
 from support.opened_store import make, opened
 
@@ -100,3 +103,36 @@ async def test_a_commit_that_a_node_in_sync_lacks_is_not_acknowledged(
                 await one.store.committer.commit()
     async with opened(config) as one:
         assert await one.get("kept") == b"kept"
+
+
+async def test_a_segment_that_is_being_freed_gets_no_shards(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While its headers are read, a stripe is sealed: it goes to other segments."""
+    looking, go_on = threading.Event(), threading.Event()
+    real = Reclaimer._all_headers
+
+    def slow(self: Reclaimer, member: Member, segment: int) -> Headers | None:
+        looking.set()
+        assert go_on.wait(20)
+        return real(self, member, segment)
+
+    monkeypatch.setattr(Reclaimer, "_all_headers", slow)
+    async with opened(config) as one:
+        await one.put("gone", b"g" * 3 * STRIPE_BYTES)
+        await one.store.committer.commit()
+        one.delete("gone")
+        await one.files.removal.removed()
+        await one.checkpoint()
+        with trio.fail_after(20):
+            assert await trio.to_thread.run_sync(looking.wait, 20)
+            await one.put("stays", b"s" * 3 * STRIPE_BYTES)
+            await one.store.committer.commit()
+            go_on.set()
+            while one.rows(b"R"):  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        await one.checkpoint()
+        assert (await fsck(one.store, repair=False, at_rest=False))["findings"] == []
+    async with opened(config) as one:
+        assert await one.get("stays") == b"s" * 3 * STRIPE_BYTES
+        assert (await fsck(one.store, repair=False, at_rest=False))["findings"] == []

@@ -100,6 +100,8 @@ class Reclaimer:
             dead = sum(record_length(length) for _, length in shards)
             state = member.shards.states.get(segment)
             drop = state is not None and state.live == dead and not self._log.doubt
+            if drop and segment == member.shards.current:
+                member.shards.roll()  # before any await: nothing more is written there
             try:
                 whole = await member.call(self._all_headers, member, segment) if drop else None
                 if whole is None:
@@ -110,9 +112,7 @@ class Reclaimer:
                 alive = self._alive(member, segment, found)
                 if alive:
                     shards, drop = self._spare(member, segment, shards, alive), False
-                if drop:
-                    if segment == member.shards.current:
-                        member.shards.roll()
+                if drop and state is not None and state.live == dead:
                     await self._drop(member, segment, shards)
                     continue
                 for start in range(0, len(shards), self._limits.reclaim_batch):

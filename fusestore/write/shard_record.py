@@ -244,13 +244,18 @@ def _magics(data: bytes) -> Iterator[int]:
 
 
 def _is_torn(found: bytes, record: bytes) -> bool:
-    """Return whether `found` is empty, or is `record` with some pieces not written.
+    """Return whether `found` is empty, or is `record` with some bytes not written.
 
-    The header is not compared: it is known not to be that of another shard.
+    A crash can also cut off a write within a piece.  The header is not compared: it is known
+    not to be that of another shard.
     """
     for at in range(0, len(found), _PIECE_BYTES):
         start = max(at, HEADER_BYTES)
-        piece = found[start : at + _PIECE_BYTES]
-        if piece.count(0) != len(piece) and piece != record[start : start + len(piece)]:
+        piece, right = found[start : at + _PIECE_BYTES], record[start : at + _PIECE_BYTES]
+        if piece.count(0) == len(piece) or piece == right:
+            continue
+        if len(piece) > len(right) or any(
+            a not in (0, b) for a, b in zip(piece, right, strict=False)
+        ):
             return False
     return True
