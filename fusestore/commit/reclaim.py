@@ -129,6 +129,8 @@ class Reclaimer:
         except (NodeIdentityError, NodeTimeoutError):
             raise
         except NodeError as error:
+            if member.out_of_use:
+                raise
             logger.warning("%s The segment is kept.", error)
             return None
 
@@ -143,6 +145,8 @@ class Reclaimer:
             except (NodeIdentityError, NodeTimeoutError):
                 raise
             except NodeError as error:
+                if member.out_of_use:
+                    raise
                 logger.warning("%s The shard there is not freed.", error)
                 self._unreadable.add(stripe_rows.reclaim_key(member.id, segment, offset))
                 continue
