@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from support.logs import GONE, OUT_OF_USE
+from support.logs import GONE, OUT_OF_USE, TOO_FEW_NODES
 from support.mounted_store import FUSESTORE, REPOSITORY, Store
 from support.posixly import read_uncached
 
@@ -131,7 +131,7 @@ def test_a_lost_region_is_seen_and_its_repair_measured(watched: Store) -> None:
     assert read_uncached(watched.mountpoint / "file") == data
 
 
-@pytest.mark.expects_log(GONE)
+@pytest.mark.expects_log(GONE, TOO_FEW_NODES)
 def test_two_lost_regions_are_not_healthy_at_all(watched: Store) -> None:
     (watched.mountpoint / "file").write_bytes(os.urandom(2 * MIB))
     for region in ("us-east-1", "us-west-1"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from support.disks import Disks
+from support.loop_devices import Disks
 from support.mounted_store import Store
 
 pytestmark = [pytest.mark.mounted, pytest.mark.not_plain]

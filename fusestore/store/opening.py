@@ -214,8 +214,8 @@ async def _close_nodes(members: Members | None) -> None:
         try:
             if member.is_open and not member.out_of_use:
                 await member.call(member.node.disown)
-        except NodeFencedError:
-            pass  # another mount owns it
+        except (NodeFencedError, NodeReadOnlyError):
+            pass  # another mount owns it, or nothing was written since it became read-only
         except NodeError as error:
             logger.warning("%s", error)
         member.node.close()
