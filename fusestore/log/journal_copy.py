@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from uuid import UUID
 
 from ..errors import NodeError, NodeIdentityError, NodeTimeoutError, ReplayError
-from ..format.records import HEADER_BYTES, Place, SegmentKind
+from ..format.records import HEADER_BYTES, Kind, Place, SegmentKind
 from ..format.records import checksum as checksum_of
+from ..format.store_rows import LogPosition
 from ..nodes.base import Node
 from .journal import Entry, Unreadable
 from .journal_scan import read_journals
+from .lineage import ancestry
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +42,12 @@ def copy_journals(
     target: tuple[str, Node],
     first: int,
     before: int,
+    position: LogPosition | None = None,
 ) -> Copied:
     """Give a node the records of others in the segments first <= n < before.
 
+    With `position`, it lacks no commit in whose place the history up to there has another:
+    a crash or a failure left such a commit on some nodes, and it does not count.
     Blocks; NodeError of the target, ReplayError if there are sources and none can be read.
     From a failing or damaged source, all readable records are taken.  Written records are
     read back from the medium and checked.
@@ -66,9 +71,17 @@ def copy_journals(
     damaged = {lost.segment for lost in journals.unreadable if lost.node == name}
     kept = {lost.segment for lost in unknown}
     """Unknown ranges may become readable later: they are not replaced."""
+    ours = {id_.number: id_ for id_ in ancestry(journals, position)} if position else {}
     count = mended = 0
     for segment in sorted((whole.keys() | {n for n in damaged if n < before}) - kept):
-        lacking = [entry for entry in whole[segment] if name not in entry.holders]
+        lacking = [
+            entry
+            for entry in whole[segment]
+            if name not in entry.holders
+            and (
+                entry.header.kind is not Kind.COMMIT or ours.get(entry.number, entry.id) == entry.id
+            )
+        ]
         if lacking or segment in damaged:
             place = Place(store, name, SegmentKind.JOURNAL, segment)
             try:

@@ -195,7 +195,13 @@ class Rejoin:
             others = [m.watched for m in self._log.members.in_sync if m is not target]
             first = first_needed(self._log.engine)
             copied = await trio.to_thread.run_sync(
-                copy_journals, self._log.store, others, target.watched, first, before
+                copy_journals,
+                self._log.store,
+                others,
+                target.watched,
+                first,
+                before,
+                self._log.position,
             )
         if copied.unknown:
             self._log.dump_wanted = True
