@@ -23,6 +23,7 @@ from fusestore.errors import (
 )
 from fusestore.members.standing import State
 from fusestore.nodes.directory import DirectoryNode
+from fusestore.repair.rejoin import Rejoin
 from support.faults import FaultyNode
 from support.logs import AS_TOLD, GONE, LOST_STRIPE, ONLY_READ, OUT_OF_USE, TOO_FEW_NODES
 from support.opened_store import (
@@ -288,3 +289,40 @@ async def test_nodes_that_became_read_only_are_read_and_come_back(
         await healthy(one)
         assert await one.get("new") == b"n" * MIB
     await loses_a_region(config, 1, {"old": b"o" * MIB, "new": b"n" * MIB})
+
+
+# --- nodes that are taken offline meanwhile --------------------------------------------
+
+
+@pytest.mark.parametrize("step", ["lineage", "enter", "copy_journal", "join"])
+async def test_a_node_that_is_taken_offline_while_it_comes_back_stays_offline(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    name, path = config.nodes[1].name, config.nodes[1].path
+    really, begun = getattr(Rejoin, step), trio.Event()
+
+    async def slowly(*arguments: Any) -> Any:
+        begun.set()
+        await trio.sleep(0.3)
+        return await really(*arguments)
+
+    async with opened(config) as one:
+        path.rename(path.with_name("away"))
+        await one.put("new", b"n" * MIB)
+        await one.store.committer.commit()
+        member = one.store.log.members.all[1]
+        assert member.out_of_use
+        monkeypatch.setattr(Rejoin, step, slowly)
+        path.with_name("away").rename(path)
+        with trio.fail_after(30):
+            await begun.wait()
+        await one.store.topology.offline(name, force=False)
+        for _ in range(20):
+            assert member.out_of_use
+            assert "is offline" in member.standing.error
+            assert not member.is_open
+            await trio.sleep(RETRY_SECONDS)
+        monkeypatch.setattr(Rejoin, step, really)
+        await one.store.topology.online(name)
+        await healthy(one)
+        assert await one.get("new") == b"n" * MIB

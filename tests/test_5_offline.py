@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from support.logs import OUT_OF_USE, TOO_FEW_NODES
+from support.logs import GONE, LOST_STRIPE, ONLY_READ, OUT_OF_USE, TOO_FEW_NODES, UNREAD_FILE
 from support.loop_devices import Disks
 from support.mounted_store import Store
 
@@ -104,3 +105,28 @@ def test_an_unmounted_store(store: Store, disks: Disks) -> None:
     assert store.cli("node", "online", store.store, "r2").stdout == "r2 is up.\n"
     store.mount()
     assert store.status()["healthy"]
+
+
+@pytest.mark.expects_log(GONE, LOST_STRIPE, ONLY_READ, UNREAD_FILE, "No metadata dump")
+@pytest.mark.parametrize("trouble", ["none", "read-only", "read-only, large", "back"])
+def test_a_disk_can_be_unmounted_at_once_whatever_befell_it(
+    store: Store, disks: Disks, trouble: str
+) -> None:
+    write(store, "a")
+    node = disks.top / "r1" / "node"
+    for number in range(5):
+        if trouble.startswith("read-only"):
+            disks.turn_read_only("r1")
+        elif trouble == "back":
+            node.rename(node.with_name("away"))
+        for small in range(1 if trouble.endswith("large") else 20):
+            with (store.mountpoint / f"small{small}").open("wb") as file:
+                file.write(os.urandom(3 * MIB if trouble.endswith("large") else 100))
+                os.fsync(file.fileno())
+        if trouble == "back":
+            node.with_name("away").rename(node)
+            time.sleep(2.3 * number)  # it may be on its way
+        store.cli("node", "offline", store.store, "r1")
+        disks.check("r1")
+        store.cli("node", "online", store.store, "r1")
+        assert store.status()["healthy"]

@@ -278,7 +278,17 @@ class Topology:
                     member.fail(error)
                 member.let_go()
                 await self._commit_if_possible()
+            await self._until_unused(member)
         return self._state(member)
+
+    async def _until_unused(self, member: Member) -> None:
+        """Wait until no attempt to bring the node back has its files open."""
+        healer = self._repairer.healer
+        if healer.running is not None and healer.running.node != member.id:
+            return
+        with trio.move_on_after(self._log.limits.node_seconds_max):
+            async with healer.busy:
+                pass
 
     async def online(self, name: str) -> dict[str, Any]:
         """Use a node again that was taken offline; UsageError."""

@@ -8,6 +8,7 @@ use.  If the store cannot do without the node, as when all disks hang at once, i
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -145,7 +146,13 @@ class Member:
         self.standing.entered()
 
     def reopen(self, node: Node) -> None:
-        """Use a node that was opened anew; its state does not change."""
+        """Use a node that was opened anew; its state does not change.
+
+        NodeOfflineError if the node was taken offline meanwhile; it is closed then.
+        """
+        if self.config.offline:
+            node.close()
+            raise NodeOfflineError(self.standing.error)
         if node is not self.node:
             self.let_go()
             self.node = node
@@ -157,8 +164,11 @@ class Member:
 
     def let_go(self) -> None:
         """Close the node, so that its disk can be unmounted."""
+        was_open = self.is_open
         self.node.close()
         self.node, self.journal_room = AbsentNode(self.name), None
+        if was_open:
+            gc.collect()  # the frames of its errors, which refer to each other, keep files open
 
     def only_read(self, node: Node | None, error: NodeReadOnlyError) -> None:
         """Read from the node, reopened if one is given, and write nothing to it."""
@@ -209,7 +219,10 @@ class Member:
         found = await self.calls.run(partial(function, *arguments), limit, judge)
         if found is None:
             raise self.late(limit)
-        return cast("T", found.unwrap())
+        try:
+            return cast("T", found.unwrap())
+        finally:
+            del found  # an error refers to this frame, and would keep itself and files open
 
     def may_give_up(self, call: NodeCall) -> bool:
         """Return whether to fail the node for a call that is late, or to wait on."""

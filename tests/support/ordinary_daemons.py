@@ -120,15 +120,22 @@ def second_daemon(life: Life) -> bool:
 
 
 def unlink_files_of_store(life: Life) -> bool:
-    """Somebody removes the log and the socket."""
-    for name in ("fusestore.log", "control.sock"):
-        if life.chance.random() < 0.5:
-            (life.world.store.store / name).unlink(missing_ok=True)
-            life.note(f"{name} is removed")
+    """Somebody removes the log and the socket; without it nobody can ask, but all goes on."""
     if life.causes or life.hurt:
-        return True
-    life.world.store.end_by(signal.SIGTERM)
-    life.model.acknowledged()
+        return False
+    store = life.world.store
+    for name in ("fusestore.log", "control.sock"):
+        (store.store / name).unlink(missing_ok=True)
+    life.note("the log and the socket are removed")
+    life.work(6)
+    done = life.cli("status", str(store.store))
+    if done.returncode != 3 or "in use" not in done.stderr:
+        raise BrokenPromiseError("status answers without a socket")
+    if life.chance.random() < 0.5:
+        life.umount()
+    else:
+        store.end_by(signal.SIGTERM)
+        life.model.acknowledged()
     life.mount()
     life.compare(crashed=False)
     return True

@@ -102,8 +102,11 @@ def freeze(life: Life) -> bool:
     if device is None:
         return False
     seconds = life.pause()
+    try:
+        run("fsfreeze", "--freeze", device.place)
+    except OSError:
+        return False  # it is read-only
     life.note(f"{device.name} is frozen for {seconds} s")
-    run("fsfreeze", "--freeze", device.place)
 
     def thaw() -> None:
         time.sleep(seconds)
@@ -134,7 +137,10 @@ def _check_disk(life: Life, device: Device, nodes: frozenset[str]) -> None:
     for name in sorted(nodes):
         if life.cli("node", "offline", store, name, *force).returncode:
             raise BrokenPromiseError(f"{name} cannot be taken offline")
-    device.detach()
+    try:
+        device.detach()
+    except OSError as busy:
+        raise BrokenPromiseError(f"{busy}; open: {life.open_files(device)}") from busy
     subprocess.run(["e2fsck", "-fy", device.image], capture_output=True, check=False)
     device.attach()
     for name in sorted(nodes):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import random
 import re
 import shlex
@@ -22,6 +23,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from support.ordinary_model import (
@@ -171,6 +173,14 @@ class Life:
         )
         self.model.found(tree, crashed)
 
+    def open_files(self, device: Device) -> list[str]:
+        """What the daemon has open on a file system."""
+        found = []
+        for entry in Path(f"/proc/{self.world.pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                found.append(os.readlink(entry))
+        return [path for path in found if path.startswith(f"{device.place}/")]
+
     # --- the operator -------------------------------------------------------------------
 
     def cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -196,7 +206,9 @@ class Life:
                     self.note(f"mounted: {said[:600]}")
                 return
             self.note(f"mount is refused: {said}")
-            if not self.obey(said):
+            if "accept_loss" in said and self.damaged:  # the nodes are gone for good
+                options = ("accept_loss",)
+            elif not self.obey(said):
                 raise BrokenPromiseError(f"it cannot be mounted: {said}")
         raise BrokenPromiseError("it cannot be mounted, whatever one does")
 
@@ -212,7 +224,9 @@ class Life:
             words = shlex.split(command)[1:]
             if words in (["recover"], ["fsck", "--repair"]):
                 words.insert(1, str(self.world.store.store))
-            self.cli(*words)
+            done = self.cli(*words)
+            if "--accept-loss if they are gone for good" in done.stderr and self.damaged:
+                self.cli(*words, "--accept-loss")
             did = True
         return did
 
