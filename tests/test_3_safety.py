@@ -247,7 +247,7 @@ async def test_a_scrub_keeps_its_place(config: StoreConfig) -> None:
     assert (done.state, done.found) == ("done", 0)
 
 
-@pytest.mark.expects_log(GONE)
+@pytest.mark.expects_log(GONE, OUT_OF_USE)
 async def test_risk_says_what_would_be_lost(config: StoreConfig) -> None:
     m = config.code.m
     async with opened(config) as one:

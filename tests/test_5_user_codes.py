@@ -23,14 +23,15 @@ def as_user(uid: int, path: Path, code: str | None) -> int:
     """Set or clear a directory's code as a user; the errno, 0 for success."""
 
     def body() -> int:
+        os.chdir(path)  # the user may have no access to the directories above
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
         try:
             if code is None:
-                os.removexattr(path, CODE)
+                os.removexattr(".", CODE)
             else:
-                os.setxattr(path, CODE, code.encode())
+                os.setxattr(".", CODE, code.encode())
         except OSError as error:
             return error.errno or -1
         return 0
@@ -42,9 +43,6 @@ def mounted_with(store: Store, key: str) -> tuple[Path, Path, Path]:
     """Mount with a line in fusestore.toml; directories of user 1000, of root for all, of root."""
     config = store.store / "fusestore.toml"
     config.write_text(config.read_text().replace("code =", f"{key}\ncode =", 1))
-    store.mountpoint.parent.chmod(0o755)
-    for parent in store.mountpoint.parents[:4]:
-        parent.chmod(parent.stat().st_mode | 0o055)
     store.mount("allow_other")
     found = tuple(store.mountpoint / name for name in ("own", "all", "root"))
     for path, mode, uid in zip(found, (0o755, 0o777, 0o755), (1000, 0, 0), strict=True):

@@ -9,7 +9,6 @@ shards that were written there.
 from __future__ import annotations
 
 import errno
-import math
 import os
 import time
 
@@ -36,8 +35,6 @@ class JournalWriter:
         self.offset = 0
         self._rolled: list[tuple[int, int]] = []
         """Finished segments, and their sizes, until they are trimmed."""
-        self.measured_at = -math.inf
-        """When all devices were last measured, by trio's clock."""
         self.commit_bytes = 0
         """Bytes of commits in each journal since the last metadata dump began."""
 
@@ -58,7 +55,6 @@ class JournalWriter:
             return
         await self._append_in_threads(offset, header, payload)
         self._rolled.clear()
-        self.measured_at = trio.current_time()
         self._log.room.refresh()
 
     async def _append_in_threads(self, offset: int, header: Header, payload: bytes) -> None:

@@ -7,6 +7,8 @@ instead, as it would on other file systems, and is then tried once more.
 
 from __future__ import annotations
 
+import math
+
 import trio
 
 from ..commit.committer import Committer
@@ -35,6 +37,8 @@ class RoomMaker:
         self._nursery = nursery
         self._lock = trio.Lock()
         self._waiting = 0
+        self._measured_at = -math.inf
+        """When the last measurement of all devices began, by trio's clock."""
 
     async def make_room(self, *, removed: bool) -> bool:
         """Return whether a request should be tried again; `removed` if files were just removed."""
@@ -42,12 +46,15 @@ class RoomMaker:
         if self._waiting >= limits.room_waits_max or self._log.room.waits or self._log.broken:
             return False
         self._waiting += 1
+        asked = trio.current_time()
         try:
             with trio.move_on_after(limits.full_seconds_max):
                 async with self._lock:
-                    if not removed and not self._is_owed():
-                        return await self._measure_if_old()
-                    return await self._pay()
+                    if removed or self._is_owed():
+                        return await self._pay()
+                    if self._measured_at < asked:  # others may have made room
+                        await self._measure()
+                    return True
         finally:
             self._waiting -= 1
         return False
@@ -100,21 +107,14 @@ class RoomMaker:
         await self._measure()
         return True
 
-    async def _measure_if_old(self) -> bool:
-        """Measure the devices if others may have made room meanwhile."""
-        age = trio.current_time() - self._committer.journal.measured_at
-        if age < self._log.limits.sample_seconds:
-            return False
-        await self._measure()
-        return True
-
     async def _measure(self) -> None:
+        began = trio.current_time()
         async with trio.open_nursery() as nursery:
             for member in self._log.members.writable:
                 nursery.start_soon(self._sample, member)
             nursery.start_soon(self._log.sample_metadata)
         self._log.room.refresh()
-        self._committer.journal.measured_at = trio.current_time()
+        self._measured_at = began
 
     @staticmethod
     async def _sample(member: Member) -> None:
