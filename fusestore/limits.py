@@ -64,7 +64,7 @@ class Limits:
     commit_seconds_max: float = 5.0
     direct_record_bytes_max: int = 64 * KIB
     """Records of commits that may be written to the journals without a thread."""
-    unflushed_bytes_max: int = 64 * MIB
+    unflushed_bytes_max: int = 32 * MIB
     """File bytes accepted and not yet committed; a commit begins at half of this."""
     seals_max: int = 8
     """Stripes being coded and written at a time; each holds one buffer."""

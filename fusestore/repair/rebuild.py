@@ -263,10 +263,10 @@ class Rebuilder:
 
 
 def _give_back_ahead(node: Node, segment: int, reserved: int) -> None:
-    """In a thread: release the space allocated past the end of a full segment."""
-    node.truncate(
-        SegmentKind.SHARDS, segment, max(reserved, node.size(SegmentKind.SHARDS, segment))
-    )
+    """In a thread: release the space allocated past the end of a segment that is complete."""
+    size = node.size(SegmentKind.SHARDS, segment)
+    if size >= reserved:  # else it would grow: what is past its end is quickly seen to be nothing
+        node.truncate(SegmentKind.SHARDS, segment, size)
 
 
 def not_intact(log: Log, member: Member, batch: list[StripeShards]) -> dict[int, list[int]]:

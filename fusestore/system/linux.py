@@ -23,7 +23,9 @@ _libc = _ffi.dlopen(None)
 
 _KEEP_SIZE = 1
 _PUNCH_HOLE = 2
-_ARENA_MAX = -8
+_ARENA_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -3, -1
+_KEPT_BYTES = 32 << 20
+"""Free memory at the end of the heap that is not returned to the kernel."""
 _REMOUNT = 32
 _LOCAL = {
     *(0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x2FC12FC1, 0xCA451A4E),
@@ -54,9 +56,15 @@ def process_name(pid: int) -> str:
 
 
 def keep_one_heap() -> None:
-    """Make all threads allocate from one heap: separate heaps keep their peak sizes."""
+    """Make all threads allocate from one heap, which keeps a little of its free memory.
+
+    Separate heaps keep their peak sizes.
+    """
     with contextlib.suppress(AttributeError):  # only glibc has several heaps
         _libc.mallopt(_ARENA_MAX, 1)
+        # Or a copy of the data of each write may be in memory that the kernel must clear first.
+        _libc.mallopt(_MMAP_THRESHOLD, _KEPT_BYTES // 4)
+        _libc.mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def is_local(descriptor: int) -> bool:

@@ -45,9 +45,8 @@ _SEGMENT_BYTES_MAX = SHARD_SEGMENT_BYTES + _RECORD_BYTES_MAX
 """The longest shard segment: it was shorter than SHARD_SEGMENT_BYTES before its last record."""
 _HEADER_SUM_BYTES = 8
 """The checksum at the end of a header."""
-_PIECE_BYTES = RECORD_ALIGN_BYTES
-"""A torn record consists of written pieces and zeros.  Disks write larger pieces, at their own
-boundaries, but a record begins at any multiple of this."""
+_PIECE_BYTES = 4096
+"""A torn record consists of written pieces and zeros, which are compared by so many bytes."""
 
 
 def _identity(header: Header) -> tuple[int, ...]:
