@@ -196,7 +196,7 @@ class StraySegments:
 
     def _is_named(self, number: int) -> bool:
         """Whether rows that begin with the number of a stripe say that it is in use."""
-        engine, prefix = self._log.engine, stripe_rows.owners_key(number, 0)[:9]
+        engine, prefix = self._log.engine, stripe_rows.owners_prefix(number)
         return (
             engine.get(stripe_rows.live_key(number)) is not None
             or next(engine.scan(prefix, keys.after(prefix)), None) is not None

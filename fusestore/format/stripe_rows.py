@@ -133,6 +133,11 @@ def owners_key(stripe: int, stripe_offset: int) -> bytes:
     return b"O" + QI.pack(stripe, stripe_offset)
 
 
+def owners_prefix(stripe: int) -> bytes:
+    """Return what the keys of all owners' rows of a stripe begin with."""
+    return owners_key(stripe, 0)[:9]
+
+
 TAILS_START, TAILS_END = b"T", b"U"
 
 

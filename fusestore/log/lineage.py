@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from uuid import UUID
 
-from ..format.store_rows import CommitId, GivenUp, LogPosition
+from ..format.store_rows import CommitId, LogPosition
+from ..members.member import Member
 from ..nodes.base import Node
 from .journal import Entry, Journals, is_void
 from .journal_scan import read_journals
+from .log import Log
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,25 +46,20 @@ class Lineage:
         )
 
 
-def lineage(
-    store: UUID,
-    target: tuple[str, Node],
-    others: Sequence[tuple[str, Node]],
-    ids: Mapping[str, int],
-    position: LogPosition,
-    holds: CommitId,
-    given_up: Sequence[GivenUp],
-) -> Lineage:
-    """Compare a node's journal with the history that ends at `state`; blocks; NodeError of it.
+def lineage(log: Log, member: Member, node: Node) -> Lineage:
+    """Compare the journal of `node` with the history of the log; blocks; NodeError of it.
 
-    `others` are nodes in sync; `holds` is the last commit that the node is known to hold.
+    `node` is that of `member`, which is not in sync.
     """
-    name, _ = target
-    journals = read_journals(store, [*others, target])
+    name, position = member.name, log.position
+    holds = CommitId(member.standing.holds, member.standing.checksum)
+    others = [(other.name, other.node) for other in log.members.in_sync]
+    ids = {other.name: other.id for other in log.members.all}
+    journals = read_journals(log.store, [*others, (name, node)])
     if name in journals.failed:
         raise journals.failed[name]
     ours = ancestry(journals, position)
-    theirs = [e for e in journals.entries() if name in e.holders and not is_void(e, given_up)]
+    theirs = [e for e in journals.entries() if name in e.holders and not is_void(e, log.given_up)]
     known = {entry.id for entry in theirs}
     floor = holds.number if holds.checksum and holds in known else 0
     mine = {id_ for id_ in known if id_ in ours or id_.number <= floor}

@@ -141,7 +141,7 @@ class Transaction:
             # If it is being sealed, the sealer reclaims its shards.
             for offset in unsealed.tails:
                 self.delete(stripe_rows.tail_key(stripe, offset))
-        prefix = stripe_rows.owners_key(stripe, 0)[:9]
+        prefix = stripe_rows.owners_prefix(stripe)
         for key, _ in self.scan(prefix, keys.after(prefix)):
             self.delete(key)
 

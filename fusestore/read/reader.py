@@ -70,7 +70,7 @@ class Reader:
 
     def owners(self, number: int) -> set[int]:
         """Inodes of the files that have bytes in a stripe."""
-        prefix = stripe_rows.owners_key(number, 0)[:9]
+        prefix = stripe_rows.owners_prefix(number)
         found = set()
         for _, packed in self._log.engine.scan(prefix, keys.after(prefix)):
             for ino, offset, length, _ in stripe_rows.OWNER.iter_unpack(packed):

@@ -22,7 +22,7 @@ from ..commit.committer import Committer
 from ..errors import FusestoreError, NodeError, NodeReadOnlyError, NodeTimeoutError
 from ..format.records import SegmentKind
 from ..format.segment_numbers import GAP_MAX
-from ..format.store_rows import NEVER_WHOLE, CommitId
+from ..format.store_rows import NEVER_WHOLE
 from ..format.stripe_rows import Stripe
 from ..limits import RECORD_ALIGN_BYTES
 from ..log.journal import first_needed
@@ -48,18 +48,8 @@ class Rejoin:
 
     async def lineage(self, member: Member, node: Node) -> Lineage:
         """The history that the journal of a node which is not in sync belongs to; NodeError."""
-        members = self._log.members
         async with self._log.journals:
-            return await member.call(
-                lineage,
-                self._log.store,
-                (member.name, node),
-                [(m.name, m.node) for m in members.in_sync],
-                {m.name: m.id for m in members.all},
-                self._log.position,
-                CommitId(member.standing.holds, member.standing.checksum),
-                self._log.given_up,
-            )
+            return await member.call(lineage, self._log, member, node)
 
     async def refused(self, member: Member, error: FusestoreError) -> None:
         """Handle a node that cannot be used for writing: read it if possible, or close it."""

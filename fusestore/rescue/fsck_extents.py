@@ -125,7 +125,7 @@ class ExtentCheck:
         short = self._inodes.short
         owners = [
             owner
-            for _, packed in self._store.table(stripe_rows.owners_key(number, 0)[:9])
+            for _, packed in self._store.table(stripe_rows.owners_prefix(number))
             for owner in OWNER.iter_unpack(packed)
             if owner[0] in short
         ]
@@ -217,7 +217,7 @@ class _Owners:
             if len(self._stripes) > 64:
                 self._stripes.pop(next(iter(self._stripes)))
             found = self._stripes[stripe] = defaultdict(list)
-            for _, packed in self._store.table(stripe_rows.owners_key(stripe, 0)[:9]):
+            for _, packed in self._store.table(stripe_rows.owners_prefix(stripe)):
                 for ino, offset, length, at in OWNER.iter_unpack(packed):
                     found[ino, offset - at].append((offset, offset + length))
             for ranges in found.values():

@@ -285,7 +285,7 @@ class Mender:
 
     def drop_owners(self, number: int) -> None:
         """Remove the owners of a missing stripe."""
-        prefix = stripe_rows.owners_key(number, 0)[:9]
+        prefix = stripe_rows.owners_prefix(number)
         for key, _ in list(self._txn.scan(prefix, keys.after(prefix))):
             self._txn.delete(key)
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from ..format import store_rows
 from ..format.records import SegmentKind
 from ..format.segment_numbers import reachable, segment_path
-from ..format.store_rows import CommitId
 from ..log.journal_scan import SEARCHED_BYTES_MAX
 from ..log.lineage import Lineage, lineage
 from ..members.member import Member
@@ -36,7 +35,7 @@ def tidy(store: Store, member: Member) -> NodeContents:
     """In a thread: examine a node, and release its room allocated ahead."""
     node = member.node
     journals, shards = node.segments(SegmentKind.JOURNAL), shard_sizes(node)
-    found = None if member.in_sync else _lineage(store, member)
+    found = None if member.in_sync else lineage(store.log, member, node)
     if found is not None and _is_foreign(member, found):
         node.give_back()
         return NodeContents(journals, {}, 0, found)
@@ -55,19 +54,6 @@ def tidy(store: Store, member: Member) -> NodeContents:
 def _is_foreign(member: Member, found: Lineage) -> bool:
     """Return whether a node holds another history that was not given up."""
     return found.foreign is not None and member.standing.holds != store_rows.NEVER_WHOLE
-
-
-def _lineage(store: Store, member: Member) -> Lineage:
-    log, members = store.log, store.log.members
-    return lineage(
-        log.store,
-        (member.name, member.node),
-        [(m.name, m.node) for m in members.in_sync],
-        {m.name: m.id for m in members.all},
-        log.position,
-        CommitId(member.standing.holds, member.standing.checksum),
-        log.given_up,
-    )
 
 
 def take_over(store: Store, member: Member, found: NodeContents) -> list[int]:

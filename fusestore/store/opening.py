@@ -6,7 +6,6 @@ opens a new epoch.  Closing commits and checkpoints everything.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import AsyncIterator
@@ -18,35 +17,37 @@ import trio
 
 from ..commit.commit_shards import suspect_shards
 from ..commit.committer import Committer
-from ..commit.replay import Replayed, replay
+from ..commit.replay import replay
 from ..config.owner_record import Mount
-from ..config.store_config import CONFIG_NAME, StoreConfig
+from ..config.store_config import StoreConfig
 from ..errors import (
-    ConfigError,
     FusestoreError,
     MetadataError,
     NodeBusyError,
     NodeError,
     NodeFencedError,
     NodeReadOnlyError,
-    ReplayError,
     StoreBusyError,
-    UsageError,
 )
 from ..format import erasure, store_rows, stripe_rows, tables
 from ..format.erasure import Code
 from ..format.records import SegmentKind
-from ..format.store_rows import CommitId, Counters, LogPosition, NodeRow
-from ..format.stripe_rows import SegmentState
 from ..log.log import Log
 from ..members.member import Member
 from ..members.members import Members
 from ..members.opening import open_members, open_node
 from ..metadata.engine import DATABASE, DATABASE_LOCK, Engine
 from ..system import process_limits
-from ..system.files import sync_directory
 from ..system.io_uring import Ring
 from .claims import Claims
+from .first_state import (
+    apply_replayed,
+    check_format,
+    format_row,
+    load_checkpoint,
+    refuse_to_begin,
+    refuse_without_foreign,
+)
 from .node_contents import take_over, tidy
 from .rows_at_mount import mend_rows
 from .store import Store
@@ -77,7 +78,7 @@ async def open_store(
     members: Members | None = None
     try:
         mended = await mend_rows(config, engine, read_only=read_only)
-        rows = _check_format(config, engine)
+        rows = check_format(config, engine)
         members = open_members(config, rows, opened=False)
         await _open_nodes(members, config, read_only=read_only)
         log = Log(engine, members, config.uuid, config.code, read_only=read_only)
@@ -155,15 +156,15 @@ async def _replay(
     """Own the nodes and replay their journals; return the names of nodes with damaged ones."""
     claims = Claims(log.members, mount, read_only=log.read_only)
     await claims.before_replay()
-    start = _load(log, config)
     with log.members.watched():
+        start = await trio.to_thread.run_sync(load_checkpoint, log, config)
         replayed = await trio.to_thread.run_sync(
             partial(replay, log, start, in_sync, accept_loss=accept_loss)
         )
         suspects = await trio.to_thread.run_sync(suspect_shards, log, replayed.doubtful)
-        await trio.to_thread.run_sync(_refuse_to_begin, log, replayed)
+        await trio.to_thread.run_sync(refuse_to_begin, log, replayed)
     await claims.after_replay()
-    _apply(log, replayed, suspects)
+    apply_replayed(log, replayed, suspects)
     return replayed.damaged
 
 
@@ -239,127 +240,6 @@ async def _open(
             busy.append(error)
 
 
-def _check_format(config: StoreConfig, engine: Engine) -> list[NodeRow]:
-    """Return the nodes in the metadata; MetadataError if it belongs to another store."""
-    value = engine.get(store_rows.FORMAT_KEY)
-    if value is None:
-        return []
-    found = json.loads(value)
-    if found["format"] != store_rows.FORMAT:
-        raise MetadataError(
-            f"The metadata in {config.metadata} has format {found['format']}; this fusestore "
-            f"knows {store_rows.FORMAT}: use a newer fusestore."
-        )
-    if found["store"] != str(config.uuid):
-        raise MetadataError(
-            f"The metadata in {config.metadata} belongs to another store ({found['store']})."
-        )
-    nodes = engine.get(store_rows.NODES_KEY)
-    return store_rows.decode_nodes(nodes) if nodes else []
-
-
-def _load(log: Log, config: StoreConfig) -> LogPosition:
-    """Load the state of the last checkpoint, or the initial state of a new store."""
-    engine, members = log.engine, log.members
-    log_row = engine.get(store_rows.LOG_KEY)
-    if log_row is not None:
-        return LogPosition.decode(log_row)
-    if log.read_only:
-        raise UsageError("The store was never mounted: mount it read-write first.")
-    for member in members.all:
-        for run, what in ((SegmentKind.JOURNAL, "a journal"), (SegmentKind.SHARDS, "shards")):
-            if member.is_open and member.node.segments(run):
-                raise MetadataError(
-                    f"Node {member.name} holds {what}, but the metadata is gone: mounting would "
-                    f"start an empty store; run 'fusestore recover {config.store}'."
-                )
-    for member in members.all:
-        if not member.is_open:
-            raise NodeError(f"A new store needs all of its nodes: {member.standing.error}")
-    # From here on the metadata names its store: a crash before the first checkpoint
-    # leaves a journal that can be replayed.
-    engine.apply(
-        {store_rows.FORMAT_KEY: _format(config), store_rows.LOG_KEY: LogPosition().encode()}
-    )
-    engine.freeze()
-    engine.write()
-    engine.thaw()
-    sync_directory(config.metadata)
-    return LogPosition()
-
-
-def _refuse_to_begin(log: Log, replayed: Replayed) -> None:
-    """In a thread: refuse to begin a store with an empty database if its nodes hold data."""
-    if replayed.position.commit > 0 or log.read_only:
-        return
-    for member in log.members.all:
-        if not member.out_of_use and (replayed.dropped or member.node.segments(SegmentKind.SHARDS)):
-            raise ReplayError(
-                f"The metadata has no commit, but node {member.name} holds data: mounting "
-                "would start an empty store. Move the metadata away, and run 'fusestore recover "
-                f"{log.members.config.store}'."
-            )
-
-
-def _format(config: StoreConfig) -> bytes:
-    """Return the row that describes the store as a whole."""
-    value = {"format": store_rows.FORMAT, "store": str(config.uuid), "code": str(config.code)}
-    return json.dumps(value).encode()
-
-
-def _apply(log: Log, replayed: Replayed, suspects: dict[bytes, bytes | None]) -> None:
-    """Apply the replayed changes, and set the state of each node."""
-    engine = log.engine
-    log.position = replayed.position
-    log.apply(replayed.changes)
-    log.apply(suspects)
-    counters = engine.get(store_rows.COUNTERS_KEY)
-    if counters is not None:
-        log.counters = Counters.decode(counters)
-    new = replayed.position.commit == 0
-    for member in log.members.all:
-        if member.out_of_use or member.standing.read_only:
-            continue
-        if new or (
-            member.id in replayed.in_sync and replayed.reached[member.id] >= replayed.durable
-        ):
-            member.standing.confirmed()
-        else:
-            member.standing.missed()
-    nodes = engine.get(store_rows.NODES_KEY)
-    if not new:
-        for member in log.members.all:
-            member.standing.recorded(store_rows.NEVER_WHOLE)  # unless the log has a row of it
-    for row in store_rows.decode_nodes(nodes) if nodes else ():
-        owner = log.members.by_id.get(row.id)
-        if owner is None:
-            config = log.members.config
-            raise ConfigError(
-                f"{config.store / CONFIG_NAME} lacks node {row.name} (region {row.region}, at "
-                f"{row.path}) of the store: put it back, and use 'fusestore node remove'."
-            )
-        at = replayed.durable_id if row.in_sync else CommitId(row.holds, row.checksum)
-        owner.standing.recorded(*at)
-        if replayed.lossy and not owner.in_sync:
-            owner.standing.recorded(store_rows.NEVER_WHOLE)
-    for node, first in store_rows.decode_swept(engine.get(store_rows.SWEPT_KEY)).items():
-        if node in log.members.by_id:
-            log.members.by_id[node].shards.swept = first
-    for key, value in engine.scan(stripe_rows.SEGMENTS_START, stripe_rows.SEGMENTS_END):
-        if tables.readable(key, value):
-            node, segment = stripe_rows.decode_segment_key(key)
-            owner = log.members.by_id.get(node)
-            if owner is not None:
-                owner.shards.states[segment] = SegmentState.decode(value)
-    if log.read_only:
-        return
-    if not log.members.in_sync:
-        problems = " ".join(m.standing.error for m in log.members.all if m.standing.error)
-        raise ReplayError(
-            "No available node holds every commit: bring one back, then mount again. " + problems
-        )
-
-
 def _adopt_tails(store: Store) -> None:
     """Load stripes that were open at a crash into memory."""
     tails: dict[tuple[int, Code], dict[int, bytes]] = {}
@@ -383,10 +263,12 @@ async def _begin_epoch(store: Store) -> None:
                 journals += take_over(store, member, await member.call(tidy, store, member))
             except FusestoreError as error:
                 member.fail(error)
-    _refuse_without_foreign(log)
+    refuse_without_foreign(log)
     committer.begin_epoch(journals)
-    if log.position.commit == 0 or log.engine.get(store_rows.FORMAT_KEY) != _format(store.config):
-        log.apply({store_rows.FORMAT_KEY: _format(store.config)})
+    if log.position.commit == 0 or log.engine.get(store_rows.FORMAT_KEY) != format_row(
+        store.config
+    ):
+        log.apply({store_rows.FORMAT_KEY: format_row(store.config)})
     given_up = log.engine.get(store_rows.GIVEN_UP_KEY)
     if given_up is not None:  # recover writes it to the database only; the journals need it, too
         log.apply({store_rows.GIVEN_UP_KEY: given_up})
@@ -396,20 +278,6 @@ async def _begin_epoch(store: Store) -> None:
     store.writer.seal_all()
     async with committer.lock:
         await committer.commit_now(checkpoint=True)
-
-
-def _refuse_without_foreign(log: Log) -> None:
-    """ReplayError if too few nodes are left besides those of another history."""
-    members = log.members
-    if not members.foreign or members.can_store(log.code):
-        return
-    names = ", ".join(member.name for member in members.foreign)
-    raise ReplayError(
-        f"{names} {'hold' if len(members.foreign) > 1 else 'holds'} another history than the "
-        "metadata, and too few other nodes are left. Bring the nodes of this history back; or "
-        "move the metadata away, keep it, and run 'fusestore recover "
-        f"{members.config.store}', which names the histories and lets you choose."
-    )
 
 
 async def _finish(store: Store) -> None:
