@@ -110,6 +110,10 @@ class DamagedMetadataError(MetadataError):
     """The metadata database is damaged; its rows can be rebuilt from the journals."""
 
 
+class ComparisonError(MetadataError):
+    """There is no place to compare the metadata with the journals: nothing is known of it."""
+
+
 class BadRowError(DamagedMetadataError):
     """A row of the metadata does not match its checksum."""
 

@@ -108,6 +108,10 @@ def _check_writable(descriptor: int, found: os.stat_result) -> None:
             raise
 
 
+class _EndError(OSError):
+    """A file ends before the bytes that were wanted: nothing is unknown about them."""
+
+
 class _Segment:
     """An open segment; the descriptor is closed after its last use."""
 
@@ -208,7 +212,7 @@ class DirectoryNode:
             kind: type[NodeError] = NodeError
             if error.errno in _FULL:
                 kind = NodeFullError
-            elif error.errno in (errno.ENOENT, errno.ENODATA):
+            elif error.errno == errno.ENOENT or isinstance(error, _EndError):
                 kind = NodeLacksError
             elif error.errno == errno.EROFS:
                 kind = NodeReadOnlyError
@@ -452,7 +456,7 @@ class DirectoryNode:
             while len(data) < length:
                 more = os.pread(source.fd, length - len(data), offset + len(data))
                 if not more:
-                    raise OSError(errno.ENODATA, f"it ends before byte {offset + length}")
+                    raise _EndError(errno.ENODATA, f"it ends before byte {offset + length}")
                 data += more
             return data
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -80,6 +81,46 @@ class Away:
             return open_node(config, node, **named)
 
         return opener
+
+
+# --- a scrub -------------------------------------------------------------------------
+
+
+@pytest.mark.expects_log(r"The scrub is paused: ")
+async def test_a_scrub_that_trouble_paused_continues_by_itself(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that a person paused does not."""
+    config = limited(config, repair_batch=1, retry_seconds_max=2.0)
+    async with opened(config) as one:
+        for number in range(6):
+            await one.put(f"f{number}", os.urandom(2 * MIB))
+        await one.store.committer.commit()
+        scrubber = one.store.scrubber
+        away = Away(monkeypatch, {config.nodes[1].name, config.nodes[2].name})
+        await scrubber.command("start", 20e6, wait=False, alone=False, progress=lambda m: None)
+        for member in one.store.log.members.all[1:]:
+            member.fail(NodeError("gone, as told"))
+        await one.put("more", b"more")
+        with suppress(NotDurableError):
+            await one.store.committer.commit()
+        await breaks(one)
+        with trio.fail_after(30):
+            while scrubber.scrub.state != "paused":  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        await trio.sleep(0.5)
+        assert scrubber.scrub.state == "paused"
+        assert scrubber.scrub.problem
+        away.names.clear()
+        await writable(one)
+        with trio.fail_after(30):
+            while scrubber.scrub.state != "done":  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        assert scrubber.scrub.found == 0
+        await scrubber.command("start", 20e6, wait=False, alone=False, progress=lambda m: None)
+        await scrubber.command("pause", None, wait=False, alone=False, progress=lambda m: None)
+        await trio.sleep(0.5)
+        assert (scrubber.scrub.state, scrubber.scrub.problem) == ("paused", "")
 
 
 # --- what is in memory ---------------------------------------------------------------

@@ -34,6 +34,7 @@ from fusestore.metadata.engine import ROWS
 from fusestore.rescue.fsck import fsck
 from fusestore.rescue.recover import recover
 from fusestore.store.opening import open_store
+from fusestore.watch.health import status_of
 from support.filled_store import shard_bytes
 from support.logs import MENDED, NO_STRIPE, NOT_IN_TABLES, NOT_MENDED, SEGMENT_KEPT
 from support.opened_store import Opened, limited, make, opened, scrub
@@ -363,7 +364,7 @@ async def test_without_journals_nothing_is_guessed(
         await one.checkpoint()
         found = await fsck(one.store, repair=False, at_rest=False)
         assert any("bring all nodes back" in text for text in found["left"])
-        assert (await scrub(one))["found"] >= 1
+        assert (await scrub(one))["unread"] == 1
         assert one.store.log.rows_in_doubt > 0
     async with open_store(config, background=False) as store:
         mended = await fsck(store, repair=True, at_rest=True)
@@ -372,6 +373,33 @@ async def test_without_journals_nothing_is_guessed(
     async with opened(load(config.store)) as one:
         assert one.store.log.mended
         await all_right(one)
+
+
+@pytest.mark.parametrize("change", [*ROTTEN[:3], *GONE[:3]], ids=named)
+@pytest.mark.expects_log(MENDED, NOT_MENDED, r"The metadata cannot be mended", NOT_IN_TABLES)
+async def test_without_room_to_compare_nothing_is_called_safe_or_lost(
+    config: StoreConfig, change: Callable[[Rows], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither is a sound store called damaged; with room again, all is mended."""
+    monkeypatch.setattr(row_check, "_free", lambda directory: 1 << 20)
+    async with open_store(config, background=False) as store:
+        found = await fsck(store, repair=False, at_rest=True)
+        (left,) = found["left"]
+        assert "for want of room" in left
+        assert "recover" not in left
+        assert "opened" not in left
+    change_stored(config, change)
+    async with opened(config) as one:
+        done = await scrub(one)
+        assert (done["found"], done["unread"]) == (0, 1)
+        status = status_of(await one.store.status())
+        assert not status.healthy
+        assert "rows of the metadata are damaged" in status.summary
+        monkeypatch.undo()
+        done = await scrub(one)
+        assert (done["found"] > 0, done["unread"]) == (True, 0)
+        await all_right(one)
+        assert "rows of the metadata" not in status_of(await one.store.status()).summary
 
 
 @pytest.mark.parametrize("change", GONE, ids=named)

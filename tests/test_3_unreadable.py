@@ -7,12 +7,14 @@ while the history is in doubt.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -25,14 +27,15 @@ from fusestore.format import store_rows
 from fusestore.format.records import Kind, SegmentKind
 from fusestore.format.segment_numbers import segment_path
 from fusestore.format.store_rows import LogPosition
-from fusestore.log.journal_scan import BLOCKS_TRIED_MAX
+from fusestore.log.journal_scan import BLOCKS_TRIED_MAX, read_journals
 from fusestore.members.opening import open_node
 from fusestore.metadata.engine import Engine
+from fusestore.nodes.directory import DirectoryNode
 from fusestore.rescue.fsck import fsck
 from fusestore.store.opening import open_store
 from support.faults import BadSectors
 from support.logs import FOREIGN_FILES, UNREAD_FILE
-from support.opened_store import REGIONS, Opened, healthy, make, opened, repair
+from support.opened_store import REGIONS, Opened, healthy, limited, make, opened, repair
 from support.recovery import (
     command,
     copy_tree,
@@ -98,6 +101,55 @@ def gives_no_bad_advice(error: BaseException) -> None:
     text = str(error)
     assert "readable" in text, text
     assert "accept" not in text, text
+
+
+# --- segments that become shorter while they are read
+
+
+@pytest.mark.parametrize("ahead", [1, 4095, 4096, (1 << 20) - 1, 1 << 20, 4 << 20])
+async def test_a_segment_that_is_cut_while_it_is_read_lacks_nothing(
+    config: StoreConfig, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit cuts what was allocated ahead: its reader found the old size before."""
+    await lived(config, 40)
+    nodes = [(at.name, open_node(config, at, read_only=True)) for at in config.nodes]
+    right = read_journals(config.uuid, nodes)
+    cut: set[tuple[object, int]] = set()
+    true_size = DirectoryNode.size
+
+    def size(node: DirectoryNode, kind: SegmentKind, segment: int) -> int:
+        found = true_size(node, kind, segment)
+        if (node, segment) in cut:
+            return found
+        cut.add((node, segment))
+        return found + ahead
+
+    monkeypatch.setattr(DirectoryNode, "size", size)
+    found = read_journals(config.uuid, nodes)
+    assert found.unreadable == []
+    assert [entry.holders for entry in found.entries()] == [e.holders for e in right.entries()]
+    assert len(list(found.entries())) > 40
+    for _, node in nodes:
+        node.close()
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_scrubs_of_a_store_in_use_find_nothing(config: StoreConfig, seed: int) -> None:
+    """Journals are rolled, cut and deleted while they are compared."""
+    config = limited(config, journal_segment_bytes=64 << 10, dump_journal_bytes_min=64 << 10)
+    random = Random(seed)
+    async with opened(config) as one, trio.open_nursery() as nursery:
+
+        async def write_on() -> None:
+            for number in itertools.count():
+                await one.put(f"f{number % 50}", random.randbytes(random.randrange(1, 9000)))
+                await one.store.committer.commit()
+
+        nursery.start_soon(write_on)
+        for _ in range(12):
+            done = await scrubbed(one)
+            assert (done["found"], done["unread"]) == (0, 0)
+        nursery.cancel_scope.cancel()
 
 
 # --- one bad sector in each of some nodes

@@ -384,6 +384,7 @@ NO_SCRUB = {
     "found": 0,
     "left": 0,
     "unread": 0,
+    "problem": "",
     "eta_seconds": None,
 }
 STATUS: dict[str, Any] = {

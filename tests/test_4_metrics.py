@@ -302,7 +302,7 @@ def test_a_view_outlives_its_engine(tmp_path: Path) -> None:
 
 
 NODE = NodeStatus("a", "a", "/a", 1.0, False, "up", True, "", 0, 0, 0, 0, 0)
-SCRUB = ScrubStatus("never", "", "", None, 0.0, 0.0, 0, 0, 0, 0, 0, 0, 0, 0, None)
+SCRUB = ScrubStatus("never", "", "", None, 0.0, 0.0, 0, 0, 0, 0, 0, 0, 0, 0, "", None)
 STATUS = Status(
     healthy=True, error="", metadata_error="", readable=True, read_only=False, store="/s",
     uuid="u", code="2+1", regions_borne=1, unsafe_codes=(), files=1, bytes=0, bytes_total=10**9,

@@ -211,7 +211,7 @@ def quota() -> None:
     """
 
 
-def _limit(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
+def _limit(_: click.Context, option: click.Parameter, value: str | None) -> int | None:
     """Parse a limit: a number, for bytes with a unit, or `none` for no limit."""
     from ..format.file_rows import NO_LIMIT
 

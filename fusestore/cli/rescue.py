@@ -92,7 +92,12 @@ def recover(
             raise UsageError(f"There is no directory {store}.")
         with lock_store(store):
             result = make_metadata(
-                store, extra, metadata, accept_loss=accept_loss, progress=bar.show
+                store,
+                extra,
+                metadata,
+                accept_loss=accept_loss,
+                history=history,
+                progress=bar.show,
             )
     if as_json:
         print_json(result)

@@ -10,25 +10,25 @@ All functions here block, and must be called in a thread.
 
 from __future__ import annotations
 
-import errno
 import logging
+import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
 
-from ..errors import DamagedMetadataError, MetadataError, ReplayError
+from ..errors import ComparisonError, DamagedMetadataError, MetadataError, ReplayError
 from ..format import keys, store_rows
 from ..format.row_sums import RowSums, unseal
 from ..format.store_rows import LogPosition
 from ..format.tables import TABLES
 from ..limits import Limits
 from ..log.journal_scan import read_journals
-from ..metadata.engine import Engine
+from ..metadata.engine import DATABASE, Engine
 from ..metadata.view import View
 from ..nodes.base import Node
 from .load_tables import load_tables
@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 SCRATCH_NAME = "comparing"
 """In the metadata directory, while the tables are compared with the journals."""
+_ROOM_MIN = 8 << 20
+"""The least that a comparison takes, in bytes."""
 _LET_OTHERS_ROWS = 256
 _CAUTIOUS = (store_rows.NODES_KEY, store_rows.GIVEN_UP_KEY)
 
@@ -124,7 +126,7 @@ def wrong_rows(
     metadata: Path,
     limits: Limits,
 ) -> list[WrongRow]:
-    """The rows that differ from the journals of these nodes; ReplayError.
+    """The rows that differ from the journals of these nodes; ReplayError, ComparisonError.
 
     Rows that changed since the checkpoint are in memory, and are not compared.
     """
@@ -140,25 +142,49 @@ def wrong_rows(
     if at is None:
         raise ReplayError(f"No readable journal holds commit {position.commit}.")
     journals.keep_history(at)
-    scratch = metadata / SCRATCH_NAME
-    shutil.rmtree(scratch, ignore_errors=True)
+    with _scratch(metadata, limits) as scratch, closing(Engine(scratch, limits=limits)) as right:
+        load_tables(right, journals, lambda progress: None, position)
+        with right.view() as rows:
+            return list(_differences(view, rows))
+
+
+@contextmanager
+def _scratch(metadata: Path, limits: Limits) -> Iterator[Path]:
+    """Make a directory with room for the tables; ComparisonError."""
+    here = metadata / SCRATCH_NAME
+    shutil.rmtree(here, ignore_errors=True)
+    elsewhere = Path(tempfile.gettempdir())
+    made, needed, kept = None, _ROOM_MIN, limits.reserve_bytes
     try:
-        try:
-            scratch.mkdir(mode=0o700)
-        except OSError as error:
-            if error.errno != errno.EROFS:
-                raise
-            scratch = Path(tempfile.mkdtemp(prefix="fusestore-"))
-        with closing(Engine(scratch, limits=limits)) as right:
-            load_tables(right, journals, lambda progress: None, position)
-            with right.view() as rows:
-                return list(_differences(view, rows))
-    except OSError as error:
-        raise MetadataError(
-            f"The metadata cannot be compared with the journals in {scratch}: {error.strerror}."
+        needed += (metadata / DATABASE).stat().st_blocks * 512 * 5 // 4
+        if _free(metadata) >= needed + kept:
+            made = here
+            made.mkdir(mode=0o700)
+        elif _free(elsewhere) >= needed:
+            made = Path(tempfile.mkdtemp(prefix="fusestore-"))
+        else:
+            raise ComparisonError(
+                "The metadata cannot be compared with the journals for want of room: this takes "
+                f"about {needed >> 20} MiB in {elsewhere}, or {(needed + kept) >> 20} MiB in "
+                f"{metadata}."
+            )
+        yield made
+    except (ComparisonError, DamagedMetadataError):
+        raise
+    except (OSError, MetadataError) as error:
+        raise ComparisonError(
+            f"The metadata cannot be compared with the journals in {made or metadata}, which takes "
+            f"about {needed >> 20} MiB there: {error.__cause__ or error}."
         ) from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def _free(directory: Path) -> int:
+    """Return the free bytes where a directory may be made; 0 if it may not."""
+    found = os.statvfs(directory)
+    return 0 if found.f_flag & os.ST_RDONLY else found.f_bavail * found.f_frsize
 
 
 def _differences(view: View, right: View) -> Iterator[WrongRow]:
@@ -214,7 +240,7 @@ def mend_at_rest(
     """Mend a database that is not in use yet from the journals; the rows that were wrong.
 
     The rows come from the journals, and are therefore written to the database only;
-    ReplayError if the journals do not have them, DamagedMetadataError.
+    ReplayError if the journals do not have them, ComparisonError, DamagedMetadataError.
     """
     with engine.view() as view:
         wrong = wrong_rows(view, store, nodes, metadata, engine.limits)

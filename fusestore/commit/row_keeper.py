@@ -11,7 +11,14 @@ import logging
 
 import trio
 
-from ..errors import DamagedMetadataError, MetadataError, NodeError, NotDurableError, ReplayError
+from ..errors import (
+    ComparisonError,
+    DamagedMetadataError,
+    MetadataError,
+    NodeError,
+    NotDurableError,
+    ReplayError,
+)
 from ..format import store_rows, stripe_rows
 from ..format.records import Changes
 from ..format.store_rows import Counters
@@ -73,12 +80,12 @@ class RowKeeper:
     async def mend(self, *, thorough: bool = False) -> list[str]:
         """Mend rows from the journals; a line for each wrong row.
 
-        ReplayError or DamagedMetadataError if the right values are not available.
+        ReplayError, ComparisonError or DamagedMetadataError if the right values are not available.
         """
         async with self._busy:
             try:
                 found, rows = await self.compare(thorough=thorough)
-            except (ReplayError, DamagedMetadataError):
+            except (ReplayError, ComparisonError, DamagedMetadataError):
                 self._log.rows_in_doubt += 1
                 raise
             if found.is_right and not rows:
@@ -92,6 +99,7 @@ class RowKeeper:
             changes = still_wrong(self._log.engine, rows)
             self._apply(changes)
             self._log.rows_mended += len(changes)
+            self._log.rows_in_doubt = 0  # all rows were compared
             self._log.engine.recount()
             async with self._committer.lock:
                 await self._committer.commit_now(checkpoint=True)

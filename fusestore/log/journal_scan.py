@@ -216,8 +216,8 @@ class _SegmentReader:
             return
         try:
             yield start, self.node.read(SegmentKind.JOURNAL, segment, start, end - start)
-        except NodeLacksError as error:  # the file became shorter meanwhile
-            logger.info("%s", error)
+        except NodeLacksError:  # it became shorter meanwhile: its end was allocated ahead
+            yield from self._rest(segment, start, end)
         except (NodeIdentityError, NodeTimeoutError):
             raise
         except NodeError as error:
@@ -228,6 +228,20 @@ class _SegmentReader:
             middle = start + max((end - start) // 2 // _BLOCK_BYTES, 1) * _BLOCK_BYTES
             yield from self._pieces(segment, start, middle)
             yield from self._pieces(segment, middle, end)
+
+    def _rest(self, segment: int, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+        """Yield what there is now of start <= i < end, of which there was more before."""
+        try:
+            now = self.node.size(SegmentKind.JOURNAL, segment)
+        except NodeLacksError as error:  # a metadata dump has replaced it
+            logger.info("%s", error)
+            return
+        if start < now < end:
+            yield from self._pieces(segment, start, now)
+        elif now >= end:
+            path = segment_path(SegmentKind.JOURNAL, segment)
+            problem = f"Node {self.name} cannot read {path}: it ends before byte {end}."
+            self._note(segment, start, end, problem)
 
     def _note(self, segment: int, start: int, end: int | None, error: str) -> None:
         last = self.unreadable[-1] if self.unreadable else None

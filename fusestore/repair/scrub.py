@@ -43,6 +43,8 @@ REFUSALS = {
 class Scrub(JobRow):
     """The state of a scrub, or the result of the last one."""
 
+    problem: str = ""
+    """Why it is paused although nobody paused it: it continues when this may have passed."""
     position: str = ""
     """The key of the next stripe, in hexadecimal; empty while the journals are read."""
     end: str = ""
@@ -60,7 +62,7 @@ class Scrub(JobRow):
     left: int = 0
     """Shards that are still missing at the end."""
     unread: int = 0
-    """Journal ranges that no node could read."""
+    """Journal ranges that no node could read, and 1 if the metadata could not be mended."""
 
 
 class Scrubber:
@@ -112,13 +114,16 @@ class Scrubber:
         begun = self.scrub.state in ("running", "paused")
         if alone and begun and action in ("start", "resume"):
             if not self.job.is_running:
-                self.job.resume(None)
+                self._continue(None)
         elif action == "start" and not (wait and self.job.is_running):
             self.job.begin(Scrub(rate=rate))
+        elif action == "pause" and self.scrub.state == "paused" and self.scrub.problem:
+            self.scrub.problem = ""
+            self.job.note()
         elif action == "pause":
             self.job.pause()
         elif action == "resume":
-            self.job.resume(rate)
+            self._continue(rate)
         if wait:
             await self.job.wait(self._progress, progress)
         return asdict(self.scrub)
@@ -141,15 +146,29 @@ class Scrubber:
                 except (NodeError, NotDurableError, MetadataError) as error:
                     logger.error("The scrub is paused: %s", error)
                     if self.job.is_running:
+                        self.scrub.problem = str(error)
                         self.job.pause()
             if not self.job.is_running:
                 # The clock may be set meanwhile, and does not run while the machine sleeps.
                 await self.job.changed(min(self._until_due(), LOOK_SECONDS))
                 if self.scrub.state in ("never", "done") and self._until_due() <= 0:
                     self.job.begin(Scrub())
+                elif self._may_continue():
+                    self._continue(None)
+
+    def _may_continue(self) -> bool:
+        """Whether a scrub that trouble had paused is to try again."""
+        halted = self.scrub.state == "paused" and self.scrub.problem
+        return bool(halted) and not self._log.broken
+
+    def _continue(self, rate: float | None) -> None:
+        self.scrub.problem = ""
+        self.job.resume(rate)
 
     def _until_due(self) -> float:
         """Seconds until the next scrub by schedule."""
+        if self.scrub.state == "paused" and self.scrub.problem:
+            return self._limits.retry_seconds_max / 10
         if not self._every_days or self.scrub.state == "paused":
             return float("inf")
         # A scrub that skipped nodes is soon repeated: their shards are unverified.
@@ -166,7 +185,7 @@ class Scrubber:
         pace = Pace(self._log, scrub.rate)
         if not scrub.position:
             await self._journals()
-            scrub.found += await self._metadata()
+            await self._metadata()
             scrub.position = stripe_rows.STRIPES_START.hex()
             scrub.total = self._log.counters.stripes
             # Stripes written from now on wait for the next scrub; else this one might not end.
@@ -204,13 +223,13 @@ class Scrubber:
             self.scrub.unread += len(copied.unknown)
             self.scrub.found += max(copied.records, copied.mended)
 
-    async def _metadata(self) -> int:
-        """Verify all rows of the metadata; the number of wrong rows."""
+    async def _metadata(self) -> None:
+        """Verify all rows of the metadata."""
         try:
-            return len(await self._rows.mend())
+            self.scrub.found += len(await self._rows.mend())
         except (MetadataError, ReplayError) as error:
             logger.error("The metadata cannot be mended: %s", error)
-            return 1
+            self.scrub.unread += 1
 
     async def _verify(self, batch: list[tuple[int, Stripe]]) -> None:
         """Read all shards of some stripes, each node in its own thread."""

@@ -137,8 +137,8 @@ async def _rows_of_journals(
             return await store.rows.mend(thorough=at_rest), []
         _, rows = await store.rows.compare(thorough=at_rest)
     except (MetadataError, ReplayError) as error:
-        hint = "bring all nodes back; if all are present, move the metadata away and run recover"
-        return [], [f"rows: {error} ({hint})"]
+        hint = " (bring all nodes back; if all are present, move the metadata away and run recover)"
+        return [], [f"rows: {error}{hint if isinstance(error, ReplayError) else ''}"]
     return list(map(str, rows)), []
 
 

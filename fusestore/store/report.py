@@ -117,7 +117,7 @@ class Reporter:
         except OSError:
             metadata_bytes = 0
         return {
-            "healthy": whole and not problem and not metadata_problem,
+            "healthy": whole and not problem and not metadata_problem and not log.rows_in_doubt,
             "store": str(self._config.store),
             "uuid": str(self._config.uuid),
             "code": str(log.code),

@@ -55,12 +55,14 @@ async def mend_rows(config: StoreConfig, engine: Engine, *, read_only: bool) -> 
         )
     except (ReplayError, MetadataError) as error:
         others = ", ".join(examined.miscounted)
+        hint = " Bring all nodes back, or run 'fusestore recover'."
         logger.error(
             "The metadata is damaged (%d rows do not match their checksum%s), and the journals do "
-            "not give the right values: %s Bring all nodes back, or run 'fusestore recover'.",
+            "not give the right values: %s%s",
             len(examined.bad),
             f"; rows are gone or old in {others}" if others else "",
             error,
+            hint if isinstance(error, ReplayError) else "",
         )
         return MendedRows(doubt=_DOUBT)
     finally:

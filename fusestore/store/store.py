@@ -94,11 +94,12 @@ class Store:
 
     def warnings(self) -> list[str]:
         """Return a sentence for each node that is not up."""
-        return [
-            f"Node {member.name} is {member.state}: {member.standing.error}" + self._advice(member)
-            for member in self.log.members.all
-            if member.state is not State.UP
-        ]
+        found = []
+        for member in self.log.members.all:
+            if member.state is not State.UP:
+                why = f": {member.standing.error}" if member.standing.error else "."
+                found.append(f"Node {member.name} is {member.state}{why}{self._advice(member)}")
+        return found
 
     def _advice(self, member: Member) -> str:
         if member.state is State.FOREIGN:  # its error has the remedy

@@ -105,7 +105,7 @@ def _of_operations(seen: Observation) -> Iterator[Metric]:
     )
     yield _counter("failed_reads", "Reads that failed with EIO.", status.failed_reads)
     yield _counter("rows_mended", "Wrong rows that were mended.", status.rows_mended)
-    yield _counter("rows_in_doubt", "Wrong rows that only fsck can mend.", status.rows_in_doubt)
+    yield _gauge("rows_in_doubt", "Wrong rows that only fsck can mend.", status.rows_in_doubt)
 
 
 def _of_store(seen: Observation) -> Iterator[Metric]:

@@ -84,6 +84,8 @@ class Scrub:
     """Shards still missing at the end."""
     unread: int
     """Places of journals that no node could read."""
+    problem: str
+    """Why it is paused although nobody paused it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,8 @@ def verdict(status: Status) -> str:
     if status.unsafe_codes:
         codes = ", ".join(status.unsafe_codes)
         problems.append(f"code {codes} does not survive the loss of a region")
+    if status.rows_in_doubt:
+        problems.append("rows of the metadata are damaged: run 'fusestore fsck --repair'")
     if status.healthy and not problems:
         regions = _regions(status.regions_borne)
         return f"All data is safe: every node is up, and any {regions} may be lost."
@@ -102,7 +104,8 @@ def scrub_text(status: Status) -> str:
     if scrub.state == "done":
         return f"done {finished_text(scrub)}, {found_text(scrub)}{left_over_text(scrub)}"
     share = 100 * scrub.stripes // max(scrub.total, scrub.stripes, 1)
-    return f"{scrub.state}, {share} %, {found_text(scrub)}{_time_left(scrub.eta_seconds)}"
+    text = f"{scrub.state}, {share} %, {found_text(scrub)}{_time_left(scrub.eta_seconds)}"
+    return f"{text}; it continues by itself: {scrub.problem}" if scrub.problem else text
 
 
 def finished_text(scrub: Scrub) -> str:

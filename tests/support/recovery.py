@@ -7,14 +7,16 @@ import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+from click.testing import CliRunner
 from xxhash import xxh3_64_intdigest
 
+from fusestore.cli import rescue
 from fusestore.config.owner_record import OWNER_NAME
 from fusestore.config.store_config import StoreConfig
 from fusestore.format.records import Header, Place, SegmentKind, records
 from fusestore.rescue.recover import recover
-from fusestore.serve.control_server import lock_store
 from support.mounted_store import FUSESTORE, REPOSITORY
 from support.opened_store import opened
 
@@ -61,24 +63,35 @@ def recovered(
     metadata: Path | None = None,
     history: str = "",
 ) -> dict[str, Any]:
-    """Recover as the command does; the nodes must be as they were before."""
+    """Run the command in this process, with the limits of `config`; return its report.
+
+    FusestoreError as the command reports it.  The nodes must be as they were before.
+    """
     roots = [path for path in (*(node.path for node in config.nodes), *extra) if path.exists()]
     before = fingerprint(*roots)
     told: list[dict[str, Any]] = []
-    try:
-        with lock_store(config.store):
-            return recover(
-                config.store,
-                extra,
-                metadata,
-                accept_loss=accept_loss,
-                history=history,
-                progress=told.append,
-                limits=config.limits,
-            )
-    finally:
-        assert fingerprint(*roots) == before
-        assert all(0 <= message["done"] <= message["total"] for message in told), told
+    reports: list[dict[str, Any]] = []
+
+    def run(*arguments: Any, **options: Any) -> dict[str, Any]:
+        reports.append(recover(*arguments, **options | {"progress": told.append}, limits=limits))
+        return reports[-1]
+
+    limits = config.limits
+    options = [
+        *(f"--from={path}" for path in extra),
+        *([f"--metadata={metadata}"] if metadata is not None else []),
+        *(["--accept-loss"] if accept_loss else []),
+        *([f"--history={history}"] if history else []),
+    ]
+    with patch("fusestore.rescue.recover.recover", run):
+        done = CliRunner().invoke(
+            rescue.recover, [os.fspath(config.store), *options], standalone_mode=False
+        )
+    assert fingerprint(*roots) == before
+    assert all(0 <= message["done"] <= message["total"] for message in told), told
+    if done.exception is not None:
+        raise done.exception
+    return reports[0]
 
 
 def forget(config: StoreConfig) -> None:
