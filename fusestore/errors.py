@@ -193,6 +193,10 @@ class NoSpaceError(FileSystemError):
     """The store is full, except for its reserve."""
 
 
+class ShortageError(FileSystemError):
+    """Everything is stored, but a node had no room for its shard: too few losses are survived."""
+
+
 class BacklogError(FileSystemError):
     """Too many bytes of names and attributes wait in memory for a checkpoint: try again."""
 

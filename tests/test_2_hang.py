@@ -26,7 +26,7 @@ from support.faults import HangingNode
 from support.logs import HUNG, METADATA_STALL, OUT_OF_USE, SLOW, WAITED_FOR
 from support.opened_store import Opened, limited, opened
 
-pytestmark = pytest.mark.expects_log(HUNG, METADATA_STALL, SLOW)
+pytestmark = pytest.mark.expects_log(HUNG, METADATA_STALL, SLOW, WAITED_FOR)
 
 DEADLINE = 0.6
 

@@ -22,6 +22,7 @@ from fusestore.config.store_config import StoreConfig, load
 from fusestore.errors import FusestoreError, NodeError, ReplayError
 from fusestore.files.filesystem import FileSystem
 from fusestore.members.standing import State
+from fusestore.repair.risk import Safety
 from fusestore.rescue.fsck import fsck
 from fusestore.serve.offline import unwrapped
 from fusestore.store.opening import open_store
@@ -118,6 +119,28 @@ async def rolled_back(base: Path, *, mounts: int, dumped: bool = False) -> Rolle
     instead(base / "image", config.store)
     shutil.rmtree(config.nodes[2].path)
     return Rolled(config, files, lost, base / "nas")
+
+
+@pytest.mark.expects_log(DROPPED, OTHER_HISTORY, LOST_STRIPE)
+async def test_a_foreign_region_counts_as_absent_while_nothing_is_mounted(tmp_path: Path) -> None:
+    """risk, status and fsck of a store at rest judge its nodes as a mount does."""
+    rolled = await rolled_back(tmp_path, mounts=3)
+    config = rolled.config
+    await write(config, small("new", "new", "both"))
+    rolled.nas.rename(config.nodes[2].path)
+    before = journals_of(config.nodes[2].path)
+    for away in (False, True):
+        if away:
+            config.nodes[1].path.rename(tmp_path / "away")
+        async with open_store(config, read_only=True, background=False) as store:
+            status = await store.status()
+            assert not status["healthy"]
+            assert status["nodes"][2]["state"] == "foreign"
+            risk = await Safety(store.log, store.reader).risk([])
+            assert bool(risk["lost_stripes"]) is away
+            found = await fsck(store, repair=False, at_rest=True)
+            assert not any("lies where another does" in text for text in found["findings"])
+    assert untouched(before, config.nodes[2].path)
 
 
 @pytest.mark.parametrize("dumped", [False, True])

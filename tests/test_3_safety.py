@@ -7,16 +7,20 @@ node's, shards and journals alike.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+from click.testing import CliRunner
 
+from fusestore.cli.main import cli
 from fusestore.config.mkfs import make_store
 from fusestore.config.store_config import StoreConfig, load
 from fusestore.errors import NodeError, UsageError
@@ -30,7 +34,8 @@ from fusestore.rescue.recover import recover
 from fusestore.serve.commands import Context, handlers
 from fusestore.serve.messages.safety import ScrubRequest
 from fusestore.serve.offline import offline
-from support.logs import CORRUPT, GONE, NOT_WHERE_ITS_ROW_SAYS, OUT_OF_USE, SCRUBBED
+from fusestore.store.opening import open_store
+from support.logs import CORRUPT, GONE, LOST_STRIPE, NOT_WHERE_ITS_ROW_SAYS, OUT_OF_USE, SCRUBBED
 from support.opened_store import REGIONS, Opened, healthy, limited, loses_a_region, opened
 
 
@@ -47,6 +52,11 @@ async def do(one: Opened, command: str, **arguments: Any) -> dict[str, Any]:
     """A command as the daemon of a mounted store does it."""
     handler = handlers(Context(one.store, one.files))[command]
     return await handler(arguments, lambda message: None)
+
+
+async def filled(config: StoreConfig) -> None:
+    async with opened(config) as one:
+        await fill(one)
 
 
 async def fill(one: Opened, names: str = "abc") -> dict[str, bytes]:
@@ -272,6 +282,45 @@ async def test_risk_says_what_would_be_lost(config: StoreConfig) -> None:
         now = await do(one, "risk")
         assert set(now["by_regions"]) == {str(m // per_region - 1)}
         assert (now["next_region_loses"] == []) is (m // per_region >= 2)
+
+
+@pytest.mark.expects_log(CORRUPT, SCRUBBED, LOST_STRIPE)
+def test_a_scrub_is_no_success_while_shards_are_missing(tmp_path: Path) -> None:
+    """The second scrub finds nothing new, and what it read it does not call verified."""
+    config = make_store(tmp_path / "store")
+    trio.run(filled, config)
+    for node in config.nodes[:2]:
+        for path in (node.path / "shards").iterdir():
+            path.write_bytes(bytes(path.stat().st_size))
+    told = []
+    for _ in range(3):
+        done = CliRunner().invoke(cli, ["scrub", str(config.store), "start", "--wait", "--json"])
+        assert done.exit_code == 1, done.output
+        told.append(json.loads(done.stdout))
+    assert told[0]["found"] > 0
+    assert [one["found"] for one in told[1:]] == [0, 0]
+    assert all(one["left"] == told[0]["found"] for one in told)
+    assert told[1]["shards"] == told[0]["shards"] - told[0]["found"]
+
+
+@pytest.mark.expects_log(OUT_OF_USE, r"Too few nodes")
+async def test_the_codes_of_old_files_count(tmp_path: Path) -> None:
+    """fusestore.toml says the code of new files only."""
+    config = make_store(tmp_path / "store", code=Code(2, 1))
+    await filled(config)
+    for code in (Code(1, 2), Code(4, 2)):
+        changed = replace(config, code=code)
+        async with open_store(changed, read_only=True, background=False) as store:
+            assert (await store.status())["regions_borne"] == 1
+        async with opened(changed) as one:
+            assert (await one.store.status())["regions_borne"] == 1
+        config = changed
+    async with opened(replace(config, code=Code(1, 2))) as one:
+        shutil.rmtree(config.nodes[0].path)
+        status = await one.store.status()
+        assert (status["regions_borne"], status["readable"]) == (0, True)
+        shutil.rmtree(config.nodes[1].path)
+        assert not (await one.store.status())["readable"]
 
 
 @pytest.mark.parametrize("region", REGIONS)

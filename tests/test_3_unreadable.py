@@ -31,6 +31,7 @@ from fusestore.log.journal_scan import BLOCKS_TRIED_MAX, read_journals
 from fusestore.members.opening import open_node
 from fusestore.metadata.engine import Engine
 from fusestore.nodes.directory import DirectoryNode
+from fusestore.repair.risk import Safety
 from fusestore.rescue.fsck import fsck
 from fusestore.store.opening import open_store
 from support.faults import BadSectors
@@ -152,6 +153,22 @@ async def test_scrubs_of_a_store_in_use_find_nothing(config: StoreConfig, seed: 
         nursery.cancel_scope.cancel()
 
 
+async def test_journals_that_cannot_be_read_are_no_copies(
+    config: StoreConfig, bad: BadSectors
+) -> None:
+    """While nothing is mounted, nothing rewrites them: status and risk say it."""
+    await lived(config)
+    for node in (0, 1):
+        for path in (config.nodes[node].path / "journal").iterdir():
+            bad.add(path, 0, path.stat().st_size)
+    async with open_store(config, read_only=True, background=False) as store:
+        status = await store.status()
+        assert not status["healthy"]
+        assert REGIONS[0] in status["metadata_error"]
+        assert REGIONS[1] in status["metadata_error"]
+        assert (await Safety(store.log, store.reader).risk([]))["metadata_regions"] == 1
+
+
 # --- one bad sector in each of some nodes
 
 
@@ -230,7 +247,7 @@ async def test_a_damaged_segment_is_mended_after_the_mount(
     before = path.read_bytes()
     inode = path.stat().st_ino
     async with opened(config) as one:
-        one.store.comeback.damaged = {REGIONS[1]}  # as if the checkpoint had been older
+        one.store.log.unread_journals = {REGIONS[1]}  # as if the checkpoint had been older
         await one.store.rejoin.mend_journal(one.store.log.members.all[1])
         assert path.stat().st_ino != inode
         one.store.log.members.all[1].node.check()

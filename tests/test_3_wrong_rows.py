@@ -7,6 +7,7 @@ is right: it was wrong before it was written.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -309,7 +310,7 @@ async def test_a_drained_node_frees_no_place_of_another(
         assert (await scrub(one))["found"] == 0
 
 
-@pytest.mark.parametrize("what", ["payload", "header", "both", "hole", "short", "gone"])
+@pytest.mark.parametrize("what", ["payload", "header", "both", "most", "hole", "short", "gone"])
 @pytest.mark.expects_log(NOT_WHERE_ITS_ROW_SAYS, SCRUBBED)
 async def test_its_own_place_is_used_again(tmp_path: Path, what: str) -> None:
     """A shard that is rotten, torn or gone is written where it was, if that can be told."""
@@ -322,6 +323,10 @@ async def test_its_own_place_is_used_again(tmp_path: Path, what: str) -> None:
         damage(config, place.node, place.segment, place.offset + 100)
     if what in ("header", "both"):
         damage(config, place.node, place.segment, place.offset - 60)
+    if what == "most":
+        with path.open("r+b") as file:
+            file.seek(place.offset - 64)
+            file.write(os.urandom(64 + length * 3 // 4))
     if what == "hole":
         with path.open("r+b") as file:
             file.seek(place.offset - 64)
@@ -335,7 +340,7 @@ async def test_its_own_place_is_used_again(tmp_path: Path, what: str) -> None:
         await scrub(one)
         await all_right(one)
         assert one.rows(b"M") == []
-        doubt = int(what == "both")  # its header and its bytes are wrong: nobody knows it
+        doubt = int(what == "most")  # nobody knows it any more
         assert one.store.log.rows_in_doubt == doubt
         key = stripe_rows.stripe_key(next(one.store.log.batches())[0][0])
         assert one.store.log.engine.get(key) is not None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import os
 import random
 import shutil
@@ -14,7 +16,7 @@ import pytest
 
 from fusestore.limits import XATTR_BYTES_MAX, XATTRS_BYTES_MAX
 from support.disks import Disks, fill, free
-from support.logs import OUT_OF_USE, TOO_FEW_NODES
+from support.logs import LOST_STRIPE, OUT_OF_USE, TOO_FEW_NODES
 from support.mounted_store import Store
 
 pytestmark = pytest.mark.mounted
@@ -77,6 +79,44 @@ def is_well(store: Store) -> None:
     status = store.status()
     assert not status["read_only"], status["error"]
     assert [node["state"] for node in status["nodes"]] == ["up"] * 3
+
+
+# --- one region filled by others ----------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["bytes", "inodes"])
+@pytest.mark.expects_log(
+    *WAITS, LOST_STRIPE, r"What is written has fewer shards", r"has no room for the shards"
+)
+def test_a_commit_with_fewer_shards_is_no_success(
+    disks: Disks, on_disks: Callable[..., tuple[Store, list[Path]]], what: str
+) -> None:
+    """What an fsync covered bears the loss of any region, whoever has filled another one's disk."""
+    made = [disks.tmpfs(f"d{i}", 250, inodes=500) for i in range(3)]
+    store, places = on_disks(*made)
+    put(store.mountpoint / "before", BLOCK)
+    time.sleep(8)
+    if what == "bytes":
+        fill(places[0] / "junk")
+    else:
+        (places[0] / "junk").mkdir()
+        with contextlib.suppress(OSError):
+            for number in itertools.count():
+                (places[0] / "junk" / str(number)).touch()
+    acknowledged, errors = dict[int, bytes](), set()
+    for number in range(40):
+        data = BLOCK * (20 if number < 2 else 1)  # room is measured at commits only
+        try:
+            put(store.mountpoint / f"f{number}", data)
+            acknowledged[number] = data
+        except OSError as error:
+            errors.add(error.errno)
+    assert errors == {errno.ENOSPC}
+    store.umount()
+    shutil.rmtree(places[1] / "n1")
+    store.mount()
+    for number, data in acknowledged.items():
+        assert (store.mountpoint / f"f{number}").read_bytes() == data
 
 
 # --- filled by the store -----------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,14 @@ def disks(tmp_path: Path) -> Iterator[Disks]:
     disks.detach()
 
 
+def sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def remount(disks: Disks, name: str, how: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{how}", disks.top / name], check=True)
 
@@ -49,6 +58,22 @@ def store(request: pytest.FixtureRequest, disks: Disks, log: object) -> Iterator
     store.clean_up()
     for name in names:
         remount(disks, name, "rw")
+
+
+def test_it_is_mounted_although_its_daemon_died(disks: Disks, log: object) -> None:
+    """The socket of the daemon that died cannot be removed."""
+    store = Store(disks.top / "store")
+    store.mount()
+    (store.mountpoint / "f").write_bytes(b"f" * MIB)
+    sync(store.mountpoint)
+    store.kill()
+    remount(disks, "store", "ro")
+    store.mount("ro")
+    assert (store.mountpoint / "f").read_bytes() == b"f" * MIB
+    assert store.status()["read_only"]
+    store.umount()
+    remount(disks, "store", "rw")
+    store.clean_up()
 
 
 def test_it_is_looked_at_and_mounted(store: tuple[Store, str]) -> None:

@@ -52,7 +52,7 @@ def scrub(
     result = do(store, ScrubRequest(action, rate, wait), quiet=quiet, as_json=as_json)
     if not as_json:
         click.echo(scrub_line(result))
-    if result.found or result.unread or result.skipped:
+    if result.found or result.left or result.unread or result.skipped:
         context.exit(1)
 
 

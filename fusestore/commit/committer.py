@@ -53,6 +53,8 @@ class _Round:
 
     done: trio.Event = field(default_factory=trio.Event)
     error: str = ""
+    shortage: str = ""
+    """Why what was committed has fewer shards than it should."""
 
 
 class Committer:
@@ -93,13 +95,14 @@ class Committer:
         """Ask for a commit soon."""
         self._wanted.set()
 
-    async def commit(self) -> None:
+    async def commit(self) -> str:
         """Return when every change made before the call is durable; NotDurableError.
 
-        NoSpaceError if it waits for room on the nodes.
+        Return why it has fewer shards than it should, or an empty string.  NoSpaceError if it
+        waits for room on the nodes.
         """
         if self._log.read_only:
-            return
+            return ""
         if self._may_commit_here():
             self.lock.acquire_nowait()  # unlike `acquire`, without a turn of the loop
             before = self._log.position.commit
@@ -109,7 +112,7 @@ class Committer:
                 self.lock.release()
             if self._log.position.commit == before:  # a caller in a loop must let other tasks run
                 await trio.lowlevel.checkpoint()
-            return
+            return ""
         joined = self._next = self._next or _Round()
         self._wanted.set()
         while not joined.done.is_set():
@@ -119,6 +122,7 @@ class Committer:
                 raise NoSpaceError(self._log.room.waits)
         if joined.error:
             raise NotDurableError(joined.error)
+        return joined.shortage
 
     def _may_commit_here(self) -> bool:
         """Whether a caller may commit itself: nobody else does, and it cannot wait for room.
@@ -129,6 +133,7 @@ class Committer:
         return (
             not self.lock.locked()
             and not self._wanted.is_set()
+            and not self.writer.sealer.shortage
             and self.writer.unflushed <= self._limits.tail_bytes_max
             and first.journal_room is not None
         )
@@ -140,12 +145,16 @@ class Committer:
                 await self._wanted.wait()
             async with self.lock:
                 self._wanted = trio.Event()
-                joined, self._next = self._next or _Round(), None
+                joined, self._next = self._next, None
+                error = ""
                 try:
                     await self.commit_now(cover=pause.cancelled_caught)
-                except NotDurableError as error:
-                    joined.error = str(error)
-            joined.done.set()
+                except NotDurableError as failure:
+                    error = str(failure)
+            if joined is not None:
+                sealer = self.writer.sealer
+                joined.error, joined.shortage, sealer.shortage = error, sealer.shortage, ""
+                joined.done.set()
 
     # --- a new epoch ---------------------------------------------------------
 

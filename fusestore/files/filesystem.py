@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import trio
 
+from ..errors import ShortageError
 from ..format.file_rows import NO_LIMIT
 from ..store.store import Store
 from .attributes import Attributes
@@ -31,7 +32,7 @@ class FileSystem:
         )
         self.quotas = QuotaRoots(store.log, self.tree, nursery)
         self.recoder = Recoder(store, self.tree, self.contents, nursery)
-        self.commit = store.committer.commit
+        self._committer = store.committer
         self.make_room = store.room_maker.make_room
         self.catch_up = store.room_maker.catch_up
 
@@ -40,6 +41,16 @@ class FileSystem:
         if not self.log.read_only:
             self.tree.make_root()
             await self.removal.resume()
+
+    async def commit(self) -> None:
+        """Return when every change made before the call is durable, with all of its shards.
+
+        NotDurableError; NoSpaceError; ShortageError if it is durable, but lacks shards for
+        which a node in use had no room.
+        """
+        shortage = await self._committer.commit()
+        if shortage:
+            raise ShortageError(shortage)
 
     def go_on(self) -> None:
         """Continue the counting of quotas and the recoding of the last mount in the background."""

@@ -61,6 +61,11 @@ def encode_codes(codes: list[Code]) -> bytes:
     return json.dumps([str(code) for code in codes]).encode()
 
 
+def format_code(value: bytes) -> Code:
+    """Return the code of new files at the last mount, from the row that describes the store."""
+    return Code.parse(json.loads(value)["code"])
+
+
 def decode_codes(value: bytes | None) -> list[Code]:
     """Decode the codes that were ever set on a directory or used to recode files."""
     return [Code.parse(text) for text in json.loads(value)] if value else []

@@ -213,8 +213,7 @@ class Topology:
 
     def _codes(self, census: Census) -> set[Code]:
         """Codes that stripes have or new stripes may get."""
-        known = store_rows.decode_codes(self._log.engine.get(store_rows.CODES_KEY))
-        return {self._log.code, *known, *census.codes}
+        return {*self._log.codes(), *census.codes}
 
     def _check_without(self, member: Member, codes: Iterable[Code]) -> None:
         """UsageError if, without a node, a code in use would not survive the loss of a region."""
@@ -263,7 +262,8 @@ class Topology:
             enough = any(other.in_sync for other in others) and members.could_store(
                 self._log.code, {other.id for other in others if other.takes}
             )
-            if not enough and not force and not member.config.offline:
+            used = member.takes or member.in_sync
+            if used and not enough and not force and not member.config.offline:
                 raise UsageError(
                     f"Without {name}, the store could not be written to: too few of the other "
                     "nodes are up. With --force, the mount is read-only until the node is back."

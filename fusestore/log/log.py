@@ -189,6 +189,8 @@ class Log:
         """Wrong rows that were mended, since the mount."""
         self.mended: tuple[str, ...] = ()
         """The wrong rows that were mended when the store was opened."""
+        self.unread_journals: set[str] = set()
+        """Names of the nodes whose journals had places that could not be read at the mount."""
         self.used_at = 0.0
         """When a file was last read or written, by trio's clock."""
         self.journals = trio.Lock()
@@ -306,6 +308,13 @@ class Log:
             and self.engine.get(stripe_rows.missing_key(place.node, number, index)) is None
         )
 
+    def codes(self) -> list[Code]:
+        """Codes that files have or may get, that of new files first."""
+        known = store_rows.decode_codes(self.engine.get(store_rows.CODES_KEY))
+        row = self.engine.get(store_rows.FORMAT_KEY)  # fusestore.toml may have another code now
+        before = [store_rows.format_code(row)] if row else []
+        return list(dict.fromkeys([self.code, *before, *known]))
+
     # --- room ----------------------------------------------------------------
 
     def take_room(self, length: int, code: Code) -> None:
@@ -335,6 +344,7 @@ class Log:
         error = next(iter(full.values()))
         if not self.room.waits:
             logger.error("%s What was accepted waits for room.", error)
+            self.room.waited = trio.Event()
         self.room.waits = f"{error} What was accepted waits for room."
         self.on_wait()
         await trio.sleep(self.limits.full_retry_seconds)
@@ -344,6 +354,7 @@ class Log:
         """Record that what waited for room was written, or given up."""
         if self.room.waits:
             self.room.waits = ""
+            self.room.waited.set()
             logger.info("There is room again.")
 
     async def sample_metadata(self) -> None:

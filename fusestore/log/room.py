@@ -16,6 +16,8 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
+import trio
+
 from ..errors import BacklogError, NoSpaceError
 from ..format.erasure import Code
 from ..format.records import record_length
@@ -60,6 +62,8 @@ class Room:
         """The device of the metadata, and the free bytes within its file."""
         self.waits = ""
         """Why something that was accepted waits for room; empty if nothing does."""
+        self.waited = trio.Event()
+        """Set when that has ended."""
         self.is_short = False
         """Whether a quarter of the reserve of a device was used up at the last sample."""
         self._budget = 0

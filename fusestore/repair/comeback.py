@@ -44,8 +44,6 @@ class Comeback:
         self._wake = trio.Event()
         self._full: set[str] = set()
         """Names of the nodes that had no room for shards that they lack."""
-        self.damaged: set[str] = set()
-        """Names of the nodes whose journals had places that could not be read at the mount."""
         self._hangs: dict[int, int] = {}
         """By node: the calls that hung when it was last retried; it is retried when one ends."""
 
@@ -87,9 +85,10 @@ class Comeback:
         """Rewrite journal segments that could not be read at the mount, from other nodes."""
         async with self._healer.busy:
             for member in self._log.members.in_sync:
-                if member.name in self.damaged:
+                if member.name in self._log.unread_journals:
                     try:
                         await self._rejoin.mend_journal(member)
+                        self._log.unread_journals.discard(member.name)
                     except NodeError as error:
                         self._healer.give_up(member, error)
                     except ReplayError as error:

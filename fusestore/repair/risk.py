@@ -95,7 +95,8 @@ class Safety:
                 regions[more] += 1
                 if more == 0:
                     weakest.append(number)
-        in_sync = {m.config.region for m in self._log.members.in_sync} - set(if_lost)
+        whole = [m for m in self._log.members.in_sync if m.name not in self._log.unread_journals]
+        in_sync = {member.config.region for member in whole} - set(if_lost)
         return {
             "if_lost": sorted(if_lost),
             "stripes": sum(codes.values()),

@@ -16,7 +16,7 @@ import trio
 
 from ..commit.committer import Committer
 from ..commit.row_keeper import RowKeeper
-from ..errors import MetadataError, NodeError, NotDurableError, ReplayError
+from ..errors import MetadataError, NodeError, NoSpaceError, NotDurableError, ReplayError
 from ..format import keys, store_rows, stripe_rows
 from ..format.stripe_rows import Stripe
 from ..log.background_job import BackgroundJob, JobRow, Progress
@@ -143,7 +143,7 @@ class Scrubber:
             if self.job.is_running:
                 try:
                     await self._walk()
-                except (NodeError, NotDurableError, MetadataError) as error:
+                except (NodeError, NoSpaceError, NotDurableError, MetadataError) as error:
                     logger.error("The scrub is paused: %s", error)
                     if self.job.is_running:
                         self.scrub.problem = str(error)
@@ -256,20 +256,22 @@ class Scrubber:
             self._committer.ask()
             return
         for number, row, here in mine:
-            self.scrub.shards += len(here)
-            self.scrub.size += len(here) * row.shard_length
-            for index in bad.get(number, ()):
-                self._damaged(number, row, index)
+            new = sum(self._damaged(number, row, index) for index in bad.get(number, ()))
+            count = len(here) - len(bad.get(number, ())) + new
+            self.scrub.shards += count
+            self.scrub.size += count * row.shard_length
 
-    def _damaged(self, number: int, row: Stripe, index: int) -> None:
-        """Have a bad shard rebuilt, unless it was freed or moved, or is in `missing` already."""
+    def _damaged(self, number: int, row: Stripe, index: int) -> bool:
+        """Have a bad shard rebuilt; False if it was freed or moved, or is in `missing` already."""
         place = row.shards[index]
         now = self._log.stripe(number)
         key = stripe_rows.missing_key(place.node, number, index)
-        if now is not None and now.shards[index] == place and self._log.engine.get(key) is None:
-            logger.warning("Scrub: shard %d of stripe %#x is bad or gone.", index, number)
-            self.scrub.found += 1
-            self._log.apply({key: b""})
+        if now is None or now.shards[index] != place or self._log.engine.get(key) is not None:
+            return False
+        logger.warning("Scrub: shard %d of stripe %#x is bad or gone.", index, number)
+        self.scrub.found += 1
+        self._log.apply({key: b""})
+        return True
 
     async def _finish(self) -> None:
         await self._repairer.healer.heal_all()

@@ -83,7 +83,7 @@ class ServedMount(Protocol):
     def about(self) -> MountStatus:
         """Describe the mount."""
 
-    async def stop(self, mountpoint: str | None, commit: Callable[[], Awaitable[None]]) -> None:
+    async def stop(self, mountpoint: str | None, commit: Callable[[], Awaitable[object]]) -> None:
         """Unmount, and return when everything is committed; UsageError if mounted elsewhere.
 
         MountHeldError, after `commit`, if another mount of the file system remains.
@@ -171,7 +171,7 @@ async def repair(context: Context, request: RepairRequest) -> RepairResult:
 async def risk(context: Context, request: RiskRequest) -> RiskResult:
     """Count how many losses the stripes would survive; add the expected losses if asked."""
     with suppress(NotDurableError):  # what is only in memory has no stripes to count
-        await context.files.commit()
+        await context.store.committer.commit()
     safety = context.safety
     found = await safety.risk(request.if_lost)
     if request.model is not None:
@@ -270,7 +270,7 @@ async def quota(context: Context, request: QuotaRequest) -> QuotaResult:
         await quotas.clear(ino)
     if request.action in ("set", "clear"):
         await quotas.wait(ino)
-        await context.files.commit()
+        await context.store.committer.commit()
     found = await (quotas.all() if request.action == "list" else quotas.above(ino))
     return from_json(QuotaResult, {"quotas": found})
 
@@ -286,7 +286,7 @@ async def recode(context: Context, request: RecodeRequest) -> Recoding:
         except InvalidError as error:
             raise UsageError(str(error)) from None
         await recoder.start(request.inode, code, request.rate)
-    await context.files.commit()  # an acknowledged recoding continues after a crash
+    await context.store.committer.commit()  # an acknowledged recoding continues after a crash
     found = await recoder.wait(context.progress) if request.wait else recoder.status()
     return from_json(Recoding, found)
 
@@ -296,7 +296,7 @@ async def recode(context: Context, request: RecodeRequest) -> Recoding:
 
 async def stop(context: Context, request: StopRequest) -> StopResult:
     """Unmount, and answer when everything is committed."""
-    await context.served.stop(request.mountpoint, context.files.commit)
+    await context.served.stop(request.mountpoint, context.store.committer.commit)
     return StopResult()
 
 

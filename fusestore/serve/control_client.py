@@ -202,7 +202,7 @@ class ControlClient:
         """Connect to the daemon of an open directory; OSError."""
         try:
             connection.connect(socket_address(directory))
-        except FileNotFoundError:
+        except (FileNotFoundError, ConnectionRefusedError):  # or that of a daemon that died
             connection.connect(abstract_address(directory))
             data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size)
             _, uid = parse_peer(data)

@@ -291,8 +291,11 @@ class _Connection:
 
 def _listen(directory_fd: int) -> socket.socket:
     """Open a listening socket in an open directory, or without a file; OSError."""
-    with contextlib.suppress(OSError):  # binding fails if it is still there
+    writable = True
+    try:
         os.unlink(SOCKET_NAME, dir_fd=directory_fd)
+    except OSError as error:  # binding fails if it is still there
+        writable = error.errno not in NOT_WRITABLE
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         # Linux gives the name the mode of the socket, so the name never has another mode.
@@ -300,7 +303,7 @@ def _listen(directory_fd: int) -> socket.socket:
         try:
             listening.bind(socket_address(directory_fd))
         except OSError as error:
-            if error.errno not in NOT_WRITABLE:
+            if writable and error.errno not in NOT_WRITABLE:
                 raise
             listening.bind(abstract_address(directory_fd))
         listening.listen(16)

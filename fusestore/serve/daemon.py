@@ -173,7 +173,7 @@ class _Daemon:
             self._unmounted.set()
             pyfuse3.close()
 
-    async def stop(self, mountpoint: str | None, commit: Callable[[], Awaitable[None]]) -> None:
+    async def stop(self, mountpoint: str | None, commit: Callable[[], Awaitable[object]]) -> None:
         """Unmount, and return when everything is committed; UsageError if mounted elsewhere.
 
         MountHeldError, after `commit`, if another mount of the file system remains.

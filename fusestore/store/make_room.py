@@ -43,11 +43,16 @@ class RoomMaker:
     async def make_room(self, *, removed: bool) -> bool:
         """Return whether a request should be tried again; `removed` if files were just removed."""
         limits = self._log.limits
-        if self._waiting >= limits.room_waits_max or self._log.room.waits or self._log.broken:
+        if self._waiting >= limits.room_waits_max or self._log.broken:
             return False
         self._waiting += 1
         asked = trio.current_time()
         try:
+            if self._log.room.waits:  # what was accepted before is tried again soon
+                with trio.move_on_after(2 * limits.full_retry_seconds):
+                    await self._log.room.waited.wait()
+                if self._log.room.waits:
+                    return False
             with trio.move_on_after(limits.full_seconds_max):
                 async with self._lock:
                     if removed or self._is_owed():

@@ -32,14 +32,15 @@ class NodeContents:
 
 
 def tidy(store: Store, member: Member) -> NodeContents:
-    """In a thread: examine a node, and release its room allocated ahead."""
-    node = member.node
+    """In a thread: examine a node, and release its room allocated ahead if it is writable."""
+    node, reads_only = member.node, store.log.read_only or member.standing.read_only
     journals, shards = node.segments(SegmentKind.JOURNAL), shard_sizes(node)
     found = None if member.in_sync else lineage(store.log, member, node)
     if found is not None and _is_foreign(member, found):
-        node.give_back()
+        if not store.log.read_only:
+            node.give_back()
         return NodeContents(journals, {}, 0, found)
-    if member.standing.read_only:
+    if reads_only:
         return NodeContents(journals, shards, 0, found)
     since = [segment for segment in journals if segment >= store.dumper.first_segment]
     size = sum(min(node.size(SegmentKind.JOURNAL, n), SEARCHED_BYTES_MAX) for n in since)
@@ -63,13 +64,13 @@ def take_over(store: Store, member: Member, found: NodeContents) -> list[int]:
         logger.error("Node %s: %s", member.name, problem)
         member.standing.set_apart(problem)
         return found.journals
+    if member.standing.read_only or store.log.read_only:
+        member.shards.note_present(found.shards)
+        if found.lineage is not None:
+            member.standing.found(found.lineage.last)
+        return found.journals
     if member.in_sync:
         store.committer.journal.commit_bytes = found.journal_bytes - store.dumper.last_bytes
-    if member.standing.read_only:
-        assert found.lineage is not None
-        member.shards.note_present(found.shards)
-        member.standing.found(found.lineage.last)
-        return found.journals
     known = member.shards.known
     member.shards.begin_after(found.shards)
     member.shards.note_present(found.shards)

@@ -26,7 +26,9 @@ from ..errors import (
     NodeBusyError,
     NodeError,
     NodeFencedError,
+    NodeLacksError,
     NodeReadOnlyError,
+    NotDurableError,
     StoreBusyError,
 )
 from ..format import erasure, store_rows, stripe_rows, tables
@@ -86,10 +88,10 @@ async def open_store(
         log.rows_mended = len(mended.wrong)
         log.rows_in_doubt = int(bool(mended.doubt))
         in_sync = [row.id for row in rows if row.in_sync]
-        damaged = await _replay(log, config, mount, in_sync, accept_loss=accept_loss)
+        await _replay(log, config, mount, in_sync, accept_loss=accept_loss)
         log.position = replace(log.position, doubt=log.position.doubt or mended.doubt)
         async with trio.open_nursery() as nursery:
-            store = await _begin(config, log, nursery, damaged)
+            store = await _begin(config, log, nursery)
             try:
                 async with trio.open_nursery() as tasks:
                     if background and not read_only:
@@ -152,8 +154,8 @@ async def _open_nodes(members: Members, config: StoreConfig, *, read_only: bool)
 
 async def _replay(
     log: Log, config: StoreConfig, mount: Mount, in_sync: list[int], *, accept_loss: bool
-) -> set[str]:
-    """Own the nodes and replay their journals; return the names of nodes with damaged ones."""
+) -> None:
+    """Own the nodes and replay their journals."""
     claims = Claims(log.members, mount, read_only=log.read_only)
     await claims.before_replay()
     with log.members.watched():
@@ -165,10 +167,10 @@ async def _replay(
         await trio.to_thread.run_sync(refuse_to_begin, log, replayed)
     await claims.after_replay()
     apply_replayed(log, replayed, suspects)
-    return replayed.damaged
+    log.unread_journals = replayed.damaged
 
 
-async def _begin(config: StoreConfig, log: Log, nursery: trio.Nursery, damaged: set[str]) -> Store:
+async def _begin(config: StoreConfig, log: Log, nursery: trio.Nursery) -> Store:
     """Return the store, ready to serve."""
     ring = Ring.open()
     if ring is not None:
@@ -176,12 +178,11 @@ async def _begin(config: StoreConfig, log: Log, nursery: trio.Nursery, damaged: 
         for member in log.members.all:
             member.ring = ring
     store = Store(config, log, nursery)
-    store.comeback.damaged = damaged
     if not log.read_only:
         await log.sample_metadata()
     _adopt_tails(store)
     if log.read_only:
-        await _note_lost_segments(log.members)
+        await _look_at_nodes(store)
     else:
         await _begin_epoch(store)
         nursery.start_soon(store.committer.run)
@@ -197,16 +198,16 @@ def _within_limits(config: StoreConfig, read_only: bool) -> StoreConfig:
     return replace(config, limits=replace(limits, open_segments_max=most))
 
 
-async def _note_lost_segments(members: Members) -> None:
-    """Note segments that are gone from their nodes; readers then ignore them."""
-    for member in members.all:
+async def _look_at_nodes(store: Store) -> list[int]:
+    """Continue with the nodes as they are; return the journal segments of all."""
+    journals: list[int] = []
+    for member in store.log.members.all:
         if not member.out_of_use:
             try:
-                member.shards.note_present(
-                    await member.call(member.node.segments, SegmentKind.SHARDS)
-                )
-            except NodeError as error:
+                journals += take_over(store, member, await member.call(tidy, store, member))
+            except FusestoreError as error:
                 member.fail(error)
+    return journals
 
 
 async def _close_nodes(members: Members | None) -> None:
@@ -256,19 +257,14 @@ def _adopt_tails(store: Store) -> None:
 async def _begin_epoch(store: Store) -> None:
     """Log the replayed changes again, in a new epoch, and checkpoint them."""
     log, committer = store.log, store.committer
-    journals: list[int] = []
-    for member in log.members.all:
-        if not member.out_of_use:
-            try:
-                journals += take_over(store, member, await member.call(tidy, store, member))
-            except FusestoreError as error:
-                member.fail(error)
+    journals = await _look_at_nodes(store)
     refuse_without_foreign(log)
     committer.begin_epoch(journals)
     if log.position.commit == 0 or log.engine.get(store_rows.FORMAT_KEY) != format_row(
         store.config
     ):
-        log.apply({store_rows.FORMAT_KEY: format_row(store.config)})
+        codes = store_rows.encode_codes(log.codes())
+        log.apply({store_rows.FORMAT_KEY: format_row(store.config), store_rows.CODES_KEY: codes})
     given_up = log.engine.get(store_rows.GIVEN_UP_KEY)
     if given_up is not None:  # recover writes it to the database only; the journals need it, too
         log.apply({store_rows.GIVEN_UP_KEY: given_up})
@@ -276,8 +272,12 @@ async def _begin_epoch(store: Store) -> None:
             for key in (store_rows.NODES_KEY, *(key for key, _ in log.engine.scan(b"M", b"N"))):
                 log.apply({key: log.engine.get(key)})
     store.writer.seal_all()
-    async with committer.lock:
-        await committer.commit_now(checkpoint=True)
+    try:
+        async with committer.lock:
+            await committer.commit_now(checkpoint=True)
+    except NotDurableError as error:
+        problems = " ".join(m.standing.error for m in log.members.all if m.standing.error)
+        raise NotDurableError(f"The store cannot be mounted. {problems or error}") from error
 
 
 async def _finish(store: Store) -> None:
@@ -292,6 +292,8 @@ async def _finish(store: Store) -> None:
         for member in store.log.members.writable:
             try:
                 await member.call(_trim, committer, member)
+            except NodeLacksError:
+                pass  # there was no room for the file
             except NodeError as error:
                 logger.warning("%s", error)
 

@@ -15,7 +15,7 @@ from ..commit.committer import Committer
 from ..commit.reclaim import Reclaimer
 from ..config.store_config import StoreConfig
 from ..errors import NodeError
-from ..format import keys, store_rows, stripe_rows
+from ..format import keys, stripe_rows
 from ..format.placement import check_region_rule
 from ..log.log import Log
 from ..members.member import Member
@@ -38,6 +38,12 @@ def count_missing(view: View) -> Missing:
             if count % 256 == 0:
                 time.sleep(0)  # let the event loop run first
         return dict(found)
+
+
+def _unread(log: Log) -> str:
+    """Return a sentence about journals that could not be read; a mount rewrites them itself."""
+    names = ", ".join(sorted(log.unread_journals))
+    return f"The journals of {names} cannot be read completely." if names and log.read_only else ""
 
 
 class Reporter:
@@ -101,7 +107,7 @@ class Reporter:
         """Return the fields as far as they are known without I/O on a node."""
         log, committer = self._log, self._committer
         members = log.members
-        codes = list(dict.fromkeys([log.code, *self._known_codes()]))
+        codes = log.codes()
         lacking = {
             m.id
             for m in members.all
@@ -111,7 +117,7 @@ class Reporter:
         unused = {member.id for member in members.all if member.out_of_use}
         size, free = log.room.usable(log.code)
         problem = log.broken or members.waiting() or log.room.waits
-        metadata_problem = log.metadata_error or log.metadata_stall
+        metadata_problem = log.metadata_error or log.metadata_stall or _unread(log)
         try:
             metadata_bytes = log.engine.bytes_used
         except OSError:
@@ -158,9 +164,6 @@ class Reporter:
         found = self._reclaimer.strays.found.values()
         strays = [size for segments in found for size in segments.values()]
         return {"why": self._log.doubt, "segments": len(strays), "bytes": sum(strays)}
-
-    def _known_codes(self) -> list[Any]:
-        return store_rows.decode_codes(self._log.engine.get(store_rows.CODES_KEY))
 
     def _node(self, member: Member, missing: int) -> dict[str, Any]:
         space = member.space if not member.out_of_use else None

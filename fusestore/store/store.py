@@ -107,7 +107,10 @@ class Store:
         if member.config.offline:  # its error has the remedy
             return ""
         if member.standing.read_only:
-            return " It is used again when its file system is writable."
+            return (
+                " It is used again when its file system is writable; before you unmount its disk, "
+                f"run 'fusestore node offline {self.config.store} {member.name}'."
+            )
         if member.state is not State.DOWN:
             return ""  # it is brought back
         return (

@@ -345,4 +345,4 @@ def _users_text(mountpoint: Path) -> str:
     users = ", ".join(f"{name} (process {pid})" for pid, name in users_of(mountpoint))
     if users:
         return f"in use by {users}"
-    return f"a process uses it (see `fuser -vm {mountpoint}`)"
+    return f"a process or a loop device uses it (see `fuser -vm {mountpoint}`)"

@@ -8,6 +8,7 @@ and the stripe's row.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from ..members.member import Member
 from ..members.node_calls import NodeCall, in_thread
 from .shard_record import NOT_WRITTEN, shard_header, write_shard
 from .stripes import Buffers, UnsealedStripe
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -133,6 +136,8 @@ class Sealer:
         """Stripes being coded and written."""
         self.fresh: dict[int, UnsealedStripe] = {}
         """Sealed stripes that no durable commit contains yet; their bytes stay in memory."""
+        self.shortage = ""
+        """Why stripes got fewer shards although all nodes are up; the next `fsync` reports it."""
 
     def seal(self, stripe: UnsealedStripe, *, alive: bool | None = None) -> None:
         """Start sealing a stripe; `alive` if a transaction points at it."""
@@ -269,7 +274,9 @@ class Sealer:
         for index, (member, place) in enumerate(work.targets):
             error = work.errors.get(index)
             if error is not None:
-                if not isinstance(error, NodeFullError):  # healing writes it when there is room
+                if isinstance(error, NodeFullError):  # healing writes it when there is room
+                    self._note_shortage(error)
+                else:
                     member.fail(error)
             elif place.written and member.writable:
                 member.shards.dirty.add(place.segment)
@@ -281,6 +288,11 @@ class Sealer:
                 self._take_back(stripe, member, place, length)
             places.append(ShardPlace(member.id, NOT_WRITTEN, 0))
         return tuple(places)
+
+    def _note_shortage(self, error: NodeFullError) -> None:
+        if not self.shortage:
+            logger.error("%s What is written has fewer shards until there is room.", error)
+        self.shortage = f"{error} What was written has fewer shards until there is room."
 
     def _sealed(self, stripe: UnsealedStripe, row: Stripe) -> None:
         log, number = self._log, stripe.number

@@ -46,7 +46,7 @@ _SEGMENT_BYTES_MAX = SHARD_SEGMENT_BYTES + _RECORD_BYTES_MAX
 _HEADER_SUM_BYTES = 8
 """The checksum at the end of a header."""
 _PIECE_BYTES = 4096
-"""A torn record consists of written pieces and zeros, which are compared by so many bytes."""
+"""A torn record consists of written pieces and zeros; rot costs pieces, too."""
 
 
 def _identity(header: Header) -> tuple[int, ...]:
@@ -102,7 +102,8 @@ def may_overwrite(
     """Return whether a shard may be rewritten at a place; runs in a thread.
 
     It may if the place holds nothing, or a record of this shard, whether intact, torn or
-    damaged.  Otherwise, or if this is unknown, the row that names the place may be wrong.
+    damaged: then most of its bytes are still right.  Otherwise, or if this is unknown, the
+    row that names the place may be wrong.
     """
     start, end = place.offset - HEADER_BYTES, place.offset + header.payload_length
     at = log.shards(member.name, place.segment)
@@ -127,7 +128,7 @@ def may_overwrite(
         other = _header(at, found[offset : offset + HEADER_BYTES], before + offset)
         if other is not None and before + offset + other.record_length > start:
             return False  # a record that reaches into the place, or lies in it
-    return _is_torn(found[start - before :], header.encode(at.seed(start)) + bytes(payload))
+    return _is_remnant(found[start - before :], header.encode(at.seed(start)) + bytes(payload))
 
 
 def can_be_read(member: Member, place: ShardPlace, length: int) -> bool:
@@ -242,19 +243,22 @@ def _magics(data: bytes) -> Iterator[int]:
         found = data.find(MAGIC, found + 1)
 
 
-def _is_torn(found: bytes, record: bytes) -> bool:
-    """Return whether `found` is empty, or is `record` with some bytes not written.
+def _is_remnant(found: bytes, record: bytes) -> bool:
+    """Return whether `found` is what was left of `record`: zeros for some bytes, rot for few.
 
     A crash can also cut off a write within a piece.  The header is not compared: it is known
     not to be that of another shard.
     """
+    right = rotten = 0
     for at in range(0, len(found), _PIECE_BYTES):
         start = max(at, HEADER_BYTES)
-        piece, right = found[start : at + _PIECE_BYTES], record[start : at + _PIECE_BYTES]
-        if piece.count(0) == len(piece) or piece == right:
+        piece, wanted = found[start : at + _PIECE_BYTES], record[start : at + _PIECE_BYTES]
+        if piece.count(0) == len(piece):
             continue
-        if len(piece) > len(right) or any(
-            a not in (0, b) for a, b in zip(piece, right, strict=False)
+        if piece == wanted:
+            right += 1
+        elif len(piece) > len(wanted) or any(
+            a not in (0, b) for a, b in zip(piece, wanted, strict=False)
         ):
-            return False
-    return True
+            rotten += 1
+    return rotten <= right // 2
