@@ -9,9 +9,7 @@ and the stripe's row.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import trio
@@ -25,101 +23,12 @@ from ..format.stripe_rows import SegmentState, ShardPlace, Stripe
 from ..log.log import Log, Transaction
 from ..members.devices import Device
 from ..members.member import Member
-from ..members.node_calls import NodeCall, in_thread
+from ..members.node_calls import in_thread
+from .seal import Seal
 from .shard_record import NOT_WRITTEN, shard_header, write_shard
 from .stripes import Buffers, UnsealedStripe
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class _Seal:
-    """A stripe that is being sealed.
-
-    One thread at a time takes shards from `todo`.  If a node holds it up, another thread goes
-    on, and the first one ends with the shard that it is writing.
-    """
-
-    stripe: UnsealedStripe
-    targets: list[tuple[Member, ShardPlace]]
-    parity: bytearray
-    charges: list[Device]
-    """The devices that count each of its shards as on its way."""
-    todo: list[int]
-    """The indices of the shards that nobody has begun to write, the next one at the end."""
-    checksums: list[bytes] = field(default_factory=list)
-    errors: dict[int, Exception] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    """Held to change `writing` and `turn`."""
-    writing: int | None = None
-    """The shard that the thread is writing."""
-    turn: int = 0
-    """Threads of earlier turns take no more shards."""
-    runs: bool = True
-    """The thread of this turn has not ended."""
-    held: dict[int, NodeCall] = field(default_factory=dict)
-    """Shards that are being written by threads of earlier turns."""
-    changed: trio.Event = field(default_factory=trio.Event)
-    hung: bool = False
-    """A thread was given up: it keeps the buffers."""
-    failure: BaseException | None = None
-    """An unexpected error in a thread."""
-
-    @property
-    def is_held(self) -> bool:
-        """Whether a shard is being written that was not given up."""
-        return any(not call.is_left for call in self.held.values())
-
-    def take(self, turn: int) -> int | None:
-        """Return the next shard to write, if a thread of this turn is to write one."""
-        with self.lock:
-            if self.turn == turn:
-                self.writing = self.todo.pop() if self.todo else None
-                return self.writing
-            return None
-
-    def finished(self, turn: int) -> bool:
-        """Return False if another thread has gone on during the write of a shard."""
-        with self.lock:
-            if self.turn == turn:
-                self.writing = None
-            return self.turn == turn
-
-    def leave(self, index: int) -> None:
-        """Give up a shard, and the thread that is writing it."""
-        call = self.held[index]
-        if not call.is_left:
-            self.hung = True
-            self.targets[index][0].calls.leave(call)
-
-    def returned(self, index: int) -> None:
-        """Note that a thread which was held up has ended."""
-        member, _ = self.targets[index]
-        member.calls.returned(self.held.pop(index))
-
-    @property
-    def written(self) -> int:
-        """How many shards are on their nodes."""
-        return sum(
-            place.written and member.writable and index not in self.errors
-            for index, (member, place) in enumerate(self.targets)
-        )
-
-    @property
-    def full(self) -> dict[Member, NodeFullError]:
-        """The nodes that had no room for a shard."""
-        return {
-            self.targets[index][0]: error
-            for index, error in self.errors.items()
-            if isinstance(error, NodeFullError)
-        }
-
-    def again(self) -> None:
-        """Write those shards again that found no room."""
-        self.todo = [i for i, error in self.errors.items() if isinstance(error, NodeFullError)]
-        self.runs = True
-        for index in self.todo:
-            del self.errors[index]
 
 
 class Sealer:
@@ -209,7 +118,7 @@ class Sealer:
         charges: list[Device],
     ) -> None:
         todo = list(range(len(targets)))[::-1]
-        work = _Seal(stripe, targets, self._buffers.parity(stripe.code), charges, todo)
+        work = Seal(stripe, targets, self._buffers.parity(stripe.code), charges, todo)
         try:
             await self._run(work)
             while work.full and work.written < self._enough(stripe.code):
@@ -267,7 +176,7 @@ class Sealer:
         if not stripe.dead:
             self._log.counters.stripes -= 1
 
-    def _places(self, work: _Seal) -> tuple[ShardPlace, ...]:
+    def _places(self, work: Seal) -> tuple[ShardPlace, ...]:
         """Return the place of each shard; shards of failed nodes were never written."""
         stripe, places = work.stripe, []
         length = stripe.code.shard_length(stripe.position)
@@ -346,7 +255,7 @@ class Sealer:
             self._log.engine.apply(changes)
         stripe.batch.changes.update(changes)
 
-    async def _run(self, work: _Seal) -> None:
+    async def _run(self, work: Seal) -> None:
         """Code and write in a thread; continue in another if a node holds it up."""
         limits = self._log.limits
         await trio.lowlevel.checkpoint_if_cancelled()  # the store may be closing
@@ -366,7 +275,7 @@ class Sealer:
             for index in work.held:
                 work.leave(index)
 
-    def _start(self, work: _Seal) -> None:
+    def _start(self, work: Seal) -> None:
         turn = work.turn
 
         def ended(outcome: Outcome[int | None]) -> None:
@@ -380,7 +289,7 @@ class Sealer:
 
         in_thread(partial(self._write_shards, work, turn), ended)
 
-    def _overtake(self, work: _Seal) -> None:
+    def _overtake(self, work: Seal) -> None:
         """Let another thread write the other shards, if a node holds up this one."""
         with work.lock:
             index, work.writing = work.writing, None
@@ -394,7 +303,7 @@ class Sealer:
         if work.runs:
             self._start(work)
 
-    def _judge(self, work: _Seal) -> None:
+    def _judge(self, work: Seal) -> None:
         """Give up nodes that take too long for a shard, unless the store has to wait for them."""
         seconds = self._log.limits.node_seconds_max
         for index, call in work.held.items():
@@ -406,7 +315,7 @@ class Sealer:
                 )
                 work.leave(index)
 
-    def _write_shards(self, work: _Seal, turn: int) -> int | None:
+    def _write_shards(self, work: Seal, turn: int) -> int | None:
         """Code, checksum and write; return the shard that held it up, if any; in a thread."""
         stripe, code = work.stripe, work.stripe.code
         length = code.shard_length(stripe.position)
