@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -195,3 +197,36 @@ def test_an_environment_that_failed_for_good_is_opened_anew(
     engine.thaw()
     assert dict(engine.scan_stored(b"K", b"L")) == {b"K0": b"0"}
     engine.close()
+
+
+@pytest.mark.parametrize("full", [{None}, {None, "/dev/shm"}], ids=len)
+def test_it_needs_no_directory_for_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: set[str | None]
+) -> None:
+    """/tmp may be full, read-only or gone; so may be what else there is."""
+
+    def make(*arguments: Any, **options: Any) -> Any:
+        if options["dir"] in full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return tempfile.TemporaryDirectory(*arguments, **options)
+
+    monkeypatch.setattr("fusestore.metadata.engine.TemporaryDirectory", make)
+    for number in range(3):
+        engine = Engine(tmp_path)
+        assert [value for _, value in engine.scan(b"K", b"L")] == [b"x"] * number
+        engine.apply({b"K%d" % number: b"x"})
+        engine.freeze()
+        engine.write()
+        engine.thaw()
+        with engine.view() as view:
+            assert len(list(view.all_stored())) == number + 1
+        engine.close()
+
+
+def test_a_database_that_cannot_be_opened_is_not_called_damaged(tmp_path: Path) -> None:
+    """What is no database is; nobody moves away what was only in the way of something else."""
+    (tmp_path / "data.mdb").mkdir()
+    with pytest.raises(MetadataError) as refused:
+        Engine(tmp_path)
+    assert "recover" not in str(refused.value)
+    assert str(tmp_path) in str(refused.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +36,7 @@ from support.logs import (
     UNREAD_FILE,
 )
 from support.opened_store import Opened, opened
+from support.processes import in_child
 
 pytestmark = pytest.mark.expects_log(
     FOREIGN_FILES,
@@ -46,6 +48,60 @@ pytestmark = pytest.mark.expects_log(
 )
 
 SECONDS_MAX = 20
+
+
+USER = 12345
+
+
+@pytest.fixture
+def owned_by_a_user() -> Iterator[StoreConfig]:
+    """A store of an ordinary user, who can reach it."""
+    if os.geteuid() != 0:
+        pytest.skip("changes owners")
+    base = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    config = make_store(base / "store")
+    trio.run(filled, config)
+    for path in [base, *base.rglob("*")]:
+        os.chown(path, USER, USER)
+    yield config
+    shutil.rmtree(base)
+
+
+async def filled(config: StoreConfig) -> None:
+    async with opened(config) as one:
+        await fill(one)
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o444])
+@pytest.mark.parametrize("what", ["journal", "shards", "journal/*", "shards/*", "node.toml", "."])
+@pytest.mark.expects_log(r"cannot", r"Too few nodes")
+def test_what_belongs_to_another_user_costs_its_node_only(
+    owned_by_a_user: StoreConfig, what: str, mode: int
+) -> None:
+    """Files of root in the first node of a user's store; the mode may let others read them."""
+    config = owned_by_a_user
+    top = config.nodes[0].path
+    for path in [top] if what == "." else list(top.glob(what)):
+        os.chown(path, 0, 0)
+        path.chmod(mode | (0o111 if path.is_dir() and mode else 0))
+
+    async def used() -> tuple[bool, list[str]]:
+        async with opened(config) as one:
+            right = [await one.get(name) == data for name, data in FILES.items()]
+            await one.put("new", b"new" * 50_000)
+            await one.store.committer.commit()
+            right.append(await one.get("new") == b"new" * 50_000)
+            return all(right), [str(member.state) for member in one.store.log.members.all]
+
+    def as_the_user() -> tuple[bool, list[str]]:
+        os.setgroups([])
+        os.setresgid(USER, USER, USER)
+        os.setresuid(USER, USER, USER)
+        return trio.run(used)
+
+    right, states = in_child(as_the_user)
+    assert right
+    assert states[1:] == ["up", "up"]
 
 
 async def fill(one: Opened) -> None:

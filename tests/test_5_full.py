@@ -284,6 +284,82 @@ def test_a_device_without_inodes_counts_as_full(
     is_well(store)
 
 
+@pytest.mark.parametrize("what", ["bytes", "inodes"])
+@pytest.mark.expects_log(*WAITS, r"checkpoint will be tried again", r"cannot")
+def test_the_own_disk_of_the_store_is_full(
+    disks: Disks, tmp_path: Path, log: object, what: str
+) -> None:
+    """Its files change in place: it is mounted, checked and emptied all the same."""
+    place = disks.tmpfs("own", 120, inodes=300)
+    regions = [f"--region=r{i}={disks.tmpfs(f'd{i}', 200) / 'n'}" for i in range(3)]
+    store = Store(place / "store", *regions)
+    try:
+        store.mount()
+        for number in range(50):
+            put(store.mountpoint / f"f{number}", BLOCK[: 10_000 + number])
+        store.umount()
+        if what == "bytes":
+            fill(place / "filler")
+        with contextlib.suppress(OSError):
+            for number in range(0 if what == "bytes" else 1000):
+                (place / f"filler{number}").touch()
+        for command in (["status"], ["risk"], ["fsck"]):
+            done = store.cli(*command, store.store, check=False)
+            assert "damaged" not in done.stdout + done.stderr
+            assert "recover" not in done.stdout + done.stderr
+        for options in ("ro", ""):
+            store.mount(*filter(None, [options]))
+            for number in range(50):
+                data = (store.mountpoint / f"f{number}").read_bytes()
+                assert data == BLOCK[: 10_000 + number]
+            if options != "ro":
+                for number in range(40):
+                    (store.mountpoint / f"f{number}").unlink()
+                sync(store.mountpoint)
+            store.umount()
+        for path in place.glob("filler*"):
+            path.unlink()
+        store.mount()
+        assert sorted(os.listdir(store.mountpoint)) == [f"f{number}" for number in range(40, 50)]
+        put(store.mountpoint / "after", BLOCK)
+        is_well(store)
+        assert store.cli("fsck", store.store).returncode == 0
+    finally:
+        store.clean_up()
+
+
+def test_a_full_store_bears_changes_that_only_rewrite(
+    disks: Disks, on_disks: Callable[..., tuple[Store, list[Path]]]
+) -> None:
+    """Journals, checkpoints and metadata dumps take room, too: they never use it up."""
+    store, _ = on_disks(disks.tmpfs("d", 200))
+    top = store.mountpoint / "top"
+    top.mkdir()
+    for number in range(300):
+        put(top / f"f{number}", BLOCK[:3000])
+    with pytest.raises(OSError, match="No space left"):
+        put(store.mountpoint / "large", BLOCK * 200)
+    for turn in range(40):
+        for number in range(300):
+            try:
+                (top / f"f{number}").chmod(0o600 + turn % 8)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+        with contextlib.suppress(OSError):
+            sync(top)
+    is_well(store)
+    (store.mountpoint / "large").unlink()
+    shutil.rmtree(top)
+    sync(store.mountpoint)
+    store.kill()
+    store.mount()
+    put(store.mountpoint / "after", BLOCK * 20)
+    is_well(store)
+    store.umount()
+    assert store.cli("fsck", store.store).returncode == 0
+
+
 # --- smaller disks -----------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ import errno
 import os
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -59,6 +60,12 @@ DATABASE, DATABASE_LOCK = "data.mdb", "lock.mdb"
 """The files that LMDB creates in the directory."""
 ROWS = b"rows"
 """In the environment's unnamed database: the name of the database of the rows."""
+_ROTTEN = (
+    lmdb.CorruptedError,
+    lmdb.InvalidError,
+    lmdb.PageNotFoundError,
+    lmdb.VersionMismatchError,
+)
 
 
 class Engine:
@@ -104,9 +111,13 @@ class Engine:
             self._cursor = self._txn.cursor()
             self.bytes_in_use = self._count_bytes()
         except (lmdb.Error, OSError) as error:
+            # LMDB names the directory of links; see `_open`.
+            reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2]
+            hint = (
+                " Move it away and run 'fusestore recover'." if isinstance(error, _ROTTEN) else ""
+            )
             raise MetadataError(
-                f"The metadata in {directory} cannot be opened: {error}. If it is damaged, move it "
-                "away and run 'fusestore recover'."
+                f"The metadata in {directory} cannot be opened: {reason}.{hint}"
             ) from error
         self._guarded = {self._stored_guard(self._txn)}
         """Values of the guard that this engine read or wrote, or may have written."""
@@ -147,25 +158,33 @@ class Engine:
 
         Every reader writes to that file.  On a disk that is frozen, as backup tools do, this
         would stop the event loop.  Other processes need no such locks: they cannot open the
-        environment (`_own`), or all of them only read it.
+        environment (`_own`), or all of them only read it.  If there is no place for links to
+        both files, the file of the locks is beside the database.
         """
-        with TemporaryDirectory(prefix="fusestore-") as links:
-            lock = os.memfd_create(DATABASE_LOCK)
-            try:
+        for place in (None, "/dev/shm"):
+            with suppress(OSError), ExitStack() as until:
+                made = TemporaryDirectory(
+                    prefix="fusestore-", dir=place, ignore_cleanup_errors=True
+                )
+                links = until.enter_context(made)
+                lock = os.memfd_create(DATABASE_LOCK)
+                until.callback(os.close, lock)
                 os.symlink(self._directory.absolute() / DATABASE, Path(links, DATABASE))
                 os.symlink(f"/proc/self/fd/{lock}", Path(links, DATABASE_LOCK))
-                return lmdb.open(
-                    links,
-                    map_size=self._map_bytes,
-                    subdir=True,
-                    create=not read_only,
-                    readonly=read_only,
-                    max_dbs=1,
-                    lib_version=0,
-                    mode=0o600,
-                )
-            finally:
-                os.close(lock)
+                return self._open_in(links, read_only)
+        return self._open_in(os.fspath(self._directory), read_only)
+
+    def _open_in(self, directory: str, read_only: bool) -> lmdb.Environment:
+        return lmdb.open(
+            directory,
+            map_size=self._map_bytes,
+            subdir=True,
+            create=not read_only,
+            readonly=read_only,
+            max_dbs=1,
+            lib_version=0,
+            mode=0o600,
+        )
 
     def after_failure(self) -> None:
         """When `write` has failed: open the environment anew, or its map wider, if that helps.
