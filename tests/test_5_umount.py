@@ -52,7 +52,24 @@ def bound(store: Store) -> Iterator[str]:
         subprocess.run(["umount", place], check=True)
 
 
-HOLDERS = pytest.mark.parametrize("holder", [container, bound])
+@contextmanager
+def overlaid(store: Store) -> Iterator[str]:
+    """An overlay, as container engines make them, whose upper layer is on the mount."""
+    place, low = store.mountpoint.with_name("an overlay"), store.mountpoint.with_name("low")
+    upper, work = store.mountpoint / "up", store.mountpoint / "work"
+    for directory in (place, low, upper, work):
+        directory.mkdir()
+    layers = f"lowerdir={low},upperdir={upper},workdir={work}"
+    made = subprocess.run(["mount", "-t", "overlay", "o", "-o", layers, place], check=False)
+    if made.returncode:
+        pytest.skip("overlays are not permitted")
+    try:
+        yield f"a mount on {place}"
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+HOLDERS = pytest.mark.parametrize("holder", [container, bound, overlaid])
 
 
 @HOLDERS

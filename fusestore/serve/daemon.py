@@ -37,7 +37,7 @@ from .operations import TALLIES, Operations
 
 logger = logging.getLogger(__name__)
 
-HELD_SECONDS = 30.0
+HELD_SECONDS = 10.0
 """How long after the mount is removed the kernel may keep its file system."""
 READY_SECONDS = 60.0
 """A mount that does not answer within this time has failed."""
@@ -200,7 +200,7 @@ class _Daemon:
         if self._unmounted.is_set():
             return ""
         device = mount.device if mount is not None else -1
-        holders = await trio.to_thread.run_sync(mounts.holders_of, device)
+        holders = await trio.to_thread.run_sync(mounts.holders_of, device, self._mountpoint)
         return (
             f"{self._mountpoint} is unmounted, but its file system is still in use: "
             f"{'; '.join(holders) or 'its user is not known'}. Everything is committed, and the "

@@ -78,6 +78,14 @@ class Entry(NamedTuple):
     source: bytes
     device: int
     options: tuple[str, ...]
+    details: bytes
+    """The options of the file system itself, with octal escapes."""
+
+    def is_overlay_of(self, mountpoint: Path) -> bool:
+        """Whether it is an overlay with a layer in a mount."""
+        parts = re.split(rb"[,:=]", _unescape(self.details))
+        layers = [Path(os.fsdecode(part)) for part in parts if part.startswith(b"/")]
+        return self.kind == "overlay" and any(at.is_relative_to(mountpoint) for at in layers)
 
 
 def parse_entries(data: bytes) -> Iterator[Entry]:
@@ -94,15 +102,16 @@ def parse_entries(data: bytes) -> Iterator[Entry]:
             source=_unescape(types[1]),
             device=os.makedev(int(major), int(minor)),
             options=tuple(os.fsdecode(fields[5]).split(",")),
+            details=types[2] if len(types) > 2 else b"",
         )
 
 
 def parse_mountinfo(data: bytes) -> Iterator[Mount]:
     """Yield the mounts of stores in a mountinfo file, oldest first."""
-    for place, kind, source, device, options in parse_entries(data):
-        if kind == f"fuse.{SUBTYPE}":
-            store = Path(os.fsdecode(unquote_to_bytes(source)))
-            yield Mount(store, place, device, options)
+    for entry in parse_entries(data):
+        if entry.kind == f"fuse.{SUBTYPE}":
+            store = Path(os.fsdecode(unquote_to_bytes(entry.source)))
+            yield Mount(store, entry.place, entry.device, entry.options)
 
 
 def _unescape(field: bytes) -> bytes:
@@ -279,8 +288,8 @@ def _output(child: subprocess.Popen[bytes], seconds: float) -> bytes | None:
 # --- processes that use a mount ----------------------------------------------
 
 
-def holders_of(device: int, count_max: int = 3) -> list[str]:
-    """Return who still has a mount of a device: other mount points, and other namespaces.
+def holders_of(device: int, mountpoint: Path, count_max: int = 3) -> list[str]:
+    """Return who still has a mount of a device: other mount points, overlays, other namespaces.
 
     A container has a namespace of its own, with copies of the mounts that it began with.
     """
@@ -296,7 +305,7 @@ def holders_of(device: int, count_max: int = 3) -> list[str]:
             places = [
                 entry.place
                 for entry in parse_entries((process / "mountinfo").read_bytes())
-                if entry.device == device
+                if entry.device == device or entry.is_overlay_of(mountpoint)
             ]
             name = (process / "comm").read_text().strip()
         except OSError:
