@@ -67,7 +67,7 @@ def format_code(value: bytes) -> Code:
 
 
 def decode_codes(value: bytes | None) -> list[Code]:
-    """Decode the codes that were ever set on a directory or used to recode files."""
+    """Decode the codes that were ever the default, set on a directory, or used to recode files."""
     return [Code.parse(text) for text in json.loads(value)] if value else []
 
 
