@@ -303,6 +303,38 @@ def test_a_scrub_is_no_success_while_shards_are_missing(tmp_path: Path) -> None:
     assert told[1]["shards"] == told[0]["shards"] - told[0]["found"]
 
 
+@pytest.mark.expects_log(GONE, OUT_OF_USE)
+async def test_a_scrub_without_a_region_is_repeated_the_next_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shards of the region are unverified."""
+    now, later = time.time, 0.0
+    monkeypatch.setattr("fusestore.repair.scrub.LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(time, "time", lambda: now() + later)
+    config = make_store(tmp_path / "store")
+    async with opened(config) as one:
+        await fill(one)
+        config.nodes[0].path.rename(tmp_path / "away")
+        await one.put("d", b"d")
+        await one.store.committer.commit()
+        done = await do(one, "scrub", action="start", wait=True)
+        assert (done["state"], done["skipped"] > 0) == ("done", True)
+        (tmp_path / "away").rename(config.nodes[0].path)
+        await healthy(one)
+        later = 20 * 3600.0
+        await trio.sleep(0.5)
+        assert (await do(one, "scrub", action="status"))["skipped"] > 0
+        later = 25 * 3600.0
+        with trio.fail_after(20):
+            while (await do(one, "scrub", action="status"))["skipped"]:  # noqa: ASYNC110
+                await trio.sleep(0.05)
+        await do(one, "scrub", action="start", wait=True)  # waits for the one that runs
+        later += 25 * 3600.0
+        ended = (await do(one, "scrub", action="status"))["finished"]
+        await trio.sleep(0.5)
+        assert (await do(one, "scrub", action="status"))["finished"] == ended
+
+
 @pytest.mark.expects_log(OUT_OF_USE, r"Too few nodes")
 async def test_the_codes_of_old_files_count(tmp_path: Path) -> None:
     """fusestore.toml says the code of new files only."""
