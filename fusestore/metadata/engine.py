@@ -508,5 +508,5 @@ def _before(key: bytes) -> bytes:
 def _unusable(directory: Path, error: Exception) -> MetadataError:
     return MetadataError(
         f"The metadata in {directory} cannot be read or written: {error}. Look at its disk and its "
-        "free space; what is not written yet is kept in memory."
+        "free space."
     )
