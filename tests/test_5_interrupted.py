@@ -114,6 +114,10 @@ def wipe(directory: Path) -> None:
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
+def rebalance_of(store: Store) -> str:
+    return store.cli("rebalance", store.store, "status", "--json").stdout
+
+
 def until(true: Callable[[], bool]) -> None:
     end = time.monotonic() + 60
     while not true():
@@ -221,14 +225,16 @@ def test_several_commands_at_once(store: Store, tmp_path: Path, long: bool) -> N
     files = filled(store)
     place = store.node("eu-west-1")
     store.cli("node", "add", store.store, "new", "--region", NODE, "--path", tmp_path / "new")
-    for number in range(20 if long else 3):
+    for number in range(10 if long else 3):
         wipe(place)
         repair = Command("repair", store.store, "eu-west-1", "--on-this-disk", "--rate", "0.1")
         until(lambda: running(store))
-        rebalance = Command("rebalance", store.store, "start", "--wait")
-        until(lambda: '"running"' in store.cli("rebalance", store.store, "status", "--json").stdout)
-        drain = Command("node", "drain", store.store, "new")
-        until(lambda: "draining = true" in (store.store / "fusestore.toml").read_text())
+        moves = []
+        if number == 0:  # later there may be nothing to move
+            moves.append(Command("rebalance", store.store, "start", "--wait"))
+            until(lambda: '"running"' in rebalance_of(store))
+            moves.append(Command("node", "drain", store.store, "new"))
+            until(lambda: "draining = true" in (store.store / "fusestore.toml").read_text())
         more = tmp_path / f"more{number}"
         add = Command("node", "add", store.store, more.name, "--region", NODE, "--path", more)
         others = [
@@ -243,16 +249,17 @@ def test_several_commands_at_once(store: Store, tmp_path: Path, long: bool) -> N
         unmount(store, WAYS[number % 3])
         repair.must_be_interrupted("The repair was " + REPEAT)
         add.must_be_interrupted("Adding the node was " + REPEAT)
-        rebalance.must_be_interrupted("The rebalance was " + CONTINUES)
-        drain.must_be_interrupted(CONTINUES)
+        for move in moves:
+            move.must_be_interrupted(CONTINUES)
         for other in others:
             other.end()
         store.mount()
         check(store, files)
         store.cli("repair", store.store, "eu-west-1", "--on-this-disk")
         store.cli("node", "add", store.store, more.name, "--region", NODE, "--path", more)
-        store.cli("node", "drain", store.store, "new")
-        store.cli("node", "drain", store.store, "new", "--cancel")
+        if number == 0:
+            store.cli("node", "drain", store.store, "new")
+            store.cli("node", "drain", store.store, "new", "--cancel")
 
 
 @pytest.mark.expects_log(r" was taken over by process \d+ of ")
