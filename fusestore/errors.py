@@ -39,6 +39,10 @@ class NotMountedError(FusestoreError):
     """No daemon serves this store or mount point."""
 
 
+class UnmountedError(FusestoreError):
+    """The store was unmounted while the command ran."""
+
+
 class NotHealthyError(FusestoreError):
     """The command ran, and found a problem."""
 
@@ -98,12 +102,20 @@ class NodeReadOnlyError(NodeError):
     """A node's file system is read-only: the node can be read, but not written to."""
 
 
+class InterruptedNodeError(NodeError):
+    """A repair of the node was ended before it was complete: by its user, or by an unmount."""
+
+
 class NodeFullError(NodeError):
     """A node has no room left."""
 
 
 class MetadataError(FusestoreError):
     """The metadata database failed a request."""
+
+
+class ClosedError(MetadataError):
+    """The store is closed, and its metadata with it."""
 
 
 class DamagedMetadataError(MetadataError):

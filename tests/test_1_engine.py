@@ -5,17 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lmdb
 import pytest
+import trio
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fusestore.errors import MetadataError
+from fusestore.errors import ClosedError, MetadataError
 from fusestore.limits import DEFAULTS
 from fusestore.metadata.engine import Engine
 
@@ -230,3 +232,65 @@ def test_a_database_that_cannot_be_opened_is_not_called_damaged(tmp_path: Path) 
         Engine(tmp_path)
     assert "recover" not in str(refused.value)
     assert str(tmp_path) in str(refused.value)
+
+
+# --- the end ------------------------------------------------------------------
+
+
+def stored(engine: Engine, count: int) -> None:
+    """Write rows to the database."""
+    engine.apply({b"K%05d" % number: b"v" for number in range(count)})
+    engine.freeze()
+    engine.write()
+    engine.thaw()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda engine: engine.get(b"K00000"),
+        lambda engine: list(engine.scan(b"K", b"L")),
+        lambda engine: engine.scan_stored(b"K", b"L"),
+        lambda engine: engine.view(),
+        lambda engine: engine.last(b"K", b"L"),
+        lambda engine: engine.rows_stored,
+        lambda engine: (engine.apply({b"K1": b""}), engine.freeze(), engine.write()),
+    ],
+)
+@pytest.mark.parametrize("viewed", [False, True])
+def test_a_closed_engine_says_so(
+    tmp_path: Path, use: Callable[[Engine], Any], viewed: bool
+) -> None:
+    """Nobody may take it for damage: the advice would be to move the metadata away."""
+    engine = Engine(tmp_path)
+    stored(engine, 3)
+    view = engine.view() if viewed else None
+    scan: Iterator[Any] = engine.scan(b"K", b"L")
+    next(scan)
+    engine.close()
+    with pytest.raises(ClosedError, match=r"^The store is closed\.$"):
+        use(engine)
+    with pytest.raises(ClosedError, match=r"^The store is closed\.$"):
+        list(scan)
+    if view is not None:
+        with view:  # a thread may still read it
+            assert len(list(view.scan(b"K", b"L"))) == 3
+        with pytest.raises(ClosedError):
+            view.get(b"K00000")
+
+
+async def test_a_thread_that_reads_a_view_ends_when_its_task_is_cancelled(tmp_path: Path) -> None:
+    engine = Engine(tmp_path)
+    stored(engine, 5000)
+    rounds: list[int] = []
+
+    def read_for_ever() -> None:
+        with engine.view() as view:
+            while True:
+                rounds.append(sum(1 for _ in view.scan(b"K", b"L")))
+
+    with trio.fail_after(20), trio.move_on_after(0.3) as scope:
+        await trio.to_thread.run_sync(read_for_ever)
+    assert scope.cancelled_caught
+    assert set(rounds) == {5000}
+    engine.close()

@@ -27,6 +27,7 @@ from fusestore.errors import (
     NotDurableError,
     NotMountedError,
     StoreBusyError,
+    UnmountedError,
     UsageError,
 )
 from fusestore.format.erasure import Code
@@ -41,6 +42,9 @@ from fusestore.serve.control_client import (
     lock_holder,
 )
 from fusestore.serve.control_server import ControlLimits, ControlServer, Handler, lock_store
+from fusestore.serve.messages.mount import StatusRequest
+from fusestore.serve.messages.safety import RepairRequest
+from fusestore.serve.running import RunningCommands
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="changes its user")
 
@@ -259,6 +263,75 @@ async def test_the_answer_is_sent_even_if_the_daemon_ends_at_that_moment(tmp_pat
         stopped.set()
         daemon.cancel_scope.cancel()
     assert results == [{"committed": 42}]
+
+
+# --- commands that an unmount interrupts --------------------------------------
+
+
+async def test_commands_that_run_are_interrupted_and_others_refused(tmp_path: Path) -> None:
+    running = RunningCommands()
+    steps: list[str] = []
+    both = trio.Event()
+
+    async def repair(arguments: Message, progress: Progress) -> Message:
+        with running.command(RepairRequest):
+            try:
+                steps.append("begun")
+                if len(steps) == 2:
+                    both.set()
+                await trio.sleep_forever()
+            finally:
+                with trio.CancelScope(shield=True):  # like the call of a node
+                    await trio.sleep(0.2)
+                steps.append("ended")
+        return {}
+
+    async def asked() -> None:
+        with pytest.raises(UnmountedError, match=r"^The repair was interrupted: "):
+            await ask(tmp_path, "repair")
+
+    async with serving(tmp_path, repair=repair):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(asked)
+            nursery.start_soon(asked)
+            await both.wait()
+            await running.end(20)
+            assert steps == ["begun", "begun", "ended", "ended"]
+        with pytest.raises(UnmountedError, match="is being unmounted"):
+            await ask(tmp_path, "repair")
+
+
+async def test_a_command_that_does_not_end_holds_up_an_unmount_for_a_while_only() -> None:
+    running, hangs = RunningCommands(), trio.Event()
+
+    async def hang(task_status: trio.TaskStatus[None]) -> None:
+        with pytest.raises(UnmountedError), running.command(StatusRequest):
+            with trio.CancelScope(shield=True):
+                task_status.started()
+                await hangs.wait()
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(hang)
+        with trio.fail_after(10):
+            await running.end(0.1)
+        hangs.set()
+
+
+async def test_a_command_that_has_its_result_is_not_interrupted() -> None:
+    running, results = RunningCommands(), []
+
+    async def finish(task_status: trio.TaskStatus[None]) -> None:
+        with running.command(StatusRequest):
+            with trio.CancelScope(shield=True):
+                task_status.started()
+                await trio.sleep(0.05)
+            results.append("done")
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(finish)
+        await running.end(20)
+    assert results == ["done"]
 
 
 # --- who may ask, how much and how long --------------------------------------

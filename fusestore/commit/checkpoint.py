@@ -88,12 +88,13 @@ class Checkpointer:
                 self._log.break_(str(error), for_good=True)
                 raise NotDurableError(str(error)) from error
             except MetadataError as error:
-                if not self._log.metadata_error:
-                    logger.error("%s The checkpoint will be tried again.", error)
-                self._log.metadata_error = str(error)
+                kept = f"{error} What is not written yet is kept in memory."
+                if not self._log.metadata_error and not self._log.is_ending:
+                    logger.error("%s The checkpoint will be tried again.", kept)
+                self._log.metadata_error = kept
                 with contextlib.suppress(MetadataError):  # the next checkpoint tries again
                     engine.after_failure()
-                raise NotDurableError(str(error)) from error
+                raise NotDurableError(str(error) if self._log.is_ending else kept) from error
             self._log.metadata_error = ""
             self._frozen_at = None
             engine.thaw()

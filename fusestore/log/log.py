@@ -213,6 +213,11 @@ class Log:
         members.on_fenced(partial(self.break_, for_good=True))
 
     @property
+    def is_ending(self) -> bool:
+        """Whether the store is being closed: what is in memory is gone soon."""
+        return self.ends_at < math.inf
+
+    @property
     def doubt(self) -> str:
         """Why segments that are in no table are kept; empty if they may be deleted."""
         return self.position.doubt

@@ -20,6 +20,7 @@ from typing_extensions import Buffer
 
 from ..config.store_config import NodeConfig
 from ..errors import (
+    InterruptedNodeError,
     NodeFencedError,
     NodeFullError,
     NodeOfflineError,
@@ -190,7 +191,7 @@ class Member:
             return
         if not self.standing.failed(error):
             return
-        if isinstance(error, NodeOfflineError):
+        if isinstance(error, (NodeOfflineError, InterruptedNodeError)):
             logger.info("%s", error)
         else:
             logger.error("%s The node is now out of use; see 'fusestore status'.", error)

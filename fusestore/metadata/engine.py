@@ -26,12 +26,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakSet
 
 import lmdb
 
 from ..errors import (
+    ClosedError,
     FencedError,
     MetadataError,
     StoreBusyError,
@@ -45,6 +46,7 @@ from ..system import linux, locks
 from ..system.process_limits import can_map, mappable, retried
 from .pages import check_pages
 from .view import (
+    STORE_CLOSED,
     SUMS,
     ChangedRows,
     View,
@@ -142,12 +144,15 @@ class Engine:
     def close(self) -> None:
         """Close the environment; changes that no checkpoint wrote are dropped.
 
-        While a thread still reads a view, it stays open until the process ends.
+        Any later use is a ClosedError.  While a thread still reads a view, the environment
+        stays open.
         """
         self._cursor.close()
         self._txn.abort()
         if not self._views:
             self._env.close()
+        closed: Any = _Closed()
+        self._env = self._txn = self._cursor = closed
         if self._lock is not None:
             self._lock.release()
 
@@ -468,6 +473,13 @@ class Engine:
         return (self._directory / DATABASE).stat().st_blocks * 512
 
 
+class _Closed:
+    """Stands for the objects of LMDB after the environment was closed."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise ClosedError(STORE_CLOSED)
+
+
 def _change(
     txn: lmdb.Transaction[bytes],
     puts: list[tuple[bytes, bytes]],
@@ -508,5 +520,5 @@ def _before(key: bytes) -> bytes:
 def _unusable(directory: Path, error: Exception) -> MetadataError:
     return MetadataError(
         f"The metadata in {directory} cannot be read or written: {error}. Look at its disk and its "
-        "free space; what is not written yet is kept in memory."
+        "free space."
     )

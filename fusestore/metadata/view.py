@@ -9,19 +9,27 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Self
 from weakref import WeakSet
 
 import lmdb
+import trio
 from sortedcontainers import SortedList
 
-from ..errors import BadRowError, DamagedMetadataError
+from ..errors import BadRowError, ClosedError, DamagedMetadataError, MetadataError
 from ..format.records import Changes
 from ..format.row_sums import RowSums, unseal
 from ..format.tables import TABLES
 
 SUMS = b"sums"
 """In the environment's unnamed database: the row of the sums of all rows."""
+
+
+STORE_CLOSED = "The store is closed."
+_OF_CLOSED = "closed/deleted/dropped"
+"""In the message of LMDB's error for an object that was closed; it has no class of its own."""
+_ROWS_A_LOOK = 1024
 
 
 class ChangedRows(dict[bytes, bytes | None]):
@@ -87,7 +95,9 @@ class View:
 
     def scan(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, bytes]]:
         """Yield keys and values with start <= key < end, in order."""
-        return merged_rows(self._overlays, self._txn, start, end, self.passes_over)
+        return _until_cancelled(
+            merged_rows(self._overlays, self._txn, start, end, self.passes_over)
+        )
 
     # --- the database alone --------------------------------------------------
 
@@ -104,7 +114,7 @@ class View:
 
     def all_stored(self) -> Iterator[tuple[bytes, bytes]]:
         """Yield all rows of the database, in order, not verified."""
-        return stored_rows(self._txn, b"", b"\xff")
+        return _until_cancelled(stored_rows(self._txn, b"", b"\xff"))
 
     def sums(self) -> RowSums | None:
         """Return the sums of the last checkpoint; None if they cannot be read."""
@@ -114,8 +124,22 @@ class View:
             raise damaged(error) from error
 
 
-def damaged(error: lmdb.Error) -> DamagedMetadataError:
-    """Return the error for a database that LMDB cannot read."""
+def _until_cancelled(rows: Iterator[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
+    """Yield rows; in a trio thread whose task is cancelled, raise Cancelled soon.
+
+    Otherwise a long check would hold up an unmount.
+    """
+    for count, row in enumerate(rows):
+        if count % _ROWS_A_LOOK == 0:
+            with suppress(RuntimeError):  # it is not a trio thread
+                trio.from_thread.check_cancelled()
+        yield row
+
+
+def damaged(error: lmdb.Error) -> MetadataError:
+    """Return the error for a database that LMDB cannot read, or that is closed."""
+    if _OF_CLOSED in str(error):
+        return ClosedError(STORE_CLOSED)
     return DamagedMetadataError(
         f"The metadata database is damaged ({error}): unmount the store, move the metadata "
         "away, and run 'fusestore recover'."

@@ -30,7 +30,7 @@ import trio
 
 from ..commit.committer import Committer
 from ..config.store_config import NodeConfig, check_places
-from ..errors import FusestoreError, NodeError, UsageError
+from ..errors import FusestoreError, InterruptedNodeError, NodeError, UsageError
 from ..format import store_rows
 from ..format.store_rows import NEVER_WHOLE
 from ..log.journal_copy import Copied
@@ -115,7 +115,7 @@ class Repairer:
                 if member.state is State.REBUILDING:
                     # The client disconnected: a node with only some of its shards must
                     # not be mistaken for one that was only away.
-                    interrupted = NodeError(f"Repair of node {name} was interrupted.")
+                    interrupted = InterruptedNodeError(f"Repair of node {name} was interrupted.")
                     self.healer.give_up(member, interrupted)
                 raise
         seconds = time.monotonic() - started
@@ -222,10 +222,12 @@ class Repairer:
                     await self._rejoin.join(member, tell)
             except BaseException as error:
                 # It is a node of the store from now on, and is brought back like any other.
-                why = str(error).rstrip(".")
-                self.healer.give_up(
-                    member, NodeError(f"Node {member.name} has not joined yet: {why}.")
+                reason = NodeError(
+                    f"Node {member.name} has not joined yet: {str(error).rstrip('.')}."
                 )
+                if isinstance(error, trio.Cancelled):
+                    reason = InterruptedNodeError(f"Adding node {member.name} was interrupted.")
+                self.healer.give_up(member, reason)
                 raise
 
     def prepare_directory(self, node: NodeConfig) -> Node:

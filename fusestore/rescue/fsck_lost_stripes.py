@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
 
+import trio
+
 from ..errors import NodeError, NodeLacksError
 from ..format import erasure, stripe_rows
 from ..format.erasure import Code
@@ -123,6 +125,7 @@ def _shards_of(log: Log, wanted: set[int], unread: list[str]) -> dict[int, list[
         try:
             for segment in member.node.segments(SegmentKind.SHARDS):
                 for offset, header in headers(log, member, segment):
+                    trio.from_thread.check_cancelled()  # this may take long
                     if header.number in wanted:
                         place = ShardPlace(member.id, segment, offset)
                         found[header.number].append((member, place, header))

@@ -68,6 +68,7 @@ from .messages.safety import (
     RiskResult,
     ScrubRequest,
 )
+from .running import RunningCommands
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,8 @@ async def repair(context: Context, request: RepairRequest) -> RepairResult:
     await context.store.healer.look_at(member)
     to = Path(request.to) if request.to else None
     if to is None and not request.on_this_disk:
-        await to_thread.run_sync(check_disk, context.store.log.members, member)
+        place = partial(check_disk, context.store.log.members, member)
+        await to_thread.run_sync(place, abandon_on_cancel=True)
     plan = from_json(RepairPlan, await context.safety.plan(member, anew=to is not None))
     if request.dry_run:
         await repairer.check_place(member, to)
@@ -362,13 +364,21 @@ async def do(context: Context, request: Request[R]) -> R:
     return result
 
 
-def handlers(context: Context) -> dict[str, Handler]:
-    """Return all commands as the control server needs them: JSON in, JSON out."""
-    return {name: partial(_handle, context, command) for name, command in COMMANDS.items()}
+def handlers(context: Context, running: RunningCommands | None = None) -> dict[str, Handler]:
+    """Return all commands as the control server needs them: JSON in, JSON out.
+
+    All of them but `stop` are in `running` while they run.
+    """
+    those = running or RunningCommands()
+    return {name: partial(_handle, context, those, one) for name, one in COMMANDS.items()}
 
 
 async def _handle(
-    context: Context, command: _Command[Any, Any], arguments: Message, progress: Progress
+    context: Context,
+    running: RunningCommands,
+    command: _Command[Any, Any],
+    arguments: Message,
+    progress: Progress,
 ) -> Message:
     """Run the request of a client; UsageError for fields that do not fit the request."""
     name = command.request.command
@@ -376,4 +386,8 @@ async def _handle(
         request = from_json(command.request, arguments)
     except FieldError as error:
         raise UsageError(f"The arguments of {name!r} are invalid: {error}.") from None
-    return to_json(await do(replace(context, progress=progress), request))
+    context = replace(context, progress=progress)
+    if command.request is StopRequest:
+        return to_json(await do(context, request))
+    with running.command(command.request):
+        return to_json(await do(context, request))

@@ -1,7 +1,7 @@
 """The daemon: a store opened, mounted and served until it is unmounted.
 
-The order of a stop: the mount is removed, requests end, everything is committed
-and checkpointed, the client gets its answer, the process exits.
+The order of a stop: the mount is removed, requests end, commands that run are interrupted,
+everything is committed and checkpointed, the client gets its answer, the process exits.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ from ..watch.fields import MountStatus
 from . import fuse_device
 from .commands import Context, handlers
 from .control_server import ControlServer, lock_store
+from .messages.mount import StopRequest
 from .offline import unwrapped
 from .operations import TALLIES, Operations
+from .running import RunningCommands
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ class _Daemon:
         self._options = options
         self._unmounted = trio.Event()
         self._closed = trio.Event()
+        self._running = RunningCommands()
         self._failed: Exception | None = None
         self._manager = ServiceManager()
         self._mounted_at = time.time()
@@ -95,10 +98,10 @@ class _Daemon:
                     keeps = not self._options.read_only
                     self.counts = LiveCounts(self._config.store, TALLIES, keeps=keeps)
                     nursery.start_soon(self.counts.run)
-                    commands = handlers(Context(store, files, mount=self))
+                    commands = handlers(Context(store, files, mount=self), self._running)
                     with self._monitoring(store, nursery):
                         await outer.start(ControlServer(commands).serve, self._config.store)
-                        async with self._mount(files):
+                        async with self._ending_commands(), self._mount(files):
                             on_ready(store.warnings())
                             logger.info("%s is mounted on %s", self._config.store, self._mountpoint)
                             outer.start_soon(self._watch_signals)
@@ -148,6 +151,14 @@ class _Daemon:
             server.close()
 
     @asynccontextmanager
+    async def _ending_commands(self) -> AsyncIterator[None]:
+        """Interrupt the commands that still run on leaving: the store is closed next."""
+        try:
+            yield
+        finally:
+            await self._running.end(self._config.limits.node_seconds_max)
+
+    @asynccontextmanager
     async def _mount(self, files: FileSystem) -> AsyncIterator[None]:
         options = {
             "default_permissions",
@@ -183,7 +194,7 @@ class _Daemon:
         with trio.CancelScope(shield=True):
             held = await self._unmount()
             if held:
-                with suppress(NotDurableError):
+                with suppress(NotDurableError), self._running.command(StopRequest):
                     await commit()
                 raise MountHeldError(held)
             await self._closed.wait()

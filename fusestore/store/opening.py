@@ -287,8 +287,13 @@ async def _finish(store: Store) -> None:
     async with committer.lock:
         store.writer.seal_all()
         store.reclaimer.strays.unmounting()
-        await committer.commit_now()
-        await committer.commit_now(checkpoint=True, cover=True)
+        try:
+            await committer.commit_now()
+            await committer.commit_now(checkpoint=True, cover=True)
+        except NotDurableError as error:
+            if store.log.broken or not store.log.metadata_error:
+                raise
+            raise NotDurableError(f"{error} {_without_checkpoint(store)}") from error
         for member in store.log.members.writable:
             try:
                 await member.call(_trim, committer, member)
@@ -296,6 +301,18 @@ async def _finish(store: Store) -> None:
                 pass  # there was no room for the file
             except NodeError as error:
                 logger.warning("%s", error)
+
+
+def _without_checkpoint(store: Store) -> str:
+    """Return what is true after a close that could not write the metadata, and what to do."""
+    journals = "The store is closed, and the journals of its nodes hold everything that was written"
+    if store.log.pending:
+        journals += f" up to commit {store.log.position.commit}; any later change is lost"
+    return (
+        f"{journals}. If the metadata was moved away, move it back: the next mount reads the rest "
+        "from the journals. If it is lost or damaged, move what remains of it away, and run "
+        f"'fusestore recover {store.config.store}'."
+    )
 
 
 def _trim(committer: Committer, member: Member) -> None:
