@@ -192,7 +192,20 @@ def test_an_environment_that_failed_for_good_is_opened_anew(
     with pytest.raises(MetadataError):
         engine.write()
     monkeypatch.setattr(engine, "_begin", begin)
-    before = engine._env
+    before, opens = engine._env, engine._open
+
+    def fails(read_only: bool) -> Any:
+        raise lmdb.Error("No space left on device, as told")
+
+    monkeypatch.setattr(engine, "_open", fails)
+    with pytest.raises(MetadataError, match="as told"):
+        engine.after_failure()
+    with pytest.raises(MetadataError) as unread:  # it waits in vain for the next attempt
+        engine.get(b"K1")
+    assert "recover" not in str(unread.value)
+    monkeypatch.setattr(engine, "_open", opens)
+    with pytest.raises(MetadataError):
+        engine.write()
     engine.after_failure()
     assert engine._env is not before
     engine.write()

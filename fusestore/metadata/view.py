@@ -30,6 +30,13 @@ STORE_CLOSED = "The store is closed."
 _OF_CLOSED = "closed/deleted/dropped"
 """In the message of LMDB's error for an object that was closed; it has no class of its own."""
 _ROWS_A_LOOK = 1024
+_NOT_DAMAGE = (
+    lmdb.BadDbiError,
+    lmdb.BadTxnError,
+    lmdb.InvalidParameterError,
+    lmdb.MemoryError,
+    lmdb.ReadersFullError,
+)
 
 
 class ChangedRows(dict[bytes, bytes | None]):
@@ -140,6 +147,8 @@ def damaged(error: lmdb.Error) -> MetadataError:
     """Return the error for a database that LMDB cannot read, or that is closed."""
     if _OF_CLOSED in str(error):
         return ClosedError(STORE_CLOSED)
+    if isinstance(error, _NOT_DAMAGE):  # the database could not be opened anew after a failure
+        return MetadataError(f"The metadata cannot be read: {error}.")
     return DamagedMetadataError(
         f"The metadata database is damaged ({error}): unmount the store, move the metadata "
         "away, and run 'fusestore recover'."
