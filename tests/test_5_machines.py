@@ -260,6 +260,7 @@ def play(mine: Machine, other: Machine, files: dict[str, bytes], number: int, se
     return True
 
 
+@pytest.mark.timeout(3600)
 def test_two_machines_never_write_one_node(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     seed = pytestconfig.getoption("--model-seed")
     rounds = ROUNDS_LONG if pytestconfig.getoption("--long") else ROUNDS
