@@ -206,7 +206,7 @@ class NoSpaceError(FileSystemError):
 
 
 class ShortageError(FileSystemError):
-    """Everything is stored, but a node had no room for its shard: too few losses are survived."""
+    """A commit waits for room on nodes, or was made without shards for which they had none."""
 
 
 class BacklogError(FileSystemError):

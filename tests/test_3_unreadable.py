@@ -27,6 +27,7 @@ from fusestore.format import store_rows
 from fusestore.format.records import Kind, SegmentKind
 from fusestore.format.segment_numbers import segment_path
 from fusestore.format.store_rows import LogPosition
+from fusestore.log import journal_scan
 from fusestore.log.journal_scan import BLOCKS_TRIED_MAX, read_journals
 from fusestore.members.opening import open_node
 from fusestore.metadata.engine import Engine
@@ -130,6 +131,29 @@ async def test_a_segment_that_is_cut_while_it_is_read_lacks_nothing(
     assert found.unreadable == []
     assert [entry.holders for entry in found.entries()] == [e.holders for e in right.entries()]
     assert len(list(found.entries())) > 40
+    for _, node in nodes:
+        node.close()
+
+
+async def test_a_record_that_is_appended_while_journals_are_read_is_not_damaged(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other bytes at the end of a segment make its reader look at it once more."""
+    await lived(config, 10)
+    nodes = [(at.name, open_node(config, at, read_only=True)) for at in config.nodes]
+    whole = {path: path.read_bytes() for at in range(3) for path in [largest(config, at)]}
+    for path, data in whole.items():
+        path.write_bytes(data[:5000] + b"half of a record")
+
+    def appended(*arguments: Any) -> None:
+        for path, data in whole.items():
+            path.write_bytes(data)
+        mixes(*arguments)
+
+    mixes = journal_scan._mix
+    monkeypatch.setattr(journal_scan, "_mix", appended)
+    found = read_journals(config.uuid, nodes)
+    assert found.unreadable == []
     for _, node in nodes:
         node.close()
 

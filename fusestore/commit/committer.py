@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 
 import trio
 
-from ..errors import InvariantError, NoSpaceError, NotDurableError
+from ..errors import InvariantError, NotDurableError, ShortageError
 from ..format import store_rows, stripe_rows
 from ..format.records import (
     Commit,
@@ -98,7 +98,7 @@ class Committer:
     async def commit(self) -> str:
         """Return when every change made before the call is durable; NotDurableError.
 
-        Return why it has fewer shards than it should, or an empty string.  NoSpaceError if it
+        Return why it has fewer shards than it should, or an empty string.  ShortageError if it
         waits for room on the nodes.
         """
         if self._log.read_only:
@@ -119,7 +119,7 @@ class Committer:
             with trio.move_on_after(self._limits.full_seconds_max):
                 await joined.done.wait()
             if self._log.room.waits and not joined.done.is_set():
-                raise NoSpaceError(self._log.room.waits)
+                raise ShortageError(self._log.room.waits)
         if joined.error:
             raise NotDurableError(joined.error)
         return joined.shortage

@@ -45,7 +45,7 @@ class FileSystem:
     async def commit(self) -> None:
         """Return when every change made before the call is durable, with all of its shards.
 
-        NotDurableError; NoSpaceError; ShortageError if it is durable, but lacks shards for
+        NotDurableError; ShortageError if it waits for room, or is durable but lacks shards for
         which a node in use had no room.
         """
         shortage = await self._committer.commit()

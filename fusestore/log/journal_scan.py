@@ -325,6 +325,8 @@ def _mix(found: Journals, store: UUID, nodes: Sequence[tuple[str, Node]], segmen
     }
     entries = [*found.entries(), *found.pieces.values()]
     known = {entry.offset for entry in entries if entry.places and entry.segment == segment}
+    for place, image in images.values():  # a store in use has appended records meanwhile
+        known.update(offset for offset, _, _ in records(place, image))
     for offset, header, payload in mixed_records(images, known):
         entry = _entry(found, segment, offset, header, memoryview(payload))
         if entry is None:

@@ -16,7 +16,7 @@ import trio
 
 from ..commit.committer import Committer
 from ..commit.row_keeper import RowKeeper
-from ..errors import MetadataError, NodeError, NoSpaceError, NotDurableError, ReplayError
+from ..errors import MetadataError, NodeError, NotDurableError, ReplayError, ShortageError
 from ..format import keys, store_rows, stripe_rows
 from ..format.stripe_rows import Stripe
 from ..log.background_job import BackgroundJob, JobRow, Progress
@@ -143,7 +143,7 @@ class Scrubber:
             if self.job.is_running:
                 try:
                     await self._walk()
-                except (NodeError, NoSpaceError, NotDurableError, MetadataError) as error:
+                except (NodeError, NotDurableError, MetadataError, ShortageError) as error:
                     logger.error("The scrub is paused: %s", error)
                     if self.job.is_running:
                         self.scrub.problem = str(error)
