@@ -115,9 +115,8 @@ class Engine:
         except (lmdb.Error, OSError) as error:
             # LMDB names the directory of links; see `_open`.
             reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2]
-            hint = (
-                " Move it away and run 'fusestore recover'." if isinstance(error, _ROTTEN) else ""
-            )
+            is_lost = isinstance(error, _ROTTEN) or reason == os.strerror(errno.EIO)
+            hint = " Move it away and run 'fusestore recover'." if is_lost else ""
             raise MetadataError(
                 f"The metadata in {directory} cannot be opened: {reason}.{hint}"
             ) from error
