@@ -55,6 +55,8 @@ class _Round:
     error: str = ""
     shortage: str = ""
     """Why what was committed has fewer shards than it should."""
+    reports: bool = False
+    """A caller reports this to its user."""
 
 
 class Committer:
@@ -95,11 +97,11 @@ class Committer:
         """Ask for a commit soon."""
         self._wanted.set()
 
-    async def commit(self) -> str:
+    async def commit(self, *, reports: bool = False) -> str:
         """Return when every change made before the call is durable; NotDurableError.
 
-        Return why it has fewer shards than it should, or an empty string.  ShortageError if it
-        waits for room on the nodes.
+        Return why it has fewer shards than it should, or an empty string; again with the next
+        commit unless the caller `reports` it.  ShortageError if it waits for room on the nodes.
         """
         if self._log.read_only:
             return ""
@@ -114,6 +116,7 @@ class Committer:
                 await trio.lowlevel.checkpoint()
             return ""
         joined = self._next = self._next or _Round()
+        joined.reports = joined.reports or reports
         self._wanted.set()
         while not joined.done.is_set():
             with trio.move_on_after(self._limits.full_seconds_max):
@@ -152,8 +155,9 @@ class Committer:
                 except NotDurableError as failure:
                     error = str(failure)
             if joined is not None:
-                sealer = self.writer.sealer
-                joined.error, joined.shortage, sealer.shortage = error, sealer.shortage, ""
+                joined.error, joined.shortage = error, self.writer.sealer.shortage
+                if joined.reports:
+                    self.writer.sealer.shortage = ""
                 joined.done.set()
 
     # --- a new epoch ---------------------------------------------------------

@@ -48,7 +48,7 @@ class FileSystem:
         NotDurableError; ShortageError if it waits for room, or is durable but lacks shards for
         which a node in use had no room.
         """
-        shortage = await self._committer.commit()
+        shortage = await self._committer.commit(reports=True)
         if shortage:
             raise ShortageError(shortage)
 
