@@ -234,15 +234,18 @@ class DirectoryNode:
         """Return the open folder of a kind; OSError if it is no folder, or the node is closed."""
         return self._top().folder(FOLDERS[kind][0])
 
-    def check(self) -> None:
-        """See Node."""
+    def _stat(self) -> tuple[os.stat_result, os.stat_result]:
+        """Return the status of the directory and of its identity; NodeIdentityError."""
         try:
-            there = os.stat(self.path)
-            now = os.stat(self.path / IDENTITY_NAME, follow_symlinks=False)
+            return os.stat(self.path), os.stat(self.path / IDENTITY_NAME, follow_symlinks=False)
         except OSError as error:
             raise NodeIdentityError(
                 f"Node {self._name} is gone from {self.path}: {error.strerror}."
             ) from error
+
+    def check(self) -> None:
+        """See Node."""
+        there, now = self._stat()
         if not os.path.samestat(there, self._there) or not os.path.samestat(now, self._marker):
             raise NodeIdentityError(f"Node {self._name} at {self.path} was replaced by another.")
         with self._errors("check its segments"), self._lock:
@@ -601,9 +604,9 @@ class DirectoryNode:
 
     def space(self) -> Space:
         """See Node."""
+        device = self._stat()[0].st_dev
         with self._errors("report its free space"):
             found = os.statvfs(self.path)
-            device = os.stat(self.path).st_dev
         total, free = found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
         return Space(device, total, free, found.f_favail if found.f_files else None)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from itertools import islice
 
 import trio
@@ -42,6 +43,8 @@ class MetadataDumper:
         self._wake = trio.Event()
         self._ended = trio.lowlevel.ParkingLot()
         """Tasks that wait for the end of a dump."""
+        self._not_before = -math.inf
+        """By trio's clock: when the metadata may have been mended, after it was damaged."""
         value = log.engine.get(store_rows.METADATA_DUMP_KEY)
         row = json.loads(value) if value else {"bytes": 0, "segment": 0}
         self.last_bytes: int = row["bytes"]
@@ -60,16 +63,25 @@ class MetadataDumper:
     def is_due(self) -> bool:
         """Whether the journal has outgrown the last dump; when room is short, much earlier."""
         log, limits = self._log, self._limits
+        if trio.current_time() < self._not_before:
+            return False
         grown = self._committer.journal.commit_bytes
         most = max(limits.dump_journal_bytes_min, self.last_bytes)
         if log.room.is_short:
             most = min(most, limits.reserve_bytes // (4 * len(log.members.all)))
-        return log.dump_wanted or (grown > most and log.room.has_for_dump())
+        return log.journal_gaps > 0 or (grown > most and log.room.has_for_dump())
 
     async def done(self) -> None:
         """Return when the dump that is due, if one is, has ended."""
         if self._wake.is_set():
             await self._ended.park()
+
+    async def fill_gaps(self) -> None:
+        """Return when a dump has replaced what no node can read, or has failed."""
+        for _ in range(2):  # one that runs already may have begun before they were found
+            if self._log.journal_gaps:
+                self.look()
+                await self.done()
 
     async def run(self) -> None:
         """Dump the metadata whenever a dump is due, until cancelled."""
@@ -84,7 +96,7 @@ class MetadataDumper:
                 # which have the rows, stay.
                 logger.error("No metadata dump: %s", error)
                 self._log.on_damage()
-                await trio.sleep(self._limits.retry_seconds_max)
+                self._not_before = trio.current_time() + self._limits.retry_seconds_max
             self._wake = trio.Event()
             self._ended.unpark_all()
 
@@ -97,7 +109,7 @@ class MetadataDumper:
         await self._examine()
         committer = self._committer
         async with committer.lock:
-            self._log.dump_wanted = False
+            gaps = self._log.journal_gaps
             committer.journal.roll()
             committer.journal.commit_bytes = 0
             first_segment = committer.journal.segment
@@ -135,6 +147,7 @@ class MetadataDumper:
         # The dump must certainly count before the journals that it replaces are deleted.
         async with committer.lock:
             await committer.commit_now(cover=True)
+        self._log.journal_gaps -= gaps
         await self._delete_before(first_segment)
 
     def _check_epoch(self, begin: LogPosition) -> None:

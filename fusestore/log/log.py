@@ -195,8 +195,9 @@ class Log:
         """When a file was last read or written, by trio's clock."""
         self.journals = trio.Lock()
         """Held while old journals are deleted, or journals are compared and repaired."""
-        self.dump_wanted = False
-        """No node can read a part of the journals: a metadata dump replaces it."""
+        self.journal_gaps = 0
+        """Parts of the journals that no node can read, as far as they were found since the last
+        metadata dump; only the metadata has them until the next one."""
         self.room = Room(members, code)
         """What may be accepted."""
         self.paths_of: Callable[[Iterable[int]], Awaitable[dict[int, str]]] = _unnamed

@@ -19,6 +19,7 @@ from functools import partial
 import trio
 
 from ..commit.committer import Committer
+from ..commit.metadata_dump import MetadataDumper
 from ..errors import FusestoreError, NodeError, NodeReadOnlyError, NodeTimeoutError
 from ..format.records import SegmentKind
 from ..format.segment_numbers import GAP_MAX
@@ -41,9 +42,12 @@ from .rebuild import StripeShards, not_intact
 class Rejoin:
     """The steps that complete a node; comeback and repair use them."""
 
-    def __init__(self, log: Log, committer: Committer, healer: Healer) -> None:
+    def __init__(
+        self, log: Log, committer: Committer, dumper: MetadataDumper, healer: Healer
+    ) -> None:
         self._log = log
         self._committer = committer
+        self._dumper = dumper
         self._healer = healer
 
     async def lineage(self, member: Member, node: Node) -> Lineage:
@@ -167,12 +171,16 @@ class Rejoin:
     async def mend_journal(self, member: Member) -> Copied:
         """Give a node in sync the records that it lost or cannot read; NodeError of it.
 
-        Records that no node can read are in the metadata: a dump replaces them.
+        Records that no node can read are in the metadata: `fill_gaps` writes them anew.
         """
         async with self._committer.lock:
             self._committer.journal.roll()
             before = self._committer.journal.segment
         return await self._copied(member, before)
+
+    async def fill_gaps(self) -> None:
+        """Return when a metadata dump has replaced what no node can read, or has failed."""
+        await self._dumper.fill_gaps()
 
     async def _copy_journals(self, target: Member, before: int, progress: Progress) -> None:
         """Give a node all journal segments below `before`."""
@@ -193,8 +201,7 @@ class Rejoin:
                 before,
                 self._log.position,
             )
-        if copied.unknown:
-            self._log.dump_wanted = True
+        self._log.journal_gaps += len(copied.unknown)
         return copied
 
 

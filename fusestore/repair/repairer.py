@@ -103,6 +103,7 @@ class Repairer:
                     shards, size = await self._rejoin.rebuild_all(member, tell, pace)
                     more = await self.healer.heal(member, pace)
                     await self._rejoin.join(member, tell)
+                    await self._rejoin.fill_gaps()
                 if moves:  # only now: until then a mount looks for the node where it was
                     await trio.to_thread.run_sync(self._members_with, member.config)
             except (FusestoreError, OSError) as error:
@@ -135,6 +136,10 @@ class Repairer:
     async def mend_journal(self, member: Member) -> Copied:
         """See `Rejoin`."""
         return await self._rejoin.mend_journal(member)
+
+    async def fill_gaps(self) -> None:
+        """See `Rejoin`."""
+        await self._rejoin.fill_gaps()
 
     def past(self) -> list[dict[str, Any]]:
         """The last repairs: `node`, `at` (seconds since the epoch), `bytes`, `seconds`."""
@@ -220,6 +225,7 @@ class Repairer:
                 with self.healer.following(member, progress) as tell:
                     await self._rejoin.copy_journal(member, tell)
                     await self._rejoin.join(member, tell)
+                    await self._rejoin.fill_gaps()
             except BaseException as error:
                 # It is a node of the store from now on, and is brought back like any other.
                 reason = NodeError(

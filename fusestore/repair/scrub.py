@@ -222,6 +222,7 @@ class Scrubber:
                 logger.error("Scrub: a part of the journals cannot be read: %s", lost.error)
             self.scrub.unread += len(copied.unknown)
             self.scrub.found += max(copied.records, copied.mended)
+        await self._repairer.fill_gaps()
 
     async def _metadata(self) -> None:
         """Verify all rows of the metadata."""

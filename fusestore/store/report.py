@@ -41,9 +41,13 @@ def count_missing(view: View) -> Missing:
 
 
 def _unread(log: Log) -> str:
-    """Return a sentence about journals that could not be read; a mount rewrites them itself."""
+    """Return a sentence about journals that could not be read; a mount writes them anew itself."""
     names = ", ".join(sorted(log.unread_journals))
-    return f"The journals of {names} cannot be read completely." if names and log.read_only else ""
+    if names and log.read_only:
+        return f"The journals of {names} cannot be read completely."
+    if log.journal_gaps:
+        return "A part of the journals cannot be read until a metadata dump has replaced it."
+    return ""
 
 
 class Reporter:

@@ -56,7 +56,7 @@ class Store:
         self.dumper = MetadataDumper(log, self.committer)
         self.room_maker = RoomMaker(log, self.committer, self.reclaimer, self.dumper, nursery)
         self.healer = Healer(log, self.reader, self.committer)
-        self.rejoin = Rejoin(log, self.committer, self.healer)
+        self.rejoin = Rejoin(log, self.committer, self.dumper, self.healer)
         resumption = Resumption(log, self.committer, self.healer, self.rejoin)
         self.comeback = Comeback(log, self.healer, self.rejoin, resumption)
         self.repairer = Repairer(log, self.reader, self.committer, self.healer, self.rejoin)
