@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import trio
@@ -34,6 +34,7 @@ from fusestore.format.records import HEADER_BYTES, SegmentKind
 from fusestore.format.segment_numbers import segment_path
 from fusestore.format.stripe_rows import Stripe
 from fusestore.limits import STRIPE_BYTES
+from fusestore.repair.rebuild import Rebuilder
 from fusestore.repair.risk import Safety
 from fusestore.rescue import fsck_mend
 from fusestore.rescue.fsck import fsck
@@ -42,7 +43,16 @@ from fusestore.rescue.fsck_mend import Mender
 from fusestore.serve.commands import Context, do
 from fusestore.serve.messages.safety import FsckRequest
 from fusestore.store.opening import open_store
-from support.logs import DISAGREE, LOST_STRIPE, NO_STRIPE, NOT_IN_TABLES, UNREAD_FILE, WRONG_ROW
+from support.logs import (
+    CLAIMED,
+    DISAGREE,
+    GONE,
+    LOST_STRIPE,
+    NO_STRIPE,
+    NOT_IN_TABLES,
+    UNREAD_FILE,
+    WRONG_ROW,
+)
 from support.metadata_rows import Rows, check, edit
 from support.opened_store import Opened, opened
 
@@ -665,3 +675,35 @@ async def test_files_that_cannot_be_read_are_not_clean(config: StoreConfig, how:
         FileSystem(store, nursery)
         safety = Safety(store.log, store.reader)
         assert how == "cut" or (await safety.risk([]))["lost"] != []
+
+
+@pytest.mark.parametrize("how", ["wiped", "segments"])
+@pytest.mark.expects_log(GONE, CLAIMED, UNREAD_FILE)
+async def test_what_a_rebuild_has_not_reached_is_no_finding(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """A check before, during and after each step of a repair advises nothing else."""
+    node = config.nodes[1]
+    if how == "wiped":
+        shutil.rmtree(node.path)
+    else:
+        node.path.rename(node.path.with_name("away"))
+        async with opened(config) as one:
+            await one.put("meanwhile", bytes(100_000))
+        for segment in (node.path.with_name("away") / "shards").iterdir():
+            segment.unlink()
+        node.path.with_name("away").rename(node.path)
+    rebuild, checked = Rebuilder.rebuild, list[Any]()
+    async with opened(config) as one:
+
+        async def watched(*arguments: Any) -> tuple[int, int]:
+            found = await rebuild(*arguments)
+            checked.append(await fsck(one.store, repair=False, at_rest=False))
+            return found
+
+        monkeypatch.setattr(Rebuilder, "rebuild", watched)
+        await one.store.repairer.repair(node.name, lambda message: None)
+        checked.append(await fsck(one.store, repair=False, at_rest=False))
+    assert len(checked) > 1
+    assert [done["findings"] for done in checked] == [[]] * len(checked)
+    assert all(done["clean"] for done in checked)

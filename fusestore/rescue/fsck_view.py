@@ -22,6 +22,7 @@ from ..format.stripe_rows import SegmentState, Stripe
 from ..log.log import Log
 from ..members.member import Member
 from ..members.opening import shard_sizes
+from ..members.standing import State
 from ..metadata.view import View
 
 ShardAt = tuple[int, int, int]
@@ -45,6 +46,8 @@ class StoreView:
     """Names of the nodes, by id."""
     segment_bytes: SegmentBytes
     """The segments of the nodes that are present and answer."""
+    rebuilding: frozenset[int]
+    """The nodes that are getting back what they lack."""
     shard_at: Callable[[int, int, int], tuple[int, int] | None]
     """The stripe and the index in the header of the record whose payload lies at (node, segment,
     offset); None where that cannot be read.  Blocks."""
@@ -97,6 +100,7 @@ async def view_store(log: Log, *, at_rest: bool) -> AsyncIterator[StoreView]:
         unsealed=frozenset(log.unsealed),
         nodes={member.id: member.name for member in log.members.all},
         segment_bytes={},
+        rebuilding=frozenset(m.id for m in log.members.all if m.state is State.REBUILDING),
         shard_at=partial(_shard_at, log),
         not_theirs=partial(_not_theirs, log),
         at_rest=at_rest,
