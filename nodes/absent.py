@@ -85,6 +85,10 @@ class AbsentNode:
         """See Node."""
         self._refuse()
 
+    def is_shared(self, kind: SegmentKind, segment: int) -> bool:
+        """See Node."""
+        self._refuse()
+
     def flush(self, kind: SegmentKind, segments: Sequence[int]) -> None:
         """See Node."""
         self._refuse()

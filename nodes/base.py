@@ -140,11 +140,17 @@ class Node(Protocol):
     def size(self, kind: SegmentKind, segment: int) -> int:
         """Return the size of a segment, without room allocated ahead; NodeLacksError."""
 
+    def is_shared(self, kind: SegmentKind, segment: int) -> bool:
+        """Return whether a segment has other names (hard links): it is only read and deleted.
+
+        NodeLacksError.
+        """
+
     def flush(self, kind: SegmentKind, segments: Sequence[int]) -> None:
         """Make written bytes of these segments durable; NodeLacksError if one is missing."""
 
     def truncate(self, kind: SegmentKind, segment: int, size: int) -> None:
-        """End a finished segment at `size`, and release all room behind it.
+        """End a finished segment at `size`, and release all room behind it, as far as it can.
 
         NodeLacksError.
         """

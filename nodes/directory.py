@@ -513,11 +513,21 @@ class DirectoryNode:
             except NodeFullError as error:  # what was written may be gone
                 raise NodeError(str(error)) from error
 
+    def is_shared(self, kind: SegmentKind, segment: int) -> bool:
+        """See Node."""
+        with self._errors(f"examine {segment_path(kind, segment)}"):
+            return os.fstat(self._segment(kind, segment).fd).st_nlink > 1
+
     def truncate(self, kind: SegmentKind, segment: int, size: int) -> None:
         """See Node."""
         with self._errors(f"truncate {segment_path(kind, segment)}"):
             self._check_owner()
-            target = self._segment(kind, segment, write=True)
+            try:
+                target = self._segment(kind, segment, write=True)
+            except OSError as error:
+                if error.errno != errno.EMLINK:  # another name keeps the room
+                    raise
+                return
             os.ftruncate(target.fd, size)
             target.allocated = size
 
@@ -535,7 +545,7 @@ class DirectoryNode:
             except FileNotFoundError:
                 return
             except OSError as error:
-                if error.errno not in _UNSUPPORTED:
+                if error.errno not in (*_UNSUPPORTED, errno.EMLINK):
                     raise
 
     def replace(self, kind: SegmentKind, segment: int, content: Buffer) -> None:

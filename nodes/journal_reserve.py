@@ -8,6 +8,7 @@ that deletes files succeeds although other programs took all of the device.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterator
 
@@ -57,9 +58,11 @@ class JournalReserve:
     def _opened(self, folder: Directory, *, create: bool = False) -> Iterator[int]:
         try:
             fd = folder.open(RESERVE_NAME, os.O_RDWR)
-        except FileNotFoundError:
-            if not create:
+        except OSError as error:
+            if not create or error.errno not in (errno.ENOENT, errno.EMLINK):
                 raise
+            with contextlib.suppress(FileNotFoundError):
+                folder.unlink(RESERVE_NAME)  # its room is that of its other names, too
             fd = folder.create(RESERVE_NAME, os.O_RDWR)
         try:
             yield fd

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,33 @@ def test_nothing_is_written_through_links(store: Store, outside: Outside) -> Non
     assert (store.mountpoint / "new").read_bytes() == VICTIM
     store.umount()
     assert outside.is_untouched()
+
+
+def test_a_copy_of_hard_links_stays_whole_and_does_not_hinder(store: Store) -> None:
+    """As `cp --link` makes it, of all regions: the mount reads, writes, frees, heals."""
+    regions = [store.node(name) for name in ("us-east-1", "us-west-1", "eu-west-1")]
+    for region in regions:
+        shutil.copytree(region, region.with_name(f"copy-{region.name}"), copy_function=os.link)
+    copied = {path: path.read_bytes() for path in store.store.glob("copy-*/**/*") if path.is_file()}
+    is_in_use(store)
+    for name in sorted(FILES)[::2]:
+        (store.mountpoint / name).unlink()
+    store.remount()  # what was deleted is freed
+    assert {path: path.read_bytes() for path in copied} == copied
+    for path in (regions[0] / "shards").iterdir():
+        if os.stat(path).st_nlink > 1:
+            spoiled = bytearray(path.read_bytes())
+            spoiled[200] ^= 1
+            path.write_bytes(spoiled)
+    copied = {path: path.read_bytes() for path in copied}
+    store.cli("scrub", store.store, "start", "--wait", check=False)
+    assert {found["state"] for found in store.status()["nodes"]} == {"up"}
+    store.cli("scrub", store.store, "start", "--wait")
+    assert store.status()["healthy"]
+    for name in sorted(FILES)[1::2]:
+        assert (store.mountpoint / name).read_bytes() == FILES[name]
+    store.umount()
+    assert {path: path.read_bytes() for path in copied} == copied
 
 
 ODDITIES: dict[str, Callable[[Path], object]] = {

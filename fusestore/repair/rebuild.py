@@ -23,6 +23,7 @@ from ..nodes.base import Node
 from ..read.reader import Reader, verified
 from ..write.shard_record import (
     can_be_read,
+    can_be_rewritten,
     may_overwrite,
     shard_header,
     whole_payload,
@@ -115,15 +116,16 @@ class Rebuilder:
     ) -> None:
         """Write a shard to its old place, or, if it was not on this node, to a new one.
 
-        It also goes to a new place if other data lies at the place in the row, or if that
-        cannot be read: a bad sector may stay bad.  `seen`: it was read there.
+        It also goes to a new place if other data lies at the place in the row, if that cannot
+        be read (a bad sector may stay bad), or if the segment has other names.  `seen`: it was
+        read there.
         """
         place = row.shards[index]
         stays = place.node == member.id and place.written
         doubted = False
         header = shard_header(row.code, row.length, number, index, row.checksums[index])
         if stays:
-            stays = await member.call(can_be_read, member, place, row.shard_length)
+            stays = await member.call(can_be_rewritten, member, place, row.shard_length)
         if not seen and (stays or place.node != member.id):
             doubted = await self._is_in_doubt(member, place, header, data)
         if not stays or doubted:

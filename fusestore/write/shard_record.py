@@ -150,6 +150,16 @@ def can_be_read(member: Member, place: ShardPlace, length: int) -> bool:
     return True
 
 
+def can_be_rewritten(member: Member, place: ShardPlace, length: int) -> bool:
+    """Like `can_be_read`; but a segment that has other names (hard links) is not written to."""
+    if not can_be_read(member, place, length):
+        return False
+    try:
+        return not member.node.is_shared(SegmentKind.SHARDS, place.segment)
+    except NodeLacksError:
+        return True
+
+
 def _header(at: Place, data: bytes, offset: int) -> Header | None:
     """Return the header of a shard's record at an offset of a segment, or None."""
     try:
