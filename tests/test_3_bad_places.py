@@ -8,6 +8,8 @@ stays in use, what was lost is rebuilt elsewhere, and nobody else is blamed.
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,14 @@ from fusestore.commit.metadata_dump import MetadataDumper
 from fusestore.config.mkfs import make_store
 from fusestore.config.node_identity import IDENTITY_NAME, read_identity
 from fusestore.config.store_config import StoreConfig, load
-from fusestore.errors import DamagedMetadataError, MetadataError, NodeError, ReplayError
+from fusestore.errors import (
+    DamagedMetadataError,
+    MetadataError,
+    NodeError,
+    NodeFullError,
+    NodeIdentityError,
+    ReplayError,
+)
 from fusestore.format.erasure import Code
 from fusestore.format.records import HEADER_BYTES, SegmentKind
 from fusestore.format.segment_numbers import segment_path
@@ -30,11 +39,19 @@ from fusestore.members.standing import State
 from fusestore.nodes.directory import DirectoryNode
 from fusestore.store.opening import open_store
 from support.faults import BadSectors
-from support.logs import FOREIGN_FILES, NOT_WHERE_ITS_ROW_SAYS, SCRUBBED, UNREAD_FILE
+from support.logs import (
+    FOREIGN_FILES,
+    HUNG,
+    NOT_WHERE_ITS_ROW_SAYS,
+    OUT_OF_USE,
+    SCRUBBED,
+    UNREAD_FILE,
+)
 from support.opened_store import (
     REGIONS,
     Opened,
     healthy,
+    limited,
     loses_a_region,
     make,
     opened,
@@ -185,6 +202,93 @@ async def test_a_stray_segment_that_cannot_be_read_is_kept(
         await trio.sleep(0.2)
         await all_in_use(one)
         assert stray.exists()
+
+
+MOVES = r"members\.member: Node \S+ moves to "
+
+
+@pytest.mark.parametrize("node", [1, 2])
+@pytest.mark.expects_log(MOVES)
+async def test_a_node_that_moves_takes_along_what_others_lack(
+    config: StoreConfig, bad: BadSectors, tmp_path: Path, node: int
+) -> None:
+    """No shard of another node can be read, and a few of its own cannot."""
+    await write(config, FILES)
+    path, start, _ = await a_shard(config, 0)
+    bad.add(path, start, start + SECTOR)
+    async with opened(config) as one:
+        await scrub(one)
+        for other in (config.nodes[node].path / "shards").iterdir():
+            bad.add(other, 0, other.stat().st_size)
+        done = await one.store.repairer.repair(
+            REGIONS[0], lambda message: None, to=tmp_path / "new"
+        )
+        assert (done["stripes_lost"], done["unrepairable"]) == (0, [])
+        assert done["shards_copied"] >= len(FILES)
+        shutil.rmtree(config.nodes[0].path)
+        assert await read_files(one) == FILES
+        await scrub(one)
+        await healthy(one)
+    await loses_a_region(load(config.store), node, FILES)
+
+
+@pytest.mark.parametrize("how", ["gone", "hangs"])
+@pytest.mark.expects_log(MOVES, OUT_OF_USE, UNREAD_FILE, HUNG)
+async def test_a_node_whose_old_place_fails_while_it_moves_is_rebuilt(
+    config: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    await write(config, FILES)
+    config = limited(config, node_seconds_max=1.0, repair_batch=2)
+    reads = 0
+    read_segment = DirectoryNode.read
+
+    def read_some(node: DirectoryNode, *arguments: Any) -> bytes:
+        nonlocal reads
+        if node.path == config.nodes[0].path and threading.current_thread() is not main:
+            reads += 1
+            if reads > 4 and how == "gone":
+                raise NodeIdentityError(f"Node {REGIONS[0]} is gone from {node.path}: as told.")
+            if reads > 4:
+                time.sleep(3)
+        return read_segment(node, *arguments)
+
+    main = threading.current_thread()
+    async with opened(config) as one:
+        monkeypatch.setattr(DirectoryNode, "read", read_some)
+        done = await one.store.repairer.repair(
+            REGIONS[0], lambda message: None, to=tmp_path / "new"
+        )
+        assert (done["stripes_lost"], done["unrepairable"]) == (0, [])
+        assert done["shards_rebuilt"] > 0
+        assert await read_files(one) == FILES
+        assert (await one.store.status())["healthy"]
+    await loses_a_region(load(config.store), 1, FILES)
+
+
+@pytest.mark.expects_log(MOVES)
+async def test_a_node_stays_where_it_is_if_the_new_place_fails(
+    config: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await write(config, FILES)
+    write_segment = DirectoryNode.write
+
+    def write_some(node: DirectoryNode, *arguments: Any) -> None:
+        if node.path == tmp_path / "new":
+            raise NodeFullError("There is no room on the new disk.")
+        write_segment(node, *arguments)
+
+    async with opened(config) as one:
+        with monkeypatch.context() as patch:
+            patch.setattr(DirectoryNode, "write", write_some)
+            with pytest.raises(NodeError, match="stays where it is: There is no room"):
+                await one.store.repairer.repair(
+                    REGIONS[0], lambda message: None, to=tmp_path / "new"
+                )
+        await healthy(one)
+        await all_in_use(one)
+        await one.store.repairer.repair(REGIONS[0], lambda message: None, to=tmp_path / "new")
+        assert await read_files(one) == FILES
+    await loses_a_region(load(config.store), 1, FILES)
 
 
 # --- journals

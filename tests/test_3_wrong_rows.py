@@ -128,6 +128,28 @@ async def test_the_row_is_mended_and_no_disk_is_blamed(
     assert "replace its disk" not in caplog.text
 
 
+@pytest.mark.parametrize("to", [False, True], ids=["in place", "to a new disk"])
+@pytest.mark.parametrize("change", WRONG_CHECKSUMS)
+@pytest.mark.expects_log(DISAGREE, WRONG_ROW, r"members\.member: Node \S+ moves to ")
+async def test_repair_blames_neither_the_disk_nor_a_new_one(
+    tmp_path: Path, change: Callable[[list[Stripe]], None], to: bool
+) -> None:
+    config = make(tmp_path / "store")
+    await fill(config)
+    right = await change_rows(config, change)
+    async with opened(config) as one:
+        for node in config.nodes:
+            place = tmp_path / f"new-{node.name}" if to else None
+            done = await one.store.repairer.repair(node.name, lambda message: None, to=place)
+            assert (done["stripes_lost"], done["unrepairable"]) == (0, [])
+        assert [row.checksums for row in rows_of(one)] == [row.checksums for row in right]
+        assert all_up(one)
+        status = await one.store.status()
+        assert status["healthy"]
+        assert sum(node["checksum_failures"] for node in status["nodes"]) == 0
+        await all_right(one)
+
+
 @pytest.mark.parametrize("change", WRONG_CHECKSUMS)
 @pytest.mark.expects_log(DISAGREE, WRONG_ROW)
 async def test_a_read_only_mount_reads_right(

@@ -540,6 +540,7 @@ def test_repair_says_what_it_will_do_and_what_it_did(
     done = {
         "plan": PLAN,
         "node": "us-east-1",
+        "shards_copied": 0,
         "shards_rebuilt": 1234,
         "bytes": 600_000_000,
         "seconds": 2.0,
@@ -559,8 +560,11 @@ def test_repair_says_what_it_will_do_and_what_it_did(
 
 def test_what_cannot_be_repaired_is_named(store: Path, daemon: Callable[..., None]) -> None:
     lost = [f"a/{i}" for i in range(30)]
-    done = {"node": "us-east-1", "shards_rebuilt": 0, "bytes": 0, "seconds": 0.0}
-    daemon(store, repair={"plan": PLAN, **done, "stripes_lost": 30, "unrepairable": lost})
+    done = {"node": "us-east-1", "shards_copied": 0, "shards_rebuilt": 0, "bytes": 0}
+    daemon(
+        store,
+        repair={"plan": PLAN, **done, "seconds": 0.0, "stripes_lost": 30, "unrepairable": lost},
+    )
     result = run("repair", store, "us-east-1")
     assert result.exit_code == 1
     assert "30 files cannot be repaired" in result.stdout
@@ -639,7 +643,7 @@ def test_a_layout_as_a_table() -> None:
 
 
 def test_a_repair_in_no_time() -> None:
-    done = RepairDone("n", 0, 0, 0.0, 0, ())
+    done = RepairDone("n", 0, 0, 0, 0.0, 0, ())
     assert repair_line("n", done) == "n: 0 shards rebuilt and checked, 0 B in 0.0 s (0.0 MB/s)."
 
 

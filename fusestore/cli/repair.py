@@ -129,10 +129,12 @@ def plan_lines(plan: RepairPlan) -> Iterator[str]:
 
 def repair_line(node: str, done: RepairDone) -> str:
     """Report the result and the speed of a repair."""
-    line = (
-        f"{node}: {done.shards_rebuilt:,} shards rebuilt and checked, "
-        f"{bytes_text(done.bytes)} in {speed_text(done.bytes, done.seconds)}"
-    )
+    shards = f"{done.shards_rebuilt:,} shards rebuilt and checked"
+    if done.shards_copied:
+        shards = (
+            f"{done.shards_copied:,} shards copied, {done.shards_rebuilt:,} rebuilt, all checked"
+        )
+    line = f"{node}: {shards}, {bytes_text(done.bytes)} in {speed_text(done.bytes, done.seconds)}"
     if done.unrepairable:
         line += f"; {len(done.unrepairable):,} files cannot be repaired"
     return line + "."

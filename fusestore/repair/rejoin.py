@@ -13,6 +13,7 @@ The caller holds `Healer.busy`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from functools import partial
 
@@ -20,11 +21,17 @@ import trio
 
 from ..commit.committer import Committer
 from ..commit.metadata_dump import MetadataDumper
-from ..errors import FusestoreError, NodeError, NodeReadOnlyError, NodeTimeoutError
-from ..format.records import SegmentKind
+from ..errors import (
+    FusestoreError,
+    NodeError,
+    NodeIdentityError,
+    NodeReadOnlyError,
+    NodeTimeoutError,
+)
+from ..format.records import HEADER_BYTES, SegmentKind
 from ..format.segment_numbers import GAP_MAX
 from ..format.store_rows import NEVER_WHOLE
-from ..format.stripe_rows import Stripe
+from ..format.stripe_rows import ShardPlace, Stripe
 from ..limits import RECORD_ALIGN_BYTES
 from ..log.journal import first_needed
 from ..log.journal_copy import Copied, copy_journals
@@ -37,6 +44,8 @@ from ..members.standing import State
 from ..nodes.base import Node
 from .heal import Healer, Progress
 from .rebuild import StripeShards, not_intact
+
+logger = logging.getLogger(__name__)
 
 
 class Rejoin:
@@ -74,6 +83,42 @@ class Rejoin:
             member.fail(error)
         if not isinstance(error, NodeTimeoutError):
             member.let_go()
+
+    async def copy_shards(
+        self, member: Member, target: Node, pace: Pace, progress: Progress
+    ) -> tuple[int, int]:
+        """Copy the shards of a node in use to a new place of it; (shards, bytes) copied.
+
+        Nothing is verified, and shards that cannot be read are left out: `rebuild_all` examines
+        them all.  The node may fail meanwhile; then the rest is rebuilt.  NodeError of the
+        new place.
+        """
+        shards = size = 0
+        total = self.total(member)
+        batches = self._log.batches(
+            end=self._log.stripes_end(), count=self._log.limits.repair_batch
+        )
+        for rows in batches:
+            mine = [
+                (place, row.shard_length)
+                for _, row in rows
+                for place in row.shards
+                if place.node == member.id and place.written
+            ]
+            await pace.spend(2 * sum(length for _, length in mine))
+            if member.out_of_use:
+                break
+            try:
+                copied = await member.call(_copy_shards, member.node, target, mine)
+            except NodeTimeoutError as error:
+                member.fail(error)
+                break
+            except _SourceError as error:
+                member.fail(error.reason)
+                break
+            shards, size = shards + len(copied), size + sum(copied)
+            progress({"phase": "copy", "done": min(size, total), "total": total})
+        return shards, size
 
     async def enter(self, member: Member, node: Node) -> None:
         """Let new shards go to a node that is not in sync yet."""
@@ -203,6 +248,32 @@ class Rejoin:
             )
         self._log.journal_gaps += len(copied.unknown)
         return copied
+
+
+class _SourceError(Exception):
+    """The place that shards are copied from is gone, or does not answer."""
+
+    def __init__(self, reason: NodeError) -> None:
+        self.reason = reason
+
+
+def _copy_shards(source: Node, target: Node, shards: list[tuple[ShardPlace, int]]) -> list[int]:
+    """In a thread: copy the readable ones of some shards (place, length) durably; the lengths."""
+    copied, written = list[int](), set[int]()
+    for place, length in shards:
+        start = place.offset - HEADER_BYTES
+        try:
+            data = source.read(SegmentKind.SHARDS, place.segment, start, HEADER_BYTES + length)
+        except (NodeIdentityError, NodeTimeoutError) as error:
+            raise _SourceError(error) from error
+        except NodeError as error:
+            logger.warning("%s It is rebuilt from other nodes.", error)
+            continue
+        target.write(SegmentKind.SHARDS, place.segment, start, [data])
+        copied.append(length)
+        written.add(place.segment)
+    target.flush(SegmentKind.SHARDS, sorted(written))
+    return copied
 
 
 def _drop_journals(node: Node, before: int) -> None:

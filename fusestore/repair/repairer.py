@@ -1,7 +1,8 @@
 """The repair path: a node that lost its data gets all of it back, verified.
 
 1. The directory becomes the node again (a wiped one, or one with a damaged `node.toml`,
-   gets a new incarnation), and new shards go there.
+   gets a new incarnation), and new shards go there.  A node that moves first copies what
+   can be read at its old place.
 2. The journal is copied from the nodes in sync, read back and checked.
 3. Every stripe with a shard on the node is checked, stripes that lack other shards
    first.  An intact shard stays.  Any other is computed from k others and written
@@ -92,8 +93,9 @@ class Repairer:
             await self.check_place(member, to)
             before = member.config
             moves = to is not None and to != before.path
+            copied = (0, 0)
             if to is not None and moves:
-                await self._move(member, to)
+                copied = await self._move(member, to, pace, progress)
             try:
                 await self._begin(member, discard_history)
                 self.healer.rebuilder.told.clear()
@@ -120,14 +122,16 @@ class Repairer:
                     self.healer.give_up(member, interrupted)
                 raise
         seconds = time.monotonic() - started
-        self._remember(name, size + more[1], seconds)
+        size += copied[1] + more[1]
+        self._remember(name, size, seconds)
         lost = set(self.healer.lacks(member))
         inos = {ino for number in lost for ino in self._reader.owners(number)}
         paths = sorted(set((await self._log.paths_of(inos)).values()))
         return {
             "node": name,
+            "shards_copied": copied[0],
             "shards_rebuilt": shards + more[0],
-            "bytes": size + more[1],
+            "bytes": size,
             "seconds": seconds,
             "stripes_lost": len(lost),
             "unrepairable": paths,
@@ -199,12 +203,30 @@ class Repairer:
         """In a thread: write the new place of a node to the configuration."""
         self._log.members.configure(self._nodes_with(moved))
 
-    async def _move(self, member: Member, to: Path) -> None:
-        """Use another, empty place for a node from now on; the file follows later."""
+    async def _move(
+        self, member: Member, to: Path, pace: Pace, progress: Progress
+    ) -> tuple[int, int]:
+        """Use another, empty place for a node from now on; (shards, bytes) copied there.
+
+        The file follows later.
+
+        While the old place can be read, the new one gets its shards: if shards of other
+        nodes are bad, it has the only ones.
+        """
+        copied = (0, 0)
         moved = replace(member.config, path=to)
-        (await member.call(self.prepare_directory, moved)).close()
+        node = await member.call(self.prepare_directory, moved)
+        try:
+            if not member.out_of_use:
+                await member.call(node.claim)
+                copied = await self._rejoin.copy_shards(member, node, pace, progress)
+        except NodeError as error:
+            raise NodeError(f"Node {member.name} stays where it is: {error}") from error
+        finally:
+            node.close()
         member.fail(NodeError(f"Node {member.name} moves to {to}."))
         member.config = moved
+        return copied
 
     async def join(self, member: Member, progress: Progress) -> None:
         """Let a new node take part; NodeError if it fails meanwhile.

@@ -68,6 +68,8 @@ class RepairDone:
     """The result of a repair."""
 
     node: str
+    shards_copied: int
+    """From the old place of a node that moved."""
     shards_rebuilt: int
     bytes: int
     seconds: float
