@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 
 from support.logs import GONE
-from support.mounted_store import FUSESTORE, REPOSITORY, Store, is_mounted
+from support.mounted_store import FUSESTORE, REPOSITORY, Store, is_mounted, sync
 from support.posixly import read_uncached
 
 pytestmark = pytest.mark.mounted
@@ -37,14 +37,6 @@ def store(make_store: Callable[..., Store]) -> Store:
     made = make_store()
     made.mount()
     return made
-
-
-def sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def tree(top: Path) -> dict[str, bytes]:

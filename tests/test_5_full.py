@@ -17,7 +17,7 @@ import pytest
 from fusestore.limits import XATTR_BYTES_MAX, XATTRS_BYTES_MAX
 from support.disks import Disks, fill, free
 from support.logs import LOST_STRIPE, OUT_OF_USE, TOO_FEW_NODES
-from support.mounted_store import Store
+from support.mounted_store import Store, sync
 
 pytestmark = pytest.mark.mounted
 
@@ -57,14 +57,6 @@ def write_until_full(path: Path, size: int = MIB) -> int:
         while True:
             total += file.write(BLOCK[:size])
     return total
-
-
-def sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def put(path: Path, data: bytes) -> None:
@@ -164,6 +156,29 @@ def test_a_store_that_is_filled_keeps_its_reserve_and_can_be_emptied(
     assert (store.mountpoint / "important").read_bytes() == BLOCK
     (top / "big").unlink()
     put(store.mountpoint / "other", BLOCK)  # at once
+    is_well(store)
+
+
+def test_with_writeback_an_fsync_says_what_a_full_store_did_not_take(
+    disks: Disks, on_disks: Callable[..., tuple[Store, list[Path]]]
+) -> None:
+    store, _ = on_disks(*(disks.tmpfs(f"d{i}", 130) for i in range(3)))
+    store.remount("writeback")
+    failed, kept = set[int](), dict[Path, bytes]()
+    for number in range(60):
+        path, data = store.mountpoint / f"f{number}", BLOCK * 4
+        try:
+            put(path, data)
+            kept[path] = data
+        except OSError as error:
+            failed.add(error.errno)
+    assert failed == {errno.ENOSPC}
+    is_well(store)
+    store.remount()
+    for path, data in kept.items():
+        assert path.read_bytes() == data
+        path.unlink()
+    put(store.mountpoint / "other", BLOCK)
     is_well(store)
 
 

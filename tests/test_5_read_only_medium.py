@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.loop_devices import Disks
-from support.mounted_store import Store
+from support.mounted_store import Store, sync
 
 pytestmark = [pytest.mark.mounted, pytest.mark.not_plain]
 
@@ -28,14 +27,6 @@ def disks(tmp_path: Path) -> Iterator[Disks]:
         pytest.skip(f"there are no loop devices: {error}")
     yield disks
     disks.detach()
-
-
-def sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def remount(disks: Disks, name: str, how: str) -> None:

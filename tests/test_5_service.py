@@ -187,6 +187,33 @@ def test_ready_is_said_of_a_mount_that_answers_and_the_last_commit_is_waited_for
 
 
 @pytest.mark.mounted
+def test_a_daemon_whose_users_are_killed_keeps_its_watchdog_quiet(
+    make_store: MakeStore, manager: Manager, start: Callable[[Store], Service]
+) -> None:
+    """An idle mount, but for programs that are killed in the middle of a request."""
+    store = make_store()
+    start(store)
+    manager.hear_until("READY=1")
+    manager.socket.settimeout(6)
+    doing = "import os, sys\nwhile True: os.path.exists(f'{sys.argv[1]}/{os.urandom(8).hex()}')"
+    for _ in range(20):
+        users = [
+            subprocess.Popen([sys.executable, "-E", "-S", "-c", doing, store.mountpoint])
+            for _ in range(2)
+        ]
+        assert "WATCHDOG=1" in manager.hear()
+        for user in users:
+            user.kill()
+            user.wait()
+        manager.socket.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                manager.hear()
+        manager.socket.settimeout(6)
+        assert "WATCHDOG=1" in manager.hear()
+
+
+@pytest.mark.mounted
 def test_signals_while_a_daemon_ends_lose_nothing(
     make_store: MakeStore, manager: Manager, start: Callable[[Store], Service]
 ) -> None:

@@ -126,10 +126,10 @@ while True:
 
 
 class Writer:
-    """A program that writes and syncs files."""
+    """A program that writes and syncs files, or does something else in rounds."""
 
-    def __init__(self, store: Store) -> None:
-        command = [sys.executable, "-c", WRITER, store.mountpoint]
+    def __init__(self, place: Path, doing: str = WRITER) -> None:
+        command = [sys.executable, "-c", doing, place]
         self._program = subprocess.Popen(command, stdout=subprocess.PIPE)
         self.rounds = 0
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -164,7 +164,7 @@ def is_well(store: Store, writer: Writer) -> None:
 def test_a_daemon_that_is_stopped_blames_nobody(make_store: Callable[..., Store]) -> None:
     store = make_store()
     store.mount()
-    writer = Writer(store)
+    writer = Writer(store.mountpoint)
     assert writer.goes_on(20)
     assert store.daemon_pid is not None
     os.kill(store.daemon_pid, signal.SIGSTOP)
@@ -183,7 +183,7 @@ def test_disks_that_hang_together_are_waited_for(
     regions = [f"--region=r{number}={place}/node" for number, place in enumerate(places)]
     store = make_store(*regions)
     store.mount()
-    writer = Writer(store)
+    writer = Writer(store.mountpoint)
     assert writer.goes_on(20)
     with frozen(*places):
         time.sleep(38)
@@ -202,7 +202,7 @@ def test_a_disk_whose_writes_hang_holds_up_nobody_for_long(
     place = disks.ext4("r0", 800)
     store = make_store(f"--region=r0={place}/node", "--region=r1", "--region=r2")
     store.mount()
-    writer = Writer(store)
+    writer = Writer(store.mountpoint)
     assert writer.goes_on(20)
     with frozen(place):
         assert writer.goes_on(60)
@@ -228,7 +228,7 @@ def test_a_metadata_disk_that_hangs_stops_nobody(
     store.mount("metrics=127.0.0.1:0")
     (store.mountpoint / "before").write_bytes(b"before")
     url = store.status()["metrics"]
-    writer = Writer(store)
+    writer = Writer(store.mountpoint)
     assert writer.goes_on(20)
     with frozen(place):
         for _ in range(45):
@@ -244,3 +244,56 @@ def test_a_metadata_disk_that_hangs_stops_nobody(
     is_well(store, writer)
     store.remount()
     assert (store.mountpoint / "before").read_bytes() == b"before"
+
+
+NAMES = """\
+import os, sys
+number = 0
+while True:
+    try:
+        name = f"{sys.argv[1]}/{number:0200}"
+        os.makedirs(name, exist_ok=True)
+        os.setxattr(name, "user.large", os.urandom(60_000))
+        number += 1
+    except OSError:
+        pass
+    print(number, flush=True)
+"""
+MEMORY_MAX = 150 << 20
+"""Bytes that a daemon may take more while names and attributes wait for a checkpoint: those that
+wait, their commits on the way to the nodes, and as much again for Python."""
+
+
+def memory(store: Store) -> int:
+    """The bytes of memory that the daemon has for itself."""
+    lines = Path(f"/proc/{store.daemon_pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
+
+
+@pytest.mark.expects_log(METADATA_STALL)
+def test_memory_is_limited_while_a_metadata_disk_hangs(
+    disks: Disks, make_store: Callable[..., Store], tmp_path: Path
+) -> None:
+    place = disks.ext4("metadata", 800)
+    (tmp_path / "s0").symlink_to(place)
+    regions = [f"--region=r{number}={tmp_path}/regions/{number}" for number in range(3)]
+    store = make_store(*regions)
+    store.mount()
+    (store.mountpoint / "before").write_bytes(b"before")
+    before = memory(store)
+    places = [store.mountpoint / f"d{number}" for number in range(4)]
+    for folder in places:
+        folder.mkdir()
+    with frozen(place):
+        users = [Writer(folder, NAMES) for folder in places]
+        for _ in range(33):
+            time.sleep(1)
+            assert memory(store) - before < MEMORY_MAX
+            assert answers(store, 2)
+            assert (store.mountpoint / "before").read_bytes() == b"before"
+    for user in users:
+        assert user.goes_on(60)
+        user.end()
+    store.remount()
+    for folder, user in zip(places, users, strict=True):
+        assert len(os.listdir(folder)) >= user.rounds > 0

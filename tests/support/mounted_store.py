@@ -26,6 +26,15 @@ COMMAND_SECONDS_MAX = 180
 DAEMON_END_SECONDS_MAX = 60
 
 
+def sync(path: Path) -> None:
+    """fsync a file or a directory; OSError."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 class Directory:
     """A plain directory that looks like a mounted store to the tests of POSIX behaviour."""
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from support.mounted_store import sync
 from support.ordinary_model import (
     FILLER,
     FOLDERS,
@@ -33,7 +34,6 @@ from support.ordinary_model import (
     Client,
     Model,
     in_time,
-    sync,
     tree_of,
 )
 from support.ordinary_world import Device, World

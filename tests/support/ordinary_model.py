@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from support.mounted_store import sync
 from support.posixly import read_uncached
 
 MIB = 1 << 20
@@ -155,15 +156,6 @@ def do(top: Path, operation: Operation) -> bytes | int:
         case "read":
             return read_uncached(path)
     return 0
-
-
-def sync(path: Path) -> None:
-    """fsync a file or a directory; OSError."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 class Client:

@@ -5,8 +5,9 @@ Each is a function of a `Life`, which returns whether it could happen.
 
 from __future__ import annotations
 
+from support.mounted_store import sync
 from support.ordinary_life import Life, some_node
-from support.ordinary_model import BrokenPromiseError, sync
+from support.ordinary_model import BrokenPromiseError
 
 
 def ask(life: Life) -> bool:
