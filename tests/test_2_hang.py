@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,49 @@ async def test_a_sync_under_way_when_it_hangs_is_kept(config: StoreConfig) -> No
     shutil.rmtree(config.nodes[1].path)
     async with opened(config) as one:
         assert await one.get("a") == data("a")
+
+
+@contextmanager
+def full_pipe() -> Iterator[tuple[int, int]]:
+    """A pipe, and how its writing end hangs until the other one is read."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writing, bytes(4096))
+    os.set_blocking(writing, True)
+    try:
+        yield reading, writing
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+@pytest.mark.parametrize("watched", [True, False])
+@pytest.mark.expects_log(OUT_OF_USE)
+async def test_a_small_commit_does_not_wait_for_the_kernel_for_long(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch, watched: bool
+) -> None:
+    """The write of one journal hangs in the kernel, not in a thread."""
+    with full_pipe() as (_, writing):
+        async with opened(config) as one:
+            member = one.store.log.members.all[1]
+            if member.ring is None:
+                pytest.skip("this kernel offers no io_uring")
+            for number in range(2):
+                await one.put("small", b"before %d" % number)
+                await one.store.committer.commit()
+            assert member.journal_room is not None
+            monkeypatch.setattr(one.store.committer.journal, "_is_watched", watched)
+            os.dup2(writing, member.journal_room.fd)
+            await one.put("small", b"after 99")
+            with trio.fail_after(20 * DEADLINE):
+                await one.store.committer.commit()
+            assert [m.in_sync for m in one.store.log.members.all] == [True, False, True]
+            await healthy(one)
+    shutil.rmtree(config.nodes[0].path)
+    async with opened(config) as one:
+        assert await one.get("small") == b"after 99"
 
 
 @pytest.mark.expects_log(OUT_OF_USE)

@@ -822,7 +822,7 @@ async def test_a_small_commit_that_fails_on_the_short_way(
         batch = real(self, operations, keep)
         if batch is not None and len(operations) == 3:
             taken += 1
-            wait = self.wait
+            wait = self.wait_shielded
 
             async def waited(waited_for: Batch) -> None:
                 await wait(waited_for)
@@ -830,7 +830,7 @@ async def test_a_small_commit_that_fails_on_the_short_way(
                     waited_for.results[1] = fault
 
             if batch.left:
-                monkeypatch.setattr(self, "wait", waited, raising=False)
+                monkeypatch.setattr(self, "wait_shielded", waited)
             else:
                 batch.results[1] = fault
         return batch

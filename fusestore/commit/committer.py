@@ -132,13 +132,12 @@ class Committer:
 
         It cannot if the commit stores no shard, and its record fits over zeros in the journals.
         """
-        first = self._log.members.all[0]
         return (
             not self.lock.locked()
             and not self._wanted.is_set()
             and not self.writer.sealer.shortage
             and self.writer.unflushed <= self._limits.tail_bytes_max
-            and first.journal_room is not None
+            and any(member.journal_room is not None for member in self._log.members.in_sync)
         )
 
     async def run(self) -> None:

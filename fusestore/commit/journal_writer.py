@@ -35,6 +35,10 @@ class JournalWriter:
         self.offset = 0
         self._rolled: list[tuple[int, int]] = []
         """Finished segments, and their sizes, until they are trimmed."""
+        self._waits_for: Batch | None = None
+        """What an append waits for."""
+        self._begun = trio.Event()
+        self._is_watched = False
         self.commit_bytes = 0
         """Bytes of commits in each journal since the last metadata dump began."""
 
@@ -105,7 +109,7 @@ class JournalWriter:
         if batch is None:
             return False
         if batch.left:
-            await self._written(ring, batch, members)
+            await self._written(ring, batch, members, now)
         whole = True
         for (member, room, operation, _), result in zip(writes, batch.results, strict=True):
             if result is None:
@@ -124,27 +128,56 @@ class JournalWriter:
                 whole = False
         return whole
 
-    async def _written(self, ring: Ring, batch: Batch, members: list[Member]) -> None:
+    async def _written(self, ring: Ring, batch: Batch, members: list[Member], begun: float) -> None:
         """Wait until the kernel has written a record, or those that are late may be given up."""
+        if self._is_watched:  # a deadline for each append would take longer than many disks
+            self._waits_for = batch
+            self._begun.set()
+            await ring.wait_shielded(batch)
+            self._waits_for = None
+        if not batch.left:
+            return
         limits = self._limits
-        calls = {member: member.calls.begin(None, is_patient=True) for member in members}
-        until = trio.current_time() + limits.node_seconds_max
+        calls = {
+            member: member.calls.begin(None, is_patient=True, begun=begun) for member in members
+        }
         try:
             while batch.left:
-                with trio.move_on_after(
-                    min(limits.stall_seconds, limits.node_seconds_max / 4), shield=True
-                ):
+                with trio.move_on_after(self._pause, shield=True):
                     await ring.wait(batch)
                 for member, result in zip(members, batch.results, strict=True):
                     if result is not None and member in calls:
                         member.calls.end(calls.pop(member))
-                if trio.current_time() >= until:
+                if trio.current_time() >= begun + limits.node_seconds_max:
                     given_up = [member.may_give_up(call) for member, call in calls.items()]
                     if all(given_up):
                         return
         finally:
             for member, call in calls.items():
                 member.calls.end(call)
+
+    @property
+    def _pause(self) -> float:
+        """Seconds until an append that the kernel has not completed looks for itself."""
+        return min(self._limits.stall_seconds, self._limits.node_seconds_max / 4)
+
+    async def watch(self) -> None:
+        """Wake appends that take long, until cancelled."""
+        self._is_watched = True
+        try:
+            while True:
+                await self._begun.wait()
+                batch = self._waits_for
+                if batch is None:
+                    self._begun = trio.Event()
+                    continue
+                await trio.sleep(self._pause)
+                if batch is self._waits_for:
+                    Ring.wake(batch)
+        finally:
+            self._is_watched = False
+            if self._waits_for is not None:
+                Ring.wake(self._waits_for)
 
     @staticmethod
     def _holds(member: Member, header: Header) -> None:

@@ -186,6 +186,7 @@ async def _begin(config: StoreConfig, log: Log, nursery: trio.Nursery) -> Store:
     else:
         await _begin_epoch(store)
         nursery.start_soon(store.committer.run)
+        nursery.start_soon(store.committer.journal.watch)
     return store
 
 

@@ -211,6 +211,19 @@ class Ring:
 
             await trio.lowlevel.wait_task_rescheduled(give_up)
 
+    async def wait_shielded(self, batch: Batch) -> None:
+        """Return when a batch is done, or `wake` is called, whatever is cancelled meanwhile."""
+        if batch.left:
+            batch.task = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+
+    @staticmethod
+    def wake(batch: Batch) -> None:
+        """Let the task that waits for a batch look for itself."""
+        if batch.task is not None:
+            trio.lowlevel.reschedule(batch.task)
+            batch.task = None
+
     def _reap(self) -> None:
         head, tail = self._cq_head[0], self._cq_tail[0]
         while head != tail:
@@ -221,9 +234,7 @@ class Ring:
             head = (head + 1) & _U32
             if not batch.left:
                 batch.keep = None
-                if batch.task is not None:
-                    trio.lowlevel.reschedule(batch.task)
-                    batch.task = None
+                self.wake(batch)
             self._cq_head[0] = head
 
 
