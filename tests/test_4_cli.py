@@ -406,6 +406,7 @@ STATUS: dict[str, Any] = {
     "metadata_error": "",
     "bytes_total": 24_000_000_000,
     "bytes_free": 18_000_000_000,
+    "full": "",
     "last_commit_at": None,
     "uncommitted_bytes": 0,
     "epoch": 3,
@@ -544,6 +545,7 @@ def test_repair_says_what_it_will_do_and_what_it_did(
         "shards_rebuilt": 1234,
         "bytes": 600_000_000,
         "seconds": 2.0,
+        "away": [],
         "stripes_lost": 0,
         "unrepairable": [],
     }
@@ -563,12 +565,19 @@ def test_what_cannot_be_repaired_is_named(store: Path, daemon: Callable[..., Non
     done = {"node": "us-east-1", "shards_copied": 0, "shards_rebuilt": 0, "bytes": 0}
     daemon(
         store,
-        repair={"plan": PLAN, **done, "seconds": 0.0, "stripes_lost": 30, "unrepairable": lost},
+        repair={
+            "plan": PLAN,
+            **done,
+            "seconds": 0.0,
+            "away": ["eu-west-1"],
+            "stripes_lost": 30,
+            "unrepairable": lost,
+        },
     )
     result = run("repair", store, "us-east-1")
     assert result.exit_code == 1
-    assert "30 files cannot be repaired" in result.stdout
-    assert "lost: a/0\n" in result.stderr
+    assert "30 files cannot be repaired while eu-west-1 cannot be read" in result.stdout
+    assert "not repaired: a/0\n" in result.stderr
     assert "and 10 more" in result.stderr
 
 
@@ -643,7 +652,7 @@ def test_a_layout_as_a_table() -> None:
 
 
 def test_a_repair_in_no_time() -> None:
-    done = RepairDone("n", 0, 0, 0, 0.0, 0, ())
+    done = RepairDone("n", 0, 0, 0, 0.0, (), 0, ())
     assert repair_line("n", done) == "n: 0 shards rebuilt and checked, 0 B in 0.0 s (0.0 MB/s)."
 
 

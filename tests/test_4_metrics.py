@@ -306,7 +306,7 @@ SCRUB = ScrubStatus("never", "", "", None, 0.0, 0.0, 0, 0, 0, 0, 0, 0, 0, 0, "",
 STATUS = Status(
     healthy=True, error="", metadata_error="", readable=True, read_only=False, store="/s",
     uuid="u", code="2+1", regions_borne=1, unsafe_codes=(), files=1, bytes=0, bytes_total=10**9,
-    bytes_free=10**9, stripes=0, last_commit=1, last_commit_at=None, uncommitted_bytes=0,
+    bytes_free=10**9, full="", stripes=0, last_commit=1, last_commit_at=None, uncommitted_bytes=0,
     checkpoint=1, epoch=1, metadata_bytes=0, degraded_reads=0, failed_reads=0, rows_mended=0,
     rows_in_doubt=0, repair=None,
     repairs=(), scrub=SCRUB, nodes=(NODE,),
@@ -322,7 +322,7 @@ STATUS = Status(
         ({"error": "Too few nodes."}, False),
         ({"metadata_error": "No space."}, False),
         ({"readable": False, "regions_borne": -1}, False),
-        ({"bytes_free": 0}, False),
+        ({"bytes_free": 0, "full": "The store is full: there is no room on the disk of n."}, False),
     ],
 )
 def test_health(change: dict[str, Any], good: bool) -> None:

@@ -107,7 +107,7 @@ def repair(
         print_lines([*plan_lines(result.plan), *lines])
     if result.done is not None and result.done.unrepairable:
         if not as_json:
-            print_paths("lost", result.done.unrepairable)
+            print_paths("not repaired", result.done.unrepairable)
         context.exit(1)
 
 
@@ -137,4 +137,6 @@ def repair_line(node: str, done: RepairDone) -> str:
     line = f"{node}: {shards}, {bytes_text(done.bytes)} in {speed_text(done.bytes, done.seconds)}"
     if done.unrepairable:
         line += f"; {len(done.unrepairable):,} files cannot be repaired"
+        if done.away:
+            line += f" while {', '.join(done.away)} cannot be read"
     return line + "."

@@ -210,6 +210,7 @@ class Committer:
         NotDurableError if no sufficient set of nodes has flushed it.  A commit that has
         begun is not cancelled: the changes that it took must reach the journals.
         """
+        self._log.refuse_read_only()
         with trio.CancelScope(shield=True):
             try:
                 await self._commit_now(checkpoint, cover, freeze)

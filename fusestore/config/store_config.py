@@ -186,8 +186,9 @@ def examine(file: Path) -> tuple[StoreConfig, list[str]]:
         table = Table.read(file)
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
-            f"{store} is not a store (it has no {CONFIG_NAME}): "
-            f"make one with `fusestore mkfs {store}`."
+            f"{store} is not a store: it has no {CONFIG_NAME}. If there was one, mount its disk, "
+            f"or write the file anew with 'fusestore recover {store}'. To make a new store, run "
+            f"'fusestore mkfs {store}'."
         ) from None
     table.take_format(CONFIG_VERSION)
     rows = table.take_tables("node")

@@ -243,9 +243,7 @@ class Rebalancer:
             try:
                 await target.call(target.sample)
                 size = sum(row.shard_length for _, row, _ in there)
-                # This keeps room for writes that were accepted.
-                kept_free = self._limits.reserve_bytes + self._limits.between_commits_bytes
-                if target.space is None or target.space.free < size + kept_free:
+                if target.space is None or target.space.free < size + self._limits.kept_free_bytes:
                     full = f"Node {target.name} has no room left: add a node to its region."
                     self._notes.update((row.shards[i].node, full) for _, row, i in there)
                     return 0

@@ -23,7 +23,7 @@ import trio
 from ..commit.committer import Committer
 from ..config.mkfs import check_owner
 from ..config.store_config import WEIGHTS, NodeConfig, StoreConfig, check_name, check_places
-from ..errors import NodeError, NotDurableError, ReadOnlyError, UsageError
+from ..errors import NodeError, NotDurableError, UsageError
 from ..format import keys, store_rows, stripe_rows
 from ..format.erasure import Code
 from ..format.placement import check_region_rule
@@ -167,7 +167,7 @@ class Topology:
             census = await take_census(self._log)
             if not member.config.draining:
                 self._check_without(member, self._codes(census))
-                self._check_room(member, census)
+                await self._check_room(member, census)
                 await self._set_draining(member, True)
             self._rebalancer.stuck.pop(member.id, None)  # it is retried
             self._rebalancer.wake()
@@ -233,13 +233,16 @@ class Topology:
                     f"{member.config.region}: {problem[0].lower()}{problem[1:]}"
                 )
 
-    def _check_room(self, member: Member, census: Census) -> None:
+    async def _check_room(self, member: Member, census: Census) -> None:
         """UsageError if the other nodes of a region have no room for the data of a node."""
         region = member.config.region
         others = [m for m in self._log.members.all if m is not member and m.takes]
         inside = [m for m in others if m.config.region == region] or others
+        for other in inside:
+            with suppress(NodeError):
+                await other.call(other.sample)
         spaces = {m.space.device: m.space.free for m in inside if m.space is not None}
-        room = sum(max(0, free - self._limits.reserve_bytes) for free in spaces.values())
+        room = sum(max(0, free - self._limits.kept_free_bytes) for free in spaces.values())
         if room < census.held[member.id]:
             raise UsageError(
                 f"The other nodes of region {region} have room for {room >> 20:,} MiB, and "
@@ -254,8 +257,6 @@ class Topology:
         Without `force`, this is refused if the store could not be written to without the node.
         """
         members = self._log.members
-        if self._log.read_only:
-            raise ReadOnlyError("The store is mounted read-only.")
         async with self._changing:
             member = self._repairer.member(name)
             others = [other for other in members.all if other is not member]
@@ -391,8 +392,12 @@ def _clear(config: StoreConfig, place: NodeConfig, journal: int, shards: list[in
 
 
 def _size_at(path: Path) -> int:
-    """Return the size of the file system of a path, which need not exist."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    found = os.statvfs(path)
+    """Return the size of the file system of a path, which need not exist; NodeError."""
+    there = path
+    try:
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        found = os.statvfs(there)
+    except OSError as error:
+        raise NodeError(f"{path} cannot be used: {error.strerror}.") from error
     return int(found.f_blocks * found.f_frsize)

@@ -247,8 +247,7 @@ class Log:
         `grows` are the bytes that it may add to the metadata; 0 if it adds none, and
         `rewrites` if it does not take away either: NoSpaceError when there is no room.
         """
-        if self.read_only:
-            raise ReadOnlyError("The store is mounted read-only.")
+        self.refuse_read_only()
         if self.broken:
             raise ReadOnlyError(self.broken)
         if grows or rewrites:
@@ -257,6 +256,13 @@ class Log:
         else:
             self.room.note_rows()
         return Transaction(self)
+
+    def refuse_read_only(self) -> None:
+        """Raise ReadOnlyError if nothing may be written, whatever happens."""
+        if self.read_only:
+            raise ReadOnlyError(
+                "The store is mounted read-only: unmount it, or mount it without 'ro'."
+            )
 
     def apply(self, changes: Changes) -> None:
         """Make changes for the next commit; after RowTooLargeError none of them was made."""

@@ -274,6 +274,17 @@ class Room:
             free = min(free, max(0, left[self._metadata[0]]) * self._limits.metadata_share)
         return max(total, free), free
 
+    def full(self) -> str:
+        """Return a sentence about the disks that leave no room for new data; empty if none do."""
+        if self.usable(self._code)[1] or not self._members.can_store(self._code):
+            return ""
+        left = self._left(GROWS, self._code, 0, 0, 0)
+        short = {number for number, size in left.items() if size < self._limits.stripe_bytes}
+        full = [m.name for m in self._members.all if m.space and m.space.device in short]
+        if self._metadata is not None and self._metadata[0] in short:
+            full.insert(0, "the metadata")
+        return f"The store is full: there is no room on the disk of {', '.join(full)}."
+
     def _fill(self, code: Code, room: Mapping[int, int], nodes: list[Member]) -> int:
         """Return how much fits if each node that is full leaves its share to its region's others.
 

@@ -68,6 +68,8 @@ class Member:
         self._unknown = Device()
         self.is_full = False
         """Its device has no room for more shards; others of its region may have."""
+        self.lacks_room = ""
+        """Why shards that it lacks cannot be rebuilt: a sentence, or empty."""
         self.sampled_at = 0.0
         """The time of `space`, by trio's clock."""
         self.journal_room: JournalRoom | None = None
@@ -198,6 +200,12 @@ class Member:
         self.was_late = isinstance(error, NodeTimeoutError)
         self.calls.end_all()
 
+    def note_full(self, error: NodeFullError) -> None:
+        """Log once that the node has no room for shards that it lacks; it stays in use."""
+        if self.lacks_room != str(error):
+            logger.warning("%s", error)
+        self.lacks_room = str(error)
+
     def row(self) -> NodeRow:
         """The row of the node for the log."""
         at = self.config
@@ -308,14 +316,18 @@ class Member:
         """Return the error for a node that did not answer in time."""
         return NodeTimeoutError(f"Node {self.name} did not answer within {seconds:.0f} seconds.")
 
-    def sample(self) -> None:
-        """Check the identity of the node, and measure its room; runs in a thread."""
-        self.node.check()
+    def sample(self, node: Node | None = None) -> None:
+        """Check the identity of the node, and measure its room; runs in a thread.
+
+        `node` is about to take its place, perhaps on another disk.
+        """
+        node = node or self.node
+        node.check()
         begun = self.devices.begin_sample()
-        self.space = self.node.space()
+        self.space = node.space()
         self.devices.end_sample(begun, self.space)
         if self.space.free < self.limits.journal_reserve_below_bytes:
-            self.node.keep_reserve(self.limits.journal_reserve_bytes)
+            node.keep_reserve(self.limits.journal_reserve_bytes)
 
     def reserve(self, payload_length: int) -> ShardPlace:
         """Reserve the next place for a shard; the caller then writes the shard."""

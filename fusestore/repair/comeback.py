@@ -42,8 +42,6 @@ class Comeback:
         self._resumption = resumption
         log.on_break = self.wake
         self._wake = trio.Event()
-        self._full: set[str] = set()
-        """Names of the nodes that had no room for shards that they lack."""
         self._hangs: dict[int, int] = {}
         """By node: the calls that hung when it was last retried; it is retried when one ends."""
 
@@ -64,7 +62,7 @@ class Comeback:
                         except MetadataError:
                             raise  # no node is to blame for it
                         except NodeFullError as error:
-                            self._note_full(member, error)
+                            member.note_full(error)
                         except FusestoreError as error:
                             self._healer.give_up(member, error)
             if not self._log.broken:  # else each node that answers may still be read
@@ -119,7 +117,7 @@ class Comeback:
                 except MetadataError:
                     raise  # no node is to blame for it
                 except NodeFullError as error:
-                    self._note_full(member, error)
+                    member.note_full(error)
                 except FusestoreError as error:
                     member.fail(error)
 
@@ -183,12 +181,6 @@ class Comeback:
         else:
             logger.info("Node %s is up and in sync.", member.name)
 
-    def _note_full(self, member: Member, error: NodeFullError) -> None:
-        """Log once that a node has no room for shards that it lacks; it stays in use."""
-        if member.name not in self._full:
-            self._full.add(member.name)
-            logger.warning("%s", error)
-
     def _set_apart(self, member: Member, node: Node, found: Lineage) -> None:
         """Keep out a node of another history until an operator decides; it is still checked."""
         node.close()
@@ -205,4 +197,4 @@ class Comeback:
             with self._healer.following(member) as progress:
                 await self._rejoin.rebuild_all(member, progress)
         await self._healer.heal(member, Pace(self._log))
-        self._full.discard(member.name)
+        member.lacks_room = ""

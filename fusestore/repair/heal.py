@@ -92,8 +92,8 @@ class Healer:
                         await self.heal(member, Pace(self._log))
                     except MetadataError:
                         raise  # no node is to blame for it
-                    except NodeFullError:
-                        pass  # it is healed when there is room
+                    except NodeFullError as error:
+                        member.note_full(error)
                     except FusestoreError as error:
                         self.give_up(member, error)
 

@@ -42,9 +42,9 @@ def _room_at(path: Path) -> int:
     with suppress(OSError):
         for directory, _, files in os.walk(path):
             taken += sum(os.lstat(os.path.join(directory, f)).st_blocks * 512 for f in files)
-    while not there.exists() and there != there.parent:
-        there = there.parent
     try:
+        while not there.exists() and there != there.parent:
+            there = there.parent
         found = os.statvfs(there)
     except OSError as error:
         raise NodeError(f"{path} cannot be used: {error.strerror}.") from error

@@ -24,6 +24,7 @@ from ..read.reader import Reader, verified
 from ..write.shard_record import (
     can_be_read,
     can_be_rewritten,
+    is_there,
     may_overwrite,
     shard_header,
     whole_payload,
@@ -134,7 +135,9 @@ class Rebuilder:
         written.append(_Rebuilt(number, index, row, place, doubted))
         length = record_length(row.shard_length)
         if member.space and member.device.room < length + self._log.limits.reserve_bytes:
-            raise NodeFullError(f"Node {member.name} has no room for the shards that it lacks.")
+            takes_none = place == row.shards[index] and await member.call(is_there, member, place)
+            if not takes_none:
+                raise NodeFullError(f"Node {member.name} has no room for the shards that it lacks.")
         device = member.device.place(length)
         try:
             await member.call(write_shard, self._log, member, place, header, data)

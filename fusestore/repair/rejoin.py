@@ -129,6 +129,7 @@ class Rejoin:
 
     async def take_in(self, member: Member, node: Node) -> None:
         """Like `enter`, with `Committer.lock` held, and the loss committed."""
+        await member.call(member.sample, node)
         member.enter(node, await member.call(node.segments, SegmentKind.SHARDS))
 
     async def rebuild_all(

@@ -31,14 +31,14 @@ import trio
 
 from ..commit.committer import Committer
 from ..config.store_config import NodeConfig, check_places
-from ..errors import FusestoreError, InterruptedNodeError, NodeError, UsageError
+from ..errors import FusestoreError, InterruptedNodeError, NodeError, NodeFullError, UsageError
 from ..format import store_rows
 from ..format.store_rows import NEVER_WHOLE
 from ..log.journal_copy import Copied
 from ..log.log import Log
 from ..log.pace import Pace
 from ..members.member import Member
-from ..members.opening import node_ids
+from ..members.opening import node_ids, offline_error
 from ..members.standing import State
 from ..nodes.base import Node
 from ..read.reader import Reader
@@ -46,6 +46,7 @@ from .claim import claim_directory
 from .heal import Healer, Progress
 from .place_room import check_room
 from .rejoin import Rejoin
+from .resume import Resumption
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +55,20 @@ class Repairer:
     """Repairs nodes on request, and lets new ones join."""
 
     def __init__(
-        self, log: Log, reader: Reader, committer: Committer, healer: Healer, rejoin: Rejoin
+        self,
+        log: Log,
+        reader: Reader,
+        committer: Committer,
+        healer: Healer,
+        rejoin: Rejoin,
+        resumption: Resumption,
     ) -> None:
         self._log = log
         self._reader = reader
         self._committer = committer
         self.healer = healer
         self._rejoin = rejoin
+        self._resumption = resumption
 
     def member(self, name: str) -> Member:
         """The node with this name; UsageError if there is none."""
@@ -88,6 +96,8 @@ class Repairer:
         """
         pace = Pace(self._log, rate, polite=False)
         started = time.monotonic()
+        if self.healer.busy.locked():
+            progress({"phase": "waiting for other work on the nodes", "done": 0, "total": 1})
         async with self.healer.busy:
             member = self.member(name)
             await self.check_place(member, to)
@@ -111,7 +121,10 @@ class Repairer:
             except (FusestoreError, OSError) as error:
                 member.config = before
                 reason = NodeError(f"Repair of node {name} stopped: {error}")
-                self.healer.give_up(member, reason)
+                if isinstance(error, NodeFullError) and member.state is State.UP:
+                    member.note_full(error)  # it serves what it has
+                else:
+                    self.healer.give_up(member, reason)
                 raise reason from error
             except BaseException:
                 member.config = before
@@ -133,6 +146,7 @@ class Repairer:
             "shards_rebuilt": shards + more[0],
             "bytes": size,
             "seconds": seconds,
+            "away": [m.name for m in self._log.members.all if m.state is not State.UP],
             "stripes_lost": len(lost),
             "unrepairable": paths,
         }
@@ -168,6 +182,12 @@ class Repairer:
             except NodeError as error:
                 member.fail(error)
         node = await member.call(self.prepare_directory, member.config)
+        if self._log.broken:  # the mount may be read-only for want of this very node
+            node.close()
+            await self._resumption.attempt_now()
+            if member.writable:
+                return
+            node = await member.call(self.prepare_directory, member.config)
         found = await self._rejoin.lineage(member, node)
         if found.foreign and member.standing.holds != NEVER_WHOLE and not discard_history:
             node.close()
@@ -183,6 +203,8 @@ class Repairer:
         FusestoreError if the place cannot be used, or is too small.
         """
         moves = to is not None and to != member.config.path
+        if member.config.offline:
+            raise offline_error(self._log.members.config, member.config)
         if to is not None and moves:
             config = self._log.members.config
             problem = check_places(

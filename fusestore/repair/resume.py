@@ -45,11 +45,16 @@ class Resumption:
 
     async def attempt(self, *, now: bool = False) -> None:
         """Continue if the mount is read-only, and enough nodes are back; `now`: without a pause."""
-        log = self._log
         if not now and trio.current_time() < self._resumed_at + self._wait:
             return
-        async with self._healer.busy, self._committer.lock:
-            if not log.broken or log.broken_for_good:
+        async with self._healer.busy:
+            await self.attempt_now()
+
+    async def attempt_now(self) -> None:
+        """Like `attempt`, with `Healer.busy` held."""
+        log = self._log
+        async with self._committer.lock:
+            if not log.broken or log.broken_for_good or log.read_only:
                 return
             await self._committer.writer.sealer.idle()
             async with trio.open_nursery() as nursery:
@@ -94,6 +99,7 @@ class Resumption:
         member.reopen(node)
         if await member.call(self._lacks_nothing, member):
             await member.call(node.claim)
+            await member.call(member.sample)
             on_disk = await member.call(node.segments, SegmentKind.SHARDS)
             if member.was_late:
                 member.shards.begin_after(on_disk)
@@ -130,6 +136,7 @@ class Resumption:
                 member.let_go()
                 return
             await member.call(node.claim)
+            await member.call(member.sample)
             on_disk = await member.call(node.segments, SegmentKind.SHARDS)
         except NodeError as error:
             member.standing.refused(error)

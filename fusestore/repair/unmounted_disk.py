@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from ..config.node_identity import IDENTITY_NAME
-from ..errors import UsageError
+from ..errors import NodeError, UsageError
 from ..members.member import Member
 from ..members.members import Members
 
@@ -15,12 +15,16 @@ def check_disk(members: Members, member: Member) -> None:
     """Raise UsageError if a node is empty, and its place is on a disk of something else.
 
     Such a place is right if the node was there before, or if all nodes of other regions are
-    on that disk, too, as in a store for trying out.  Blocks.
+    on that disk, too, as in a store for trying out.  NodeError if the place cannot be looked
+    at.  Blocks.
     """
     path = member.config.path
-    if (path / IDENTITY_NAME).exists():
-        return
-    here = _device(path)
+    try:
+        if (path / IDENTITY_NAME).exists():
+            return
+        here = _device(path)
+    except OSError as error:
+        raise NodeError(f"{path} cannot be used: {error.strerror}.") from error
     if member.space is not None and member.space.device == here:
         return
     others = {

@@ -157,6 +157,8 @@ async def repair(context: Context, request: RepairRequest) -> RepairResult:
         place = partial(check_disk, context.store.log.members, member)
         await to_thread.run_sync(place, abandon_on_cancel=True)
     plan = from_json(RepairPlan, await context.safety.plan(member, anew=to is not None))
+    if request.to:
+        plan = replace(plan, path=request.to)
     if request.dry_run:
         await repairer.check_place(member, to)
         return RepairResult(plan)
@@ -360,6 +362,8 @@ COMMANDS: dict[str, _Command[Any, Any]] = {
 
 async def do(context: Context, request: Request[R]) -> R:
     """Run a command in this process; FusestoreError."""
+    if not request.only_looks:
+        context.store.log.refuse_read_only()
     result: R = await COMMANDS[request.command].run(context, request)
     return result
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TypeVar
 
 import trio
 
 from ..config.store_config import StoreConfig
+from ..config.store_config_write import write_store_config
 from ..errors import FusestoreError
 from ..files.filesystem import FileSystem
 from ..metadata.engine import DATABASE
@@ -14,6 +16,7 @@ from ..store.opening import open_store
 from .commands import Context, do
 from .control_client import Progress
 from .control_server import lock_store
+from .messages.nodes import NodeOnlineRequest
 from .messages.request import Request
 
 R = TypeVar("R")
@@ -22,6 +25,10 @@ R = TypeVar("R")
 async def offline(config: StoreConfig, request: Request[R], progress: Progress) -> R:
     """Run a command on an unmounted store; FusestoreError."""
     with lock_store(config.store):
+        if isinstance(request, NodeOnlineRequest):  # else it might hinder its own opening
+            config = await trio.to_thread.run_sync(_online, config, request.node)
+        # A command writes no new data of files, and may bring back the node that they lack.
+        config = replace(config, spare_shards=0)
         try:
             # A store that was never mounted has no journal that must stay unchanged.
             read_only = request.only_looks and (config.metadata / DATABASE).exists()
@@ -35,6 +42,17 @@ async def offline(config: StoreConfig, request: Request[R], progress: Progress) 
                 return await do(Context(store, files, progress, alone=True), request)
         except BaseExceptionGroup as group:
             raise unwrapped(group) from None
+
+
+def _online(config: StoreConfig, name: str) -> StoreConfig:
+    """In a thread: clear the mark of a node that was taken offline, in the file, too."""
+    online = replace(config.node(name), offline=False)
+    nodes = tuple(online if node.name == name else node for node in config.nodes)
+    if nodes == config.nodes:
+        return config
+    after = replace(config, nodes=nodes)
+    write_store_config(after)
+    return after
 
 
 def unwrapped(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -117,7 +117,8 @@ def apply_replayed(log: Log, replayed: Replayed, suspects: dict[bytes, bytes | N
             config = log.members.config
             raise ConfigError(
                 f"{config.store / CONFIG_NAME} lacks node {row.name} (region {row.region}, at "
-                f"{row.path}) of the store: put it back, and use 'fusestore node remove'."
+                f"{row.path}) of the store: put its lines back. To take a node out of the store, "
+                "use 'fusestore node drain' and 'fusestore node remove'."
             )
         at = replayed.durable_id if row.in_sync else CommitId(row.holds, row.checksum)
         owner.standing.recorded(*at)

@@ -178,8 +178,7 @@ async def _begin(config: StoreConfig, log: Log, nursery: trio.Nursery) -> Store:
         for member in log.members.all:
             member.ring = ring
     store = Store(config, log, nursery)
-    if not log.read_only:
-        await log.sample_metadata()
+    await log.sample_metadata()
     _adopt_tails(store)
     if log.read_only:
         await _look_at_nodes(store)

@@ -118,6 +118,11 @@ class Reporter:
             if m.state is not State.UP or missing.get(m.id) or m.shards.lost
         }
         whole = not lacking
+        empty = {
+            m.id
+            for m in members.all
+            if m.config.draining and not m.shards.states and not missing.get(m.id)
+        }
         unused = {member.id for member in members.all if member.out_of_use}
         size, free = log.room.usable(log.code)
         problem = log.broken or members.waiting() or log.room.waits
@@ -134,8 +139,8 @@ class Reporter:
             "unsafe_codes": [
                 str(code) for code in codes if check_region_rule(code, members.config.regions)
             ],
-            "regions_borne": members.losses_borne(codes, lacking),
-            "readable": members.losses_borne(codes, unused) >= 0,
+            "regions_borne": members.losses_borne(codes, lacking - empty),
+            "readable": members.losses_borne(codes, unused - empty) >= 0,
             "read_only": log.read_only or bool(log.broken),
             "error": problem,
             "metadata_error": metadata_problem,
@@ -143,6 +148,7 @@ class Reporter:
             "bytes": log.counters.file_bytes,
             "bytes_total": size,
             "bytes_free": free,
+            "full": "" if log.read_only else log.room.full(),
             "stripes": log.counters.stripes,
             "last_commit": log.position.commit,
             "last_commit_at": committer.committed_at,
@@ -179,7 +185,7 @@ class Reporter:
             "draining": member.config.draining,
             "state": str(member.state),
             "in_sync": member.in_sync,
-            "error": member.standing.error,
+            "error": member.standing.error or (member.lacks_room if missing else ""),
             "bytes_used": member.used if space else 0,
             "bytes_free": space.free if space else 0,
             "bytes_total": space.total if space else 0,

@@ -59,7 +59,9 @@ class Store:
         self.rejoin = Rejoin(log, self.committer, self.dumper, self.healer)
         resumption = Resumption(log, self.committer, self.healer, self.rejoin)
         self.comeback = Comeback(log, self.healer, self.rejoin, resumption)
-        self.repairer = Repairer(log, self.reader, self.committer, self.healer, self.rejoin)
+        self.repairer = Repairer(
+            log, self.reader, self.committer, self.healer, self.rejoin, resumption
+        )
         self.rebalancer = Rebalancer(log, self.committer, self.repairer)
         self.topology = Topology(log, self.committer, self.repairer, self.rebalancer, self.comeback)
         self.scrubber = Scrubber(log, self.committer, self.repairer, self.rows, config.scrub_days)

@@ -171,6 +171,8 @@ class Status:
     bytes: int
     bytes_total: int
     bytes_free: int
+    full: str
+    """Which disks leave no room for new data: a sentence, or empty."""
     stripes: int
     last_commit: int
     last_commit_at: float | None

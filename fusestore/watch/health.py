@@ -27,7 +27,8 @@ def verdict(status: Status) -> str:
     """Return a sentence that states whether the data is safe."""
     away = [node.name for node in status.nodes if node.state != "up"]
     missing = sum(node.missing_shards for node in status.nodes)
-    problems = [text.rstrip(".") for text in (status.error, status.metadata_error) if text]
+    said = (status.error, status.metadata_error, status.full)
+    problems = [text.rstrip(".") for text in said if text]
     if away:
         problems.append(f"{', '.join(away)} {'is' if len(away) == 1 else 'are'} not up")
     if missing:
@@ -56,8 +57,8 @@ def health(status: Status) -> tuple[bool, str]:
             return False, problem
     if not status.readable:
         return False, "Too few nodes are available to read all files."
-    if not status.read_only and status.bytes_free <= 0:
-        return False, "The store is full: nothing can be written."
+    if status.full:
+        return False, status.full
     return True, verdict(status)
 
 

@@ -150,6 +150,14 @@ def can_be_read(member: Member, place: ShardPlace, length: int) -> bool:
     return True
 
 
+def is_there(member: Member, place: ShardPlace) -> bool:
+    """Return whether a segment reaches to the record of a shard, or beyond; runs in a thread."""
+    try:
+        return member.node.size(SegmentKind.SHARDS, place.segment) > place.offset
+    except NodeLacksError:
+        return False
+
+
 def can_be_rewritten(member: Member, place: ShardPlace, length: int) -> bool:
     """Like `can_be_read`; but a segment that has other names (hard links) is not written to."""
     if not can_be_read(member, place, length):

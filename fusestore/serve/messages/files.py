@@ -7,7 +7,7 @@ from typing import Literal, TypedDict
 
 from ...typed_json import OPTIONAL
 from ...watch.fields import Recoding
-from .request import Request
+from .request import LookRequest, Request
 
 
 class ExtentPlace(TypedDict):
@@ -53,7 +53,7 @@ class LayoutResult:
 
 
 @dataclass(frozen=True, slots=True)
-class LayoutRequest(Request[LayoutResult]):
+class LayoutRequest(LookRequest[LayoutResult]):
     """Ask for the place of each byte of a file."""
 
     command = "layout"
@@ -90,6 +90,11 @@ class QuotaRequest(Request[QuotaResult]):
     bytes: int | None = None
     files: int | None = None
     """Limits; None: unchanged."""
+
+    @property
+    def only_looks(self) -> bool:
+        """Whether it only asks."""
+        return self.action in ("get", "list")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...watch.fields import Status
-from .request import LookRequest, Request
+from .request import LookRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class StopResult:
 
 
 @dataclass(frozen=True, slots=True)
-class StopRequest(Request[StopResult]):
+class StopRequest(LookRequest[StopResult]):
     """Unmount, commit everything and exit."""
 
     command = "stop"
@@ -38,7 +38,7 @@ class LogLevelResult:
 
 
 @dataclass(frozen=True, slots=True)
-class LogLevelRequest(Request[LogLevelResult]):
+class LogLevelRequest(LookRequest[LogLevelResult]):
     """Ask for the log level of the daemon, and change it if one is given."""
 
     command = "log_level"
@@ -77,7 +77,7 @@ MetricsAction = Literal["summary", "reset"]
 
 
 @dataclass(frozen=True, slots=True)
-class MetricsRequest(Request[MetricsResult]):
+class MetricsRequest(LookRequest[MetricsResult]):
     """Ask for the counts, or set them to zero."""
 
     command = "metrics"

@@ -73,6 +73,8 @@ class RepairDone:
     shards_rebuilt: int
     bytes: int
     seconds: float
+    away: tuple[str, ...]
+    """The nodes that were not up at the end: they may have what could not be rebuilt."""
     stripes_lost: int
     unrepairable: tuple[str, ...]
     """The paths of files."""
