@@ -18,14 +18,19 @@ from typing import Any
 import pytest
 import trio
 
+from fusestore.commit import replay
 from fusestore.config.store_config import StoreConfig, load
 from fusestore.errors import FusestoreError, NodeError, ReplayError
 from fusestore.files.filesystem import FileSystem
+from fusestore.format.records import Header, Kind
+from fusestore.format.store_rows import Descent, LogPosition
+from fusestore.log.journal import Entry, Journals
 from fusestore.members.standing import State
 from fusestore.repair.risk import Safety
 from fusestore.rescue.fsck import fsck
 from fusestore.serve.offline import unwrapped
 from fusestore.store.opening import open_store
+from support.faults import BadSectors
 from support.logs import (
     DISAGREE,
     DROPPED,
@@ -602,3 +607,117 @@ async def test_every_combination_of_moments(tmp_path: Path, code: str) -> None:
             failures.append(f"{sources}: {type(error).__name__}: {str(error)[:1500]}")
         shutil.rmtree(operator.place)
     assert not failures, f"{len(failures)}:\n" + "\n".join(failures[:40])
+
+
+# --- a history that was given up, whose records are on all nodes
+
+
+@dataclass
+class GaveUp:
+    """A store that went on without its last commits, which can be read again."""
+
+    config: StoreConfig
+    files: dict[str, bytes]
+    dead: Path
+    """The metadata of the history that was given up."""
+
+
+def last_journals(config: StoreConfig) -> list[Path]:
+    return [max((node.path / "journal").glob("*.log")) for node in config.nodes]
+
+
+async def gave_up(base: Path, how: str) -> GaveUp:
+    """The last segment of all nodes could not be read, or had zeros; its loss was accepted."""
+    config = make(base / "store")
+    files = small("given up", "f0", "f1")
+    await write(config, files)
+    await write(config, small("dead", "d0", "d1", "d2"))
+    copy_tree(config.metadata, base / "dead")
+    kept = {path: path.read_bytes() for path in last_journals(config)}
+    with BadSectors() as bad:
+        for path, data in kept.items():
+            if how == "unreadable":
+                bad.add(path, 0, len(data))
+            else:
+                path.write_bytes(bytes(len(data)))
+        forget(config)
+        recovered(config, accept_loss=True)
+        files |= small("living", "l0", "l1")
+        async with opened(config, accept_loss=how == "unreadable") as one:
+            for name in await read_files(one):
+                if name not in files:
+                    one.delete(name)
+            for name, data in files.items():
+                await one.put(name, data)
+    for path, data in kept.items():
+        if how == "zeros":
+            path.write_bytes(data)
+    assert await read(config) == files
+    return GaveUp(config, files, base / "dead")
+
+
+@pytest.mark.parametrize("how", ["unreadable", "zeros"])
+@pytest.mark.expects_log(DROPPED, UNREAD_FILE)
+async def test_metadata_of_a_history_that_was_given_up_is_refused(tmp_path: Path, how: str) -> None:
+    """All nodes hold both histories; the advice leads to the one that went on."""
+    store = await gave_up(tmp_path, how)
+    instead(store.dead, store.config.metadata)
+    for accept_loss in (False, True):
+        with pytest.raises(ReplayError, match=r"given up.*fusestore recover"):
+            async with open_store(store.config, accept_loss=accept_loss):
+                pass
+    forget(store.config)
+    recovered(store.config, history=REGIONS[0] if how == "zeros" else "")
+    assert await read(store.config) == store.files
+
+
+@pytest.mark.parametrize("how", ["unreadable", "zeros"])
+@pytest.mark.expects_log(DROPPED, UNREAD_FILE)
+async def test_no_history_continues_in_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Nodes hold two histories that went on in turns, as no tool lets them do now."""
+    store = await gave_up(tmp_path, how)
+    config = store.config
+    copy_tree(config.metadata, tmp_path / "living")
+    instead(store.dead, config.metadata)
+    with monkeypatch.context() as patch:
+        patch.setattr(replay._Replay, "_refuse_old_metadata", lambda *_: None)
+        async with opened(config) as one:
+            for number in range(8):
+                await one.put(f"z{number}", b"of the dead" * 5000)
+                await one.store.committer.commit()
+    instead(tmp_path / "living", config.metadata)
+    try:
+        async with opened(config) as one:
+            found = await read_files(one)
+    except ReplayError:
+        return
+    assert found == store.files
+
+
+def commit_of(number: int, epoch: int, nonce: bytes, **fields: Any) -> Entry:
+    header = Header(Kind.COMMIT, 0, 1000 * epoch + number, epoch, number)
+    return Entry(header, nonce=nonce, holders=set(REGIONS), **fields)
+
+
+@pytest.mark.parametrize(
+    ("descent", "follows"),
+    [
+        (Descent(4, 2004, "02" * 16), True),
+        (Descent(4, 2004, "03" * 16), False),
+        (Descent(5, 2005, "03" * 16), True),
+        (Descent(5, 3005, "02" * 16), False),
+    ],
+    ids=["of the epoch", "of another epoch", "of the base", "of another base"],
+)
+def test_an_epoch_continues_only_what_its_first_commit_names(
+    descent: Descent, follows: bool
+) -> None:
+    """Commits 6 to 8 are missing; the epoch after them repeats all since its base."""
+    first = commit_of(9, 7, b"\7" * 16, base=descent.base, descent=descent)
+    journals = Journals()
+    journals.commits.update({5: [commit_of(5, 2, b"\2" * 16)], 9: [first]})
+    start = LogPosition(2, "02" * 16, 5, 2005)
+    assert list(journals.chain(start)) == [first] * follows
+    assert (journals.predecessor(first) is not None) is follows

@@ -34,7 +34,7 @@ from ..format.records import (
     encode_commit,
 )
 from ..format.segment_numbers import following, reachable
-from ..format.store_rows import NodeRow
+from ..format.store_rows import Descent, LogPosition, NodeRow
 from ..format.stripe_rows import Stripe
 from ..log.log import Log
 from ..members.member import Member
@@ -167,8 +167,12 @@ class Committer:
         `journals` are the segments on the nodes.  The next commit must contain every change
         since the last checkpoint.
         """
-        position = self._log.position
-        self._log.position = replace(position, epoch=position.epoch + 1, nonce=os.urandom(16).hex())
+        log, position = self._log, self._log.position
+        row = log.engine.get(store_rows.LOG_KEY)
+        base = LogPosition.decode(row) if row is not None else LogPosition()
+        descent = Descent(base.commit, base.checksum, position.nonce)
+        log.apply({store_rows.DESCENT_KEY: descent.encode()})
+        log.position = replace(position, epoch=position.epoch + 1, nonce=os.urandom(16).hex())
         known = [position.journal_segment, self.journal.segment]
         self.journal.begin(following(known + reachable(journals, known)))
         self.epoch_base = self.checkpointer.reached

@@ -102,6 +102,7 @@ class _Replay:
         result = Replayed(start, in_sync=frozenset(in_sync))
         self._refuse_another_history(result)
         chain = list(journals.chain(start))
+        self._refuse_old_metadata(chain, result)
         self._refuse_fork(chain)
         durable = self._durable(chain)
         last = self._follow(result, chain, durable)
@@ -176,6 +177,60 @@ class _Replay:
             "store that was used on its own. Move the metadata away, keep it, and run "
             f"'fusestore recover {self._log.members.config.store}'."
         )
+
+    def _refuse_old_metadata(self, chain: Sequence[Entry], result: Replayed) -> None:
+        """ReplayError if the nodes have gone on without the commit at which the database stands.
+
+        It was restored from a copy made before losses were accepted, or before another copy
+        was restored.  If as many of the nodes in sync know nothing of that, or enough for the
+        store, the others may belong to a copy of it that went on by itself: they become foreign.
+        """
+        start, journals = self._start, self._journals
+        ours = {entry.id for entry in (*self._chain, *chain)}
+        given_up = [*self._log.given_up, *(end for entry in chain for end in entry.given_up)]
+        later = [
+            entry
+            for entry in journals.entries()
+            if entry.id not in ours
+            and (entry.header.epoch > start.epoch or entry.nonce.hex() != start.nonce)
+            and not is_void(entry, given_up)
+            and self._is_of_another_past(entry)
+        ]
+        through = max((entry.durable_through for entry in later), default=0)
+        gone_on = [entry for entry in later if entry.number <= through]
+        gone_on += [
+            entry
+            for entry in (*journals.entries(), *journals.pieces.values())
+            if any(end.voids(start.commit, start.epoch) for end in entry.given_up)
+        ]
+        without = {name for entry in gone_on for name in entry.holders}
+        members = self._log.members
+        others = {
+            member.id
+            for member in members.all
+            if member.is_open
+            and member.id in result.in_sync
+            and member.name not in (without | journals.failed.keys())
+        }
+        if len(without) > len(others) and not members.could_store(self._log.code, others):
+            raise ReplayError(
+                f"The metadata is at commit {start.commit} of a history that was given up: it was "
+                f"restored from an old copy, and {', '.join(sorted(without))} went on without it, "
+                f"to commit {max(entry.number for entry in gone_on)}. Move the metadata away, keep "
+                f"it, and run 'fusestore recover {self._log.members.config.store}'."
+            )
+
+    def _is_of_another_past(self, entry: Entry) -> bool:
+        """Return whether a commit certainly does not build on the one at the start."""
+        start = self._start
+        at: Entry | None = entry
+        while at is not None and at.number > start.commit + 1:
+            at = self._journals.predecessor(at)
+        if at is None:
+            return False
+        if at.number > start.commit:
+            return at.previous != start.checksum
+        return at.id != CommitId(start.commit, start.checksum)
 
     def _refuse_fork(self, chain: Sequence[Entry]) -> None:
         """ReplayError if two histories diverge after the start, and both were acknowledged."""
@@ -289,7 +344,12 @@ class _Replay:
             result.in_sync = frozenset(commit.in_sync)
             result.commits += 1
             self._chain.append(entry)
-            last = replace(last, commit=commit.number, checksum=entry.header.payload_checksum)
+            last = replace(
+                last,
+                nonce=commit.nonce.hex(),
+                commit=commit.number,
+                checksum=entry.header.payload_checksum,
+            )
         return last
 
     def _reached(self, name: str) -> int:

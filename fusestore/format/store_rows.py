@@ -14,6 +14,7 @@ from .file_rows import FIRST_COOKIE, ROOT
 CODES_KEY = b"Zcodes"
 COUNTERS_KEY = b"Zcounters"
 GIVEN_UP_KEY = b"Zgivenup"
+DESCENT_KEY = b"Zdescent"
 METADATA_DUMP_KEY = b"Zdump"
 FORMAT_KEY = b"Zformat"
 LOG_KEY = b"Zlog"
@@ -124,6 +125,10 @@ class GivenUp(NamedTuple):
     commit: int
     epoch: int
 
+    def voids(self, commit: int, epoch: int) -> bool:
+        """Return whether a commit, made in an epoch, belongs to what was given up."""
+        return commit > self.commit and epoch < self.epoch
+
 
 def encode_given_up(ends: Sequence[GivenUp]) -> bytes:
     """The row's value."""
@@ -133,6 +138,26 @@ def encode_given_up(ends: Sequence[GivenUp]) -> bytes:
 def decode_given_up(value: bytes | None) -> list[GivenUp]:
     """Decode the ends of histories that were given up; none without the row."""
     return [GivenUp(*end) for end in json.loads(value)] if value else []
+
+
+class Descent(NamedTuple):
+    """What an epoch continues; in its first commit, which repeats all after `base`."""
+
+    base: int
+    """The number of the commit that the database had reached."""
+    checksum: int
+    """The checksum of that commit."""
+    nonce: str
+    """The nonce of the epoch that made the commit right before."""
+
+    def encode(self) -> bytes:
+        """The row's value."""
+        return json.dumps(self._asdict()).encode()
+
+    @classmethod
+    def decode(cls, value: bytes) -> Self:
+        """Read the row's value."""
+        return cls(**json.loads(value))
 
 
 NEVER_WHOLE = 1 << 62

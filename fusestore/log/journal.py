@@ -27,7 +27,7 @@ from ..format.records import (
     decode_commit,
 )
 from ..format.records import checksum as checksum_of
-from ..format.store_rows import CommitId, GivenUp, LogPosition
+from ..format.store_rows import CommitId, Descent, GivenUp, LogPosition
 from ..metadata.engine import Engine
 from ..nodes.base import Node
 
@@ -59,6 +59,8 @@ class Entry:
     base: int = 0
     in_sync: tuple[int, ...] = ()
     nonce: bytes = b""
+    descent: Descent | None = None
+    """What its epoch continues, if it is the first commit of one."""
     dump: dict[str, Any] | None = None
     """The row of a finished metadata dump, if the commit names one."""
     holders: set[str] = field(default_factory=set)
@@ -219,6 +221,7 @@ class Journals:
             for number in range(max(entry.base, 1), entry.number - 1)
             for before in self.commits.get(number, ())
             if before.header.epoch < entry.header.epoch
+            and self._descends(entry, before.id, before.nonce.hex())
         ]
         return max(earlier, key=lambda e: (e.number, e.header.epoch), default=None)
 
@@ -324,32 +327,40 @@ class Journals:
         The first commit of an epoch repeats the changes that its mount replayed.  It
         therefore also follows when the commits right before it are missing.
         """
-        number, digest, epoch = start.commit, start.checksum, start.epoch
+        at, epoch, nonce = CommitId(start.commit, start.checksum), start.epoch, start.nonce
         while True:
-            entry = self._successor(number, digest, epoch)
+            entry = self._successor(at, epoch, nonce)
             if entry is None:
                 return
-            number, digest = entry.number, entry.header.payload_checksum
-            epoch = entry.header.epoch
+            at, epoch, nonce = entry.id, entry.header.epoch, entry.nonce.hex()
             yield entry
 
-    def _contradicts(self, entry: Entry, number: int, digest: int) -> bool:
-        """Return whether all holders of a commit lack the one of this number and checksum."""
-        there = self.commits.get(number, ())
-        right = {n for e in there if e.header.payload_checksum == digest for n in e.holders}
-        wrong = {n for e in there for n in e.holders} - right
-        return entry.holders <= wrong
+    def _descends(self, entry: Entry, at: CommitId, nonce: str) -> bool:
+        """Return whether an epoch that repeats all after a base continues from a later commit.
 
-    def _successor(self, number: int, digest: int, epoch: int) -> Entry | None:
-        after = self.commits.get(number + 1, ())
-        chained = [e for e in after if e.previous == digest and e.header.epoch >= epoch]
+        It does from its base, and from what the epoch before it made.  Where this is not
+        known, nodes that hold another commit of that number contradict.
+        """
+        found = entry.descent
+        if found is not None and at.number == found.base and found.checksum:
+            return at.checksum == found.checksum
+        if found is not None and nonce and found.nonce:
+            return nonce == found.nonce
+        there = self.commits.get(at.number, ())
+        right = {n for e in there if e.id == at for n in e.holders}
+        wrong = {n for e in there for n in e.holders} - right
+        return not entry.holders <= wrong
+
+    def _successor(self, at: CommitId, epoch: int, nonce: str) -> Entry | None:
+        after = self.commits.get(at.number + 1, ())
+        chained = [e for e in after if e.previous == at.checksum and e.header.epoch >= epoch]
         if not chained:
             chained = [
                 entry
                 for entry in self.entries()
-                if entry.base <= number < entry.number - 1
+                if entry.base <= at.number < entry.number - 1
                 and entry.header.epoch > epoch
-                and not self._contradicts(entry, number, digest)
+                and self._descends(entry, at, nonce)
             ]
         return max(chained, key=lambda entry: entry.header.epoch, default=None)
 
@@ -368,7 +379,7 @@ def _end(lost: Unreadable) -> int:
 
 def is_void(entry: Entry, given_up: Sequence[GivenUp]) -> bool:
     """Return whether a commit belongs to a history that was given up."""
-    return any(entry.number > end.commit and entry.header.epoch < end.epoch for end in given_up)
+    return any(end.voids(entry.number, entry.header.epoch) for end in given_up)
 
 
 def first_needed(engine: Engine) -> int:

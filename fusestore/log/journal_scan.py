@@ -38,7 +38,7 @@ from ..format.records import (
     records,
 )
 from ..format.segment_numbers import segment_path
-from ..format.store_rows import GivenUp
+from ..format.store_rows import Descent, GivenUp
 from ..nodes.base import Node
 from ..nodes.unexpected import costs_only
 from .journal import Entry, Journals, Unreadable
@@ -381,6 +381,7 @@ def _commit_entry(header: Header, payload: memoryview) -> Entry | None:
         logger.error("Commit %d: %s", header.number, error)
         return None
     row = commit.changes.get(store_rows.METADATA_DUMP_KEY)
+    descent = commit.changes.get(store_rows.DESCENT_KEY)
     return Entry(
         header,
         previous=commit.previous,
@@ -389,6 +390,7 @@ def _commit_entry(header: Header, payload: memoryview) -> Entry | None:
         in_sync=commit.in_sync,
         nonce=commit.nonce,
         dump=json.loads(row) if row else None,
+        descent=Descent.decode(descent) if descent else None,
         given_up=_given_up(commit.changes),
     )
 

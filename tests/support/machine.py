@@ -274,6 +274,10 @@ class RecordedNode:
         self._operate("size")
         return self.node.size(kind, segment)
 
+    def is_shared(self, kind: SegmentKind, segment: int) -> bool:
+        """See Node."""
+        return self.node.is_shared(kind, segment)
+
     def space(self) -> Space:
         """See Node."""
         self._operate("space")

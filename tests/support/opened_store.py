@@ -122,10 +122,10 @@ async def loses_a_region(config: StoreConfig, region: int, files: dict[str, byte
 
 @asynccontextmanager
 async def opened(
-    config: StoreConfig, faults: bool = False, take_over: bool = False
+    config: StoreConfig, faults: bool = False, **options: bool
 ) -> AsyncIterator[Opened]:
-    """Open the store; with `faults`, its nodes are FaultyNodes."""
-    async with open_store(config, take_over=take_over) as store, trio.open_nursery() as nursery:
+    """Open the store with these options of a mount; with `faults`, its nodes are FaultyNodes."""
+    async with open_store(config, **options) as store, trio.open_nursery() as nursery:
         files = FileSystem(store, nursery)
         await files.begin()
         if faults:
