@@ -213,6 +213,8 @@ class Repairer:
             if problem:
                 raise UsageError(problem)
             await trio.to_thread.run_sync(self._log.members.check_file)
+        if member.state is State.DOWN and member.is_open:
+            member.let_go()  # deleted files that it has open take room
         if moves or member.state is not State.UP:
             path = to or member.config.path
             await check_room(self._log, member, path, self._rejoin.total(member))

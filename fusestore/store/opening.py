@@ -277,6 +277,11 @@ async def _begin_epoch(store: Store) -> None:
             await committer.commit_now(checkpoint=True)
     except NotDurableError as error:
         problems = " ".join(m.standing.error for m in log.members.all if m.standing.error)
+        if store.config.spare_shards:
+            problems += (
+                " With `spare_shards`, a mount needs more nodes than the data: bring them back, or "
+                f"rebuild one of them with 'fusestore repair {store.config.store} NODE'."
+            )
         raise NotDurableError(f"The store cannot be mounted. {problems or error}") from error
 
 

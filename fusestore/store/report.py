@@ -40,6 +40,10 @@ def count_missing(view: View) -> Missing:
         return dict(found)
 
 
+_METADATA = 0
+"""Stands for the metadata among the ids of nodes, which begin at 1."""
+
+
 def _unread(log: Log) -> str:
     """Return a sentence about journals that could not be read; a mount writes them anew itself."""
     names = ", ".join(sorted(log.unread_journals))
@@ -73,7 +77,7 @@ class Reporter:
         self._reclaimer = reclaimer
         self._nursery = nursery
         self._measuring: dict[int, trio.Event] = {}
-        """The nodes that are being measured."""
+        """The nodes that are being measured, by id, and _METADATA."""
         self._counting = trio.CapacityLimiter(1)
 
     async def status(self) -> dict[str, Any]:
@@ -85,7 +89,7 @@ class Reporter:
         )
 
     async def measure(self) -> None:
-        """Check that the nodes in use are present, and measure their used and free room.
+        """Check that the nodes in use are present, and measure the room there and of the metadata.
 
         Returns after `read_seconds_max`; late nodes are measured further.
         """
@@ -93,6 +97,9 @@ class Reporter:
             if not member.out_of_use and member.id not in self._measuring:
                 self._measuring[member.id] = trio.Event()
                 self._nursery.start_soon(self._measure, member)
+        if _METADATA not in self._measuring:
+            self._measuring[_METADATA] = trio.Event()
+            self._nursery.start_soon(self._measure_metadata)
         with trio.move_on_after(self._log.limits.read_seconds_max):
             for measured in list(self._measuring.values()):
                 await measured.wait()
@@ -106,6 +113,11 @@ class Reporter:
             self._committer.ask()
         finally:
             self._measuring.pop(member.id).set()
+
+    async def _measure_metadata(self) -> None:
+        await self._log.sample_metadata()
+        self._log.room.refresh()
+        self._measuring.pop(_METADATA).set()
 
     def report(self, missing: Missing) -> dict[str, Any]:
         """Return the fields as far as they are known without I/O on a node."""
@@ -148,7 +160,7 @@ class Reporter:
             "bytes": log.counters.file_bytes,
             "bytes_total": size,
             "bytes_free": free,
-            "full": "" if log.read_only else log.room.full(),
+            "full": log.room.full(),
             "stripes": log.counters.stripes,
             "last_commit": log.position.commit,
             "last_commit_at": committer.committed_at,

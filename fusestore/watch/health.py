@@ -28,7 +28,7 @@ def verdict(status: Status) -> str:
     away = [node.name for node in status.nodes if node.state != "up"]
     missing = sum(node.missing_shards for node in status.nodes)
     said = (status.error, status.metadata_error, status.full)
-    problems = [text.rstrip(".") for text in said if text]
+    problems = [text[0].lower() + text[1:].rstrip(".") for text in said if text]
     if away:
         problems.append(f"{', '.join(away)} {'is' if len(away) == 1 else 'are'} not up")
     if missing:
@@ -57,7 +57,7 @@ def health(status: Status) -> tuple[bool, str]:
             return False, problem
     if not status.readable:
         return False, "Too few nodes are available to read all files."
-    if status.full:
+    if status.full and not status.read_only:
         return False, status.full
     return True, verdict(status)
 
