@@ -130,6 +130,16 @@ def test_foreign_libraries_have_one_door() -> None:
     assert wrong == []
 
 
+def test_threads_have_one_door() -> None:
+    opened = re.compile(r"to_thread\.run_sync|start_thread_soon|ThreadPoolExecutor")
+    wrong = [
+        str(path.relative_to(ROOT))
+        for path in ROOT.glob("fusestore/**/*.py")
+        if opened.search(path.read_text())
+    ]
+    assert wrong == ["fusestore/system/threads.py"]
+
+
 def test_the_ground_waits_for_nothing() -> None:
     for name, others in IMPORTS.items():
         if folder(name) in PURE:

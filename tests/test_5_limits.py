@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import os
 import resource
+import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from support import mounted_store
-from support.mounted_store import Store
+from support.mounted_store import Store, sync
 
 MIB = 1 << 20
 
@@ -112,3 +114,80 @@ def test_a_limit_of_address_space_makes_the_map_of_the_metadata_smaller(
     assert store.status()["healthy"]
     store.remount()
     assert Path(store.mountpoint / "3").stat().st_size == MIB
+
+
+class Tasks:
+    """A control group that limits the tasks of a process; root makes it."""
+
+    def __init__(self, pid: int) -> None:
+        top = Path("/sys/fs/cgroup")
+        top = top / "pids" if (top / "pids").is_dir() else top
+        self._group, self._pid, self._top = top / f"fusestore-test-{pid}", pid, top
+
+    def limit(self, count: int | None = None) -> None:
+        """Permit `count` tasks; by default those that there are."""
+        self._group.mkdir(exist_ok=True)
+        (self._group / "cgroup.procs").write_text(str(self._pid))
+        count = count or len(os.listdir(f"/proc/{self._pid}/task"))
+        (self._group / "pids.max").write_text(str(count))
+
+    def lift(self) -> None:
+        """Remove the group, and with it the limit."""
+        with suppress(ProcessLookupError):  # it has ended
+            (self._top / "cgroup.procs").write_text(str(self._pid))
+        self._group.rmdir()
+
+
+@pytest.fixture
+def tasks(make_store: Callable[..., Store]) -> Iterator[tuple[Store, Tasks]]:
+    """A mounted store, and what limits its tasks."""
+    store = make_store()
+    store.mount()
+    write_and_read(store, 2)
+    tasks = Tasks(store.daemon_pid or 0)
+    try:
+        tasks.limit()
+    except OSError:
+        pytest.skip("there is no control group of tasks")
+    yield store, tasks
+    tasks.lift()
+
+
+@pytest.mark.expects_log("refuses this process another thread")
+@pytest.mark.parametrize("permitted", [None, 3])
+def test_a_process_that_gets_no_thread_goes_on_with_those_that_it_has(
+    tasks: tuple[Store, Tasks], permitted: int | None
+) -> None:
+    store, group = tasks
+    group.limit(permitted)
+    with ThreadPoolExecutor(4) as pool:
+
+        def write(number: int) -> None:
+            for part in range(5):
+                path = store.mountpoint / f"{number}.{part}"
+                data = os.urandom(3 * MIB)
+                path.write_bytes(data)
+                sync(path)
+                assert path.read_bytes() == data
+
+        for done in [pool.submit(write, number) for number in range(4)]:
+            done.result(60)
+    assert store.status()["healthy"]
+    assert store.cli("fsck", store.store).returncode == 0
+    assert "TasksMax=" in Path(store.status()["log_file"]).read_text()
+    group.limit(1000)
+    write_and_read(store, 4, 3 * MIB)
+    assert store.status()["healthy"]
+
+
+@pytest.mark.expects_log("refuses this process another thread")
+def test_a_process_that_gets_no_thread_can_unmount(tasks: tuple[Store, Tasks]) -> None:
+    store, _ = tasks
+    write_and_read(store, 4, 3 * MIB)
+    refused = store.cli("umount", store.mountpoint, check=False)
+    if refused.returncode:  # it may not start a process either
+        assert f"'fusermount3 -u {store.mountpoint}'" in refused.stderr
+        subprocess.run(["fusermount3", "-u", store.mountpoint], check=True)
+    store.await_end()
+    store.mount()
+    assert (store.mountpoint / "3").stat().st_size == 3 * MIB

@@ -19,7 +19,7 @@ from ..errors import FencedError, InvariantError, MetadataError, NotDurableError
 from ..format import store_rows
 from ..format.store_rows import LogPosition
 from ..log.log import Log
-from ..members.node_calls import in_thread
+from ..system import threads
 from ..tally import Histogram
 
 logger = logging.getLogger(__name__)
@@ -115,8 +115,10 @@ class Checkpointer:
             outcomes.append(outcome)
             ended.set()
 
-        in_thread(self._log.engine.write, on_end)
+        job = threads.start(self._log.engine.write, on_end)
         with trio.CancelScope(shield=True):
+            if job.got_thread is not None:
+                await job.got_thread.wait()
             with trio.move_on_after(self._limits.node_seconds_max):
                 await ended.wait()
             if not ended.is_set():

@@ -38,6 +38,7 @@ from ..format.store_rows import Descent, LogPosition, NodeRow
 from ..format.stripe_rows import Stripe
 from ..log.log import Log
 from ..members.member import Member
+from ..system import threads
 from ..tally import Histogram
 from ..write.stripes import CommitBatch
 from ..write.writer import Writer
@@ -73,8 +74,6 @@ class Committer:
         """Held during a commit; only its holder may change the set of nodes in sync."""
         self._checkpoint_owed = False
         """Nothing is acknowledged before the metadata has the set of nodes in sync."""
-        self._encoding = trio.CapacityLimiter(1)
-        """No thread that hangs elsewhere may hold up a commit."""
         self._counters = b""
         self.rows: list[NodeRow] = []
         """The nodes in the last commit."""
@@ -348,7 +347,7 @@ class Committer:
         if len(batch.changes) < self._limits.hop_changes_min:
             payload = encode_commit(commit)
         else:
-            payload = await trio.to_thread.run_sync(encode_commit, commit, limiter=self._encoding)
+            payload = await threads.call(encode_commit, commit)
         header = Header(
             Kind.COMMIT, len(payload), checksum(payload, len(payload)), commit.epoch, commit.number
         )

@@ -22,6 +22,7 @@ from ..format.store_rows import LogPosition
 from ..limits import MIB
 from ..log.log import Log
 from ..nodes.base import Node
+from ..system import threads
 from .committer import Committer
 from .row_check import examine
 
@@ -157,7 +158,7 @@ class MetadataDumper:
 
     async def _examine(self) -> None:
         with self._log.engine.view() as view:
-            found = await trio.to_thread.run_sync(examine, view)
+            found = await threads.run_sync(examine, view)
         if not found.is_right:
             what = f"{len(found.bad)} rows do not match their checksums"
             if found.miscounted:

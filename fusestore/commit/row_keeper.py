@@ -24,6 +24,7 @@ from ..format.records import Changes
 from ..format.store_rows import Counters
 from ..format.stripe_rows import SegmentState
 from ..log.log import Log
+from ..system import threads
 from .committer import Committer
 from .row_check import Examined, WrongRow, examine, still_wrong, wrong_rows
 
@@ -69,13 +70,13 @@ class RowKeeper:
         """
         engine = self._log.engine
         with engine.view() as view:
-            found = await trio.to_thread.run_sync(examine, view)
+            found = await threads.run_sync(examine, view)
             if found.is_right and not thorough:
                 return found, []
             nodes = [member.watched for member in self._log.members.all if not member.out_of_use]
             directory = self._log.members.config.metadata
             arguments = (view, self._log.store, nodes, directory, self._log.limits)
-            return found, await trio.to_thread.run_sync(wrong_rows, *arguments)
+            return found, await threads.run_sync(wrong_rows, *arguments)
 
     async def mend(self, *, thorough: bool = False) -> list[str]:
         """Mend rows from the journals; a line for each wrong row.

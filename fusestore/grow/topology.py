@@ -35,6 +35,7 @@ from ..members.member import Member
 from ..members.opening import offline_error, open_node
 from ..repair.comeback import Comeback
 from ..repair.repairer import Repairer
+from ..system import threads
 from .balance import Census, take_census
 from .rebalance import Rebalancer
 
@@ -124,7 +125,7 @@ class Topology:
             member = Member(0, node, self._limits, holds=store_rows.NEVER_WHOLE)
             member.ring = members.all[0].ring
             await member.call(self._prepare, nodes)
-            await trio.to_thread.run_sync(members.configure, nodes)
+            await threads.run_sync(members.configure, nodes)
             await self._repairer.join(member, progress)
             return result
 
@@ -134,7 +135,7 @@ class Topology:
         sizes = sum(member.space.total for member in there if member.space is not None)
         if not sizes:
             return 1.0
-        size = await trio.to_thread.run_sync(_size_at, path)
+        size = await threads.run_sync(_size_at, path)
         weight = round(size * sum(member.config.weight for member in there) / sizes, 2)
         return min(max(weight, WEIGHTS[0]), WEIGHTS[1])
 
@@ -203,7 +204,7 @@ class Topology:
             )
         nodes = (after if node.name == after.name else node for node in members.config.nodes)
         try:
-            await trio.to_thread.run_sync(members.configure, tuple(nodes))
+            await threads.run_sync(members.configure, tuple(nodes))
         except BaseException:
             members.reconfigured(member, before)
             raise
@@ -308,7 +309,7 @@ class Topology:
         """Change the configuration of a node, in the file, too; ConfigError."""
         members = self._log.members
         nodes = (after if node.name == after.name else node for node in members.config.nodes)
-        await trio.to_thread.run_sync(members.configure, tuple(nodes))
+        await threads.run_sync(members.configure, tuple(nodes))
         members.reconfigured(member, after)
 
     @staticmethod
@@ -340,10 +341,10 @@ class Topology:
             members = self._log.members
             if not any(other.in_sync for other in members.all if other is not member):
                 raise UsageError(f"{name} cannot be removed: no other node holds every commit.")
-            await trio.to_thread.run_sync(members.check_file)
+            await threads.run_sync(members.check_file)
             await self._forget(member)
             rest = tuple(node for node in members.config.nodes if node.name != name)
-            await trio.to_thread.run_sync(members.configure, rest)
+            await threads.run_sync(members.configure, rest)
             emptied = True
             try:
                 journal, shards = self._committer.journal.segment, [*member.shards.states]

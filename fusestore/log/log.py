@@ -28,6 +28,7 @@ from ..format.stripe_rows import LOST_STRIPE, ShardPlace, Stripe
 from ..members.member import Member
 from ..members.members import Members
 from ..metadata.engine import Engine
+from ..system import threads
 from .room import GROWS, REWRITES, Room
 
 logger = logging.getLogger(__name__)
@@ -373,7 +374,8 @@ class Log:
         """Measure the room for the metadata."""
         begun = self.members.devices.begin_sample()
         try:
-            found = await trio.to_thread.run_sync(self.engine.space, limiter=self._measuring)
+            async with self._measuring:
+                found = await threads.call(self.engine.space)
         except OSError as error:
             logger.error("The free space of the metadata is unknown: %s.", error.strerror)
         else:

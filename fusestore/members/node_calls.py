@@ -1,8 +1,9 @@
 """The calls of one node that are under way, each in a thread, and those that were given up.
 
 A call that does not return cannot be ended.  It is given up: its thread stays behind until
-the medium answers.  Threads come from no common pool, so a node that hangs holds up nobody
-else, and a node that has threads left behind is left alone.
+the medium answers.  Threads come from no pool of fixed size, so a node that hangs holds up
+nobody else, and a node that has threads left behind is left alone.  The time for which a call
+waits for a thread that the system refuses (`system/threads.py`) is not the node's.
 """
 
 from __future__ import annotations
@@ -14,11 +15,22 @@ from typing import Any
 import trio
 from outcome import Outcome
 
+from ..system import threads
+
 
 class NodeCall:
     """One call."""
 
-    __slots__ = ("begun", "is_left", "is_patient", "outcome", "returned", "scope", "spared_at")
+    __slots__ = (
+        "begun",
+        "is_left",
+        "is_patient",
+        "job",
+        "outcome",
+        "returned",
+        "scope",
+        "spared_at",
+    )
 
     def __init__(self, begun: float, scope: trio.CancelScope | None, *, is_patient: bool) -> None:
         self.begun = begun
@@ -29,9 +41,21 @@ class NodeCall:
         """Whether the node fails if it does not answer in time."""
         self.returned = trio.Event()
         self.outcome: Outcome[Any] | None = None
+        self.job: threads.Job | None = None
         self.is_left = False
         self.spared_at: float | None = None
         """When the store last decided to wait on although it was late."""
+
+    def begins_now(self) -> bool:
+        """Begin again, if until now it waited for a thread because there are too few."""
+        if self.job is None:
+            waited_until = threads.short_until()  # so may those before it
+        elif self.job.waits:
+            waited_until = trio.current_time()
+        else:
+            waited_until = self.job.begun or self.begun
+        begun, self.begun = self.begun, max(self.begun, waited_until)
+        return self.begun > begun
 
 
 class NodeCalls:
@@ -96,22 +120,26 @@ class NodeCalls:
         """
         scope = trio.CancelScope(shield=True)
         call = self.begin(scope, is_patient=may_give_up is not None)
-        started, pause = False, seconds
+        pause = seconds
         try:
             with scope:
                 while True:
                     with trio.move_on_after(pause):
-                        if not started:
+                        if call.job is None:
                             await self._start(call, function)
-                            started = True
                         await call.returned.wait()
                         return call.outcome
+                    if call.begins_now():
+                        pause = call.begun + seconds - trio.current_time()
+                        continue
                     if may_give_up is None or may_give_up(call):
                         break
                     pause = seconds / 4
         finally:
             self.end(call)
-            if started and not call.returned.is_set():
+            if call.job is not None and call.job.withdraw():
+                self._threads.release_on_behalf_of(call)
+            elif call.job is not None and not call.returned.is_set():
                 self.leave(call)
         return None
 
@@ -120,23 +148,10 @@ class NodeCalls:
             self._threads.acquire_on_behalf_of_nowait(call)
         except trio.WouldBlock:
             await self._threads.acquire_on_behalf_of(call)
-        in_thread(function, partial(self._deliver, call))
+        call.job = threads.start(function, partial(self._deliver, call))
 
     def _deliver(self, call: NodeCall, outcome: Outcome[Any]) -> None:
         self._threads.release_on_behalf_of(call)
         self.returned(call)
         call.outcome = outcome
         call.returned.set()
-
-
-def in_thread(function: Callable[[], Any], deliver: Callable[[Outcome[Any]], object]) -> None:
-    """Start a function in a thread; its outcome is delivered on the event loop, if that runs."""
-    token = trio.lowlevel.current_trio_token()
-
-    def on_end(outcome: Outcome[Any]) -> None:
-        try:
-            token.run_sync_soon(deliver, outcome)
-        except trio.RunFinishedError:
-            pass
-
-    trio.lowlevel.start_thread_soon(function, on_end)

@@ -17,8 +17,6 @@ import logging
 from collections.abc import Iterator
 from functools import partial
 
-import trio
-
 from ..commit.committer import Committer
 from ..commit.metadata_dump import MetadataDumper
 from ..errors import (
@@ -42,6 +40,7 @@ from ..members.member import Member
 from ..members.opening import open_node
 from ..members.standing import State
 from ..nodes.base import Node
+from ..system import threads
 from .heal import Healer, Progress
 from .rebuild import StripeShards, not_intact
 
@@ -238,7 +237,7 @@ class Rejoin:
         async with self._log.journals:
             others = [m.watched for m in self._log.members.in_sync if m is not target]
             first = first_needed(self._log.engine)
-            copied = await trio.to_thread.run_sync(
+            copied = await threads.run_sync(
                 copy_journals,
                 self._log.store,
                 others,

@@ -42,6 +42,7 @@ from ..members.opening import node_ids, offline_error
 from ..members.standing import State
 from ..nodes.base import Node
 from ..read.reader import Reader
+from ..system import threads
 from .claim import claim_directory
 from .heal import Healer, Progress
 from .place_room import check_room
@@ -117,7 +118,7 @@ class Repairer:
                     await self._rejoin.join(member, tell)
                     await self._rejoin.fill_gaps()
                 if moves:  # only now: until then a mount looks for the node where it was
-                    await trio.to_thread.run_sync(self._members_with, member.config)
+                    await threads.run_sync(self._members_with, member.config)
             except (FusestoreError, OSError) as error:
                 member.config = before
                 reason = NodeError(f"Repair of node {name} stopped: {error}")
@@ -212,7 +213,7 @@ class Repairer:
             )
             if problem:
                 raise UsageError(problem)
-            await trio.to_thread.run_sync(self._log.members.check_file)
+            await threads.run_sync(self._log.members.check_file)
         if member.state is State.DOWN and member.is_open:
             member.let_go()  # deleted files that it has open take room
         if moves or member.state is not State.UP:

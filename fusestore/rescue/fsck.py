@@ -37,12 +37,11 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
-import trio
-
 from ..errors import MetadataError, ReplayError
 from ..format import tables
 from ..format.tables import TABLES
 from ..store.store import Store
+from ..system import threads
 from .fsck_extents import ExtentCheck
 from .fsck_findings import LOSSES, Finding, Phase, finding
 from .fsck_inodes import InodeCheck
@@ -175,8 +174,8 @@ class Checked:
 async def _check(store: Store, at_rest: bool) -> Checked:
     """Check the store as of this instant, in a thread."""
     async with view_store(store.log, at_rest=at_rest) as view:
-        checked = await trio.to_thread.run_sync(check_tables, view)
-        searched = await trio.to_thread.run_sync(lost_stripes, store.log, view, checked.findings)
+        checked = await threads.run_sync(check_tables, view)
+        searched = await threads.run_sync(lost_stripes, store.log, view, checked.findings)
     waits = []
     if searched.unread:
         names = ", ".join(searched.unread)

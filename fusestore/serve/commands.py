@@ -14,15 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from trio import to_thread
-
 from ..errors import InvalidError, NotDurableError, NotMountedError, UsageError
 from ..files.filesystem import FileSystem
 from ..repair.risk import Rates, Safety
 from ..repair.unmounted_disk import check_disk
 from ..rescue.fsck import fsck as check_tables
 from ..store.store import Store
-from ..system import logs
+from ..system import logs, threads
 from ..typed_json import FieldError, from_json, to_json
 from ..watch.counts import LiveCounts
 from ..watch.fields import MountStatus, Recoding, Scrub, Status
@@ -155,7 +153,7 @@ async def repair(context: Context, request: RepairRequest) -> RepairResult:
     to = Path(request.to) if request.to else None
     if to is None and not request.on_this_disk:
         place = partial(check_disk, context.store.log.members, member)
-        await to_thread.run_sync(place, abandon_on_cancel=True)
+        await threads.run_sync(place, abandon_on_cancel=True)
     plan = from_json(RepairPlan, await context.safety.plan(member, anew=to is not None))
     if request.to:
         plan = replace(plan, path=request.to)

@@ -25,7 +25,7 @@ from ..errors import FusestoreError, MountHeldError, NotDurableError, UsageError
 from ..files.filesystem import FileSystem
 from ..store.opening import open_store
 from ..store.store import Store
-from ..system import mounts
+from ..system import mounts, threads
 from ..system.sd_notify import ServiceManager
 from ..watch.counts import LiveCounts
 from ..watch.fields import MountStatus
@@ -205,13 +205,13 @@ class _Daemon:
     async def _unmount(self) -> str:
         """Remove the mount; return why its file system remains, or an empty text."""
         mount = mounts.find(self._mountpoint)
-        await trio.to_thread.run_sync(mounts.unmount, self._mountpoint)
+        await threads.run_sync(mounts.unmount, self._mountpoint)
         with trio.move_on_after(HELD_SECONDS):
             await self._unmounted.wait()
         if self._unmounted.is_set():
             return ""
         device = mount.device if mount is not None else -1
-        holders = await trio.to_thread.run_sync(mounts.holders_of, device, self._mountpoint)
+        holders = await threads.run_sync(mounts.holders_of, device, self._mountpoint)
         return (
             f"{self._mountpoint} is unmounted, but its file system is still in use: "
             f"{'; '.join(holders) or 'its user is not known'}. Everything is committed, and the "
@@ -221,7 +221,7 @@ class _Daemon:
     async def _read_further_ahead(self) -> None:
         """Raise the kernel's read-ahead after the first answer, when the kernel has set its own."""
         with contextlib.suppress(OSError):  # unmounted meanwhile
-            await trio.to_thread.run_sync(os.statvfs, self._mountpoint, abandon_on_cancel=True)
+            await threads.run_sync(os.statvfs, self._mountpoint, abandon_on_cancel=True)
             mounts.read_further_ahead(self._mountpoint, self._config.limits.read_ahead_bytes)
 
     async def _tell_ready(self, store: Store) -> None:
@@ -232,7 +232,7 @@ class _Daemon:
         if not self._manager.listens:
             return
         try:
-            await trio.to_thread.run_sync(
+            await threads.run_sync(
                 partial(mounts.check_answers, self._mountpoint, self._config.store, READY_SECONDS),
                 abandon_on_cancel=True,
             )

@@ -13,6 +13,7 @@ from ..errors import FusestoreError
 from ..files.filesystem import FileSystem
 from ..metadata.engine import DATABASE
 from ..store.opening import open_store
+from ..system import threads
 from .commands import Context, do
 from .control_client import Progress
 from .control_server import lock_store
@@ -26,7 +27,7 @@ async def offline(config: StoreConfig, request: Request[R], progress: Progress) 
     """Run a command on an unmounted store; FusestoreError."""
     with lock_store(config.store):
         if isinstance(request, NodeOnlineRequest):  # else it might hinder its own opening
-            config = await trio.to_thread.run_sync(_online, config, request.node)
+            config = await threads.run_sync(_online, config, request.node)
         # A command writes no new data of files, and may bring back the node that they lack.
         config = replace(config, spare_shards=0)
         try:

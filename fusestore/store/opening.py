@@ -39,7 +39,7 @@ from ..members.member import Member
 from ..members.members import Members
 from ..members.opening import open_members, open_node
 from ..metadata.engine import DATABASE, DATABASE_LOCK, Engine
-from ..system import process_limits
+from ..system import process_limits, threads
 from ..system.io_uring import Ring
 from .claims import Claims
 from .first_state import (
@@ -79,6 +79,7 @@ async def open_store(
     engine, is_new = _open_engine(config, read_only=read_only)
     members: Members | None = None
     try:
+        threads.keep()
         mended = await mend_rows(config, engine, read_only=read_only)
         rows = check_format(config, engine)
         members = open_members(config, rows, opened=False)
@@ -109,6 +110,7 @@ async def open_store(
                     finally:
                         nursery.cancel_scope.cancel()
     finally:
+        threads.let_go()
         refused = is_new and engine.get(store_rows.LOG_KEY) is None
         engine.close()
         with trio.CancelScope(shield=True):
@@ -159,12 +161,12 @@ async def _replay(
     claims = Claims(log.members, mount, read_only=log.read_only)
     await claims.before_replay()
     with log.members.watched():
-        start = await trio.to_thread.run_sync(load_checkpoint, log, config)
-        replayed = await trio.to_thread.run_sync(
+        start = await threads.run_sync(load_checkpoint, log, config)
+        replayed = await threads.run_sync(
             partial(replay, log, start, in_sync, accept_loss=accept_loss)
         )
-        suspects = await trio.to_thread.run_sync(suspect_shards, log, replayed.doubtful)
-        await trio.to_thread.run_sync(refuse_to_begin, log, replayed)
+        suspects = await threads.run_sync(suspect_shards, log, replayed.doubtful)
+        await threads.run_sync(refuse_to_begin, log, replayed)
     await claims.after_replay()
     apply_replayed(log, replayed, suspects)
     log.unread_journals = replayed.damaged

@@ -24,6 +24,7 @@ from ..metadata.view import View
 from ..read.reader import Reader
 from ..repair.repairer import Repairer
 from ..repair.scrub import Scrubber
+from ..system import threads
 
 Missing = dict[int, int]
 """By node: the number of shards that it lacks."""
@@ -84,9 +85,7 @@ class Reporter:
         """Return the current fields, after checking and measuring every node."""
         await self.measure()
         view = self._log.engine.view(b"M")
-        return self.report(
-            await trio.to_thread.run_sync(count_missing, view, limiter=self._counting)
-        )
+        return self.report(await threads.run_sync(count_missing, view, limiter=self._counting))
 
     async def measure(self) -> None:
         """Check that the nodes in use are present, and measure the room there and of the metadata.

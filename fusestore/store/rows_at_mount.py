@@ -7,14 +7,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-import trio
-
 from ..commit.row_check import Examined, WrongRow, examine, examine_some, mend_at_rest
 from ..config.store_config import StoreConfig
 from ..errors import MetadataError, NodeError, ReplayError
 from ..members.opening import open_node
 from ..metadata.engine import Engine
 from ..nodes.base import Node
+from ..system import threads
 
 logger = logging.getLogger(__name__)
 
@@ -41,18 +40,16 @@ async def mend_rows(config: StoreConfig, engine: Engine, *, read_only: bool) -> 
     DamagedMetadataError if the database cannot be read.  If the journals do not have the
     right values, the rows stay as they are, and reading them is an error.
     """
-    examined = await trio.to_thread.run_sync(_examine, config, engine)
+    examined = await threads.run_sync(_examine, config, engine)
     if examined.is_right:
         return MendedRows()
     nodes: list[tuple[str, Node]] = []
     for node in config.nodes:
         with suppress(NodeError):
             opened = partial(open_node, config, node, read_only=True)
-            nodes.append((node.name, await trio.to_thread.run_sync(opened)))
+            nodes.append((node.name, await threads.run_sync(opened)))
     try:
-        wrong = await trio.to_thread.run_sync(
-            mend_at_rest, engine, config.uuid, nodes, config.metadata
-        )
+        wrong = await threads.run_sync(mend_at_rest, engine, config.uuid, nodes, config.metadata)
     except (ReplayError, MetadataError) as error:
         others = ", ".join(examined.miscounted)
         hint = " Bring all nodes back, or run 'fusestore recover'."
@@ -68,12 +65,12 @@ async def mend_rows(config: StoreConfig, engine: Engine, *, read_only: bool) -> 
     finally:
         for _, node_opened in nodes:
             with suppress(NodeError):
-                await trio.to_thread.run_sync(node_opened.close)
+                await threads.run_sync(node_opened.close)
     for row in wrong[:ROWS_TOLD_MAX]:
         logger.error("The metadata is damaged: %s. It is mended.", row)
     if not read_only:
         engine.freeze()
-        await trio.to_thread.run_sync(engine.write)
+        await threads.run_sync(engine.write)
         engine.thaw()
     return MendedRows(tuple(wrong))
 

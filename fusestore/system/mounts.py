@@ -263,6 +263,11 @@ def _fusermount(flag: str, mountpoint: Path, seconds: float = UNMOUNT_SECONDS) -
         )
     except FileNotFoundError:
         raise FusestoreError("The program fusermount3 is missing: install fuse3.") from None
+    except OSError as error:  # no process, or no memory
+        raise FusestoreError(
+            f"The program fusermount3 cannot be started: {error.strerror}. To unmount without the "
+            f"daemon: 'fusermount3 -u {mountpoint}'."
+        ) from error
     complaint = _output(child, seconds)
     if complaint is None:
         return -1, f"it took longer than {seconds:.0f} seconds"

@@ -18,6 +18,7 @@ from typing import Any
 import trio
 
 from ..config.store_config import COUNTS_NAME
+from ..system import threads
 from ..system.files import write_whole
 from ..tally import Tallies, Tally, combined, summary
 
@@ -119,7 +120,7 @@ class LiveCounts:
             return
         try:
             async with self._writing:
-                await trio.to_thread.run_sync(self.now().write, self._store)
+                await threads.run_sync(self.now().write, self._store)
         except OSError as error:
             logger.warning("the counts of operations cannot be written: %s", error)
 

@@ -23,7 +23,7 @@ from ..format.stripe_rows import SegmentState, ShardPlace, Stripe
 from ..log.log import Log, Transaction
 from ..members.devices import Device
 from ..members.member import Member
-from ..members.node_calls import in_thread
+from ..system import threads
 from .seal import Seal
 from .shard_record import NOT_WRITTEN, shard_header, write_shard
 from .stripes import Buffers, UnsealedStripe
@@ -287,7 +287,7 @@ class Sealer:
                 work.runs = False
             work.changed.set()
 
-        in_thread(partial(self._write_shards, work, turn), ended)
+        threads.start(partial(self._write_shards, work, turn), ended)
 
     def _overtake(self, work: Seal) -> None:
         """Let another thread write the other shards, if a node holds up this one."""

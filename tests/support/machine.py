@@ -40,6 +40,7 @@ from fusestore.metadata.engine import Engine
 from fusestore.nodes.base import Node, Space
 from fusestore.repair import claim, comeback, rejoin, resume
 from fusestore.store import opening
+from fusestore.system import threads
 from fusestore.system.beneath import Directory
 from support.power_cut import (
     Checkpointed,
@@ -349,7 +350,7 @@ class Machine:
     def __enter__(self) -> Machine:
         patch = self._patches.setattr
         patch(trio.to_thread, "run_sync", self._run_sync)
-        patch(trio.lowlevel, "start_thread_soon", self._start_thread_soon)
+        patch(threads._Queue, "start", lambda queue, job: self._start(job))
         patch(trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
         patch(member, "_Watched", lambda member: member.node)  # its threads are not of trio
         patch(os, "fsync", lambda descriptor: None)  # the tape is what decides
@@ -400,11 +401,9 @@ class Machine:
                 raise
         return job.result()  # type: ignore[no-any-return]
 
-    def _start_thread_soon(
-        self, function: Callable[[], Result], deliver: Callable[[Outcome[Result]], object]
-    ) -> None:
-        """In place of trio.lowlevel.start_thread_soon."""
-        trio.lowlevel.spawn_system_task(self._deliver, _Job(function), deliver)
+    def _start(self, job: threads.Job) -> None:
+        """In place of a thread."""
+        trio.lowlevel.spawn_system_task(self._deliver, _Job(job.function), job.deliver)
 
     async def _deliver(self, job: _Job, deliver: Callable[[Outcome[Any]], object]) -> None:
         try:
