@@ -78,6 +78,10 @@ class NodeBusyError(NodeError):
     """Another process, or another store, uses the node's directory."""
 
 
+class UnreadOwnerError(NodeError):
+    """The record of a node's owner cannot be read, or is damaged."""
+
+
 class NodeFencedError(NodeError):
     """Another mount has claimed the node's directory: this one may not write any more."""
 

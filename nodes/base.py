@@ -85,10 +85,13 @@ class Node(Protocol):
 
     @property
     def found_owner(self) -> OwnerRecord | None:
-        """The owner record as it was when the node was opened; None: it had none."""
+        """The owner record as it was when the node was opened; None: it had none.
+
+        UNREAD if it could not be read, and not `is_intact` if it is damaged.
+        """
 
     def refuse_owner(self) -> None:
-        """Raise NodeBusyError if another mount owns the node, or may."""
+        """Raise NodeBusyError if another mount owns the node; UnreadOwnerError if it may."""
 
     def claim(self) -> None:
         """Become the owner, durably; who owned the node before is fenced."""

@@ -160,8 +160,14 @@ class DirectoryNode:
         self._owner: Ownership | None = None
         if mount is not None:
             with self._errors(f"read its file {OWNER_NAME}"):
-                needed = not read_only and not mount.take_over
-                self._owner = Ownership(self._directory, path, self._name, mount, needed=needed)
+                self._owner = Ownership(
+                    self._directory,
+                    path,
+                    self._name,
+                    mount,
+                    locked=self._lock_held.is_held,
+                    read_only=read_only,
+                )
         self._ours: set[tuple[SegmentKind, int]] | None = None
         """Once the node is claimed: the segments that were there, or were made since."""
         self._flags = os.O_RDONLY if read_only else os.O_RDWR

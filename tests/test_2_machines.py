@@ -15,11 +15,19 @@ from pathlib import Path
 
 import pytest
 import trio
+from xxhash import xxh3_64_hexdigest
 
 from fusestore.config.mkfs import make_store
 from fusestore.config.owner_record import OWNER_BYTES, OWNER_NAME, Mount, read_owner
 from fusestore.config.store_config import StoreConfig, load
-from fusestore.errors import NodeError, NotDurableError, ReadOnlyError, StoreBusyError
+from fusestore.errors import (
+    FusestoreError,
+    NodeError,
+    NotDurableError,
+    ReadOnlyError,
+    StoreBusyError,
+    UnreadOwnerError,
+)
 from fusestore.format.erasure import Code
 from fusestore.format.records import SegmentKind
 from fusestore.nodes.directory import DirectoryNode
@@ -30,6 +38,7 @@ from fusestore.store.opening import open_store
 from fusestore.system import linux, locks
 from fusestore.system.beneath import Directory
 from fusestore.system.machine import Process
+from support.faults import BadSectors
 from support.opened_store import Opened, crashed, healthy, opened, repair
 
 BY_ANOTHER = "is in use on another machine, by process .* of two, since .*-o take_over"
@@ -351,26 +360,222 @@ def planted(kind: str, place: Path) -> None:
     elif kind == "keys":
         place.write_bytes(b"format = 1\nmount = 7\n")
     else:
-        place.write_bytes(b"format = 2\n")
+        assert kind == "newer"
+        body = b"format = 2\n"
+        place.write_bytes(body + b"# checksum " + xxh3_64_hexdigest(body).encode() + b"\n")
 
 
-@pytest.mark.expects_log("owner", "out of use", "take_over")
-@pytest.mark.parametrize("kind", ["garbage", "empty", "huge", "link", "fifo", "keys", "newer"])
-async def test_a_damaged_record_costs_its_node_until_somebody_decides(
+def flipped(place: Path, bit: int) -> None:
+    """Flip a bit of an owner record in place."""
+    data = bytearray(place.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    with place.open("r+b", buffering=0) as file:
+        file.write(data)
+
+
+DAMAGED = ["garbage", "empty", "huge", "link", "fifo", "keys"]
+IS_WRITTEN = r"WARNING fusestore.nodes.ownership: .*/owner\b.* It is written anew\."
+is_written = pytest.mark.expects_log(IS_WRITTEN)
+
+
+def all_open(one: Opened) -> bool:
+    return not any(m.out_of_use for m in one.store.log.members.all)
+
+
+@is_written
+@pytest.mark.parametrize("kind", DAMAGED)
+@pytest.mark.parametrize("end", ["ended", "crashed"])
+async def test_a_damaged_record_says_nothing_if_others_can_be_read(
+    config: StoreConfig, tmp_path: Path, machines: Machines, kind: str, end: str
+) -> None:
+    await begun(config)
+    if end == "crashed":
+        async with opened(config) as one:
+            await one.put("f", b"one" * 10_000)
+            await one.store.committer.commit()
+            kept = {node.name: (node.path / OWNER_NAME).read_bytes() for node in config.nodes}
+        for node in config.nodes:
+            (node.path / OWNER_NAME).write_bytes(kept[node.name])
+    planted(kind, config.nodes[1].path / OWNER_NAME)
+    async with open_store(config, read_only=True):
+        pass
+    async with opened(config) as one:
+        assert all_open(one)
+        assert await one.get("base") == b"base" * 10_000
+        await healthy(one)
+    async with opened(config) as one:
+        assert all_open(one)
+
+
+@is_written
+async def test_two_damaged_records_and_a_third_that_has_ended(
+    config: StoreConfig, machines: Machines
+) -> None:
+    await begun(config)
+    planted("garbage", config.nodes[0].path / OWNER_NAME)
+    planted("empty", config.nodes[2].path / OWNER_NAME)
+    async with opened(config) as one:
+        assert all_open(one)
+        await healthy(one)
+
+
+@pytest.mark.expects_log("not valid TOML: .* out of use")
+async def test_a_damaged_record_lets_nobody_in_while_another_machine_has_the_others(
+    config: StoreConfig, machines: Machines
+) -> None:
+    await begun(config)
+    copy = copy_of(config)
+    async with opened(config) as one:
+        await one.put("f", b"one" * 10_000)
+        await one.store.committer.commit()
+        kept = (config.nodes[1].path / OWNER_NAME).read_bytes()
+        (config.nodes[1].path / OWNER_NAME).write_bytes(b"garbage")
+        machines.be("two")
+        await refused(copy)
+        assert (config.nodes[1].path / OWNER_NAME).read_bytes() == b"garbage"
+        (config.nodes[1].path / OWNER_NAME).write_bytes(kept)
+
+
+@pytest.mark.expects_log("owner", "out of use", "take_over", "cannot be mounted")
+@pytest.mark.parametrize("kind", [*DAMAGED, "newer"])
+async def test_only_damaged_records_need_somebody_to_decide(
     config: StoreConfig, machines: Machines, kind: str
 ) -> None:
     await begun(config)
-    planted(kind, config.nodes[1].path / OWNER_NAME)
-    async with opened(config) as one:
-        assert await one.get("base") == b"base" * 10_000
-        assert [m.out_of_use for m in one.store.log.members.all] == [False, True, False]
-        await one.put("f", b"one" * 10_000)
-        await one.store.committer.commit()
+    for node in config.nodes:
+        planted(kind, node.path / OWNER_NAME)
+    with pytest.raises(FusestoreError, match="mount once with -o take_over"):
+        async with opened(config):
+            pass
     async with opened(config, take_over=True) as one:
         await healthy(one)
-        assert await one.get("f") == b"one" * 10_000
+        assert await one.get("base") == b"base" * 10_000
     async with opened(config) as one:
-        assert [m.out_of_use for m in one.store.log.members.all] == [False, False, False]
+        assert all_open(one)
+
+
+@pytest.mark.expects_log("owner", "out of use", "take_over")
+async def test_a_record_of_another_version_costs_its_node_until_somebody_decides(
+    config: StoreConfig, machines: Machines
+) -> None:
+    await begun(config)
+    planted("newer", config.nodes[1].path / OWNER_NAME)
+    async with opened(config) as one:
+        assert [m.out_of_use for m in one.store.log.members.all] == [False, True, False]
+    async with opened(config, take_over=True) as one:
+        await healthy(one)
+    async with opened(config) as one:
+        assert all_open(one)
+
+
+@is_written
+@pytest.mark.parametrize("kind", [*DAMAGED, "a bit", "unreadable"])
+@pytest.mark.parametrize("nodes", [1, 3])
+async def test_a_mount_writes_its_own_record_anew(
+    config: StoreConfig, kind: str, nodes: int
+) -> None:
+    """Its lock keeps out everybody else."""
+    await begun(config)
+    with BadSectors() as bad:
+        await rewrites(config, kind, nodes, bad)
+    for node in config.nodes:
+        record = read_owner(Directory.at(node.path), node.path)
+        assert record is not None
+        assert record.ended
+
+
+async def rewrites(config: StoreConfig, kind: str, nodes: int, bad: BadSectors) -> None:
+    """The records of some nodes are damaged while the store is open, and written anew."""
+    async with opened(config) as one:
+        await small(one)
+        for node in config.nodes[:nodes]:
+            place = node.path / OWNER_NAME
+            if kind == "a bit":
+                flipped(place, 8 * place.read_bytes().index(b"mount") + 80)
+            elif kind == "unreadable":
+                bad.add(place, 0, OWNER_BYTES)
+            else:
+                planted(kind, place)
+        for act in (large, checkpoint, small):
+            await act(one)
+        assert all_open(one)
+        assert all(m.standing.in_sync for m in one.store.log.members.all)
+        for member in one.store.log.members.all:
+            await one.store.log.members.all[0].call(member.node.check)
+
+
+@pytest.mark.expects_log("out of use", IS_WRITTEN)
+async def test_on_a_network_file_system_the_node_is_brought_back(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another machine may be writing the record at this moment."""
+    monkeypatch.setattr(linux, "is_local", lambda descriptor: False)
+    await begun(config)
+    async with opened(config) as one:
+        await small(one)
+        planted("garbage", config.nodes[1].path / OWNER_NAME)
+        await large(one)
+        assert [m.out_of_use for m in one.store.log.members.all] == [False, True, False]
+        await healthy(one)
+
+
+@is_written
+async def test_a_repair_replaces_a_damaged_record(config: StoreConfig) -> None:
+    await begun(config)
+    away = config.nodes[1].path.rename(config.store / "away")
+    async with opened(config) as one:
+        await one.put("f", b"one" * 10_000)
+        await one.store.committer.commit()
+        planted("garbage", away / OWNER_NAME)
+        away.rename(config.nodes[1].path)
+        await repair(one, "b")
+        await healthy(one)
+
+
+def test_no_flipped_bit_makes_another_record_of_one(tmp_path: Path) -> None:
+    process = Process("1" * 32, "host", "b" * 36, 4_026_531_836, 812, 12_345)
+    record = Mount("0" * 32, process, "2026-01-01 00:00:00 UTC", False).record(7)
+    place, directory = tmp_path / OWNER_NAME, Directory.at(tmp_path)
+    place.write_bytes(record.encode())
+    for bit in range(8 * OWNER_BYTES):
+        flipped(place, bit)
+        try:
+            found = read_owner(directory, tmp_path)
+            assert found == record or not found.is_intact, bit
+        except UnreadOwnerError:
+            pass
+        flipped(place, bit)
+    early = b"\n".join(line for line in place.read_bytes().splitlines() if b"checksum" not in line)
+    place.write_bytes(early.ljust(OWNER_BYTES, b"\n"))
+    found = read_owner(directory, tmp_path)
+    assert found == record
+    assert found.is_intact
+
+
+@is_written
+async def test_a_flipped_bit_of_a_record_that_has_not_ended(
+    config: StoreConfig, machines: Machines
+) -> None:
+    """After a crash and a boot, a record whose machine is damaged looks like another machine's."""
+    await begun(config)
+    async with opened(config) as one:
+        await small(one)
+        kept = {node: (node.path / OWNER_NAME).read_bytes() for node in config.nodes}
+    machines.be("one", "the next boot")
+    for number, (node, record) in enumerate(kept.items()):
+        place = node.path / OWNER_NAME
+        place.write_bytes(record)
+        if number == 1:
+            flipped(place, 8 * record.index(b"machine") + 8 * 11)
+    async with opened(config) as one:
+        assert all_open(one)
+    for node, record in kept.items():
+        place = node.path / OWNER_NAME
+        place.write_bytes(record)
+        flipped(place, 8 * record.index(b"machine") + 8 * 11)
+    with pytest.raises(StoreBusyError, match="is in use on another machine"):
+        async with opened(config):
+            pass
 
 
 async def test_a_record_that_somebody_removed_is_written_again(

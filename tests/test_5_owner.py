@@ -135,3 +135,38 @@ def test_two_copies_take_turns_and_lose_nothing(
                 time.sleep(0.02)
         else:
             assert fusestore("umount", place).returncode == 0
+
+
+@pytest.mark.expects_log(r"/owner\b.* It is written anew", r"/owner\b.* cannot be read")
+def test_a_damaged_record_of_the_owner_costs_nothing(shared: Store, tmp_path: Path) -> None:
+    """A bit flips while the store is mounted, then in another record at rest."""
+    regions = tmp_path / "regions"
+
+    def flip(name: str, key: bytes) -> None:
+        place = regions / name / "owner"
+        data = bytearray(place.read_bytes())
+        data[data.index(key) + len(key) + 5] ^= 1
+        with place.open("r+b", buffering=0) as file:
+            file.write(data)
+
+    def healthy() -> bool:
+        done = fusestore("status", shared.store)
+        return done.returncode == 0 and "All data is safe" in done.stdout
+
+    written(shared.mountpoint, "one", b"1" * 300_000)
+    for name in ("a", "b", "c"):
+        for key in (b"machine", b"mount", b"ended"):
+            flip(name, key)
+            written(shared.mountpoint, f"{name}-{key.decode()}", b"2" * 400_000)
+            assert healthy()
+    assert fusestore("repair", shared.store, "b").returncode == 0
+    shared.umount()
+    flip("b", b"mount")
+    (regions / "c" / "owner").write_bytes(b"")
+    assert healthy()
+    shared.mount()
+    assert healthy()
+    assert (shared.mountpoint / "a-mount").read_bytes() == b"2" * 400_000
+    assert fusestore("repair", shared.store, "c").returncode == 0
+    shared.umount()
+    assert fusestore("fsck", shared.store).returncode == 0

@@ -1,7 +1,8 @@
 """The record of a node's owner: `owner` names the mount that uses the directory, or did last.
 
 The file has a fixed length, so that a new owner can also write it in place: a machine
-that holds the old file open sees that without looking its name up again.
+that holds the old file open sees that without looking its name up again.  It ends with a
+checksum: a flipped bit must not look like another mount.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import os
 import secrets
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import ConfigError, NodeError
+from xxhash import xxh3_64_hexdigest
+
+from ..errors import ConfigError, NodeError, UnreadOwnerError
 from ..system.beneath import Directory
 from ..system.machine import Process
 from ..system.strict_toml import Table
@@ -27,7 +30,12 @@ OWNER_NAME = "owner"
 OWNER_VERSION = 1
 OWNER_BYTES = 512
 """One sector of any disk, which is written as a whole or not at all."""
+OWNER_UNKNOWN = (
+    "Nobody knows which machine uses the node: if none does, mount once with -o take_over."
+)
 _NUMBER_MAX = 2**63 - 1
+_CHECKSUM = b"# checksum "
+"""Begins the last line; the xxh3-64 of all bytes before it follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +51,13 @@ class OwnerRecord:
     """When the mount began, in UTC."""
     ended: bool
     """Whether the mount has written its last byte."""
+    is_intact: bool = field(default=True, compare=False)
+    """Whether it matched its checksum when it was read."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is sure that the mount has written its last byte."""
+        return self.ended and self.is_intact
 
     def encode(self) -> bytes:
         """Return the file."""
@@ -61,10 +76,15 @@ class OwnerRecord:
             f'since = "{self.since}"',
             f"ended = {str(self.ended).lower()}",
         ]
-        return "\n".join([*lines, ""]).encode().ljust(OWNER_BYTES, b"\n")
+        body = "\n".join([*lines, ""]).encode()
+        return (body + _CHECKSUM + xxh3_64_hexdigest(body).encode()).ljust(OWNER_BYTES, b"\n")
 
 
-@dataclass(frozen=True, slots=True)
+UNREAD = OwnerRecord("", Process("", "", "", 0, 0, 0), 0, "", ended=False, is_intact=False)
+"""Stands for a record that cannot be read, or is too damaged for it."""
+
+
+@dataclass(slots=True)
 class Mount:
     """One opening of a store for writing, which owns the nodes that it uses."""
 
@@ -75,6 +95,8 @@ class Mount:
     """Nodes whose owner is gone for good are taken from it."""
     ended: set[str] = field(default_factory=set)
     """Nonces of mounts that are known to have ended, whatever a record of theirs says."""
+    may_replace_unread: bool = False
+    """Whether records of other nodes show that one which cannot be read may be replaced."""
 
     @classmethod
     def begin(cls, *, take_over: bool) -> Mount:
@@ -88,7 +110,7 @@ class Mount:
 
     def note_ended(self, records: Iterable[OwnerRecord | None]) -> None:
         """Learn from the records of all nodes which mounts have ended."""
-        self.ended.update(record.mount for record in records if record and record.ended)
+        self.ended.update(record.mount for record in records if record and record.is_over)
 
 
 def open_past_cache(directory: Directory) -> int:
@@ -112,39 +134,56 @@ def read_past_cache(fd: int) -> bytes:
 def read_owner(directory: Directory, path: Path, *, past_cache: bool = False) -> OwnerRecord | None:
     """Read the record in an open node directory, which errors call `path`; None: it has none.
 
-    NodeError if the file cannot be read, or is damaged.
+    One with a wrong checksum is returned as far as it can be read, and is not `is_intact`.
+    UnreadOwnerError if the file cannot be read, or is damaged; NodeError if another version
+    wrote it.
     """
+    is_intact: bool | None = None
 
     def opened() -> BinaryIO:
-        if not past_cache:
-            return open(directory.open(OWNER_NAME, os.O_RDONLY), "rb")
-        with open(open_past_cache(directory), "rb", buffering=0) as file:
-            return BytesIO(read_past_cache(file.fileno()))
+        nonlocal is_intact
+        if past_cache:
+            with open(open_past_cache(directory), "rb", buffering=0) as file:
+                data = read_past_cache(file.fileno())
+        else:
+            with open(directory.open(OWNER_NAME, os.O_RDONLY), "rb") as file:
+                data = file.read(OWNER_BYTES + 1)
+        is_intact = _matches_checksum(data)
+        return BytesIO(data)
 
     try:
-        table = Table.load(path / OWNER_NAME, opened, OWNER_BYTES)
-        table.take_format(OWNER_VERSION)
-        record = OwnerRecord(
-            mount=table.take("mount", str),
-            process=Process(
-                machine=table.take("machine", str),
-                host=table.take("host", str),
-                boot=table.take("boot", str),
-                namespace=table.take_count("namespace", 0, _NUMBER_MAX),
-                number=table.take_count("process", 0, _NUMBER_MAX),
-                started=table.take_count("started", 0, _NUMBER_MAX),
-            ),
-            directory=table.take_count("directory", 0, _NUMBER_MAX),
-            since=table.take("since", str),
-            ended=table.take("ended", bool),
-        )
-        table.end()
-        table.raise_first()
-        return record
+        record = _decode(Table.load(path / OWNER_NAME, opened, OWNER_BYTES))
+        return record if is_intact is not False else replace(record, is_intact=False)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ConfigError as error:
-        raise NodeError(
-            f"{error} Nobody knows which machine uses the node: if none does, mount once with "
-            "-o take_over."
-        ) from None
+        if not is_intact:
+            raise UnreadOwnerError(str(error)) from None
+        raise NodeError(f"{error} {OWNER_UNKNOWN}") from None
+
+
+def _decode(table: Table) -> OwnerRecord:
+    table.take_format(OWNER_VERSION)
+    record = OwnerRecord(
+        mount=table.take("mount", str),
+        process=Process(
+            machine=table.take("machine", str),
+            host=table.take("host", str),
+            boot=table.take("boot", str),
+            namespace=table.take_count("namespace", 0, _NUMBER_MAX),
+            number=table.take_count("process", 0, _NUMBER_MAX),
+            started=table.take_count("started", 0, _NUMBER_MAX),
+        ),
+        directory=table.take_count("directory", 0, _NUMBER_MAX),
+        since=table.take("since", str),
+        ended=table.take("ended", bool),
+    )
+    table.end()
+    table.raise_first()
+    return record
+
+
+def _matches_checksum(data: bytes) -> bool | None:
+    """Return whether a record is as it was written; None: an early version wrote no checksum."""
+    body, found, checksum = data.rstrip(b"\n").rpartition(_CHECKSUM)
+    return checksum == xxh3_64_hexdigest(body).encode() if found else None

@@ -17,6 +17,7 @@ from ..config.store_config import StoreConfig
 from ..errors import NodeBusyError, NodeError, StoreBusyError, UsageError
 from ..nodes.base import Node
 from ..nodes.directory import DirectoryNode
+from ..nodes.ownership import refusals
 from ..nodes.unexpected import costs_only
 
 logger = logging.getLogger(__name__)
@@ -63,12 +64,8 @@ class FoundNodes:
             raise UsageError(
                 f"No node of {self.store} is available: name their places with --from. {problems}"
             )
-        mount.note_ended([node.found_owner for node in nodes.values()])
-        for node in nodes.values():
-            try:
-                node.refuse_owner()
-            except NodeBusyError as error:  # nothing is written there, and the mount will refuse
-                logger.warning("%s What is written there from now on is not recovered.", error)
+        for refusal in refusals(mount, nodes).values():  # nothing is written; a mount refuses
+            logger.warning("%s What is written there from now on is not recovered.", refusal)
         return nodes
 
 

@@ -3,7 +3,7 @@
 If a record has not ended, its mount may still write: all nodes are claimed before a journal
 is read.  Otherwise a mount that is refused leaves the nodes as they were: they are claimed
 after the replay, and no journal segment may have appeared meanwhile, because each mount
-begins new ones.
+begins new ones.  A damaged record counts as one that has not ended.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ..errors import NodeBusyError, NodeError, StoreBusyError
 from ..format.records import SegmentKind
 from ..members.member import Member
 from ..members.members import Members
+from ..nodes.ownership import refusals
 from ..nodes.unexpected import costs_only
 
 logger = logging.getLogger(__name__)
@@ -37,21 +38,20 @@ class Claims:
 
         Nothing is written before the owners of all nodes are known.
         """
-        there = self._there()
-        found = [member.node.found_owner for member in there]
-        self._mount.note_ended(found)
-        for member in there:
-            try:
-                member.node.refuse_owner()
-            except NodeBusyError as error:
-                if not self._read_only:
-                    raise StoreBusyError(str(error)) from error
-                logger.warning(
-                    "%s This mount only reads, and may miss what is written there.", error
-                )
+        there = {member.name: member for member in self._there()}
+        refused = refusals(self._mount, {name: member.node for name, member in there.items()})
+        for error in refused.values():
+            if isinstance(error, NodeBusyError) and not self._read_only:
+                raise StoreBusyError(str(error)) from error
+        for name, error in refused.items():
+            if not self._read_only:
+                there[name].fail(error)
+                continue
+            logger.warning("%s This mount only reads, and may miss what is written there.", error)
+        found = [member.node.found_owner for member in self._there()]
         if self._read_only:
             return
-        if any(record is not None and not record.ended for record in found):
+        if any(record is not None and not record.is_over for record in found):
             await self._each(lambda member: member.node.claim())
         else:
             await self._each(self._note_segments)

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import pytest
 from typing_extensions import Buffer
 
-from fusestore.config import node_identity
+from fusestore.config import node_identity, owner_record
 from fusestore.errors import NodeError, NodeFullError
 from fusestore.format.records import HEADER_BYTES, SegmentKind
 from fusestore.members import member
@@ -165,18 +165,18 @@ class BadSectors:
             bad = self._is_bad(descriptor, offset, len(buffer))
             return operation(-1 if bad else descriptor, offset, buffer)
 
-        def bad_open(file: Any, mode: str = "rb") -> BinaryIO:
-            stream = opened(file, mode)
-            if self._is_bad(stream.fileno(), 0, 1 << 40):
+        def bad_open(file: Any, mode: str = "rb", buffering: int = -1) -> Any:
+            stream = opened(file, mode, buffering)
+            if "r" in mode and self._is_bad(stream.fileno(), 0, 1 << 40):
                 stream.close()
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
-            return stream  # type: ignore[return-value]
+            return stream
 
         self._patches.setattr(os, "pread", bad_pread)
         self._patches.setattr(os, "preadv", bad_preadv)
         self._patches.setattr(os, "pwritev", noted_pwritev)
         self._patches.setattr(member, "read_operation", bad_operation)
-        for module in (strict_toml, node_identity):
+        for module in (strict_toml, node_identity, owner_record):
             self._patches.setattr(module, "open", bad_open, raising=False)
         return self
 
