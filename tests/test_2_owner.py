@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import os
+import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import lmdb
 import pytest
 
 from fusestore.config.mkfs import make_store
 from fusestore.config.store_config import StoreConfig, load
-from fusestore.errors import NotDurableError, StoreBusyError
+from fusestore.errors import DamagedMetadataError, NotDurableError, StoreBusyError
 from fusestore.format import store_rows
 from fusestore.format.erasure import Code
+from fusestore.format.row_sums import seal, unseal
+from fusestore.metadata.engine import DATABASE
 from fusestore.rescue.recover import recover
 from fusestore.store.opening import open_store
 from fusestore.system import locks
-from support.opened_store import opened
+from support.metadata_rows import check, edit
+from support.opened_store import healthy, opened, scrub
 
 
 @pytest.fixture
@@ -153,31 +156,130 @@ async def test_a_node_that_returns_may_be_in_use_by_then(
             assert await other.get("f") == b"one" * 10_000
 
 
+def rewrite_position(config: StoreConfig, change: Callable[[bytes], bytes]) -> None:
+    """Change the stored row of the log's position in the file, in each page that has it."""
+    database = config.metadata / DATABASE
+    before = database.read_bytes()
+    places = [found.end() for found in re.finditer(re.escape(store_rows.LOG_KEY), before)]
+    assert places
+    with database.open("r+b", buffering=0) as file:
+        for place in places:  # a node of a page: the length of the value is before the key
+            start = place - len(store_rows.LOG_KEY) - 8
+            length = int.from_bytes(before[start : start + 2], "little")
+            stored = before[place : place + length]
+            if int.from_bytes(before[start + 6 : start + 8], "little") == len(store_rows.LOG_KEY):
+                changed = change(stored)
+                assert len(changed) == length
+                file.seek(place)
+                file.write(changed)
+
+
+def of_another_mount(stored: bytes) -> bytes:
+    """An intact row of the next epoch."""
+    value = unseal(store_rows.LOG_KEY, stored)
+    if value is None:
+        return stored  # a page that is not in use
+    position = store_rows.LogPosition.decode(value)
+    after = replace(position, epoch=position.epoch + 1)
+    return seal(store_rows.LOG_KEY, after.encode())
+
+
+def flipped_at(place: int) -> Callable[[bytes], bytes]:
+    """Flip a bit of the byte at `place` of a row."""
+
+    def flipped(stored: bytes) -> bytes:
+        changed = bytearray(stored)
+        changed[place] ^= 4
+        return bytes(changed)
+
+    return flipped
+
+
 async def test_a_checkpoint_notices_that_another_has_written(config: StoreConfig) -> None:
     """The lock is gone with the file system that had it, or the file was replaced in place."""
+    noticed = False
     with pytest.raises(ExceptionGroup):
         async with opened(config) as one:
             await one.put("f", b"one")
             await one.checkpoint()
-            # The same process may not open it twice by the library: from another one.
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    env = lmdb.open(str(config.metadata), max_dbs=0, map_size=1 << 30)
-                    with env.begin(write=True) as txn:
-                        value = store_rows.LogPosition.decode(txn.get(store_rows.LOG_KEY))
-                        value.epoch += 1
-                        txn.put(store_rows.LOG_KEY, value.encode())
-                    env.close()
-                    os._exit(0)
-                finally:
-                    os._exit(1)
-            assert os.waitpid(pid, 0)[1] == 0
+            rewrite_position(config, of_another_mount)
             await one.put("g", b"two")
             with pytest.raises(NotDurableError, match="Another process has written the metadata"):
                 await one.checkpoint()
             with pytest.raises(NotDurableError):
                 await one.store.committer.commit()
+            noticed = True
+    assert noticed
+
+
+POSITION_ROTS = pytest.mark.expects_log(
+    "ERROR fusestore.metadata.engine: .*5a6c6f67 does not match its checksum. The mount knows"
+)
+"""`Zlog` in hexadecimal digits."""
+
+
+@POSITION_ROTS
+@pytest.mark.parametrize("place", [1, 9, -8, -1])
+async def test_a_damaged_position_is_no_other_mount(config: StoreConfig, place: int) -> None:
+    async with opened(config) as one:
+        await one.put("f", b"one" * 10_000)
+        await one.checkpoint()
+        rewrite_position(config, flipped_at(place))
+        await one.put("g", b"two" * 10_000)
+        await one.checkpoint()
+        await healthy(one)
+    assert (await check(config))["clean"]
+    async with opened(config) as one:
+        assert await one.get("f") == b"one" * 10_000
+        assert await one.get("g") == b"two" * 10_000
+
+
+@POSITION_ROTS
+@pytest.mark.parametrize("how", ["scrub", "mend", "fsck"])
+async def test_a_check_of_an_open_store_has_its_position_written_anew(
+    config: StoreConfig, how: str
+) -> None:
+    async with opened(config) as one:
+        await one.put("f", b"one" * 10_000)
+        await one.checkpoint()
+        rewrite_position(config, flipped_at(2))
+        one.store.log.engine.thaw()  # readers see the database as the last checkpoint left it
+        if how == "scrub":
+            await scrub(one)
+        elif how == "mend":
+            await one.store.rows.mend()
+        else:
+            found, wrong = await one.store.rows.compare()
+            assert found.is_right
+            assert not wrong
+        assert (await one.store.status())["healthy"]
+    assert (await check(config))["clean"]
+
+
+@pytest.mark.parametrize("place", [1, -1, None])
+async def test_a_damaged_position_at_rest_needs_recover(
+    config: StoreConfig, place: int | None
+) -> None:
+    """No journal says at which commit the database stands."""
+    async with opened(config) as one:
+        await one.put("f", b"one" * 10_000)
+    if place is not None:
+        rewrite_position(config, flipped_at(place))
+    else:
+        edit(config, lambda rows: rows.pop(store_rows.LOG_KEY))
+    advice = "move the metadata away, and run 'fusestore recover'"
+    for read_only in (False, True):
+        with pytest.raises(DamagedMetadataError, match=advice):
+            async with open_store(config, read_only=read_only):
+                pass
+    for repairs in (False, True):
+        with pytest.raises(DamagedMetadataError, match=advice):
+            await check(config, repair=repairs)
+    config.metadata.rename(config.store / "damaged")
+    recover(config.store, (), None, accept_loss=False, progress=lambda message: None)
+    async with opened(config) as one:
+        assert await one.get("f") == b"one" * 10_000
+        await healthy(one)
 
 
 def test_a_lock_that_is_dropped_anywhere_stops_nobody(

@@ -221,7 +221,7 @@ class Case:
 
     def judge(self, found: State, *, intact: bool = False) -> None:
         """Nothing wrong was read, and all that can be read."""
-        usable = usable_nodes(self.config, self.original, self.damages)
+        usable = usable_nodes(self.config, self.original)
         lost = set() if intact else lost_files(self.world, self.damages, usable)
         for ino, data in found.contents.items():
             expected = self.expected.contents.get(ino)
@@ -244,7 +244,7 @@ class Case:
         """Whether a mount or a command may be refused."""
         if self.hit(CONFIG_NAME):
             return True
-        usable = usable_nodes(self.config, self.original, self.damages)
+        usable = usable_nodes(self.config, self.original)
         usable -= {damage.node for damage in self.damages if damage.kind == "gone"}
         regions = {node.region for node in self.config.nodes if node.name in usable}
         return len(regions) < 2
@@ -385,7 +385,7 @@ class Case:
 
     def unsure(self) -> bool:
         """Whether nodes that are away, or whose journal is damaged, may have gone on alone."""
-        usable = usable_nodes(self.config, self.original, self.damages)
+        usable = usable_nodes(self.config, self.original)
         away = {node.name for node in self.config.nodes if node.name not in usable}
         damaged = {d.node for d in self.damages if "journal" in d.file or d.kind == "gone"}
         return len(away | damaged) >= self.config.code.k
@@ -425,9 +425,7 @@ class Case:
         self.damages = [d for d in self.damages if not d.file.endswith(SMALL_FILES)]
         if self.hit("data.mdb"):  # LMDB may write to the bad page, and disks remap it then
             self.bad.clear(self.config.metadata / "data.mdb")
-        lost = lost_files(
-            self.world, self.damages, usable_nodes(self.config, self.original, self.damages)
-        )
+        lost = lost_files(self.world, self.damages, usable_nodes(self.config, self.original))
         with trio.fail_after(SECONDS_MAX):
             async with self.opened() as one:
                 if one is None:

@@ -119,6 +119,21 @@ def examine_some(view: View, letters: Iterable[bytes]) -> Examined:
     return found
 
 
+def checkpoint_of(view: View) -> LogPosition:
+    """Return the commit at which the database stands, which no journal has.
+
+    DamagedMetadataError if its row is damaged or gone.
+    """
+    stored = view.stored(store_rows.LOG_KEY)
+    value = unseal(store_rows.LOG_KEY, stored) if stored is not None else None
+    if value is None:
+        raise DamagedMetadataError(
+            "The metadata does not name its last commit: unmount the store, move the metadata "
+            "away, and run 'fusestore recover'."
+        )
+    return LogPosition.decode(value)
+
+
 def wrong_rows(
     view: View,
     store: UUID,
@@ -130,14 +145,7 @@ def wrong_rows(
 
     Rows that changed since the checkpoint are in memory, and are not compared.
     """
-    stored = view.stored(store_rows.LOG_KEY)
-    value = unseal(store_rows.LOG_KEY, stored) if stored is not None else None
-    if value is None:
-        raise DamagedMetadataError(
-            "The metadata does not name its last commit: unmount the store, move the metadata "
-            "away, and run 'fusestore recover'."
-        )
-    position, journals = LogPosition.decode(value), read_journals(store, nodes)
+    position, journals = checkpoint_of(view), read_journals(store, nodes)
     at = journals.at(position)
     if at is None:
         raise ReplayError(f"No readable journal holds commit {position.commit}.")

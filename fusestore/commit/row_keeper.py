@@ -8,6 +8,7 @@ differ from the journals are logged again with their right value, like any chang
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 
 import trio
 
@@ -26,7 +27,7 @@ from ..format.stripe_rows import SegmentState
 from ..log.log import Log
 from ..system import threads
 from .committer import Committer
-from .row_check import Examined, WrongRow, examine, still_wrong, wrong_rows
+from .row_check import Examined, WrongRow, checkpoint_of, examine, still_wrong, wrong_rows
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class RowKeeper:
         ReplayError if the journals do not lead to the database's commit.
         """
         engine = self._log.engine
+        await self._write_position()
         with engine.view() as view:
             found = await threads.run_sync(examine, view)
             if found.is_right and not thorough:
@@ -77,6 +79,20 @@ class RowKeeper:
             directory = self._log.members.config.metadata
             arguments = (view, self._log.store, nodes, directory, self._log.limits)
             return found, await threads.run_sync(wrong_rows, *arguments)
+
+    async def _write_position(self) -> None:
+        """Make a checkpoint if the row that names the last one is damaged.
+
+        No journal has this row, but each checkpoint writes it.
+        """
+        try:
+            with self._log.engine.view() as view:
+                checkpoint_of(view)
+        except DamagedMetadataError:
+            if not self._log.read_only:
+                async with self._committer.lock:
+                    with suppress(NotDurableError):
+                        await self._committer.commit_now(checkpoint=True)
 
     async def mend(self, *, thorough: bool = False) -> list[str]:
         """Mend rows from the journals; a line for each wrong row.

@@ -20,6 +20,7 @@ Only this module and `view` import lmdb.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -39,7 +40,7 @@ from ..errors import (
 )
 from ..format import tables
 from ..format.records import Changes
-from ..format.row_sums import CHECKSUM_BYTES, RowSums, seal
+from ..format.row_sums import CHECKSUM_BYTES, RowSums, seal, unseal
 from ..limits import DEFAULTS, Limits
 from ..nodes.base import Space
 from ..system import linux, locks
@@ -57,6 +58,8 @@ from .view import (
     value_of,
     verified_rows,
 )
+
+logger = logging.getLogger(__name__)
 
 DATABASE, DATABASE_LOCK = "data.mdb", "lock.mdb"
 """The files that LMDB creates in the directory."""
@@ -85,7 +88,7 @@ class Engine:
         """Open or create the environment in `directory`; MetadataError if it cannot be used.
 
         StoreBusyError if another owner than `owner`, the path of a store, uses it.  If the
-        key `guard` has a value that this engine did not write, all writing ends.
+        key `guard` has an intact value that this engine did not write, all writing ends.
         """
         self._directory = directory
         self._guard = guard
@@ -382,11 +385,7 @@ class Engine:
         try:
             self._preallocate(sum(len(key) + len(value) for key, value in puts))
             with self._begin(write=True) as txn:
-                if self._stored_guard(txn) not in self._guarded:
-                    raise FencedError(
-                        f"Another process has written the metadata in {self._directory}: this "
-                        "mount has ended, and its uncommitted changes are only in memory."
-                    )
+                self._check_guard(txn)
                 sums = self._sums(txn)
                 _change(txn, puts, deletes, sums)
                 if self._to_recount:
@@ -406,6 +405,27 @@ class Engine:
             self._is_dead = self._is_dead or isinstance(error, lmdb.PanicError)
             raise _unusable(self._directory, error) from error
         self._to_recount = False
+
+    def _check_guard(self, txn: lmdb.Transaction[bytes]) -> None:
+        """Raise FencedError if another process has written the guard.
+
+        A guard that does not match its checksum is damage: nobody wrote it.
+        """
+        stored = self._stored_guard(txn)
+        if stored in self._guarded:
+            return
+        if stored is None or unseal(self._guard, stored) is not None:
+            raise FencedError(
+                f"Another process has written the metadata in {self._directory}: this "
+                "mount has ended, and its uncommitted changes are only in memory."
+            )
+        logger.error(
+            "The metadata in %s is damaged: row %s does not match its checksum. The mount knows "
+            "its value, and writes it anew.",
+            self._directory,
+            self._guard.hex(),
+        )
+        self._to_recount = True
 
     def recount(self) -> None:
         """Let the next checkpoint count all rows again, because the counts are wrong."""

@@ -7,7 +7,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from ..commit.row_check import Examined, WrongRow, examine, examine_some, mend_at_rest
+from ..commit.row_check import (
+    Examined,
+    WrongRow,
+    checkpoint_of,
+    examine,
+    examine_some,
+    mend_at_rest,
+)
 from ..config.store_config import StoreConfig
 from ..errors import MetadataError, NodeError, ReplayError
 from ..members.opening import open_node
@@ -37,10 +44,14 @@ class MendedRows:
 async def mend_rows(config: StoreConfig, engine: Engine, *, read_only: bool) -> MendedRows:
     """Examine the rows, mend those that differ from the journals, and return the wrong ones.
 
-    DamagedMetadataError if the database cannot be read.  If the journals do not have the
-    right values, the rows stay as they are, and reading them is an error.
+    DamagedMetadataError if the database cannot be read, or does not say at which commit it
+    stands.  If the journals do not have the right values, the rows stay as they are, and
+    reading them is an error.
     """
     examined = await threads.run_sync(_examine, config, engine)
+    if examined.rows:
+        with engine.view() as view:
+            checkpoint_of(view)
     if examined.is_right:
         return MendedRows()
     nodes: list[tuple[str, Node]] = []

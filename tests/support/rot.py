@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fusestore.config.node_identity import read_identity
-from fusestore.config.owner_record import OWNER_NAME
 from fusestore.config.store_config import CONFIG_NAME, StoreConfig
 from fusestore.errors import FusestoreError
 from fusestore.format import file_rows
@@ -149,10 +148,9 @@ def spoil(
                     file.write(bytes(len(before)) if blank else chance.randbytes(len(before)))
 
 
-def usable_nodes(config: StoreConfig, original: Path, damages: Sequence[Damage]) -> set[str]:
-    """Names of the nodes whose identity can be read, and is theirs, and whose owner is known."""
+def usable_nodes(config: StoreConfig, original: Path) -> set[str]:
+    """Names of the nodes whose identity can be read, and is theirs."""
     found = set()
-    unowned = {damage.node for damage in damages if damage.file.endswith(f"/{OWNER_NAME}")}
     for node in config.nodes:
         try:
             identity = read_identity(node.path)
@@ -165,7 +163,7 @@ def usable_nodes(config: StoreConfig, original: Path, damages: Sequence[Damage])
             same.version,
         ):
             found.add(node.name)
-    return found - unowned
+    return found
 
 
 def lost_files(world: World, damages: Sequence[Damage], usable: set[str]) -> set[int]:
