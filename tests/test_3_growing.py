@@ -32,6 +32,7 @@ from fusestore.format.stripe_rows import Stripe
 from fusestore.grow import topology
 from fusestore.limits import DEFAULTS, MIB, STRIPE_BYTES
 from fusestore.members.member import Member
+from fusestore.members.members import Members
 from fusestore.metadata.engine import Engine
 from fusestore.nodes.base import Space
 from fusestore.nodes.directory import DirectoryNode
@@ -525,6 +526,32 @@ async def test_nodes_that_make_no_sense_are_refused(tmp_path: Path) -> None:
                 await add(one, tmp_path, "new", "us-east-1", weight)
     assert load(config.store) == config
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("step", ["claim", "configure"])
+async def test_a_node_whose_directory_cannot_be_claimed_enters_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    config = make_store(tmp_path / "store")
+    kind, error = {
+        "claim": (DirectoryNode, NodeError("It cannot be claimed.")),
+        "configure": (Members, ConfigError("It cannot be written.")),
+    }[step]
+
+    def refuse(*_: object) -> None:
+        raise error
+
+    async with opened(config) as one:
+        before = (config.store / CONFIG_NAME).read_bytes()
+        with monkeypatch.context() as patched:
+            patched.setattr(kind, step, refuse)
+            with pytest.raises(type(error)):
+                await add(one, config.store, "us-east-2", "us-east-1")
+        assert (config.store / CONFIG_NAME).read_bytes() == before
+        assert len(one.store.log.members.all) == 3
+        await add(one, config.store, "us-east-2", "us-east-1")
+        assert (await one.store.status())["healthy"] is True
+    assert len(load(config.store).nodes) == 4
 
 
 async def test_nodes_are_not_changed_over_edits_that_were_not_mounted(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -209,3 +210,45 @@ def test_replace_moves_a_node(make_store: Callable[..., Store], tmp_path: Path) 
     assert store.status()["healthy"] is True
     shutil.rmtree(store.store / "us-west-1")
     is_right(store.mountpoint, sums)
+
+
+@pytest.mark.parametrize("way", ["on it", "deep", "link", "back", "bind", "overlay"])
+def test_a_place_on_the_own_mount_is_refused_and_freezes_nothing(
+    make_store: Callable[..., Store], tmp_path: Path, way: str
+) -> None:
+    store = make_store()
+    store.mount()
+    mountpoint, aside = store.mountpoint, tmp_path / "aside"
+    aside.mkdir()
+    for name in ("sub", "upper", "work"):
+        (mountpoint / name).mkdir()
+    layers = f"lowerdir={tmp_path},upperdir={mountpoint}/upper,workdir={mountpoint}/work"
+    place, mount = {
+        "on it": (mountpoint / "x", None),
+        "deep": (mountpoint / "missing" / "sub" / "x", None),
+        "link": (aside / "link" / "x", None),
+        "back": (aside / "link" / ".." / "mnt" / "x", None),
+        "bind": (aside / "x", ["--bind", mountpoint / "sub", aside]),
+        "overlay": (aside / "x", ["-t", "overlay", "-o", layers, "overlay", aside]),
+    }[way]
+    if mount:
+        subprocess.run(["mount", *mount], check=True)
+    else:
+        (aside / "link").symlink_to(mountpoint)
+    before = (store.store / "fusestore.toml").read_bytes()
+    try:
+        for command in (
+            ("node", "add", store.store, "w2", "--region", "us-west-1", "--path", place),
+            ("repair", store.store, "us-west-1", "--to", place),
+            ("repair", store.store, "us-west-1", "--to", place, "--dry-run"),
+        ):
+            refused = store.cli(*command, check=False)
+            assert refused.returncode == 2, refused
+            assert "a mount of this store itself: choose another place." in refused.stderr
+        assert (store.store / "fusestore.toml").read_bytes() == before
+        assert store.status()["healthy"] is True
+    finally:
+        if mount:
+            subprocess.run(["umount", aside], check=True)
+    store.remount()
+    (mountpoint / "after").write_bytes(b"after")

@@ -23,6 +23,7 @@ from ..format.erasure import Code
 from ..format.placement import check_region_rule
 from ..format.store_rows import NEVER_WHOLE, NodeRow, encode_nodes
 from ..limits import DEFAULTS, VALUE_BYTES_MAX, Limits
+from ..system import mounts
 from ..system.strict_toml import Table
 from .mount_options import parse_address
 from .owner_record import Mount
@@ -118,11 +119,18 @@ def check_name(name: str) -> str | None:
 
 
 def check_places(store: Path, metadata: Path, nodes: Sequence[NodeConfig]) -> str | None:
-    """Return a sentence about two equal or nested places of the store, or None.
+    """Return a sentence about a place that cannot be used, or about two equal or nested ones.
 
-    Symbolic links are resolved.  Nodes and metadata may lie below the store.  All nodes are
-    one row of the metadata; a sentence also reports that this row would be too long.
+    None if all can be used.  Symbolic links are resolved.  Nodes and metadata may lie below the
+    store, but not on a mount of it.  All nodes are one row of the metadata; a sentence also
+    reports that this row would be too long.  Blocks, but never waits for a mount of the store.
     """
+    for path in (metadata, *(node.path for node in nodes)):
+        mountpoint = mounts.lies_on(store, path)
+        if mountpoint is not None:
+            return (
+                f"{path} lies on {mountpoint}, a mount of this store itself: choose another place."
+            )
     problem = next((what for _, what in _conflicts(store, metadata, nodes)), None)
     return problem or _too_long(nodes)
 

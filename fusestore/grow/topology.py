@@ -2,9 +2,9 @@
 
 `fusestore.toml` lists the nodes.  The log has them as rows, too: the nodes alone are
 enough for a recovery.  The file never has fewer nodes than the rows: a new node enters
-the file first, and a removed node leaves the file last.  A kill at any moment
-therefore leaves a node that joins at the next mount, or one whose removal is to be
-repeated.
+the file first, when its directory is claimed, and a removed node leaves the file last.
+A kill at any moment therefore leaves a node that joins at the next mount, or one whose
+removal is to be repeated.
 """
 
 from __future__ import annotations
@@ -101,53 +101,69 @@ class Topology:
         self._log.transaction()  # raises when nothing can be changed
         async with self._changing:
             members = self._log.members
-            config = members.config
             member = members.named(name)
-            if weight is None:
-                if member is None:
-                    weight = await self._weight_by_size(region, path)
-                else:
-                    weight = member.config.weight
-            node = NodeConfig(name, region, path, weight)
-            result = {"node": name, "region": region, "path": str(path), "weight": weight}
             if member is not None:
-                if member.config != node:
+                same = member.config.weight if weight is None else weight
+                if member.config != NodeConfig(name, region, path, same):
                     raise UsageError(f"There is already a node {name!r}: choose another name.")
                 if not member.in_sync:  # an earlier call was interrupted
                     await self._repairer.repair(name, progress)
-                return result
-            problem = check_name(name) or check_name(region)
-            if not WEIGHTS[0] <= weight <= WEIGHTS[1]:
-                problem = f"A weight is a number from {WEIGHTS[0]:g} to {WEIGHTS[1]:g}."
-            if problem:
-                raise UsageError(problem)
-            nodes = (*(other for other in config.nodes if other.name != name), node)
-            member = Member(0, node, self._limits, holds=store_rows.NEVER_WHOLE)
-            member.ring = members.all[0].ring
-            await member.call(self._prepare, nodes)
-            await threads.run_sync(members.configure, nodes)
-            await self._repairer.join(member, progress)
-            return result
+            else:
+                member = await self._new(name, region, path, weight)
+                await self._join(member, progress)
+        weight = member.config.weight
+        return {"node": name, "region": region, "path": str(path), "weight": weight}
 
-    async def _weight_by_size(self, region: str, path: Path) -> float:
+    async def _new(self, name: str, region: str, path: Path, weight: float | None) -> Member:
+        """Return a new node, which is not of the store yet; UsageError if it cannot be."""
+        problem = check_name(name) or check_name(region)
+        if weight is not None and not WEIGHTS[0] <= weight <= WEIGHTS[1]:
+            problem = f"A weight is a number from {WEIGHTS[0]:g} to {WEIGHTS[1]:g}."
+        if problem:
+            raise UsageError(problem)
+        config = NodeConfig(name, region, path, 1.0 if weight is None else weight)
+        member = Member(0, config, self._limits, holds=store_rows.NEVER_WHOLE)
+        member.ring = self._log.members.all[0].ring
+        await member.call(self._check_place, config)
+        if weight is None:
+            member.config = replace(config, weight=await self._weight_by_size(member))
+        return member
+
+    async def _join(self, member: Member, progress: Progress) -> None:
+        """Claim the directory of a new node, write it to the file, and let it take part."""
+        members = self._log.members
+        node = await member.call(self._repairer.prepare_directory, member.config)
+        try:
+            await member.call(node.claim)
+            await threads.run_sync(members.configure, self._with(member.config))
+        except BaseException:
+            node.close()
+            raise
+        await self._repairer.join(member, node, progress)
+
+    def _with(self, new: NodeConfig) -> tuple[NodeConfig, ...]:
+        others = (node for node in self._log.members.config.nodes if node.name != new.name)
+        return (*others, new)
+
+    async def _weight_by_size(self, new: Member) -> float:
         """Return the weight of a new node by the size of its disk and those in its region."""
+        region = new.config.region
         there = [m for m in self._log.members.all if m.config.region == region and m.space]
         sizes = sum(member.space.total for member in there if member.space is not None)
         if not sizes:
             return 1.0
-        size = await threads.run_sync(_size_at, path)
+        size = await new.call(_size_at, new.config.path)
         weight = round(size * sum(member.config.weight for member in there) / sizes, 2)
         return min(max(weight, WEIGHTS[0]), WEIGHTS[1])
 
-    def _prepare(self, nodes: tuple[NodeConfig, ...]) -> None:
-        """In a thread: create the directory of the last node, if its place is allowed."""
-        members, node = self._log.members, nodes[-1]
-        problem = check_places(members.config.store, members.config.metadata, nodes)
+    def _check_place(self, node: NodeConfig) -> None:
+        """In a thread: raise UsageError or ConfigError if a new node cannot be at its place."""
+        config = self._log.members.config
+        problem = check_places(config.store, config.metadata, self._with(node))
         if problem:
             raise UsageError(problem)
-        check_owner(members.config.store, node.path)
-        members.check_file()
-        self._repairer.prepare_directory(node).close()
+        check_owner(config.store, node.path)
+        self._log.members.check_file()
 
     # --- draining ------------------------------------------------------------
 

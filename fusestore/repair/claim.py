@@ -26,6 +26,7 @@ from ..format.records import HEADER_BYTES, Header, Place
 from ..format.segment_numbers import FOLDERS, segment_number
 from ..members.opening import offline_error, open_node
 from ..nodes.base import Node
+from ..system import mounts
 from ..system.beneath import Directory
 from ..system.files import sync_directory
 
@@ -43,6 +44,8 @@ def claim_directory(config: StoreConfig, node: NodeConfig) -> Node:
     path = node.path
     if node.offline:
         raise offline_error(config, node)
+    if mounts.lies_on(config.store, path) is not None:
+        raise NodeError(f"{path} lies on a mount of this store itself.")
     if not os.path.lexists(path):
         path.mkdir(mode=0o700, parents=True)
         sync_directory(path.parent)

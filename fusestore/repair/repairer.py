@@ -207,18 +207,22 @@ class Repairer:
         if member.config.offline:
             raise offline_error(self._log.members.config, member.config)
         if to is not None and moves:
-            config = self._log.members.config
-            problem = check_places(
-                config.store, config.metadata, self._nodes_with(replace(member.config, path=to))
-            )
-            if problem:
-                raise UsageError(problem)
-            await threads.run_sync(self._log.members.check_file)
+            nodes = self._nodes_with(replace(member.config, path=to))
+            seconds = self._log.limits.node_seconds_max
+            await member.call(self._check_places, nodes, seconds=seconds)
         if member.state is State.DOWN and member.is_open:
             member.let_go()  # deleted files that it has open take room
         if moves or member.state is not State.UP:
             path = to or member.config.path
             await check_room(self._log, member, path, self._rejoin.total(member))
+
+    def _check_places(self, nodes: tuple[NodeConfig, ...]) -> None:
+        """In a thread: UsageError or ConfigError if these cannot be the nodes of the store."""
+        config = self._log.members.config
+        problem = check_places(config.store, config.metadata, nodes)
+        if problem:
+            raise UsageError(problem)
+        self._log.members.check_file()
 
     def _nodes_with(self, moved: NodeConfig) -> tuple[NodeConfig, ...]:
         nodes = self._log.members.config.nodes
@@ -253,13 +257,11 @@ class Repairer:
         member.config = moved
         return copied
 
-    async def join(self, member: Member, progress: Progress) -> None:
+    async def join(self, member: Member, node: Node, progress: Progress) -> None:
         """Let a new node take part; NodeError if it fails meanwhile.
 
-        The file already has its configuration.
+        It is open and claimed, and the file already has its configuration.
         """
-        node = await member.call(self.prepare_directory, member.config)
-        await member.call(node.claim)
         async with self.healer.busy:
             async with self._committer.lock:
                 # A mount from the metadata at this point would give it the same id.

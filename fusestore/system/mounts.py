@@ -30,6 +30,8 @@ MOUNTINFO = Path("/proc/self/mountinfo")
 
 PROBE_SECONDS = 10.0
 UNMOUNT_SECONDS = 60.0
+LINKS_MAX = 40
+"""The kernel follows no more links in a path."""
 
 _PROBE = """
 import os, sys
@@ -126,6 +128,35 @@ def all_mounts() -> list[Mount]:
 def mounts_of(store: Path) -> list[Mount]:
     """Return the mounts of one store (an absolute path without links), oldest first."""
     return [mount for mount in all_mounts() if mount.store == store]
+
+
+def lies_on(store: Path, path: Path) -> Path | None:
+    """Return the mount point on which a path lies if that leads to a mount of a store, or None.
+
+    Links are resolved, and overlays above such a mount count.  A daemon that looked at such a
+    path would wait for itself, so the mount itself is never asked.  The path need not exist.
+    """
+    own = {mount.mountpoint for mount in mounts_of(store)}
+    if own:
+        entries = list(parse_entries(MOUNTINFO.read_bytes()))
+        own |= {entry.place for entry in entries if any(map(entry.is_overlay_of, own))}
+    at, rest, links = Path("/"), [*reversed(path.absolute().parts[1:])], 0
+    while rest:
+        name = rest.pop()
+        at = at.parent if name == ".." else at / name
+        for place in own:
+            if at.is_relative_to(place):
+                return place
+        try:
+            target = Path(os.readlink(at))
+        except OSError:
+            continue  # not a link, or missing
+        links += 1
+        if links > LINKS_MAX:
+            return None
+        at = Path("/") if target.is_absolute() else at.parent
+        rest += reversed(target.parts[1:] if target.is_absolute() else target.parts)
+    return None
 
 
 def locate(path: Path) -> Path:
