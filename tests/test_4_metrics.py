@@ -202,6 +202,8 @@ async def test_a_read_only_mount_keeps_nothing(tmp_path: Path) -> None:
     "text",
     [
         *("", "[]", "[" * 100_000, "{}", '{"format": 9}', '{"format": 1, "since": []}'),
+        '{"format": 1, "operations": {}, "mounted_seconds": 0, "since": 1' + "0" * 400 + "}",
+        " " * (1 << 20) + "{}",
         KEPT % ("1e400", "1", "1"),
         KEPT % ("1", "NaN", "1"),
         KEPT % ("1", "1", "1e400"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -132,3 +133,90 @@ def test_fsck_lists_foreign_files_and_the_store_is_clean(store: Store) -> None:
     assert "shards/notes.txt" in found.stdout
     assert "shards/4294967294.seg" in found.stdout
     assert (store.node("us-east-1") / "shards/4294967294.seg").read_bytes() == VICTIM
+
+
+# --- the small files of the store itself ---------------------------------------
+
+LINES = (
+    r"WARNING .*metrics\.json cannot be used",
+    r"WARNING .*the counts of operations cannot be written: Is a directory",
+    r"WARNING .*The log .* cannot be opened",
+)
+
+
+def plant_small(file: Path, what: str, outside: Path) -> None:
+    """Replace a file of the store."""
+    file.unlink(missing_ok=True)
+    if what == "huge":
+        with file.open("wb") as opened:
+            opened.truncate(10 << 40)
+    elif what == "fifo":
+        os.mkfifo(file)
+    elif what == "device":
+        os.mknod(file, 0o600 | stat.S_IFCHR, os.makedev(1, 5))  # /dev/zero
+    elif what == "directory":
+        file.mkdir()
+    elif what == "link":
+        outside.write_bytes(b"theirs")
+        file.symlink_to(outside)
+
+
+KINDS = ("fifo", "device", "directory", "link")
+
+
+@pytest.mark.expects_log(*LINES)
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("metrics.json", "huge")]
+    + [(name, what) for name in ("metrics.json", "fusestore.log") for what in KINDS],
+)
+def test_a_foreign_file_of_the_store_costs_only_what_it_is_for(
+    store: Store, tmp_path: Path, name: str, what: str
+) -> None:
+    outside = tmp_path / "theirs"
+    plant_small(store.store / name, what, outside)
+    if name == "metrics.json":
+        counted = store.cli("metrics", "summary", store.store)
+        assert "0 operations" in counted.stdout
+        assert "cannot be used, and the counts restart at zero" in counted.stderr
+        assert "Traceback" not in counted.stderr
+    is_in_use(store)
+    assert not outside.exists() or outside.read_bytes() == b"theirs"
+    if name == "fusestore.log":
+        assert store.status()["log_file"] is None
+        store.umount()
+        (store.store / name).rmdir() if what == "directory" else (store.store / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("fusestore.toml", "huge")]
+    + [(name, what) for name in ("fusestore.toml", "fusestore.lock") for what in KINDS],
+)
+def test_a_store_with_a_foreign_file_is_refused_at_once(
+    store: Store, tmp_path: Path, name: str, what: str
+) -> None:
+    file, outside = store.store / name, tmp_path / "theirs"
+    before = file.read_bytes()
+    plant_small(file, what, outside)
+    began = time.monotonic()
+    refused = store.try_mount()
+    assert refused.returncode in (2, 3)
+    assert str(file) in refused.stderr
+    assert "Traceback" not in refused.stderr
+    store.cli("status", store.store, check=False)
+    assert time.monotonic() - began < SECONDS_MAX
+    assert not outside.exists() or outside.read_bytes() == b"theirs"
+    file.rmdir() if what == "directory" else file.unlink()
+    file.write_bytes(before)
+    is_in_use(store)
+
+
+def test_links_of_an_operator_are_followed(store: Store, tmp_path: Path) -> None:
+    for name in ("fusestore.toml", "metadata"):
+        (store.store / name).rename(tmp_path / name)
+        (store.store / name).symlink_to(tmp_path / name)
+    is_in_use(store)
+    store.umount()
+    assert (store.store / "fusestore.toml").is_symlink()
+    assert (store.store / "metadata").is_symlink()

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+from ..system.beneath import read_small
 from ..system.files import write_whole
+from ..system.strict_toml import FILE_BYTES_MAX
 from .store_config import CONFIG_NAME, CONFIG_VERSION, METADATA_NAME, StoreConfig
 
 if TYPE_CHECKING:
@@ -27,8 +29,7 @@ def write_store_config(config: StoreConfig) -> None:
 
     file = config.store / CONFIG_NAME
     try:
-        text = file.read_text(encoding="utf-8") if os.path.lexists(file) else None
-        document = tomlkit.parse(text) if text is not None else _new(config)
+        document = _parsed(file) if os.path.lexists(file) else _new(config)
         place = _text(config.store, config.metadata)
         if document.get("metadata", METADATA_NAME) != place:
             document["metadata"] = place
@@ -36,6 +37,13 @@ def write_store_config(config: StoreConfig) -> None:
         write_whole(file, tomlkit.dumps(document))
     except OSError as error:
         raise ConfigError(f"{file} cannot be written: {error.strerror or error}.") from error
+
+
+def _parsed(file: Path) -> TOMLDocument:
+    import tomlkit
+
+    text = read_small(file, FILE_BYTES_MAX, follow=True).decode()
+    return tomlkit.parse(text.replace("\r\n", "\n"))
 
 
 def _new(config: StoreConfig) -> TOMLDocument:

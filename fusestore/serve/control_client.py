@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 from .. import errors
 from ..config.store_config import LOCK_NAME, SOCKET_NAME
 from ..errors import FusestoreError, NotMountedError, UsageError
+from ..system.beneath import read_small
 from ..typed_json import FieldError, from_json, to_json
 from .messages.request import Request, result_of
 
@@ -44,6 +45,8 @@ ALIVE_SECONDS = 5.0
 SILENCE_SECONDS = 60.0
 """How long a client waits for a line before it gives up."""
 
+LOCK_BYTES_MAX = 32
+"""The lock file has the number of a process."""
 NOT_WRITABLE = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 """Why files cannot be made in a store whose files can be read."""
 PEER = struct.Struct("3i")
@@ -84,7 +87,7 @@ def _peer_pid(connection: socket.socket) -> int:
 def lock_holder(store: Path) -> int | None:
     """Return the process that holds the store's lock, or crashed while it held the lock."""
     try:
-        return int((store / LOCK_NAME).read_bytes())
+        return int(read_small(store / LOCK_NAME, LOCK_BYTES_MAX))
     except (OSError, ValueError):
         return None
 

@@ -27,6 +27,7 @@ import trio
 from .. import __version__
 from ..config.store_config import LOCK_NAME, SOCKET_NAME
 from ..errors import FusestoreError, StoreBusyError, UsageError
+from ..system.beneath import WRONG_KIND, open_file
 from .control_client import (
     ALIVE_SECONDS,
     ANSWER_BYTES_MAX,
@@ -87,12 +88,13 @@ def _open_lock(store: Path) -> tuple[int, bool]:
     """Open the lock file, or else what there is to lock; and whether it can be written to."""
     file = store / LOCK_NAME
     try:
-        return os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), True
+        return open_file(file, os.O_RDWR | os.O_CREAT), True
     except OSError as error:
         if error.errno not in NOT_WRITABLE:
-            raise FusestoreError(f"{file} cannot be opened: {error.strerror}.") from error
+            hint = " Move it away." if error.errno in WRONG_KIND else ""
+            raise FusestoreError(f"{file} cannot be opened: {error.strerror}.{hint}") from error
     try:
-        return os.open(file, os.O_RDONLY | os.O_CLOEXEC), False
+        return open_file(file, os.O_RDONLY), False
     except FileNotFoundError:
         return os.open(store, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), False
 

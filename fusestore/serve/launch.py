@@ -24,11 +24,14 @@ from ..config.mount_options import MountOptions
 from ..config.store_config import StoreConfig
 from ..errors import FusestoreError, StoreBusyError, UsageError
 from ..system import linux, logs, mounts
+from ..system.beneath import WRONG_KIND, open_file
 from .control_client import NOT_WRITABLE, Message, encode, error_message, error_of
 
 logger = logging.getLogger(__name__)
 
 READY_BYTES_MAX = 1 << 20
+_NO_LOG = (*NOT_WRITABLE, *WRONG_KIND)
+"""Why a daemon keeps no log."""
 END_SECONDS = 30.0
 """How long a daemon that was told to end may take to commit before it is killed."""
 
@@ -133,7 +136,7 @@ def _start_log(config: StoreConfig, level: str, style: str, *, in_file: bool) ->
     try:
         logs.start(level, style, config.log_file if in_file else None)
     except OSError as error:
-        if error.errno not in NOT_WRITABLE:
+        if error.errno not in _NO_LOG:
             raise
         logs.start(level, style, None)
 
@@ -191,12 +194,11 @@ def _spawn(
     if logs.is_journal():
         output = os.dup(2)
     else:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         try:
-            output = os.open(config.log_file, flags, 0o600)
+            output = open_file(config.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         except OSError as error:
             problem = f"The log {config.log_file} cannot be opened: {error.strerror}"
-            if error.errno not in NOT_WRITABLE:
+            if error.errno not in _NO_LOG:
                 raise FusestoreError(f"{problem}.") from error
             logger.warning("%s; the daemon keeps no log.", problem)
             output = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)

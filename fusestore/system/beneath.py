@@ -1,5 +1,7 @@
 """Access to files beneath a directory with untrusted contents, which never leaves it.
 
+`open_file` and `read_small` do the same for a file by its path.
+
 All names are single components.  Symbolic links are not followed.  No open waits (for a
 writer of a fifo, or for a lease).  Only directories and regular files are opened, never
 devices.
@@ -11,6 +13,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from .process_limits import retried
@@ -24,6 +27,8 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+WRONG_KIND = (errno.ELOOP, errno.EINVAL)
+"""The numbers of errors about a name of the wrong kind."""
 _FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
@@ -121,6 +126,32 @@ class Directory:
     def sync(self) -> None:
         """Make the names in the directory durable."""
         os.fsync(self.fd)
+
+
+def open_file(path: Path, flags: int, *, follow: bool = False) -> int:
+    """Open a regular file, which O_CREAT makes (mode 0600); OSError as for `Directory`.
+
+    With `follow`, the path may be a symbolic link.
+    """
+    with suppress(FileNotFoundError):  # some devices act when they are opened
+        _expect(os.stat(path, follow_symlinks=follow), stat.S_IFREG)
+    fd = retried(os.open, path, flags | (_FLAGS & ~os.O_NOFOLLOW if follow else _FLAGS), 0o600)
+    try:
+        _expect(os.fstat(fd), stat.S_IFREG)
+        os.set_blocking(fd, True)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def read_small(path: Path, most: int, *, follow: bool = False) -> bytes:
+    """Return the contents of a regular file of up to `most` bytes; errors as for `open_file`."""
+    with open(open_file(path, os.O_RDONLY, follow=follow), "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"it is longer than {most:,} bytes")
+    return data
 
 
 def _expect(found: os.stat_result, wanted: int) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..text import printable
+from .beneath import open_file
 
 LEVELS = ("debug", "info", "warning", "error")
 LOG_BYTES_MAX = 10 * 1000 * 1000
@@ -120,8 +121,7 @@ class DaemonLog(RotatingFileHandler):
         )
 
     def _open(self) -> TextIOWrapper:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        fd = os.open(self.baseFilename, flags, 0o600)
+        fd = open_file(Path(self.baseFilename), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(fd, 1)
         os.dup2(fd, 2)
         return open(fd, "a", encoding=self.encoding, errors=self.errors)

@@ -6,6 +6,7 @@ mistakes of a file.  A caller that cannot use a file with mistakes raises the fi
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections import Counter
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO, TypeVar
 from uuid import UUID
 
 from ..errors import ConfigError
+from .beneath import open_file
 
 FILE_BYTES_MAX = 1 << 18
 """The longest file that is read."""
@@ -124,8 +126,15 @@ class Table:
 
     @classmethod
     def read(cls, file: Path) -> Table:
-        """Read a file; FileNotFoundError, NotADirectoryError, or ConfigError for other errors."""
-        return cls.load(file, lambda: open(file, "rb"), FILE_BYTES_MAX)
+        """Read a file; FileNotFoundError, NotADirectoryError, or ConfigError for other errors.
+
+        It may be a symbolic link.
+        """
+
+        def opened() -> BinaryIO:
+            return open(open_file(file, os.O_RDONLY, follow=True), "rb")
+
+        return cls.load(file, opened, FILE_BYTES_MAX)
 
     @classmethod
     def load(cls, file: Path, opened: Callable[[], BinaryIO], most: int) -> Table:

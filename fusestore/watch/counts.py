@@ -19,6 +19,7 @@ import trio
 
 from ..config.store_config import COUNTS_NAME
 from ..system import threads
+from ..system.beneath import read_small
 from ..system.files import write_whole
 from ..tally import Tallies, Tally, combined, summary
 
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 KEEP_SECONDS = 60.0
 FORMAT = 1
+FILE_BYTES_MAX = 1 << 20
+"""The longest file that is read; all operations with all their times take a tenth of this."""
 SECONDS_MAX = 1 << 40
 """All valid times and durations are below this."""
 COLUMNS = (
@@ -49,7 +52,7 @@ class Counts:
         """Read the counts from the file; empty if the file is missing or cannot be used."""
         file = store / COUNTS_NAME
         try:
-            value = json.loads(file.read_bytes())
+            value = json.loads(read_small(file, FILE_BYTES_MAX))
             if value["format"] != FORMAT:
                 raise ValueError(f"it has format {value['format']}")
             tallies = {name: Tally.decode(row) for name, row in value["operations"].items()}
@@ -62,12 +65,14 @@ class Counts:
         except (
             OSError,
             ValueError,
+            ArithmeticError,
             LookupError,
             TypeError,
             AttributeError,
             RecursionError,
         ) as error:
-            logger.warning("%s cannot be used, and the counts restart at zero: %s", file, error)
+            reason = error.strerror if isinstance(error, OSError) else error
+            logger.warning("%s cannot be used, and the counts restart at zero: %s", file, reason)
         return cls(time.time(), 0.0, {})
 
     def write(self, store: Path) -> None:
@@ -101,6 +106,8 @@ class LiveCounts:
         self._began = time.monotonic()
         self._before = combined(tallies, {})
         self._writing = trio.Lock()
+        self._problem = ""
+        """Why the file could not be written the last time."""
 
     def now(self) -> Counts:
         """Return all counts since the last reset."""
@@ -121,8 +128,12 @@ class LiveCounts:
         try:
             async with self._writing:
                 await threads.run_sync(self.now().write, self._store)
+            self._problem = ""
         except OSError as error:
-            logger.warning("the counts of operations cannot be written: %s", error)
+            problem = error.strerror or str(error)
+            if problem != self._problem:  # not each minute
+                logger.warning("the counts of operations cannot be written: %s", problem)
+            self._problem = problem
 
     async def run(self) -> None:
         """Write the file every minute, until cancelled."""
