@@ -26,6 +26,7 @@ from fusestore.format.records import Header, Kind
 from fusestore.format.store_rows import Descent, LogPosition
 from fusestore.log.journal import Entry, Journals
 from fusestore.members.standing import State
+from fusestore.repair.rejoin import Rejoin
 from fusestore.repair.risk import Safety
 from fusestore.rescue.fsck import fsck
 from fusestore.serve.offline import unwrapped
@@ -37,6 +38,7 @@ from support.logs import (
     FOREIGN_FILES,
     LOST_STRIPE,
     OTHER_HISTORY,
+    OUT_OF_USE,
     TOO_FEW_NODES,
     UNREAD_FILE,
 )
@@ -186,6 +188,61 @@ async def test_a_region_newer_than_what_was_restored_is_foreign(
         assert await read_files(one) == files
     shutil.rmtree(config.nodes[0].path)
     assert await read(config) == files
+
+
+@pytest.mark.parametrize("code", ["2+1", "1+2", "4+2"])
+@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.expects_log(OTHER_HISTORY, DROPPED, OUT_OF_USE)
+async def test_no_row_is_in_doubt_when_a_history_was_discarded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, interrupted: bool
+) -> None:
+    """Shards of the clone lie where the rows have ours: this is expected, and no damage."""
+    config = (
+        make(tmp_path / "store", code)
+        if code != "4+2"
+        else (make_with_two_nodes_a_region(tmp_path / "store", code))
+    )
+    files = made("base", "a", "b", size=300_000)
+    await write(config, files)
+    copy_tree(config.store, tmp_path / "clone")
+    clone = load(tmp_path / "clone")
+    for number in range(3):
+        await write(clone, made(f"theirs{number}", f"t{number}", size=300_000 + 999 * number))
+    ours = [made(f"ours{n}", f"o{n}", size=280_000 + 1000 * n) for n in range(4)]
+    for more in ours:
+        await write(config, more)
+        files |= more
+    own = [node for node in config.nodes if node.region == config.nodes[-1].region]
+    for node, theirs in zip(config.nodes, clone.nodes, strict=True):
+        if node in own:
+            instead(theirs.path, node.path)
+    async with opened(config) as one:
+        for node in own:
+            if interrupted:
+                with monkeypatch.context() as patched, pytest.raises(NodeError):
+                    patched.setattr(Rejoin, "join", refuse)
+                    await repair(one, node.name, discard_history=True)
+            await repair(one, node.name, discard_history=not interrupted)
+        status = await one.store.status()
+        assert (status["healthy"], status["rows_in_doubt"]) == (True, 0)
+        assert await read_files(one) == files
+        await one.checkpoint()
+        found = await fsck(one.store, repair=False, at_rest=False)
+        assert found["clean"], found
+        with trio.fail_after(10):
+            while one.rows(b"R"):  # noqa: ASYNC110
+                await trio.sleep(0.02)
+    async with open_store(config, background=False) as store:
+        found = await fsck(store, repair=False, at_rest=True)
+        assert found["clean"], found
+    for node in config.nodes:
+        if node.region == config.nodes[0].region:
+            shutil.rmtree(node.path)
+    assert await read(config) == files
+
+
+async def refuse(*_: object) -> None:
+    raise NodeError("It stops.")
 
 
 @pytest.mark.expects_log(DROPPED, OTHER_HISTORY)

@@ -16,6 +16,7 @@ from typing_extensions import Buffer
 from ..errors import LostError, NodeError, NodeFullError
 from ..format import stripe_rows
 from ..format.records import HEADER_BYTES, Header, SegmentKind, record_length
+from ..format.store_rows import NEVER_WHOLE
 from ..format.stripe_rows import ShardPlace, Stripe
 from ..log.log import Log
 from ..members.member import Member
@@ -127,9 +128,10 @@ class Rebuilder:
         header = shard_header(row.code, row.length, number, index, row.checksums[index])
         if stays:
             stays = await member.call(can_be_rewritten, member, place, row.shard_length)
-        if not seen and (stays or place.node != member.id):
-            doubted = await self._is_in_doubt(member, place, header, data)
-        if not stays or doubted:
+        looks = not seen and (stays or place.node != member.id)
+        if looks and await self._is_taken(member, place, header, data):
+            stays, doubted = False, self._note_doubt(place, header)
+        if not stays:
             place = member.reserve(row.shard_length)
             member.shards.hold_back(place, row.shard_length)
         written.append(_Rebuilt(number, index, row, place, doubted))
@@ -144,7 +146,7 @@ class Rebuilder:
         finally:
             device.land(length)
 
-    async def _is_in_doubt(
+    async def _is_taken(
         self, member: Member, place: ShardPlace, header: Header, data: Buffer
     ) -> bool:
         """Return whether other data lies at a shard's place, which must then not be touched.
@@ -160,12 +162,21 @@ class Rebuilder:
                 can_be_read, owner, place, header.payload_length
             ):
                 return False  # what cannot be read is not freed
-            if await owner.call(may_overwrite, self._log, owner, place, header, data):
-                return False
+            return not await owner.call(may_overwrite, self._log, owner, place, header, data)
         except NodeError as error:
             if owner is member:
                 raise
             owner.fail(error)
+            return False
+
+    def _note_doubt(self, place: ShardPlace, header: Header) -> bool:
+        """Note that a row names a place that is taken; return whether the row may be wrong.
+
+        A node without any commit of ours may hold another history, which was given up.  There
+        the rows are right, and the place is freed like any other that a shard leaves.
+        """
+        owner = self._log.members.by_id[place.node]
+        if owner.standing.holds == NEVER_WHOLE:
             return False
         self._log.rows_in_doubt += 1
         logger.error(
