@@ -216,13 +216,15 @@ class DirectoryNode:
             yield
         except OSError as error:
             kind: type[NodeError] = NodeError
+            reason = error.strerror or str(error)
             if error.errno in _FULL:
                 kind = NodeFullError
+            elif error.errno == errno.EFBIG:
+                kind, reason = NodeFullError, process_limits.file_too_large()
             elif error.errno == errno.ENOENT or isinstance(error, _EndError):
                 kind = NodeLacksError
             elif error.errno == errno.EROFS:
                 kind = NodeReadOnlyError
-            reason = error.strerror or str(error)
             raise kind(f"Node {self._name} ({self.path}) cannot {what}: {reason}.") from error
         except FusestoreError:
             raise
@@ -324,7 +326,7 @@ class DirectoryNode:
                 elif len(strays) < _STRAYS_NAMED_MAX and not _is_temporary(kind, entry):
                     strays.append(entry.name)
                 if len(found) > LISTED_MAX:
-                    raise OSError(errno.EFBIG, f"it has more than {LISTED_MAX:,}")
+                    raise OSError(errno.EOVERFLOW, f"it has more than {LISTED_MAX:,}")
             self._ignore(kind, strays)
         return sorted(found)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import resource
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -30,9 +31,9 @@ def limited(ulimit: str) -> Iterator[None]:
         yield
 
 
-def write_and_read(store: Store, count: int, size: int = MIB) -> None:
+def write_and_read(store: Store, count: int, size: int = MIB, first: int = 0) -> None:
     """Write files durably, and read them past the kernel's cache."""
-    for number in range(count):
+    for number in range(first, first + count):
         data = os.urandom(size)
         path = store.mountpoint / f"{number}"
         with path.open("wb") as file:
@@ -114,6 +115,47 @@ def test_a_limit_of_address_space_makes_the_map_of_the_metadata_smaller(
     assert store.status()["healthy"]
     store.remount()
     assert Path(store.mountpoint / "3").stat().st_size == MIB
+
+
+SHORT_FILES = (r"may write files of \d+ MiB only", "waits for room", "fewer shards")
+
+
+@pytest.mark.expects_log(*SHORT_FILES)
+@pytest.mark.parametrize("mib", [0, 1, 5])
+def test_a_lowered_size_of_files_is_raised_again(
+    make_store: Callable[..., Store], mib: int
+) -> None:
+    store = make_store()
+    store.mount()
+    write_and_read(store, 2)
+    pid, kind = store.daemon_pid or 0, resource.RLIMIT_FSIZE
+    for number in range(2, 6):
+        resource.prlimit(pid, kind, (mib * MIB, resource.prlimit(pid, kind)[1]))
+        with suppress(OSError):  # it waits for room for a moment
+            write_and_read(store, 1, 3 * MIB, first=number)
+    assert {node["state"] for node in store.status()["nodes"]} == {"up"}
+    time.sleep(1)
+    write_and_read(store, 12, 3 * MIB)
+    store.remount()
+    assert store.cli("fsck", store.store).returncode == 0
+
+
+@pytest.mark.expects_log(*SHORT_FILES)
+def test_a_size_of_files_that_is_lowered_for_good_is_no_fault_of_a_node(
+    make_store: Callable[..., Store],
+) -> None:
+    store = make_store()
+    store.mount()
+    write_and_read(store, 2)
+    resource.prlimit(store.daemon_pid or 0, resource.RLIMIT_FSIZE, (MIB, MIB))
+    with pytest.raises(OSError, match="No space left"):
+        write_and_read(store, 10, 3 * MIB, first=2)
+    assert {node["state"] for node in store.status()["nodes"]} == {"up"}
+    assert (store.mountpoint / "1").read_bytes()
+    store.kill()
+    store.mount()
+    assert (store.mountpoint / "1").stat().st_size == MIB
+    assert store.cli("fsck", store.store).returncode == 0
 
 
 class Tasks:

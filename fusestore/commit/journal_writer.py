@@ -21,9 +21,9 @@ from ..members.journal_room import JournalRoom
 from ..members.member import Member
 from ..system.io_uring import Batch, Operation, Ring
 
-_NOT_TRIED = (-errno.EAGAIN, -errno.EINVAL, -errno.ECANCELED)
-"""Results of the ring for a write that the file system did not begin, the last one because the
-kernel could not start a thread for it."""
+_NOT_TRIED = (-errno.EAGAIN, -errno.EINVAL, -errno.ECANCELED, -errno.EFBIG)
+"""Results of the ring for a write that the file system did not begin.  For ECANCELED the kernel
+could start no thread; for EFBIG the process may not write that far."""
 
 
 class JournalWriter:

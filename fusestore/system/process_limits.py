@@ -1,7 +1,8 @@
 """The limits that the operating system sets to this process: files, and address space.
 
 Soft limits are raised to the hard ones.  When no descriptor is left, caches of open files
-close what they do not need, and the open is retried: no node is to blame for this.
+close what they do not need, and the open is retried.  A file that may not become longer counts
+as one on a full device: what was accepted waits.  No node is to blame for this.
 """
 
 from __future__ import annotations
@@ -90,6 +91,19 @@ def check_file_size(needed: int) -> None:
             f"This process may write files of {limit >> 20} MiB only, and a store needs files of "
             f"{needed >> 20} MiB: raise the limit ('ulimit -f', or LimitFSIZE= of a service)."
         )
+
+
+def file_too_large() -> str:
+    """Raise the limit again after a write failed with EFBIG; return why it failed.
+
+    No file of a store is as large as a file system permits: the limit was lowered.
+    """
+    limit = _finite(resource.getrlimit(resource.RLIMIT_FSIZE)[0])
+    raise_limits()
+    return (
+        f"this process may write files of {limit >> 20} MiB only ('ulimit -f', or LimitFSIZE= of "
+        "a service)"
+    )
 
 
 def mappable(wanted: int) -> int:
