@@ -49,9 +49,13 @@ class _Lowlevel:
             os.set_blocking(fd, False)
             self._fd, self._poll = fd, select.poll()
             self._poll.register(fd, select.POLLIN)
-        await trio.lowlevel.checkpoint()
-        while not self._poll.poll(0):  # it also reports an end, which the read then finds
+        ready = self._poll.poll(0)  # it also reports an end, which the read then finds
+        if ready:
+            await trio.lowlevel.checkpoint()
+            ready = self._poll.poll(0)
+        while not ready:
             await trio.lowlevel.wait_readable(fd)
+            ready = self._poll.poll(0)
 
 
 class _Nursery:
