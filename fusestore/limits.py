@@ -176,16 +176,6 @@ class Limits:
     metadata_share: int = 16
     """File bytes for each byte on the metadata device that must be free."""
 
-    @property
-    def between_commits_bytes(self) -> int:
-        """An upper bound of the bytes that are accepted before a commit measures the room."""
-        return 2 * self.unflushed_bytes_max
-
-    @property
-    def kept_free_bytes(self) -> int:
-        """What moved shards leave free on a device: the reserve, and room for accepted writes."""
-        return self.reserve_bytes + self.between_commits_bytes
-
     def __post_init__(self) -> None:
         assert 0 < self.stripe_bytes <= STRIPE_BYTES
         assert 0 < self.shard_segment_bytes <= SHARD_SEGMENT_BYTES

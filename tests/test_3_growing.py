@@ -370,7 +370,7 @@ async def test_nothing_is_moved_to_where_there_is_no_room(
 
         def space(node: DirectoryNode) -> Space:
             found = real(node)
-            return replace(found, free=90 * MIB) if node.path.name == "us-east-2" else found
+            return replace(found, free=31 * MIB) if node.path.name == "us-east-2" else found
 
         with monkeypatch.context() as patch:
             patch.setattr(DirectoryNode, "space", space)

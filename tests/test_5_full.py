@@ -413,6 +413,36 @@ def test_a_place_that_is_too_small_is_refused_before_anything_is_written(
 # --- unequal disks -----------------------------------------------------------
 
 
+@pytest.mark.parametrize("mib", [100, 140])
+def test_shards_are_moved_to_a_node_as_long_as_it_has_its_reserve(
+    disks: Disks, on_disks: Callable[..., tuple[Store, list[Path]]], mib: int
+) -> None:
+    store, _ = on_disks(*(disks.tmpfs(f"d{i}", 160) for i in range(3)))
+    for number in itertools.count():
+        try:
+            put(store.mountpoint / f"f{number}", BLOCK * 2)
+        except OSError:
+            break
+    new = disks.tmpfs("new", mib)
+    store.cli("node", "add", store.store, "new", "--region", "r1", "--path", new / "n")
+    store.cli("rebalance", store.store, "start", "--wait")
+    held = sum(path.stat().st_blocks * 512 for path in (new / "n" / "shards").iterdir())
+    assert held > mib * MIB // 10
+    refused = store.cli("node", "drain", store.store, "new", check=False)
+    if refused.returncode:
+        assert "add a node first" in refused.stderr
+        for number in range(4, 200):
+            (store.mountpoint / f"f{number}").unlink(missing_ok=True)
+        sync(store.mountpoint)
+        for _ in range(30):  # the room comes back after a checkpoint
+            time.sleep(1)
+            if store.cli("node", "drain", store.store, "new", check=False).returncode == 0:
+                break
+        else:
+            pytest.fail("the node is not drained")
+    assert store.cli("fsck", store.store).returncode == 0
+
+
 def test_the_room_of_unequal_disks_is_used(
     disks: Disks, on_disks: Callable[..., tuple[Store, list[Path]]]
 ) -> None:

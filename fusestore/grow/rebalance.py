@@ -243,7 +243,7 @@ class Rebalancer:
             try:
                 await target.call(target.sample)
                 size = sum(row.shard_length for _, row, _ in there)
-                if target.space is None or target.space.free < size + self._limits.kept_free_bytes:
+                if self._log.room.left_on(target) < size:
                     full = f"Node {target.name} has no room left: add a node to its region."
                     self._notes.update((row.shards[i].node, full) for _, row, i in there)
                     return 0

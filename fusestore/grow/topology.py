@@ -258,8 +258,8 @@ class Topology:
         for other in inside:
             with suppress(NodeError):
                 await other.call(other.sample)
-        spaces = {m.space.device: m.space.free for m in inside if m.space is not None}
-        room = sum(max(0, free - self._limits.kept_free_bytes) for free in spaces.values())
+        left = {m.space.device: self._log.room.left_on(m) for m in inside if m.space is not None}
+        room = sum(max(0, size) for size in left.values())
         if room < census.held[member.id]:
             raise UsageError(
                 f"The other nodes of region {region} have room for {room >> 20:,} MiB, and "

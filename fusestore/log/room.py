@@ -149,7 +149,7 @@ class Room:
         """Compute anew what may be granted without a look; called after each sample."""
         self._budget = self._metadata_budget = 0
         for member in self._members.all:
-            if member.is_full and self._device_left(member) > 2 * self._limits.unflushed_bytes_max:
+            if member.is_full and self.left_on(member) > 2 * self._limits.unflushed_bytes_max:
                 member.is_full = False
         left = self._left(GROWS, self._code, 0, 0, 0)
         self._grant(left)
@@ -214,7 +214,8 @@ class Room:
             left[number] -= max(0, need - spare)
         return left
 
-    def _device_left(self, member: Member) -> int:
+    def left_on(self, member: Member) -> int:
+        """Return what the device of a node has left above its reserve, and what it owes."""
         left = self._left(GROWS, self._code, 0, 0, 0)
         return left.get(member.space.device, 0) if member.space is not None else 0
 
