@@ -11,7 +11,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -449,13 +449,34 @@ async def test_a_silent_client_is_shown_out(
 
 
 async def test_the_number_of_clients_is_bounded(tmp_path: Path) -> None:
-    async with serving(tmp_path, ControlLimits(clients=2)):
-        async with await connected(tmp_path), await connected(tmp_path):
+    async def hold(arguments: Message, progress: Progress) -> Message:
+        await trio.sleep_forever()
+        return {}
+
+    async with serving(tmp_path, ControlLimits(clients=2), hold=hold):
+        async with await connected(tmp_path) as one, await connected(tmp_path) as other:
+            await one.send_all(b'{"command": "hold"}\n')
+            await other.send_all(b'{"command": "hold"}\n')
             await trio.testing.wait_all_tasks_blocked()
             with pytest.raises(FusestoreError, match="already has 2 clients"):
                 await ask(tmp_path, "echo")
         await trio.testing.wait_all_tasks_blocked()
         assert await ask(tmp_path, "echo") == {}
+
+
+@pytest.mark.parametrize("begun", [b"", b'{"comm'])
+@pytest.mark.parametrize("count", [16, 64, 100])
+async def test_silent_clients_keep_nobody_away(tmp_path: Path, count: int, begun: bytes) -> None:
+    async with serving(tmp_path), AsyncExitStack() as stack:
+        silent = []
+        for _ in range(count):
+            silent.append(await stack.enter_async_context(await connected(tmp_path)))
+            await silent[-1].send_all(begun)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        with trio.fail_after(2):
+            assert await ask(tmp_path, "echo", {"number": 1}) == {"number": 1}
+            await silent[-1].send_all(b'{"command": "echo"}\n'[len(begun) :])  # it is served, too
+            assert (await lines(silent[-1]))[-1] == {"result": {}}
 
 
 async def test_a_client_that_does_not_listen_is_given_up(

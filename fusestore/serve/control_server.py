@@ -107,7 +107,9 @@ class ControlLimits:
     """Limits on the clients of a daemon."""
 
     clients: int = 16
-    """Concurrent connections."""
+    """Requests that are served at a time."""
+    silent: int = 64
+    """Connections that have not sent their request; one more, and the oldest is ended."""
     request_bytes: int = REQUEST_BYTES_MAX
     request_seconds: float = 10.0
     """How long after it connects a client may take to send its request."""
@@ -125,6 +127,8 @@ class ControlServer:
         self._handlers = dict(handlers)
         self._limits = limits or ControlLimits()
         self._clients = 0
+        self._silent: dict[_Connection, trio.CancelScope] = {}
+        """The connections without a request, the oldest first."""
 
     async def serve(
         self,
@@ -157,16 +161,12 @@ class ControlServer:
 
     async def _serve_client(self, stream: trio.SocketStream) -> None:
         """Serve one connection; its errors do not leave this function."""
-        self._clients += 1
         connection = _Connection(stream, self._limits)
         try:
-            if self._clients > self._limits.clients:
-                raise FusestoreError(
-                    f"The daemon already has {self._limits.clients} clients: try again later."
-                )
             _check_peer(stream)
-            command, arguments = await connection.request()
-            await self._serve_command(connection, command, arguments)
+            request = await self._request(connection)
+            if request is not None:
+                await self._serve_request(connection, *request)
         except FusestoreError as error:
             await connection.send(encode(error_message(error)))
         except (trio.BrokenResourceError, trio.ClosedResourceError):
@@ -174,8 +174,33 @@ class ControlServer:
         except Exception:
             logger.exception("a client of the control socket could not be served")
         finally:
-            self._clients -= 1
             stream.socket.close()
+
+    async def _request(self, connection: _Connection) -> tuple[str, Message] | None:
+        """Receive a request; None if others needed the place of a client that sent none."""
+        if len(self._silent) >= self._limits.silent:  # the oldest has had the most time
+            next(iter(self._silent.values())).cancel()
+            self._silent.pop(next(iter(self._silent)))
+        with trio.CancelScope() as scope:
+            self._silent[connection] = scope
+            try:
+                return await connection.request()
+            finally:
+                self._silent.pop(connection, None)
+        return None
+
+    async def _serve_request(
+        self, connection: _Connection, command: str, arguments: Message
+    ) -> None:
+        if self._clients >= self._limits.clients:
+            raise FusestoreError(
+                f"The daemon already has {self._limits.clients} clients: try again later."
+            )
+        self._clients += 1
+        try:
+            await self._serve_command(connection, command, arguments)
+        finally:
+            self._clients -= 1
 
     async def _serve_command(
         self, connection: _Connection, command: str, arguments: Message
