@@ -283,7 +283,7 @@ def test_a_mistake_is_one_sentence_with_file_and_key(
 
 def test_no_file_and_no_directory_say_how_to_make_a_store(tmp_path: Path) -> None:
     for path in [tmp_path, tmp_path / "none"]:
-        with pytest.raises(ConfigError, match=r"is not a store .*`fusestore mkfs"):
+        with pytest.raises(ConfigError, match=r"is not a store: .*'fusestore mkfs"):
             configuration.load(path)
 
 
