@@ -30,14 +30,15 @@ from fusestore.format import store_rows, stripe_rows
 from fusestore.format.file_rows import ROOT
 from fusestore.format.row_sums import seal, unseal
 from fusestore.format.stripe_rows import Stripe
-from fusestore.metadata.engine import ROWS
+from fusestore.metadata.engine import DATABASE, ROWS
 from fusestore.rescue.fsck import fsck
 from fusestore.rescue.recover import recover
 from fusestore.store.opening import open_store
 from fusestore.watch.health import status_of
 from support.filled_store import shard_bytes
+from support.logs import GONE as NODE_GONE
 from support.logs import MENDED, NO_STRIPE, NOT_IN_TABLES, NOT_MENDED, SEGMENT_KEPT
-from support.opened_store import Opened, limited, make, opened, scrub
+from support.opened_store import Opened, limited, make, opened, repair, scrub
 from support.processes import in_child
 
 Rows = dict[bytes, bytes]
@@ -300,6 +301,48 @@ async def test_a_large_store_reads_nothing_wrong_and_mends_itself(
         assert (await scrub(one))["found"] == 0
     async with opened(load(config.store)) as one:
         assert one.store.log.mended == ()
+        await all_right(one)
+
+
+def rot_in_use(config: StoreConfig, key: bytes) -> None:
+    """Flip a bit of the value of a row, in the file of a database that is open."""
+    file = config.metadata / DATABASE
+    data = file.read_bytes()
+    with file.open("r+b") as opened:
+        at = data.find(key)
+        while at >= 0:
+            opened.seek(at + len(key))
+            opened.write(bytes([data[at + len(key)] ^ 4]))
+            at = data.find(key, at + 1)
+
+
+@pytest.mark.parametrize(
+    "key", [store_rows.CODES_KEY, store_rows.FORMAT_KEY, store_rows.REPAIRS_KEY, b"M"]
+)
+@pytest.mark.expects_log(MENDED, NODE_GONE)
+async def test_status_answers_over_any_row(config: StoreConfig, key: bytes) -> None:
+    if key in (store_rows.REPAIRS_KEY, b"M"):
+        shutil.rmtree(config.nodes[0].path)
+        async with opened(config) as one:
+            if key == b"M":
+                await one.put("f0", FILES["f0"])
+                await one.checkpoint()
+                key = one.rows(b"M")[0][0]
+            else:
+                await repair(one, config.nodes[0].name)
+    config = limited(config, probe_seconds=0.5)
+    async with opened(config) as one:
+        await one.checkpoint()
+        rot_in_use(config, key)
+        status = status_of(await one.store.status())
+        assert not status.healthy
+        assert "does not match its checksum" in status.summary
+        with trio.fail_after(20):
+            while "checksum" in status.summary:
+                await trio.sleep(0.05)
+                status = status_of(await one.store.status())
+        assert one.store.log.rows_mended > 0
+        assert status.healthy is not key.startswith(b"M")
         await all_right(one)
 
 

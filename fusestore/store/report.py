@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import trio
 
 from ..commit.committer import Committer
 from ..commit.reclaim import Reclaimer
 from ..config.store_config import StoreConfig
-from ..errors import NodeError
+from ..errors import DamagedMetadataError, NodeError
 from ..format import keys, stripe_rows
 from ..format.placement import check_region_rule
 from ..log.log import Log
@@ -26,18 +27,28 @@ from ..repair.repairer import Repairer
 from ..repair.scrub import Scrubber
 from ..system import threads
 
+T = TypeVar("T")
+_DAMAGED = (
+    "A row of the metadata does not match its checksum: it is mended if the journals have it."
+)
 Missing = dict[int, int]
 """By node: the number of shards that it lacks."""
 
 
-def count_missing(view: View) -> Missing:
-    """In a thread: count the shards that nodes lack in a view of `missing`, and close it."""
+def count_missing(view: View) -> Missing | None:
+    """In a thread: count the shards that nodes lack in a view of `missing`, and close it.
+
+    None if a row is damaged.
+    """
     with view:
         found: Counter[int] = Counter()
-        for count, (key, _) in enumerate(view.scan(b"M", keys.after(b"M"))):
-            found[stripe_rows.decode_missing_key(key)[0]] += 1
-            if count % 256 == 0:
-                time.sleep(0)  # let the event loop run first
+        try:
+            for count, (key, _) in enumerate(view.scan(b"M", keys.after(b"M"))):
+                found[stripe_rows.decode_missing_key(key)[0]] += 1
+                if count % 256 == 0:
+                    time.sleep(0)  # let the event loop run first
+        except DamagedMetadataError:
+            return None
         return dict(found)
 
 
@@ -80,6 +91,8 @@ class Reporter:
         self._measuring: dict[int, trio.Event] = {}
         """The nodes that are being measured, by id, and _METADATA."""
         self._counting = trio.CapacityLimiter(1)
+        self._damaged = False
+        """The report under way has met a damaged row."""
 
     async def status(self) -> dict[str, Any]:
         """Return the current fields, after checking and measuring every node."""
@@ -118,11 +131,32 @@ class Reporter:
         self._log.room.refresh()
         self._measuring.pop(_METADATA).set()
 
-    def report(self, missing: Missing) -> dict[str, Any]:
-        """Return the fields as far as they are known without I/O on a node."""
+    def _row(self, read: Callable[[], T], otherwise: T) -> T:
+        """Return what is in a row; `otherwise` if it is damaged, which is noted and mended."""
+        try:
+            return read()
+        except DamagedMetadataError:
+            self._found_damage()
+            return otherwise
+
+    def _found_damage(self) -> None:
+        self._damaged = True
+        self._log.on_damage()
+
+    def report(self, counted: Missing | None) -> dict[str, Any]:
+        """Return the fields as far as they are known without I/O on a node.
+
+        `counted` is from `count_missing`.  Damaged rows are one of the problems.
+        """
         log, committer = self._log, self._committer
         members = log.members
-        codes = log.codes()
+        self._damaged = False
+        if counted is None:
+            self._found_damage()
+        missing = counted or {}
+        codes = self._row(log.codes, [log.code])
+        none: list[dict[str, Any]] = []
+        repairs = self._row(self._repairer.past, none)
         lacking = {
             m.id
             for m in members.all
@@ -138,6 +172,8 @@ class Reporter:
         size, free = log.room.usable(log.code)
         problem = log.broken or members.waiting() or log.room.waits
         metadata_problem = log.metadata_error or log.metadata_stall or _unread(log)
+        if self._damaged:
+            metadata_problem = metadata_problem or _DAMAGED
         try:
             metadata_bytes = log.engine.bytes_used
         except OSError:
@@ -172,7 +208,7 @@ class Reporter:
             "rows_mended": log.rows_mended,
             "rows_in_doubt": log.rows_in_doubt,
             "repair": self._repair(missing),
-            "repairs": self._repairer.past(),
+            "repairs": repairs,
             "scrub": self._scrubber.report(),
             "quarantine": self._quarantine(),
             "nodes": [self._node(member, missing.get(member.id, 0)) for member in members.all],

@@ -18,7 +18,7 @@ from typing import TypeVar
 import trio
 
 from ..errors import FusestoreError
-from ..store.report import count_missing
+from ..store.report import Missing, count_missing
 from ..store.store import Store
 from ..tally import Tallies
 from .families import Metrics
@@ -112,7 +112,7 @@ class Monitor:
                 f"The daemon did not answer within {ANSWER_SECONDS:.0f} seconds."
             ) from None
 
-    def _take(self, missing: dict[int, int]) -> Observation:
+    def _take(self, missing: Missing | None) -> Observation:
         store = self._store
         mount = self._about()
         return Observation(
