@@ -28,6 +28,7 @@ from fusestore.errors import (
     NodeFullError,
     NodeIdentityError,
     ReplayError,
+    UsageError,
 )
 from fusestore.format.erasure import Code
 from fusestore.format.records import HEADER_BYTES, SegmentKind
@@ -263,6 +264,19 @@ async def test_a_node_whose_old_place_fails_while_it_moves_is_rebuilt(
         assert await read_files(one) == FILES
         assert (await one.store.status())["healthy"]
     await loses_a_region(load(config.store), 1, FILES)
+
+
+async def test_a_node_does_not_move_while_the_store_needs_it(
+    config: StoreConfig, tmp_path: Path
+) -> None:
+    await write(config, FILES)
+    config.nodes[2].path.rename(tmp_path / "away")
+    async with opened(config) as one:
+        with pytest.raises(UsageError, match=f"cannot move now, as {REGIONS[2]} is not up"):
+            await one.store.repairer.repair(REGIONS[0], lambda message: None, to=tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+        await one.put("more", b"more")
+        await one.store.committer.commit()
 
 
 @pytest.mark.expects_log(MOVES)

@@ -207,6 +207,7 @@ class Repairer:
         if member.config.offline:
             raise offline_error(self._log.members.config, member.config)
         if to is not None and moves:
+            self._check_others(member)
             nodes = self._nodes_with(replace(member.config, path=to))
             seconds = self._log.limits.node_seconds_max
             await member.call(self._check_places, nodes, seconds=seconds)
@@ -215,6 +216,19 @@ class Repairer:
         if moves or member.state is not State.UP:
             path = to or member.config.path
             await check_room(self._log, member, path, self._rejoin.total(member))
+
+    def _check_others(self, member: Member) -> None:
+        """UsageError if the store could not be written to while a node in use moves."""
+        members = self._log.members
+        others = [other for other in members.all if other is not member]
+        away = [other.name for other in others if not other.in_sync]
+        ids = {other.id for other in others if other.takes}
+        enough = any(other.in_sync for other in others)
+        if member.in_sync and not (enough and members.could_store(self._log.code, ids)):
+            raise UsageError(
+                f"Node {member.name} cannot move now, as {', '.join(away) or 'no other node'} "
+                "is not up: the store could not be written to meanwhile. Bring that back first."
+            )
 
     def _check_places(self, nodes: tuple[NodeConfig, ...]) -> None:
         """In a thread: UsageError or ConfigError if these cannot be the nodes of the store."""
