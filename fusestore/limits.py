@@ -170,7 +170,7 @@ class Limits:
     metadata_page_bytes: int = 4096
     """By how much such an operation may let the metadata grow, without its values."""
     unwritten_bytes_max: int = 512 * MIB
-    """By how much the metadata may grow in memory while its disk hangs, as estimated."""
+    """By how much the metadata may grow in memory while its disk fails or hangs, as estimated."""
     unwritten_values_bytes_max: int = 32 * MIB
     """Names and values of attributes that may wait in memory for the metadata database."""
     metadata_share: int = 16

@@ -775,6 +775,51 @@ async def test_a_full_metadata_disk_hangs_no_sync(
         assert one.files.tree.lookup(ROOT, b"a") is None
 
 
+@pytest.mark.expects_log(CHECKPOINT_FAILED)
+@pytest.mark.parametrize("reason", ["No space left on device", "Input/output error"])
+async def test_a_metadata_disk_that_fails_stops_nothing_until_much_waits_in_memory(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reason: str
+) -> None:
+    write, files = Engine.write, {}
+
+    def fail(self: Engine) -> None:
+        raise MetadataError(f"The metadata cannot be written: {reason}.")
+
+    async with opened(limited(config, unwritten_bytes_max=3 << 20)) as one:
+        log = one.store.log
+        monkeypatch.setattr(Engine, "write", fail)
+        with pytest.raises(NotDurableError):
+            await one.checkpoint()
+        refused = None
+        for number in range(100):
+            data = random.Random(number).randbytes(1 << 20)
+            assert log.usable()[1] > 0
+            try:
+                await one.put(f"f{number}", data)
+            except NoSpaceError as error:
+                refused = error
+                break
+            await one.store.committer.commit()
+            files[f"f{number}"] = data
+        assert len(files) > 10  # it went on
+        assert refused is not None
+        assert reason in str(refused)
+        assert log.usable()[1] == 0
+        assert log.room.growth_unwritten < 4 << 20
+        one.delete("f0")  # this never grows
+        crash = crashed(config, tmp_path / "crash")
+        monkeypatch.setattr(Engine, "write", write)
+        await one.checkpoint()
+        assert log.usable()[1] > 0
+        await one.put("after", b"after")
+        await one.store.committer.commit()
+    async with opened(crash) as one:  # all is in the journals
+        for name, data in files.items():
+            assert await one.get(name) == data
+    async with opened(config) as one:
+        assert await one.get("after") == b"after"
+
+
 @pytest.mark.expects_log(AS_TOLD)
 async def test_a_place_that_a_failed_node_did_not_take_is_not_counted(
     config: StoreConfig, tmp_path: Path

@@ -1,15 +1,19 @@
-"""The metadata is moved away while the store is mounted: unmounting says what is true then."""
+"""The metadata is moved away, or its disk fails: the journals have all, and unmounting says so."""
 
 from __future__ import annotations
 
 import random
 import signal
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from support.mounted_store import Store
+from support.logs import CHECKPOINT_FAILED
+from support.loop_devices import Disks
+from support.mounted_store import Store, sync
 
 pytestmark = [
     pytest.mark.mounted,
@@ -84,3 +88,48 @@ def test_a_store_whose_checkpoints_had_failed_before(make_store: Callable[..., S
     store.mount()
     for name in ("a", "b"):
         assert (store.mountpoint / name).read_bytes() == name.encode() * 100_000
+
+
+@pytest.fixture
+def disks(tmp_path: Path) -> Iterator[Disks]:
+    disks = Disks(tmp_path)
+    try:
+        disks.make({"metadata": 100 << 20})
+    except (OSError, FileNotFoundError):
+        pytest.skip("no loop device here")
+    yield disks
+    disks.detach()
+
+
+@pytest.mark.expects_log(CHECKPOINT_FAILED, "cannot be read or written", "read-only file system")
+@pytest.mark.parametrize("ends", ["killed", "unmounted"])
+def test_a_disk_of_the_metadata_that_fails_stops_neither_reads_nor_writes(
+    make_store: Callable[..., Store], disks: Disks, ends: str
+) -> None:
+    store = make_store("--metadata", disks.top / "metadata" / "m")
+    store.mount()
+    chance, files = random.Random(5), {}
+    until = time.monotonic() + 18
+    for number in range(100_000):
+        if number == 5:
+            disks.turn_read_only("metadata")
+        data = files[f"f{number}"] = chance.randbytes(200_000)
+        path = store.mountpoint / f"f{number}"
+        path.write_bytes(data)
+        sync(path)
+        if time.monotonic() > until:
+            break
+        time.sleep(0.1)
+    assert "kept in memory" in store.status()["metadata_error"]
+    if ends == "killed":
+        store.kill()
+    else:
+        by_command(store)
+    disks.check("metadata")
+    store.mount()
+    for name, data in files.items():
+        assert (store.mountpoint / name).read_bytes() == data
+    (store.mountpoint / "after").write_bytes(b"after")
+    store.remount()
+    assert store.status()["healthy"]
+    store.umount()  # before the disk goes

@@ -71,8 +71,8 @@ class Checkpointer:
     async def write(self) -> None:
         """Write the changes set aside, if the commit that set them aside has been flushed.
 
-        NotDurableError if the metadata cannot be written.  The changes are kept; until
-        they are written, only operations that take room are refused.
+        NotDurableError if the metadata cannot be written.  The changes are kept,
+        and the journals have them; see `Log.usable` for what may grow meanwhile.
         """
         async with self._lock:
             engine, position = self._log.engine, self._frozen_at

@@ -72,8 +72,6 @@ class Committer:
         self._wanted = trio.Event()
         self.lock = trio.Lock()
         """Held during a commit; only its holder may change the set of nodes in sync."""
-        self._checkpoint_owed = False
-        """Nothing is acknowledged before the metadata has the set of nodes in sync."""
         self._counters = b""
         self.rows: list[NodeRow] = []
         """The nodes in the last commit."""
@@ -232,8 +230,8 @@ class Committer:
             if self._log.broken:
                 raise NotDurableError(self._log.broken)
             if self._note_nodes():
-                self._checkpoint_owed = True
-            checkpoint = checkpoint or self._checkpoint_owed
+                self._log.needs_checkpoint = True
+            checkpoint = checkpoint or self._log.needs_checkpoint
             if checkpoint:
                 await self.checkpointer.write()  # so that this commit can set its changes aside
             unflushed = self.writer.unflushed
@@ -247,7 +245,7 @@ class Committer:
                 self.writer.flushed(unflushed)
             if checkpoint:
                 await self.checkpointer.write()
-                self._checkpoint_owed = False
+                self._log.needs_checkpoint = False
             elif self.checkpointer.is_owed:
                 self._nursery.start_soon(self.checkpointer.write_later)
             for callback in self.on_commit:

@@ -60,7 +60,7 @@ class FileSystem:
 
     def space(self) -> tuple[int, int]:
         """Return (total, free) bytes of file data in the default code, within the root's quota."""
-        total, free = self.log.room.usable(self.log.code)
+        total, free = self.log.usable()
         total = max(total, self.log.counters.file_bytes + free)
         row = self.quotas.of_root()
         if row is not None and row.bytes_max < total:

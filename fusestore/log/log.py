@@ -181,9 +181,11 @@ class Log:
         """Called when nothing can be committed any more."""
         self._measuring = trio.CapacityLimiter(1)
         self.metadata_error = ""
-        """Why the last checkpoint failed; nothing may grow until one succeeds."""
+        """Why the last checkpoint failed; until one succeeds little may grow, to save memory."""
         self.metadata_stall = ""
-        """A sentence while a checkpoint hangs; little may grow then, as memory is limited."""
+        """A sentence while a checkpoint hangs; the same is true then."""
+        self.needs_checkpoint = False
+        """Nothing is acknowledged before the metadata has the set of nodes in sync."""
         self.rows_in_doubt = 0
         """Rows that differ from the nodes and could not be mended, since the mount."""
         self.rows_mended = 0
@@ -336,10 +338,26 @@ class Log:
         self.room.take_bytes(length, code)
 
     def _check_room(self) -> None:
-        if self.metadata_error or self.room.waits:
-            raise NoSpaceError(self.metadata_error or self.room.waits)
-        if self.metadata_stall and self.room.growth_unwritten > self.limits.unwritten_bytes_max:
-            raise NoSpaceError(self.metadata_stall)
+        refusal = self._refusal()
+        if refusal:
+            raise NoSpaceError(refusal)
+
+    def _refusal(self) -> str:
+        """Return why nothing may grow now; empty if it may.
+
+        While the metadata cannot be written the journals hold every change.  Therefore changes
+        are taken until many wait in memory, unless commits wait for a checkpoint.
+        """
+        if self.room.waits:
+            return self.room.waits
+        if self.room.growth_unwritten > self.limits.unwritten_bytes_max:
+            return self.metadata_error or self.metadata_stall
+        return self.metadata_error if self.needs_checkpoint else ""
+
+    def usable(self) -> tuple[int, int]:
+        """Return (total, free) bytes of file data in the default code; see `Room.usable`."""
+        total, free = self.room.usable(self.code)
+        return total, 0 if self._refusal() else free
 
     def can_do_without(self, nodes: Collection[Member]) -> bool:
         """Whether commits and new stripes can do without these nodes."""

@@ -169,7 +169,7 @@ class Reporter:
             if m.config.draining and not m.shards.states and not missing.get(m.id)
         }
         unused = {member.id for member in members.all if member.out_of_use}
-        size, free = log.room.usable(log.code)
+        size, free = log.usable()
         problem = log.broken or members.waiting() or log.room.waits
         metadata_problem = log.metadata_error or log.metadata_stall or _unread(log)
         if self._damaged:
