@@ -45,8 +45,10 @@ from support.logs import (
 from support.opened_store import (
     REGIONS,
     Opened,
+    crashed,
     healthy,
     limited,
+    loses_a_region,
     make,
     make_with_two_nodes_a_region,
     opened,
@@ -664,6 +666,39 @@ async def test_every_combination_of_moments(tmp_path: Path, code: str) -> None:
             failures.append(f"{sources}: {type(error).__name__}: {str(error)[:1500]}")
         shutil.rmtree(operator.place)
     assert not failures, f"{len(failures)}:\n" + "\n".join(failures[:40])
+
+
+@pytest.mark.expects_log(OUT_OF_USE)
+async def test_a_restored_region_is_doubted_until_it_was_looked_through(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon dies while the region, which lacks shards, is being rebuilt."""
+    files = small("restored", "a", "b", "c")
+    node = config.nodes[1].path
+    async with opened(config) as one:  # one mount: the same segments have old and new shards
+        await one.put("a", files["a"])
+        await one.store.committer.commit()
+        copy_tree(node, node.with_name("image"))
+        for name, data in files.items():
+            await one.put(name, data)
+    instead(node.with_name("image"), node)
+    copies = list[StoreConfig]()
+
+    async def dies(rejoin: Rejoin, *arguments: Any, **options: Any) -> tuple[int, int]:
+        if not copies:
+            copies.append(crashed(config, config.store.with_name("crashed")))
+        raise NodeError("It died, as told.")
+
+    monkeypatch.setattr(Rejoin, "rebuild_all", dies)
+    async with opened(config) as one:
+        with trio.fail_after(20):
+            while not copies:
+                one.store.comeback.wake()
+                await trio.sleep(0.02)
+    monkeypatch.undo()
+    async with opened(copies[0]) as one:
+        await healthy(one)
+    await loses_a_region(copies[0], 0, files)
 
 
 # --- a history that was given up, whose records are on all nodes

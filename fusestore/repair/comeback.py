@@ -165,9 +165,10 @@ class Comeback:
         logger.info("Node %s is back: it gets the data that it missed.", member.name)
         try:
             with self._healer.following(member) as progress:
-                await self._rejoin.copy_journal(member, progress)
+                # The journal comes after the shards: were it complete, nobody would doubt them.
                 if member.standing.doubted or member.shards.lost:
                     await self._rejoin.rebuild_all(member, progress)
+                await self._rejoin.copy_journal(member, progress)
                 await self._healer.heal(member, Pace(self._log))
                 await self._rejoin.join(member, progress)
         except MetadataError:

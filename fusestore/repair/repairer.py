@@ -187,6 +187,8 @@ class Repairer:
             node.close()
             await self._resumption.attempt_now()
             if member.writable:
+                if member.standing.doubted:
+                    member.standing.never_whole()
                 return
             node = await member.call(self.prepare_directory, member.config)
         found = await self._rejoin.lineage(member, node)
