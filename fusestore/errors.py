@@ -23,6 +23,10 @@ class ConfigError(FusestoreError):
     """`fusestore.toml` or a node's `node.toml` cannot be used."""
 
 
+class NewerFormatError(ConfigError):
+    """A file was written by a newer version."""
+
+
 class StoreBusyError(FusestoreError):
     """Another process has the store open."""
 
@@ -88,6 +92,10 @@ class NodeFencedError(NodeError):
 
 class NodeIdentityError(NodeError):
     """The directory of a node is missing, or belongs to another node."""
+
+
+class DamagedIdentityError(NodeIdentityError):
+    """The file that names a node is damaged."""
 
 
 class NodeOfflineError(NodeIdentityError):

@@ -24,13 +24,15 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from uuid import uuid4
 
 from typing_extensions import Buffer
 
 from ..bounded_cache import LeastRecentlyUsed
-from ..config.node_identity import IDENTITY_NAME, NodeIdentity, read_identity_in
+from ..config.node_identity import IDENTITY_NAME, NodeIdentity, write_identity_in
 from ..config.owner_record import OWNER_NAME, Mount, OwnerRecord
 from ..errors import (
     FusestoreError,
@@ -55,6 +57,7 @@ from ..system.beneath import Directory
 from .base import Space, Strays
 from .journal_reserve import RESERVE_NAME, JournalReserve
 from .ownership import Ownership
+from .recognition import recognize
 from .unexpected import unexpected
 
 logger = logging.getLogger(__name__)
@@ -142,6 +145,8 @@ class DirectoryNode:
     ) -> None:
         """Use the directory of the node with this identity, which has been verified.
 
+        If its file is damaged, it is written anew when the node is claimed.
+
         NodeBusyError if another owner than `owner`, the path of a store, has locked it;
         NodeReadOnlyError if it is to be written to, and its file system is read-only.
         `mount` becomes its owner with `claim`; without, the caller keeps others from writing.
@@ -154,9 +159,19 @@ class DirectoryNode:
             self._marker = self._directory.look(IDENTITY_NAME)
             if not read_only:
                 _check_writable(self._directory.fd, self._there)
-        if read_identity_in(self._directory, path) != identity:
+        found, self._damage = recognize(
+            self._directory, path, identity.store, identity.node, identity.region
+        )
+        if found != identity:
             raise NodeIdentityError(f"Another directory has taken the place of {path} meanwhile.")
+        self._identity, self._store = identity, owner
         self._lock_held = self._locked(self._directory, owner, shared=read_only)
+        if self._damage is not None:
+            logger.warning(
+                "%s The records beside it are those of node %s, and are used.",
+                self._damage,
+                self._name,
+            )
         self._owner: Ownership | None = None
         if mount is not None:
             with self._errors(f"read its file {OWNER_NAME}"):
@@ -285,6 +300,26 @@ class DirectoryNode:
                 self._owner.claim()
             there = {(kind, segment) for kind in SegmentKind for segment in self.segments(kind)}
             self._ours = there
+            if self._damage is not None:
+                self._mend_identity()
+
+    def _mend_identity(self) -> None:
+        """Write `node.toml` anew; if this fails, the node is used as it is."""
+        directory = self._top()
+        try:
+            write_identity_in(directory, replace(self._identity, incarnation=uuid4()))
+        except OSError as error:
+            logger.warning(
+                "%s cannot be written anew: %s.", self.path / IDENTITY_NAME, error.strerror
+            )
+            return
+        self._marker = directory.look(IDENTITY_NAME)
+        before, self._lock_held = (
+            self._lock_held,
+            self._locked(directory, self._store, shared=False),
+        )  # where directories cannot be locked, the file is
+        before.release()
+        self._damage = None
 
     def is_owned(self) -> bool:
         """See Node."""

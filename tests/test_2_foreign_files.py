@@ -37,9 +37,11 @@ from support.logs import (
     CLAIMED,
     CORRUPT,
     FOREIGN_FILES,
+    IDENTITY_STAYS,
     JOURNAL_DAMAGED,
     NOT_WHERE_ITS_ROW_SAYS,
     OUT_OF_USE,
+    RECOGNIZED,
     SCRUBBED,
     UNREAD_FILE,
 )
@@ -123,6 +125,8 @@ async def repaired(config: StoreConfig, files: dict[str, bytes]) -> None:
     FOREIGN_FILES,
     SCRUBBED,
     CLAIMED,
+    RECOGNIZED,
+    IDENTITY_STAYS,
 )
 async def test_an_oddity_costs_that_node_only(
     config: StoreConfig, outside: Outside, caplog: pytest.LogCaptureFixture, kind: str, place: str
@@ -140,7 +144,14 @@ async def test_an_oddity_costs_that_node_only(
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.expects_log(
-    OUT_OF_USE, CORRUPT, UNREAD_FILE, NOT_WHERE_ITS_ROW_SAYS, JOURNAL_DAMAGED, FOREIGN_FILES
+    OUT_OF_USE,
+    CORRUPT,
+    UNREAD_FILE,
+    NOT_WHERE_ITS_ROW_SAYS,
+    JOURNAL_DAMAGED,
+    FOREIGN_FILES,
+    RECOGNIZED,
+    IDENTITY_STAYS,
 )
 async def test_recover_needs_no_odd_node(
     config: StoreConfig, outside: Outside, kind: str, place: str

@@ -11,17 +11,26 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import trio
 
 from fusestore.commit.metadata_dump import MetadataDumper
 from fusestore.config.mkfs import make_store
-from fusestore.config.node_identity import IDENTITY_NAME, read_identity
+from fusestore.config.node_identity import (
+    IDENTITY_NAME,
+    IDENTITY_VERSION,
+    NodeIdentity,
+    read_identity,
+    write_identity,
+)
 from fusestore.config.store_config import StoreConfig, load
 from fusestore.errors import (
+    DamagedIdentityError,
     DamagedMetadataError,
     MetadataError,
     NodeError,
@@ -38,6 +47,7 @@ from fusestore.log.journal_copy import copy_journals
 from fusestore.members.opening import open_node
 from fusestore.members.standing import State
 from fusestore.nodes.directory import DirectoryNode
+from fusestore.rescue.recover import recover
 from fusestore.store.opening import open_store
 from support.faults import BadSectors
 from support.logs import (
@@ -45,6 +55,7 @@ from support.logs import (
     HUNG,
     NOT_WHERE_ITS_ROW_SAYS,
     OUT_OF_USE,
+    RECOGNIZED,
     SCRUBBED,
     UNREAD_FILE,
 )
@@ -443,6 +454,7 @@ def test_sources_that_cannot_be_read_are_not_the_target_s_fault(
 # --- node.toml
 
 NEW_IDENTITY = r"repair\.claim: (\S+ is damaged, but the records|.*node\.toml)"
+recognized = pytest.mark.expects_log(RECOGNIZED)
 
 
 def garbage(path: Path) -> None:
@@ -457,7 +469,8 @@ def another_store(path: Path) -> None:
 
 
 def another_name(path: Path) -> None:
-    path.write_text(path.read_text().replace(f'"{REGIONS[1]}"', '"us-wesd-1"'))
+    text = path.read_text()
+    path.write_text(text.replace(f'"{read_identity(path.parent).node}"', '"us-wesd-1"'))
 
 
 def unknown_key(path: Path) -> None:
@@ -468,14 +481,119 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [garbage, another_store, another_name, unknown_key, empty])
-@pytest.mark.expects_log(NEW_IDENTITY)
-async def test_a_damaged_identity_does_not_cost_the_data(
+DAMAGES = [garbage, another_store, another_name, unknown_key, empty]
+
+
+def up(one: Opened) -> list[bool]:
+    return [member.state is State.UP for member in one.store.log.members.all]
+
+
+@recognized
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("nodes", [(1,), (0, 2), (0, 1, 2)], ids=["one", "two", "all"])
+async def test_a_damaged_identity_costs_nothing(
+    config: StoreConfig, damage: Callable[[Path], None], nodes: tuple[int, ...]
+) -> None:
+    """The records say whose the directory is; a mount that writes replaces the file."""
+    await write(config, FILES)
+    before = [read_identity(node.path) for node in config.nodes]
+    for number in nodes:
+        damage(config.nodes[number].path / IDENTITY_NAME)
+    damaged = [(node.path / IDENTITY_NAME).read_bytes() for node in config.nodes]
+    async with open_store(config, read_only=True) as store:
+        assert all(member.is_open for member in store.log.members.all)
+    assert damaged == [(node.path / IDENTITY_NAME).read_bytes() for node in config.nodes]
+    async with opened(config) as one:
+        assert up(one) == [True] * 3
+        for member in one.store.log.members.all:
+            await member.call(member.node.check)
+        assert await read_files(one) == FILES
+        await healthy(one)
+        for old, node in zip(before, config.nodes, strict=True):
+            new = read_identity(node.path)
+            assert replace(new, incarnation=old.incarnation) == old
+    await loses_a_region(config, 0, FILES)
+
+
+@recognized
+@pytest.mark.parametrize("damage", DAMAGES)
+async def test_recover_recognizes_nodes_by_their_records(
     config: StoreConfig, damage: Callable[[Path], None]
+) -> None:
+    await write(config, FILES)
+    for node in config.nodes:
+        damage(node.path / IDENTITY_NAME)
+    config.metadata.rename(config.store / "gone")
+    for extra in ((), [node.path for node in config.nodes]):
+        result = recover(
+            config.store, extra, config.store / f"m{len(extra)}", accept_loss=False, progress=print
+        )
+        assert [node["found"] for node in result["nodes"]] == [True] * 3
+    (config.store / "m3").rename(config.metadata)
+    async with opened(config) as one:
+        assert up(one) == [True] * 3
+        assert await read_files(one) == FILES
+
+
+async def test_recover_says_what_is_wrong_with_every_node(config: StoreConfig) -> None:
+    """No record says whose they are."""
+    await write(config, FILES)
+    config.metadata.rename(config.store / "gone")
+    for node in config.nodes:
+        garbage(node.path / IDENTITY_NAME)
+        shutil.rmtree(node.path / "journal")
+        shutil.rmtree(node.path / "shards")
+    with pytest.raises(UsageError, match=r"No node of \S+ is available: .*not valid TOML") as found:
+        recover(config.store, (), None, accept_loss=False, progress=print)
+    assert str(found.value).count(IDENTITY_NAME) == 3
+
+
+@recognized
+async def test_an_identity_that_cannot_be_read_costs_nothing(config: StoreConfig) -> None:
+    await write(config, FILES)
+    with BadSectors() as bad:
+        for node in config.nodes:
+            bad.add(node.path / IDENTITY_NAME, 0, 100)
+        async with opened(config) as one:
+            assert up(one) == [True] * 3
+            await healthy(one)
+    await loses_a_region(config, 0, FILES)
+
+
+@recognized
+async def test_a_damaged_identity_of_a_node_that_comes_back(config: StoreConfig) -> None:
+    await write(config, FILES)
+    away = config.nodes[1].path.rename(config.store / "away")
+    async with opened(config) as one:
+        assert up(one) == [True, False, True]
+        garbage(away / IDENTITY_NAME)
+        away.rename(config.nodes[1].path)
+        await healthy(one)
+        assert up(one) == [True] * 3
+
+
+def intact_of_another_store(path: Path) -> None:
+    write_identity(path.parent, replace(read_identity(path.parent), store=uuid4()))
+
+
+def intact_of_another_node(path: Path) -> None:
+    write_identity(path.parent, replace(read_identity(path.parent), node=REGIONS[0]))
+
+
+def of_a_newer_version(path: Path) -> None:
+    path.write_text(path.read_text().replace("format = 1", "format = 2"))
+
+
+@pytest.mark.expects_log(NEW_IDENTITY)
+@pytest.mark.parametrize(
+    "change", [intact_of_another_store, intact_of_another_node, of_a_newer_version]
+)
+async def test_an_intact_identity_of_another_node_costs_the_node_until_it_is_repaired(
+    config: StoreConfig, change: Callable[[Path], None]
 ) -> None:
     """The data of another node are lost, too: the shards here are needed."""
     await write(config, FILES)
-    damage(config.nodes[1].path / IDENTITY_NAME)
+    change(config.nodes[1].path / IDENTITY_NAME)
     async with opened(config) as one:
         member = one.store.log.members.named(REGIONS[1])
         assert member is not None
@@ -488,15 +606,29 @@ async def test_a_damaged_identity_does_not_cost_the_data(
     await loses_a_region(config, 0, FILES)
 
 
-@pytest.mark.expects_log(NEW_IDENTITY)
-async def test_an_identity_that_cannot_be_read_does_not_cost_the_data(config: StoreConfig) -> None:
-    await write(config, FILES)
-    with BadSectors() as bad:
-        bad.add(config.nodes[1].path / IDENTITY_NAME, 0, 100)
-        async with opened(config) as one:
-            await repair(one, REGIONS[1])
-            await healthy(one)
-    await loses_a_region(config, 0, FILES)
+@pytest.mark.parametrize("unseal", [False, True], ids=["flipped", "of an early version"])
+def test_no_flipped_bit_makes_another_identity(tmp_path: Path, unseal: bool) -> None:
+    identity = NodeIdentity(uuid4(), "us-east-1", "us-east-1", uuid4(), IDENTITY_VERSION)
+    write_identity(tmp_path, identity)
+    place = tmp_path / IDENTITY_NAME
+    written = place.read_bytes()
+    if unseal:
+        early = [line for line in written.splitlines() if not line.startswith(b"# checksum")]
+        place.write_bytes(b"\n".join(early))
+        assert read_identity(tmp_path) == identity
+        return
+    newer = 0
+    for bit in range(8 * len(written)):
+        data = bytearray(written)
+        data[bit // 8] ^= 1 << bit % 8
+        place.write_bytes(data)
+        try:
+            assert read_identity(tmp_path) == identity, bit
+        except DamagedIdentityError:
+            pass
+        except NodeIdentityError:
+            newer += 1
+    assert newer == 3  # format 3, 5 or 9
 
 
 @pytest.mark.expects_log(NEW_IDENTITY, FOREIGN_FILES, NOT_WHERE_ITS_ROW_SAYS)

@@ -29,10 +29,12 @@ from support.foreign_files import FILES, KINDS, PLACES, VICTIM, Outside, last, p
 from support.foreign_files import following as next_of
 from support.logs import (
     FOREIGN_FILES,
+    IDENTITY_STAYS,
     JOURNAL_DAMAGED,
     NOT_DELETED,
     NOT_WHERE_ITS_ROW_SAYS,
     OUT_OF_USE,
+    RECOGNIZED,
     UNREAD_FILE,
 )
 from support.opened_store import Opened, opened
@@ -45,6 +47,8 @@ pytestmark = pytest.mark.expects_log(
     JOURNAL_DAMAGED,
     NOT_DELETED,
     NOT_WHERE_ITS_ROW_SAYS,
+    RECOGNIZED,
+    IDENTITY_STAYS,
 )
 
 SECONDS_MAX = 20

@@ -49,7 +49,15 @@ from fusestore.serve.control_server import lock_store
 from fusestore.serve.messages.safety import FsckRequest
 from fusestore.serve.offline import offline
 from fusestore.store.opening import open_store
-from support.logs import CORRUPT, DROPPED, FOREIGN_FILES, GONE, LOST_STRIPE, UNREAD_FILE
+from support.logs import (
+    CORRUPT,
+    DROPPED,
+    FOREIGN_FILES,
+    GONE,
+    LOST_STRIPE,
+    RECOGNIZED,
+    UNREAD_FILE,
+)
 from support.opened_store import (
     HEALTHY_SECONDS_MAX,
     REGIONS,
@@ -1081,9 +1089,10 @@ async def test_two_directories_that_are_one_node(config: StoreConfig, tmp_path: 
     assert await read(config) == made("twins", "a")
 
 
+@pytest.mark.expects_log(RECOGNIZED)
 @pytest.mark.parametrize("text", ["", "format = 7\n", "\x00\x00\x00"])
 @pytest.mark.parametrize("named", [True, False])
-async def test_a_node_whose_identity_is_spoilt_is_a_node_that_is_gone(
+async def test_a_node_whose_identity_is_spoilt_is_recognized(
     config: StoreConfig, text: str, named: bool
 ) -> None:
     files = made("spoilt", "a")
@@ -1094,7 +1103,8 @@ async def test_a_node_whose_identity_is_spoilt_is_a_node_that_is_gone(
     if not named:
         (config.store / "fusestore.toml").unlink()
     result = recovered(config)
-    assert [node["found"] for node in result["nodes"]] == [True, True, False]
+    is_found = not text.startswith("format")
+    assert [node["found"] for node in result["nodes"]] == [True, True, is_found]
     assert load(config.store) == config
     assert await read(config) == files
 

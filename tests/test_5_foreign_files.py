@@ -14,9 +14,11 @@ import pytest
 from support.foreign_files import FILES, VICTIM, Outside, last, plant
 from support.logs import (
     FOREIGN_FILES,
+    IDENTITY_STAYS,
     JOURNAL_DAMAGED,
     NOT_WHERE_ITS_ROW_SAYS,
     OUT_OF_USE,
+    RECOGNIZED,
     UNREAD_FILE,
 )
 from support.mounted_store import Store
@@ -24,7 +26,13 @@ from support.mounted_store import Store
 pytestmark = [
     pytest.mark.mounted,
     pytest.mark.expects_log(
-        FOREIGN_FILES, UNREAD_FILE, OUT_OF_USE, JOURNAL_DAMAGED, NOT_WHERE_ITS_ROW_SAYS
+        FOREIGN_FILES,
+        UNREAD_FILE,
+        OUT_OF_USE,
+        JOURNAL_DAMAGED,
+        NOT_WHERE_ITS_ROW_SAYS,
+        RECOGNIZED,
+        IDENTITY_STAYS,
     ),
 ]
 

@@ -170,3 +170,38 @@ def test_a_damaged_record_of_the_owner_costs_nothing(shared: Store, tmp_path: Pa
     assert fusestore("repair", shared.store, "c").returncode == 0
     shared.umount()
     assert fusestore("fsck", shared.store).returncode == 0
+
+
+@pytest.mark.expects_log(r"/node\.toml.* The records beside it are those of node \w, and are used")
+@pytest.mark.parametrize("nodes", ["ab", "abc"])
+def test_damaged_identities_cost_nothing(shared: Store, tmp_path: Path, nodes: str) -> None:
+    """`status`, `fsck`, a mount and `recover` know the nodes by their records."""
+    files = {name: name.encode() * 200_000 for name in ("one", "two")}
+    for name, data in files.items():
+        written(shared.mountpoint, name, data)
+    shared.umount()
+
+    def damage() -> None:
+        for name in nodes:
+            place = tmp_path / "regions" / name / "node.toml"
+            data = bytearray(place.read_bytes())
+            data[65] ^= 1
+            place.write_bytes(data)
+
+    damage()
+    done = fusestore("status", shared.store)
+    assert done.returncode == 0, done.stderr
+    assert "All data is safe" in done.stdout
+    assert fusestore("fsck", shared.store).returncode == 0
+    shared.mount()
+    assert {node["state"] for node in shared.status()["nodes"]} == {"up"}
+    shared.umount()
+    damage()
+    shutil.rmtree(shared.store / "metadata")
+    done = fusestore("recover", shared.store)
+    assert done.returncode == 0, done.stderr
+    assert "of 3 of 3 nodes" in done.stdout
+    shared.mount()
+    for name, data in files.items():
+        assert (shared.mountpoint / name).read_bytes() == data
+    assert shared.status()["healthy"]

@@ -5,14 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 from uuid import UUID
 
-from ..errors import ConfigError, NodeError, NodeIdentityError
+from ..errors import (
+    ConfigError,
+    DamagedIdentityError,
+    NewerFormatError,
+    NodeError,
+    NodeIdentityError,
+)
 from ..system.beneath import Directory
 from ..system.files import write_whole_in
 from ..system.strict_toml import Table
+from .text_checksum import is_intact, sealed
 
 IDENTITY_NAME = "node.toml"
 IDENTITY_VERSION = 1
@@ -36,8 +44,8 @@ class NodeIdentity:
 def read_identity(path: Path) -> NodeIdentity:
     """Read the identity of the node directory `path`.
 
-    NodeIdentityError if the directory or the file is missing or foreign, NodeError if the
-    file cannot be read.
+    NodeIdentityError if the directory or the file is missing, foreign, or of a newer
+    version; DamagedIdentityError if the file is damaged, NodeError if it cannot be read.
     """
     return _read(path, lambda: Directory.at(path))
 
@@ -48,8 +56,14 @@ def read_identity_in(directory: Directory, path: Path) -> NodeIdentity:
 
 
 def _read(path: Path, directory: Callable[[], Directory]) -> NodeIdentity:
+    intact: bool | None = None
+
     def opened() -> BinaryIO:
-        return open(directory().open(IDENTITY_NAME, os.O_RDONLY), "rb")
+        nonlocal intact
+        with open(directory().open(IDENTITY_NAME, os.O_RDONLY), "rb") as file:
+            data = file.read(IDENTITY_BYTES_MAX + 1)
+        intact = is_intact(data)
+        return BytesIO(data)
 
     try:
         table = Table.load(path / IDENTITY_NAME, opened, IDENTITY_BYTES_MAX)
@@ -63,6 +77,8 @@ def _read(path: Path, directory: Callable[[], Directory]) -> NodeIdentity:
         )
         table.end()
         table.raise_first()
+        if intact is False:
+            raise ConfigError(f"{path / IDENTITY_NAME} does not match its checksum.")
         return identity
     except (FileNotFoundError, NotADirectoryError):
         if not os.path.isdir(path):
@@ -71,8 +87,10 @@ def _read(path: Path, directory: Callable[[], Directory]) -> NodeIdentity:
             f"{path} is not a node: it has no {IDENTITY_NAME} (is its disk mounted?)."
         ) from None
     except ConfigError as error:
-        kind = NodeError if isinstance(error.__cause__, OSError) else NodeIdentityError
-        raise kind(str(error)) from None
+        if isinstance(error.__cause__, OSError):
+            raise NodeError(str(error)) from None
+        is_foreign = intact or isinstance(error, NewerFormatError)
+        raise (NodeIdentityError if is_foreign else DamagedIdentityError)(str(error)) from None
 
 
 def write_identity(path: Path, identity: NodeIdentity) -> None:
@@ -91,4 +109,5 @@ def write_identity_in(directory: Directory, identity: NodeIdentity) -> None:
     document.add("node", tomlkit.item(identity.node))
     document.add("region", tomlkit.item(identity.region))
     document.add("incarnation", tomlkit.item(str(identity.incarnation)))
-    write_whole_in(directory, IDENTITY_NAME, tomlkit.dumps(document))
+    text = sealed(tomlkit.dumps(document).encode()).decode()
+    write_whole_in(directory, IDENTITY_NAME, f"{text}\n")

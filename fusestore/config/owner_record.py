@@ -19,12 +19,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
-from xxhash import xxh3_64_hexdigest
-
 from ..errors import ConfigError, NodeError, UnreadOwnerError
 from ..system.beneath import Directory
 from ..system.machine import Process
 from ..system.strict_toml import Table
+from .text_checksum import is_intact, sealed
 
 OWNER_NAME = "owner"
 OWNER_VERSION = 1
@@ -34,8 +33,6 @@ OWNER_UNKNOWN = (
     "Nobody knows which machine uses the node: if none does, mount once with -o take_over."
 )
 _NUMBER_MAX = 2**63 - 1
-_CHECKSUM = b"# checksum "
-"""Begins the last line; the xxh3-64 of all bytes before it follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +73,7 @@ class OwnerRecord:
             f'since = "{self.since}"',
             f"ended = {str(self.ended).lower()}",
         ]
-        body = "\n".join([*lines, ""]).encode()
-        return (body + _CHECKSUM + xxh3_64_hexdigest(body).encode()).ljust(OWNER_BYTES, b"\n")
+        return sealed("\n".join([*lines, ""]).encode()).ljust(OWNER_BYTES, b"\n")
 
 
 UNREAD = OwnerRecord("", Process("", "", "", 0, 0, 0), 0, "", ended=False, is_intact=False)
@@ -138,26 +134,26 @@ def read_owner(directory: Directory, path: Path, *, past_cache: bool = False) ->
     UnreadOwnerError if the file cannot be read, or is damaged; NodeError if another version
     wrote it.
     """
-    is_intact: bool | None = None
+    intact: bool | None = None
 
     def opened() -> BinaryIO:
-        nonlocal is_intact
+        nonlocal intact
         if past_cache:
             with open(open_past_cache(directory), "rb", buffering=0) as file:
                 data = read_past_cache(file.fileno())
         else:
             with open(directory.open(OWNER_NAME, os.O_RDONLY), "rb") as file:
                 data = file.read(OWNER_BYTES + 1)
-        is_intact = _matches_checksum(data)
+        intact = is_intact(data)
         return BytesIO(data)
 
     try:
         record = _decode(Table.load(path / OWNER_NAME, opened, OWNER_BYTES))
-        return record if is_intact is not False else replace(record, is_intact=False)
+        return record if intact is not False else replace(record, is_intact=False)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ConfigError as error:
-        if not is_intact:
+        if not intact:
             raise UnreadOwnerError(str(error)) from None
         raise NodeError(f"{error} {OWNER_UNKNOWN}") from None
 
@@ -181,9 +177,3 @@ def _decode(table: Table) -> OwnerRecord:
     table.end()
     table.raise_first()
     return record
-
-
-def _matches_checksum(data: bytes) -> bool | None:
-    """Return whether a record is as it was written; None: an early version wrote no checksum."""
-    body, found, checksum = data.rstrip(b"\n").rpartition(_CHECKSUM)
-    return checksum == xxh3_64_hexdigest(body).encode() if found else None

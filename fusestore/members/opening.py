@@ -6,13 +6,13 @@ import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
-from ..config.node_identity import read_identity
 from ..config.store_config import NodeConfig, StoreConfig
 from ..errors import NodeError, NodeIdentityError, NodeLacksError, NodeOfflineError
 from ..format.records import SegmentKind
 from ..format.store_rows import NodeRow
 from ..nodes.base import Node
 from ..nodes.directory import DirectoryNode
+from ..nodes.recognition import identify
 from ..nodes.unexpected import costs_only
 from .member import Member
 from .members import Members
@@ -31,7 +31,7 @@ def open_node(
     if node.offline:
         raise offline_error(config, node)
     with costs_only(node.name):
-        identity = read_identity(node.path)
+        identity = identify(node.path, config.uuid, node.name, node.region)
         if (identity.store, identity.node) != (config.uuid, node.name):
             raise NodeIdentityError(
                 f"{node.path} belongs to node {identity.node} of store {identity.store}, "

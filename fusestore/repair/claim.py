@@ -1,15 +1,13 @@
 """Claiming a directory for a node: an empty one, a wiped one, or one with a damaged `node.toml`.
 
-`node.toml` is small and has one copy, but the records in the segments of a node prove which
-node they belong to: the checksums of their headers are seeded with it.  A damaged
-`node.toml` therefore does not cost the data beside it.
+`node.toml` is written anew if the records beside it are those of the node, even if it names
+another: an operator repairs this very node.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from contextlib import suppress
 from uuid import uuid4
 
 from ..config.node_identity import (
@@ -21,11 +19,10 @@ from ..config.node_identity import (
 )
 from ..config.owner_record import OWNER_NAME
 from ..config.store_config import NodeConfig, StoreConfig
-from ..errors import FormatError, NodeError, NodeIdentityError
-from ..format.records import HEADER_BYTES, Header, Place
-from ..format.segment_numbers import FOLDERS, segment_number
+from ..errors import NodeError, NodeIdentityError
 from ..members.opening import offline_error, open_node
 from ..nodes.base import Node
+from ..nodes.recognition import has_records
 from ..system import mounts
 from ..system.beneath import Directory
 from ..system.files import sync_directory
@@ -57,7 +54,9 @@ def claim_directory(config: StoreConfig, node: NodeConfig) -> Node:
                 "another place."
             )
         _write_identity(directory, config, node)
-    elif not _is_identified(directory, config, node) and _has_records(directory, config, node):
+    elif not _is_identified(directory, config, node) and has_records(
+        directory, config.uuid, node.name
+    ):
         logger.warning(
             "%s is damaged, but the records in %s are those of node %s: it is written anew.",
             path / IDENTITY_NAME,
@@ -86,23 +85,3 @@ def _is_identified(directory: Directory, config: StoreConfig, node: NodeConfig) 
         logger.warning("%s", error)
         return False
     return (identity.store, identity.node) == (config.uuid, node.name)
-
-
-def _has_records(directory: Directory, config: StoreConfig, node: NodeConfig) -> bool:
-    """Return whether a segment begins with a record of this very node."""
-    for kind, (folder, ending) in FOLDERS.items():
-        with suppress(OSError):
-            segments = directory.folder(folder)
-            for entry in segments.entries():
-                number = segment_number(entry.name, ending)
-                if number is None:
-                    continue
-                with suppress(OSError, FormatError):
-                    fd = segments.open(entry.name, os.O_RDONLY)
-                    try:
-                        head = os.pread(fd, HEADER_BYTES, 0)
-                    finally:
-                        os.close(fd)
-                    Header.decode(head, Place(config.uuid, node.name, kind, number).seed(0))
-                    return True
-    return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
@@ -18,6 +18,7 @@ from ..errors import NodeBusyError, NodeError, StoreBusyError, UsageError
 from ..nodes.base import Node
 from ..nodes.directory import DirectoryNode
 from ..nodes.ownership import refusals
+from ..nodes.recognition import identify
 from ..nodes.unexpected import costs_only
 
 logger = logging.getLogger(__name__)
@@ -60,13 +61,15 @@ class FoundNodes:
             except NodeError as error:
                 self.problems[name] = str(error)
         if not nodes:
-            problems = " ".join(self.problems.values())
-            raise UsageError(
-                f"No node of {self.store} is available: name their places with --from. {problems}"
-            )
+            raise UsageError(_none_available(self.store, self.problems))
         for refusal in refusals(mount, nodes).values():  # nothing is written; a mount refuses
             logger.warning("%s What is written there from now on is not recovered.", refusal)
         return nodes
+
+
+def _none_available(store: Path, problems: dict[str, str]) -> str:
+    reasons = " ".join(problems.values())
+    return f"No node of {store} is available: name their places with --from. {reasons}"
 
 
 def close_node(until: ExitStack, node: Node) -> None:
@@ -87,7 +90,9 @@ def find_nodes(store: Path, extra: Sequence[Path]) -> FoundNodes:
     config = names.load(store) if os.path.lexists(store / names.CONFIG_NAME) else None
     problems: dict[str, str] = {}
     candidates = _configured(config, problems) if config else _below(store, problems)
-    candidates += [(path, read_identity(path)) for path in map(Path.resolve, extra)]
+    candidates += [(path, _identity(config, path)) for path in map(Path.resolve, extra)]
+    if not candidates and config:
+        raise UsageError(_none_available(store, problems))
     if not candidates:
         raise UsageError(
             f"{store} has no {names.CONFIG_NAME} and no node: name the places of the nodes "
@@ -113,10 +118,26 @@ def _configured(config: StoreConfig, problems: dict[str, str]) -> list[Candidate
     candidates = []
     for node in config.nodes:
         try:
-            candidates.append((node.path, read_identity(node.path)))
+            identity = identify(node.path, config.uuid, node.name, node.region)
+            candidates.append((node.path, identity))
         except NodeError as error:
             problems[node.name] = str(error)
     return candidates
+
+
+def _identity(config: StoreConfig | None, path: Path) -> NodeIdentity:
+    """Return the identity of a place that the user named; NodeError.
+
+    If it is damaged, the records beside it may be those of any node of the configuration.
+    """
+    try:
+        return read_identity(path)
+    except NodeError:
+        if config is not None:
+            for node in config.nodes:
+                with suppress(NodeError):
+                    return identify(path, config.uuid, node.name, node.region)
+        raise
 
 
 def _below(store: Path, problems: dict[str, str]) -> list[Candidate]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from uuid import UUID
 
-from ..errors import ConfigError
+from ..errors import ConfigError, NewerFormatError
 from .beneath import open_file
 
 FILE_BYTES_MAX = 1 << 18
@@ -185,14 +185,18 @@ class Table:
             raise ConfigError(problem)
 
     def take_format(self, known: int) -> None:
-        """Raise ConfigError unless `format` is the number that this version supports."""
+        """Raise ConfigError unless `format` is the number that this version supports.
+
+        NewerFormatError if it is greater.
+        """
         version = self.take("format", int)
         if version > known:
             self.bad(
                 "format",
                 f"is {shown(version)}, but this fusestore knows only {known}: use a newer one",
             )
-        elif version != known:
+            raise NewerFormatError(self.problems()[0])
+        if version != known:
             self.bad("format", f"must be {known}, but is {shown(version)}")
         self.raise_first()
 
