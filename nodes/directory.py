@@ -28,6 +28,7 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from uuid import uuid4
+from weakref import WeakSet
 
 from typing_extensions import Buffer
 
@@ -72,6 +73,11 @@ _KEPT = ".kept"
 _DRAFT = ".new"
 """The suffix of a segment that is being replaced."""
 _STRAYS_NAMED_MAX = 10
+
+
+_open_nodes: WeakSet[DirectoryNode] = WeakSet()
+_opening = threading.Lock()
+"""Guards `_open_nodes`."""
 
 
 def _number(kind: SegmentKind, entry: os.DirEntry[str]) -> int | None:
@@ -186,12 +192,16 @@ class DirectoryNode:
         self._ours: set[tuple[SegmentKind, int]] | None = None
         """Once the node is claimed: the segments that were there, or were made since."""
         self._flags = os.O_RDONLY if read_only else os.O_RDWR
+        self._folders: dict[SegmentKind, os.stat_result] = {}
+        """The folders that were there when the node was opened."""
         for kind, (folder, _) in FOLDERS.items():
             with self._errors(f"open its folder {folder}"):
                 if not read_only:
                     self._directory.make_folder(folder)
                 with contextlib.suppress(FileNotFoundError):
-                    self._folder(kind)
+                    opened = self._folder(kind)
+                    self._folders[kind] = os.fstat(opened.fd)
+        self._refuse_shared_folders()
         self._limits = limits
         self._ahead = {SegmentKind.JOURNAL: 0, SegmentKind.SHARDS: limits.shard_preallocate_bytes}
         self._lock = threading.RLock()
@@ -200,6 +210,37 @@ class DirectoryNode:
         process_limits.register(self)
         self._strays: frozenset[str] = frozenset()
         """Names that were logged as ignored."""
+
+    def _refuse_shared_folders(self) -> None:
+        """Raise NodeBusyError if a folder is that of another open node.
+
+        A disk, or a bind mount, is in the wrong place: each node would write among the
+        segments of the other, and a sound node would be blamed.
+        """
+        with _opening:
+            for other in _open_nodes:
+                mine, its = self._identity, other._identity
+                if (mine.store, mine.node) == (its.store, its.node):
+                    continue
+                for kind in self._folders:
+                    if other._has_folder(kind, self._folders[kind]):
+                        one, two = sorted([(self._name, self.path), (other._name, other.path)])
+                        raise NodeBusyError(
+                            f"Nodes {one[0]} ({one[1]}) and {two[0]} ({two[1]}) have the same "
+                            f"folder {FOLDERS[kind][0]}: unmount what was mounted in the wrong "
+                            "place."
+                        )
+            _open_nodes.add(self)
+
+    def _has_folder(self, kind: SegmentKind, found: os.stat_result) -> bool:
+        """Return whether a folder of this node is that one; one that is gone is no more."""
+        known = self._folders.get(kind)
+        if known is None or not os.path.samestat(known, found):
+            return False
+        try:
+            return os.path.samestat(self._top().look(FOLDERS[kind][0]), found)
+        except OSError:
+            return False
 
     def _none_open(self) -> LeastRecentlyUsed[tuple[SegmentKind, int], _Segment]:
         return LeastRecentlyUsed(self._limits.open_segments_max)
@@ -254,8 +295,16 @@ class DirectoryNode:
         return directory
 
     def _folder(self, kind: SegmentKind) -> Directory:
-        """Return the open folder of a kind; OSError if it is no folder, or the node is closed."""
-        return self._top().folder(FOLDERS[kind][0])
+        """Return the open folder of a kind.
+
+        OSError if it is no folder, not the one that was there, or the node is closed.
+        """
+        name = FOLDERS[kind][0]
+        folder = self._top().folder(name)
+        before = self._folders.get(kind)
+        if before is not None and not os.path.samestat(before, os.fstat(folder.fd)):
+            raise OSError(errno.ESTALE, f"another folder has taken the place of {name}")
+        return folder
 
     def _stat(self) -> tuple[os.stat_result, os.stat_result]:
         """Return the status of the directory and of its identity; NodeIdentityError."""
@@ -271,6 +320,9 @@ class DirectoryNode:
         there, now = self._stat()
         if not os.path.samestat(there, self._there) or not os.path.samestat(now, self._marker):
             raise NodeIdentityError(f"Node {self._name} at {self.path} was replaced by another.")
+        with self._errors("check its folders"):
+            for kind in self._folders:
+                self._folder(kind)
         with self._errors("check its segments"), self._lock:
             for (kind, segment), opened in self._open.items():
                 if os.fstat(opened.fd).st_nlink == 0:

@@ -16,7 +16,7 @@ import trio
 from fusestore.config.mkfs import make_store
 from fusestore.config.node_identity import read_identity
 from fusestore.config.store_config import StoreConfig, load
-from fusestore.errors import NodeError, NodeIdentityError
+from fusestore.errors import NodeError, NodeIdentityError, StoreBusyError
 from fusestore.format.records import SegmentKind
 from fusestore.format.segment_numbers import GAP_MAX, MOUNT_MAX, SEGMENT_MAX, following, reachable
 from fusestore.log import journal_scan
@@ -25,6 +25,8 @@ from fusestore.members.opening import open_node
 from fusestore.nodes import directory as directories
 from fusestore.nodes.directory import DirectoryNode
 from fusestore.rescue.fsck import fsck
+from fusestore.store.opening import open_store
+from support.disks import Disks
 from support.foreign_files import FILES, KINDS, PLACES, VICTIM, Outside, last, plant, quick
 from support.foreign_files import following as next_of
 from support.logs import (
@@ -37,7 +39,7 @@ from support.logs import (
     RECOGNIZED,
     UNREAD_FILE,
 )
-from support.opened_store import Opened, opened
+from support.opened_store import Opened, healthy, opened
 from support.processes import in_child
 
 pytestmark = pytest.mark.expects_log(
@@ -386,6 +388,52 @@ def test_a_directory_that_takes_the_place_of_another_is_not_used(config: StoreCo
     first.symlink_to(second)
     with pytest.raises(NodeIdentityError, match="has taken the place"):
         DirectoryNode(first, identity)
+
+
+@pytest.fixture
+def disks(tmp_path: Path) -> Iterator[Disks]:
+    made = Disks(tmp_path / "disks")
+    yield made
+    made.clean_up()
+
+
+@pytest.mark.parametrize("folder", ["journal", "shards"])
+@pytest.mark.parametrize("of", [0, 2])
+async def test_a_folder_that_is_another_nodes_is_refused(
+    config: StoreConfig, disks: Disks, folder: str, of: int
+) -> None:
+    """By a bind mount; nobody can tell which of the two nodes is right."""
+    place = config.nodes[1].path / folder
+    disks.bind(config.nodes[of].path / folder, place)
+    for read_only in (False, True):
+        with pytest.raises(StoreBusyError, match=rf"^Nodes .* have the same folder {folder}: "):
+            async with open_store(config, read_only=read_only):
+                pass
+    disks.unmount(place)
+    async with opened(config) as one:
+        await reads(one)
+        await healthy(one)
+
+
+@pytest.mark.parametrize("folder", ["journal", "shards"])
+@pytest.mark.expects_log("another folder has taken the place of")
+async def test_a_folder_that_becomes_another_nodes_costs_its_node(
+    config: StoreConfig, disks: Disks, folder: str
+) -> None:
+    place = config.nodes[1].path / folder
+    async with opened(config) as one:
+        member = one.store.log.members.all[1]
+        disks.bind(config.nodes[2].path / folder, place)
+        await one.put("new", b"new" * 500_000)
+        await one.store.committer.commit()
+        assert member.out_of_use
+        member.standing._retry_at = 0.0
+        await one.store.comeback.catch_up(None)
+        assert "have the same folder" in member.standing.error
+        await reads(one)
+        disks.unmount(place)
+        await healthy(one)
+        assert await one.get("new") == b"new" * 500_000
 
 
 async def test_repair_claims_no_directory_that_holds_other_files(

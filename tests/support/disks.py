@@ -28,6 +28,11 @@ class Disks:
         self._mounted.append(place)
         return place
 
+    def bind(self, source: Path, place: Path) -> None:
+        """Let a directory be another one."""
+        subprocess.run(["mount", "--bind", source, place], check=True)
+        self._mounted.append(place)
+
     def unmount(self, place: Path) -> None:
         """Take a file system away, whoever uses it."""
         subprocess.run(["umount", "-l", place], check=True)
