@@ -609,6 +609,31 @@ async def test_accepted_losses_keep_what_was_given_up(
         assert kept["why"] == "losses were accepted"
 
 
+@pytest.mark.parametrize("again", [False, True])
+async def test_a_mount_accepts_what_recover_gave_up(
+    config: StoreConfig, tmp_path: Path, bad: BadSectors, again: bool
+) -> None:
+    """recover advises to mount: the loss that it was told to accept is not refused again."""
+    crash, number = await late_commit(config, tmp_path / "crash")
+    spoil_everywhere(crash, bad, number)
+    forget(crash)
+    with pytest.raises(ReplayError, match="cannot"):
+        recovered(crash)
+    recovered(crash, accept_loss=True)
+    if again:
+        forget(crash)
+        with pytest.raises(ReplayError, match="cannot"):
+            recovered(crash)
+        recovered(crash, accept_loss=True)
+    async with opened(crash) as one:
+        kept = (await one.store.status())["quarantine"]
+        assert kept is not None
+        assert kept["why"] == "losses were accepted"
+        await put(one, made("more", "more"))
+    files = await read(crash)
+    assert files.items() >= made("more", "more").items()
+
+
 @pytest.mark.expects_log(FOREIGN_FILES)
 async def test_the_journal_of_a_history_that_was_given_up_is_set_aside(tmp_path: Path) -> None:
     """It comes back while the history is in doubt; it goes when fsck has found nothing."""

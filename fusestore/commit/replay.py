@@ -375,6 +375,9 @@ class _Replay:
         blind = {lost.node for lost in self._journals.unknown((), end)}
         result.blind = frozenset(member.id for member in members if member.name in blind)
         in_sync = {member.name: member.id for member in members if member.id in result.in_sync}
+        epoch = self._journals.epoch
+        if any(end.voids(last + 1, epoch) for end in self._log.given_up):
+            return  # what may follow was given up before
         # A node that holds the last commit would hold the next if that was acknowledged.
         witnesses = {name for name, number in in_sync.items() if result.reached[number] == last}
         unknown = self._journals.unknown(witnesses, end)
