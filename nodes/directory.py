@@ -80,6 +80,13 @@ _opening = threading.Lock()
 """Guards `_open_nodes`."""
 
 
+def _set_aside(folder: Directory, name: str) -> None:
+    """Rename an entry durably to a name that nothing has."""
+    taken = {e.name for e in folder.entries() if e.name.startswith(name + _KEPT)}
+    kept = next(n for n in (f"{name}{_KEPT}{i}" for i in count(1)) if n not in taken)
+    folder.replace(name, kept)
+
+
 def _number(kind: SegmentKind, entry: os.DirEntry[str]) -> int | None:
     """Return the number of the segment with this name in the folder of its kind, or None."""
     number = segment_number(entry.name, FOLDERS[kind][1])
@@ -662,7 +669,11 @@ class DirectoryNode:
                 with self._lock:
                     self._open.discard((kind, segment))  # else `check` would miss the old file
                     self._check_owner()
-                    folder.replace(draft, name)
+                    try:
+                        folder.replace(draft, name)
+                    except IsADirectoryError:  # it is somebody's: it stays, under another name
+                        _set_aside(folder, name)
+                        folder.replace(draft, name)
                     if self._ours is not None:
                         self._ours.add((kind, segment))
             except OSError:
@@ -674,9 +685,14 @@ class DirectoryNode:
         """See Node."""
         with self._errors(f"delete {segment_path(kind, segment)}"), self._lock:
             self._check_owner()
-            with contextlib.suppress(FileNotFoundError):
-                self._folder(kind).unlink(segment_name(kind, segment))
-            self._folder(kind).sync()
+            folder, name = self._folder(kind), segment_name(kind, segment)
+            try:
+                folder.unlink(name)
+            except IsADirectoryError:
+                _set_aside(folder, name)
+            except FileNotFoundError:
+                pass
+            folder.sync()
             self._open.discard((kind, segment))
             self._forget(kind, segment)
 
@@ -690,11 +706,8 @@ class DirectoryNode:
         name = segment_name(kind, segment)
         with self._errors(f"set {segment_path(kind, segment)} aside"), self._lock:
             self._check_owner()
-            folder = self._folder(kind)
-            taken = {e.name for e in folder.entries() if e.name.startswith(name + _KEPT)}
-            kept = next(n for n in (f"{name}{_KEPT}{i}" for i in count(1)) if n not in taken)
             self._open.discard((kind, segment))
-            folder.replace(name, kept)
+            _set_aside(self._folder(kind), name)
             self._forget(kind, segment)
 
     def drop_aside(self) -> None:

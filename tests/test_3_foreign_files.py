@@ -39,7 +39,7 @@ from support.logs import (
     RECOGNIZED,
     UNREAD_FILE,
 )
-from support.opened_store import Opened, healthy, opened
+from support.opened_store import Opened, healthy, opened, repair
 from support.processes import in_child
 
 pytestmark = pytest.mark.expects_log(
@@ -483,3 +483,48 @@ async def test_repair_leaves_no_draft_where_a_segment_cannot_be_replaced(
         node.replace(SegmentKind.JOURNAL, 77, random.Random(7).randbytes(100))
     assert not any(path.name.endswith(".new") for path in journal.iterdir())
     node.close()
+
+
+@pytest.mark.parametrize("which", [min, max])
+@pytest.mark.parametrize("inside", [True, False])
+async def test_repair_keeps_a_directory_in_place_of_a_journal_segment(
+    tmp_path: Path, which: Callable[[list[Path]], Path], inside: bool
+) -> None:
+    """It is somebody's: the segment is written anew, and it has another name from then on."""
+    config = quick(make_store(tmp_path / "store"))
+    for _ in range(2):
+        await filled(config)
+    segment = which(list((config.nodes[0].path / "journal").iterdir()))
+    segment.unlink()
+    segment.mkdir()
+    if inside:
+        (segment / "theirs").write_bytes(VICTIM)
+    async with opened(config) as one:
+        await repair(one, config.nodes[0].name)
+        await healthy(one)
+        for name, data in FILES.items():
+            assert await one.get(name) == data
+    kept = segment.with_name(f"{segment.name}.kept1")
+    assert kept.is_dir()
+    assert not inside or (kept / "theirs").read_bytes() == VICTIM
+    assert not segment.is_dir()
+
+
+@pytest.mark.parametrize("change", ["replace", "delete"])
+def test_a_directory_is_neither_replaced_nor_deleted(tmp_path: Path, change: str) -> None:
+    config = make_store(tmp_path / "store")
+    trio.run(filled, config)
+    folder = config.nodes[0].path / "journal"
+    name = last(folder).name
+    (folder / name).rename(tmp_path / name)
+    (folder / name / "theirs").mkdir(parents=True)
+    node = open_node(config, config.nodes[0])
+    number = int(name.partition(".")[0])
+    if change == "replace":
+        node.replace(SegmentKind.JOURNAL, number, b"ours")
+        assert (folder / name).read_bytes() == b"ours"
+    else:
+        node.delete(SegmentKind.JOURNAL, number)
+        assert not (folder / name).exists()
+    node.close()
+    assert (folder / f"{name}.kept1" / "theirs").is_dir()
