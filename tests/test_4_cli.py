@@ -437,7 +437,14 @@ STATUS: dict[str, Any] = {
         for name in ("us-east-1", "us-west-1", "eu-west-1")
     ],
 }
-MOUNT = {"mounted": True, "mounted_at": 1e9, "mountpoint": "/mnt", "pid": 7, "metrics": None}
+MOUNT = {
+    "mounted": True,
+    "mounted_at": 1e9,
+    "mountpoint": "/mnt",
+    "pid": 7,
+    "metrics": None,
+    "options": "",
+}
 
 
 def a_command(answer: Message | FusestoreError) -> Handler:

@@ -456,10 +456,19 @@ for option in strictatime relatime noatime nosuid,nodev,noexec suid,dev,exec; do
     say "$option: $(options)"
 done
 mount -o remount,big "$MOUNTPOINT" || say refused
+for option in allow_other writeback noxattr accept_loss metrics=9464; do
+    mount -o "remount,$option" "$MOUNTPOINT" 2>"$HELPERS/why" || say refused
+    grep -c "$option cannot be set while the store is mounted" "$HELPERS/why"
+done
 exec 3>"$MOUNTPOINT/open"
 mount -o remount,ro "$MOUNTPOINT" || say busy
 exec 3>&-
 mount -o remount,ro "$MOUNTPOINT"
+umount "$MOUNTPOINT"
+mount -t fusestore -o allow_other,writeback "$STORE" "$MOUNTPOINT"
+mount -o remount,ro "$MOUNTPOINT"
+mount -o remount,rw,writeback "$MOUNTPOINT"
+say "again: $(options)"
 umount "$MOUNTPOINT"
 mount -t fusestore -o ro,strictatime,lazytime "$STORE" "$MOUNTPOINT"
 mount -o remount,rw "$MOUNTPOINT" || say refused
@@ -486,7 +495,9 @@ def test_a_mount_can_be_remounted(make_store: MakeStore, tmp_path: Path, names: 
         "nosuid,nodev,noexec: rw,nosuid,nodev,noexec,noatime",
         "suid,dev,exec: rw,noatime",
         "refused",
+        *("refused", "1") * 5,
         "busy",
+        "again: rw,noatime",
         "refused",
     ]
 

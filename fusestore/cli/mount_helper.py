@@ -89,7 +89,7 @@ def mount(
 
 def _remount(mountpoint: Path, options: list[str], *, sloppy: bool, fake: bool) -> None:
     """Change the kernel's options of a mount; a mount that turns read-only is committed."""
-    from ..config.remount_options import remount_flags
+    from ..config.remount_options import check_fixed, fixed_options, remount_flags
     from ..errors import FusestoreError, StoreBusyError
     from ..serve.control_client import ControlClient
     from ..serve.messages.mount import StatusRequest
@@ -99,12 +99,15 @@ def _remount(mountpoint: Path, options: list[str], *, sloppy: bool, fake: bool) 
     there = mounts.find(place)
     if there is None:
         raise UsageError(f"No store is mounted on {place}.")
-    flags = remount_flags(options, sloppy=sloppy)
+    flags, fixed = remount_flags(options, sloppy=sloppy), fixed_options(options)
     read_only = bool(flags & 1)
-    if not read_only and ControlClient(there.store).ask(StatusRequest()).read_only:
-        raise FusestoreError(
-            f"The daemon of {place} is read-only: unmount it, and mount it again without `ro`."
-        )
+    if fixed or not read_only:
+        status = ControlClient(there.store).ask(StatusRequest())
+        check_fixed(fixed, status.mount.options if status.mount else "")
+        if status.read_only and not read_only:
+            raise FusestoreError(
+                f"The daemon of {place} is read-only: unmount it, and mount it again without `ro`."
+            )
     if fake:
         return
     try:

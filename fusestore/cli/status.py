@@ -78,6 +78,7 @@ _NOT_MOUNTED = {
     "dead_mount": None,
     "pid": None,
     "metrics": None,
+    "options": None,
 }
 
 

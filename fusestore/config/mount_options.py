@@ -41,9 +41,14 @@ def _is_of_fstab(option: str) -> bool:
     return option in _OF_FSTAB or option.startswith(_OF_FSTAB_WITH_VALUES)
 
 
+def is_own(option: str) -> bool:
+    """Return whether it is an option that other file systems do not have, or `ro`."""
+    return option in _OWN or option.startswith(_METRICS)
+
+
 def is_known(option: str) -> bool:
     """Return whether it is an option of a mount, or one that only mount(8) and systemd use."""
-    ours = option in {*_OWN, *_SWITCHES, *_IGNORED, "rw"} or option.startswith(_METRICS)
+    ours = is_own(option) or option in {*_SWITCHES, *_IGNORED, "rw"}
     return ours or _is_of_fstab(option)
 
 

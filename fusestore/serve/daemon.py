@@ -128,6 +128,7 @@ class _Daemon:
             mountpoint=str(self._mountpoint),
             pid=os.getpid(),
             metrics=self._url,
+            options=str(self._options),
         )
 
     @contextmanager

@@ -146,6 +146,8 @@ class MountStatus:
     pid: int
     metrics: str | None
     """The address of the status page, if there is one."""
+    options: str = ""
+    """The mount options, as after `-o`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
