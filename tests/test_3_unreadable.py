@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -519,6 +520,29 @@ async def test_a_mount_never_starts_an_empty_store_over_data(
             shutil.rmtree(node.path / folder)
     with pytest.raises(MetadataError, match="mounting would start an empty store"):
         await read(config)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+async def test_a_disk_of_the_metadata_that_is_not_mounted_is_mentioned(
+    config: StoreConfig, tmp_path: Path, elsewhere: bool
+) -> None:
+    await write(config, made("kept", "a"))
+    metadata = tmp_path / "disk" / "metadata"
+    if elsewhere:
+        metadata.parent.mkdir()
+        config.metadata.rename(metadata)
+        config = replace(config, metadata=metadata)
+        assert await read(config) == made("kept", "a")
+    config.metadata.rename(tmp_path / "unmounted")
+    with pytest.raises(MetadataError, match="the metadata is gone") as refused:
+        await read(config)
+    assert (
+        f"if the disk of {metadata} is not mounted, mount it" in str(refused.value)
+    ) is elsewhere
+    assert f"run 'fusestore recover {config.store}'" in str(refused.value)
+    config.metadata.rmdir()
+    (tmp_path / "unmounted").rename(config.metadata)
+    assert await read(config) == made("kept", "a")
 
 
 async def test_an_empty_database_never_becomes_a_store_that_holds_data(

@@ -50,9 +50,12 @@ def load_checkpoint(log: Log, config: StoreConfig) -> LogPosition:
     for member in members.all:
         for run, what in ((SegmentKind.JOURNAL, "a journal"), (SegmentKind.SHARDS, "shards")):
             if member.is_open and member.node.segments(run):
+                place, elsewhere = config.metadata, ""
+                if not place.is_relative_to(config.store):
+                    elsewhere = f"if the disk of {place} is not mounted, mount it; if it is lost, "
                 raise MetadataError(
                     f"Node {member.name} holds {what}, but the metadata is gone: mounting would "
-                    f"start an empty store; run 'fusestore recover {config.store}'."
+                    f"start an empty store; {elsewhere}run 'fusestore recover {config.store}'."
                 )
     for member in members.all:
         if not member.is_open:
