@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -130,3 +131,30 @@ def test_a_disk_can_be_unmounted_at_once_whatever_befell_it(
         disks.check("r1")
         store.cli("node", "online", store.store, "r1")
         assert store.status()["healthy"]
+
+
+@pytest.mark.expects_log(ONLY_READ, UNREAD_FILE, "No metadata dump")
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_status_says_how_to_free_the_disks_that_turned_read_only(
+    store: Store, disks: Disks, count: int
+) -> None:
+    write(store, "a")
+    for name in REGIONS[:count]:
+        disks.turn_read_only(name)
+    with contextlib.suppress(OSError):
+        write(store, "b")
+    advised = [f"'fusestore node offline {store.store} {name}'" for name in REGIONS[:count]]
+    deadline = time.monotonic() + 40
+    while not all(text in store.cli("status", store.store, check=False).stdout for text in advised):
+        assert time.monotonic() < deadline, store.status()
+        time.sleep(0.5)
+    for name in REGIONS[:count]:
+        store.cli("node", "offline", store.store, name)
+    for name in REGIONS[:count]:
+        disks.check(name)
+        store.cli("node", "online", store.store, name)
+    write(store, "c")
+    assert (store.mountpoint / "a").read_bytes() == b"a" * MIB
+    while not store.status()["healthy"]:
+        assert time.monotonic() < deadline, store.status()
+        time.sleep(0.5)

@@ -66,6 +66,14 @@ def _unread(log: Log) -> str:
     return ""
 
 
+def read_only_advice(config: StoreConfig, member: Member) -> str:
+    """Return a sentence, after a space, for a node whose file system is read-only."""
+    return (
+        " It is used again when its file system is writable; before you unmount its disk, run "
+        f"'fusestore node offline {config.store} {member.name}'."
+    )
+
+
 class Reporter:
     """Reports the state of the parts of an open store."""
 
@@ -224,6 +232,9 @@ class Reporter:
 
     def _node(self, member: Member, missing: int) -> dict[str, Any]:
         space = member.space if not member.out_of_use else None
+        error = member.standing.error or (member.lacks_room if missing else "")
+        if error and member.standing.read_only and not self._log.read_only:
+            error += read_only_advice(self._config, member)
         return {
             "name": member.name,
             "region": member.config.region,
@@ -232,7 +243,7 @@ class Reporter:
             "draining": member.config.draining,
             "state": str(member.state),
             "in_sync": member.in_sync,
-            "error": member.standing.error or (member.lacks_room if missing else ""),
+            "error": error,
             "bytes_used": member.used if space else 0,
             "bytes_free": space.free if space else 0,
             "bytes_total": space.total if space else 0,

@@ -30,7 +30,7 @@ from ..repair.resume import Resumption
 from ..repair.scrub import Scrubber
 from ..write.writer import Writer
 from .make_room import RoomMaker
-from .report import Reporter
+from .report import Reporter, read_only_advice
 
 logger = logging.getLogger(__name__)
 
@@ -109,10 +109,7 @@ class Store:
         if member.config.offline:  # its error has the remedy
             return ""
         if member.standing.read_only:
-            return (
-                " It is used again when its file system is writable; before you unmount its disk, "
-                f"run 'fusestore node offline {self.config.store} {member.name}'."
-            )
+            return read_only_advice(self.config, member)
         if member.state is not State.DOWN:
             return ""  # it is brought back
         return (
