@@ -90,8 +90,9 @@ class Limits:
     """How often a write that found a device full is tried again."""
     full_seconds_max: float = 10.0
     """How long a caller of fsync, or an unmount, waits for a device that is full."""
-    room_waits_max: int = 12
-    """Requests that wait at a time until freed room can be used again; more get ENOSPC."""
+    room_waits_max: int = 24
+    """Requests that wait at a time until freed room can be used again; more get ENOSPC, as others
+    must be served meanwhile."""
     map_bytes: int = 1 << 40
     """Address space reserved for the metadata database; the file grows as needed."""
     metadata_preallocate_bytes: int = 8 * MIB

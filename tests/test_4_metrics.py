@@ -147,9 +147,6 @@ async def test_the_wrapper_counts_answers_and_errors(monkeypatch: pytest.MonkeyP
                 raise error
             return "fine"
 
-        async def make_room(self) -> bool:
-            return False
-
     some = Handlers().some
     assert await some(None) == "fine"
     for error in (NoEntryError(""), NoSpaceError(""), FUSEError(errno.EPERM), ValueError("odd")):

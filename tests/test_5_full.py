@@ -10,6 +10,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -373,6 +374,41 @@ def test_a_full_store_bears_changes_that_only_rewrite(
     is_well(store)
     store.umount()
     assert store.cli("fsck", store.store).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "mib"), [("tmpfs", 8, 1), ("tmpfs", 22, 1), ("ext4", 4, 4)]
+)
+def test_programs_that_delete_and_write_at_the_same_time_all_find_room(
+    disks: Disks,
+    on_disks: Callable[..., tuple[Store, list[Path]]],
+    kind: str,
+    count: int,
+    mib: int,
+) -> None:
+    make = disks.tmpfs if kind == "tmpfs" else disks.ext4
+    store, _ = on_disks(make("d", 300))
+    names = []
+    with pytest.raises(OSError, match="No space left"):
+        for number in itertools.count():
+            put(store.mountpoint / f"f{number}", BLOCK * mib)
+            names.append(f"f{number}")
+
+    def replace(own: list[str]) -> None:
+        for name in own:  # punched holes free whole blocks only: it is a little smaller
+            (store.mountpoint / name).unlink()
+            put(store.mountpoint / f"{name}.new", (BLOCK * mib)[: -48 * 1024])
+
+    with ThreadPoolExecutor(count) as pool:
+        done = [pool.submit(replace, names[number::count][:6]) for number in range(count)]
+        for one in done:
+            one.result(120)
+    is_well(store)
+    began = time.monotonic()
+    with pytest.raises(OSError, match="No space left"):  # it is full all the same
+        for number in range(20):
+            put(store.mountpoint / f"more{number}", BLOCK)
+    assert time.monotonic() - began < 8
 
 
 # --- smaller disks -----------------------------------------------------------

@@ -20,6 +20,7 @@ from time import perf_counter_ns
 from typing import Any, TypeVar, cast
 
 import pyfuse3
+import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext
 
 from .. import errors
@@ -83,23 +84,25 @@ async def _again(
     handler: Callable[..., Awaitable[Any]], args: tuple[Any, ...], error: errors.FusestoreError
 ) -> Any:
     """Call a handler again once there may be the room that it lacked; raise `error` if not."""
-    made, mount = False, args[0]
+    made, mount, tries = False, args[0], 0
+    if not isinstance(mount, Operations):
+        raise error
+    until = trio.current_time() + mount.full_seconds_max
     while True:
-        if made or not isinstance(mount, Operations):
-            raise error
         if isinstance(error, errors.BacklogError):
             await mount.catch_up()
         elif isinstance(error, errors.QuotaError):
+            if made:
+                raise error
             await mount.remove_deleted()  # a deleted file counts until it is removed
             made = True
-        elif await mount.make_room():
-            made = True
+        elif trio.current_time() < until and await mount.make_room(again=tries > 0):
+            tries += 1
         else:
             raise error
         try:
             return await handler(*args)
         except _RETRIED as other:
-            made = made and not isinstance(other, errors.BacklogError)
             error = other
 
 
@@ -212,12 +215,20 @@ class Operations(pyfuse3.Operations):
         """Wait until the metadata database has most of the names and attributes."""
         await self._files.catch_up()
 
-    async def make_room(self) -> bool:
-        """Wait for the room of deleted files; return whether a request is to be tried again."""
-        before = self._files.log.counters.files
+    @property
+    def full_seconds_max(self) -> float:
+        """How long a request that finds no room is tried again."""
+        return self._files.log.limits.full_seconds_max
+
+    async def make_room(self, *, again: bool) -> bool:
+        """Wait for the room of deleted files; return whether a request is to be tried again.
+
+        With `again`, it was tried again before.
+        """
+        asked, before = trio.current_time(), self._files.log.counters.files
         await self.remove_deleted()
         removed = self._files.log.counters.files < before
-        return await self._files.make_room(removed=removed)
+        return await self._files.make_room(removed=removed, asked=asked, again=again)
 
     async def remove_deleted(self) -> None:
         """Wait until inodes that have no name and are not in use are removed.

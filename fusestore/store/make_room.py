@@ -2,7 +2,9 @@
 
 Freed room can be used again after a commit, a checkpoint and the removal of the shards.
 These happen by themselves within some seconds.  A request that would fail waits for them
-instead, as it would on other file systems, and is then tried once more.
+instead, as it would on other file systems, and is then tried once more.  When several requests
+wait, another one may take what was freed for this one: it is tried again while anything is being
+freed.
 """
 
 from __future__ import annotations
@@ -37,16 +39,21 @@ class RoomMaker:
         self._nursery = nursery
         self._lock = trio.Lock()
         self._waiting = 0
-        self._measured_at = -math.inf
-        """When the last measurement of all devices began, by trio's clock."""
+        self._measured_at = self._paid_at = -math.inf
+        """When the last measurement of all devices began, and when all that was owed had last been
+        paid, by trio's clock."""
 
-    async def make_room(self, *, removed: bool) -> bool:
-        """Return whether a request should be tried again; `removed` if files were just removed."""
+    async def make_room(self, *, removed: bool, asked: float, again: bool) -> bool:
+        """Return whether a request that found no room should be tried again.
+
+        `asked` is when it found none, by trio's clock, and `removed` is set if files were removed
+        since.  With `again` it was tried again before: then something must be freed now, or have
+        been freed since.
+        """
         limits = self._log.limits
         if self._waiting >= limits.room_waits_max or self._log.broken:
             return False
         self._waiting += 1
-        asked = trio.current_time()
         try:
             if self._log.room.waits:  # what was accepted before is tried again soon
                 with trio.move_on_after(2 * limits.full_retry_seconds):
@@ -54,10 +61,14 @@ class RoomMaker:
                 if self._log.room.waits:
                     return False
             with trio.move_on_after(limits.full_seconds_max):
-                async with self._lock:
+                async with self._lock:  # in order
+                    if self._paid_at > asked:  # others have made room
+                        return True
+                    if again and not removed and not self._reclaimer.has_work:
+                        return False
                     if removed or self._is_owed():
                         return await self._pay()
-                    if self._measured_at < asked:  # others may have made room
+                    if self._measured_at < asked:
                         await self._measure()
                     return True
         finally:
@@ -110,6 +121,7 @@ class RoomMaker:
         await self._reclaimer.passed(passes)
         await self._dumper.done()
         await self._measure()
+        self._paid_at = trio.current_time()
         return True
 
     async def _measure(self) -> None:
