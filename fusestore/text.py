@@ -7,6 +7,11 @@ from collections.abc import Iterator, Sequence
 Row = Sequence[str]
 
 
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """Format a number of things: `1 file`, `2,000 files`; `plural` if that is not noun and `s`."""
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
 def bytes_text(count: int) -> str:
     """Format a number of bytes with a unit: `5.6 GiB`."""
     if count < 1024:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import shlex
 import signal
@@ -47,7 +48,7 @@ from fusestore.serve.launch import prepare_mountpoint
 from fusestore.serve.messages.files import LayoutResult
 from fusestore.serve.messages.safety import RepairDone
 from fusestore.system import mounts
-from fusestore.text import bytes_text
+from fusestore.text import bytes_text, counted
 from fusestore.typed_json import from_json
 from fusestore.watch.fields import Status
 
@@ -256,6 +257,38 @@ def test_mkfs_refuses_with_exit_status_2(tmp_path: Path, arguments: list[str]) -
 def test_mkfs_of_an_unsafe_code_if_asked_to(tmp_path: Path) -> None:
     assert run("mkfs", tmp_path / "s", "--code", "1+0", "--allow-unsafe").exit_code == 0
     assert load(tmp_path / "s").allow_unsafe
+
+
+# --- numbers ------------------------------------------------------------------
+
+
+def test_nouns_agree_with_their_numbers() -> None:
+    assert [counted(n, "file") for n in (0, 1, 2, 2000)] == [
+        "0 files",
+        "1 file",
+        "2 files",
+        "2,000 files",
+    ]
+    assert counted(1, "loss", "losses") == "1 loss"
+    assert counted(3, "stripe lacks", "stripes lack") == "3 stripes lack"
+
+
+NEVER_ONE = ("files with the names of journal segments", "shards are too few")
+
+
+@pytest.mark.parametrize("package", ["fusestore", "nodes"])
+def test_no_text_counts_by_hand(package: str) -> None:
+    """A number before a plural that may be 1; limits and what is named twice are no counts."""
+    nouns = "files|regions|stripes|findings|shards|rows|segments|commits|operations|extents"
+    by_hand = re.compile(rf"\{{(?:[^{{}}]*:,|len\([^{{}}(]*\))\}} ({nouns})\b|%d ({nouns})\b")
+    found = [
+        f"{path}: {line.strip()}"
+        for path in (REPOSITORY / package).rglob("*.py")
+        if "bench" not in path.parts
+        for line in path.read_text().splitlines()
+        if by_hand.search(line) and not any(text in line for text in NEVER_ONE)
+    ]
+    assert found == [], found
 
 
 # --- mountinfo ---------------------------------------------------------------
@@ -561,7 +594,7 @@ def test_repair_says_what_it_will_do_and_what_it_did(
     assert result.exit_code == 0
     assert "1,300 stripes, 0 B to check, 1,234 shards (572.2 MiB) to rebuild" in result.stdout
     assert "572.2 MiB from us-west-1" in result.stdout
-    assert "1 shards cannot be rebuilt" in result.stdout
+    assert "1 shard cannot be rebuilt" in result.stdout
     assert "1,234 shards rebuilt and checked, 572.2 MiB in 2.0 s (300.0 MB/s)" in result.stdout
     assert result.stderr == ""
     assert json.loads(run("repair", store, "us-east-1", "--json").stdout) == done

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..text import Row, bytes_text, table_lines
+from ..text import Row, bytes_text, counted, table_lines
 from .asking import JSON, PATH, answering, print_json, print_lines
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def layout_lines(path: str, layout: LayoutResult) -> Iterator[str]:
     stripes = layout.stripes
     yield (
         f"{path}: {bytes_text(layout.size)}, code {layout.code}, "
-        f"{len(layout.extents)} extents in {len(stripes)} stripes"
+        f"{counted(len(layout.extents), 'extent')} in {counted(len(stripes), 'stripe')}"
     )
     yield _presence(stripes)
     if not layout.extents:
@@ -97,9 +97,13 @@ def _presence(stripes: dict[str, StripePlace]) -> str:
     states = [stripe["state"] for stripe in stripes.values()]
     waiting = states.count("open")
     bad = [state for state in states if state not in GOOD_STATES]
-    text = "All shards are present" if not bad else f"{len(bad)} stripes lack shards"
+    text = (
+        "All shards are present"
+        if not bad
+        else f"{counted(len(bad), 'stripe lacks', 'stripes lack')} shards"
+    )
     if waiting:
-        text += f"; {waiting} {'stripe is' if waiting == 1 else 'stripes are'} still open"
+        text += f"; {counted(waiting, 'stripe is', 'stripes are')} still open"
     return text + "."
 
 

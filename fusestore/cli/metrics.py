@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..text import Row, bytes_text, duration_text, table_lines
+from ..text import Row, bytes_text, counted, duration_text, table_lines
 from .asking import JSON, STORE, answering, print_json, print_lines
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _lines(counts: MetricsResult) -> Iterator[str]:
     since = time.strftime("%Y-%m-%d %H:%M", time.localtime(counts.since))
     total = sum(row.count for row in counts.operations)
     yield (
-        f"{total:,} operations since {since}, "
+        f"{counted(total, 'operation')} since {since}, "
         f"while mounted for {duration_text(counts.mounted_seconds)}."
     )
     if not total:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..text import bytes_text, speed_text, table_lines
+from ..text import bytes_text, counted, speed_text, table_lines
 from .asking import (
     ANY_PATH,
     JSON,
@@ -279,7 +279,7 @@ def rebalance_line(row: Rebalance) -> str:
     """Report the progress or the result of a rebalance."""
     if row.state == "never":
         return "This store was never rebalanced."
-    moved = f"{row.shards:,} shards moved and checked, {bytes_text(row.size)}"
+    moved = f"{counted(row.shards, 'shard')} moved and checked, {bytes_text(row.size)}"
     if row.state == "done":
         speed = speed_text(row.size, row.finished - row.started)
         return f"Rebalance done: {moved} in {speed}."

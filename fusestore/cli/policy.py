@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..text import Row, bytes_text, duration_text, table_lines
+from ..text import Row, bytes_text, counted, duration_text, table_lines
 from .asking import (
     ANY_PATH,
     JSON,
@@ -299,9 +299,10 @@ def policy_line(path: str, policy: dict[str, Any], mountpoint: str) -> str:
     if policy["set_on"] is not None:
         origin = f"set on {mountpoint.rstrip('/')}{policy['set_on']}".rstrip("/")
     shards, borne = policy["shards_borne"], policy["regions_borne"]
+    regions = counted(policy["regions"], "region")
     return (
-        f"{path}: {policy['code']}, {origin}; survives the loss of any {borne} of "
-        f"{policy['regions']} regions, and of any {shards} shard{'s'[: shards != 1]} of a stripe."
+        f"{path}: {policy['code']}, {origin}; survives the loss of any {borne} of {regions}, and "
+        f"of any {counted(shards, 'shard')} of a stripe."
     )
 
 
@@ -311,9 +312,9 @@ def recode_line(job: Recoding) -> str:
     what = f"{job.path} to {to}: {bytes_text(job.recoded)} recoded"
     if job.state != "running":
         unreadable = f", {job.unreadable:,} could not be read" if job.unreadable else ""
-        return f"{what}, {job.files:,} files looked at{unreadable}; {job.state}."
+        return f"{what}, {counted(job.files, 'file')} looked at{unreadable}; {job.state}."
     size = f"{bytes_text(job.size)} of {bytes_text(job.total)}"
-    far = f"{job.files:,} of {job.total_files:,} files, {size} looked at"
+    far = f"{job.files:,} of {counted(job.total_files, 'file')}, {size} looked at"
     if job.waits_for:
         return f"{what}, {far}; waiting: {job.waits_for}"
     left = job.seconds_left

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..text import bytes_text, speed_text
+from ..text import bytes_text, counted, speed_text
 from .asking import (
     ANY_PATH,
     JSON,
@@ -114,29 +114,30 @@ def repair(
 def plan_lines(plan: RepairPlan) -> Iterator[str]:
     """Describe the plan of a repair."""
     yield (
-        f"{plan.node} at {plan.path}: {plan.stripes:,} stripes, "
-        f"{bytes_text(plan.bytes_to_check)} to check, {plan.shards_to_rebuild:,} shards "
+        f"{plan.node} at {plan.path}: {counted(plan.stripes, 'stripe')}, "
+        f"{bytes_text(plan.bytes_to_check)} to check, {counted(plan.shards_to_rebuild, 'shard')} "
         f"({bytes_text(plan.bytes_to_rebuild)}) to rebuild"
     )
     if plan.reads:
         reads = ", ".join(f"{bytes_text(size)} from {name}" for name, size in plan.reads.items())
         yield f"  reads: {reads}"
     if plan.weak_stripes:
-        yield f"  first: {plan.weak_stripes:,} stripes that also lack other shards"
+        one, many = "stripe that also lacks", "stripes that also lack"
+        yield f"  first: {counted(plan.weak_stripes, one, many)} other shards"
     if plan.hopeless_shards:
-        yield f"  {plan.hopeless_shards:,} shards cannot be rebuilt: too many others are lost"
+        hopeless = counted(plan.hopeless_shards, "shard")
+        yield f"  {hopeless} cannot be rebuilt: too many others are lost"
 
 
 def repair_line(node: str, done: RepairDone) -> str:
     """Report the result and the speed of a repair."""
-    shards = f"{done.shards_rebuilt:,} shards rebuilt and checked"
+    shards = f"{counted(done.shards_rebuilt, 'shard')} rebuilt and checked"
     if done.shards_copied:
-        shards = (
-            f"{done.shards_copied:,} shards copied, {done.shards_rebuilt:,} rebuilt, all checked"
-        )
+        copied = counted(done.shards_copied, "shard")
+        shards = f"{copied} copied, {done.shards_rebuilt:,} rebuilt, all checked"
     line = f"{node}: {shards}, {bytes_text(done.bytes)} in {speed_text(done.bytes, done.seconds)}"
     if done.unrepairable:
-        line += f"; {len(done.unrepairable):,} files cannot be repaired"
+        line += f"; {counted(len(done.unrepairable), 'file')} cannot be repaired"
         if done.away:
             line += f" while {', '.join(done.away)} cannot be read"
     return line + "."

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..text import bytes_text, speed_text
+from ..text import bytes_text, counted, speed_text
 from .asking import (
     ANY_PATH,
     JSON,
@@ -140,12 +140,16 @@ def fsck(context: click.Context, store: Path, repair: bool, as_json: bool) -> No
 
 def _verdict(result: FsckResult, repair: bool) -> list[str]:
     count = len(result.findings)
-    about = f"{result.files:,} files and {result.stripes:,} stripes checked"
+    about = f"{counted(result.files, 'file')} and {counted(result.stripes, 'stripe')} checked"
     if result.lost_bytes:
-        about += f", {result.lost_bytes:,} bytes known to be lost"
+        about += f", {counted(result.lost_bytes, 'byte')} known to be lost"
     if result.clean:
         return [f"Clean: {about}."]
-    lines = [f"{count:,} findings, {_what_repair_does(result, repair)}: {about}."] if count else []
+    lines = (
+        [f"{counted(count, 'finding')}, {_what_repair_does(result, repair)}: {about}."]
+        if count
+        else []
+    )
     if not count:
         lines.append(f"The tables agree, but not all files can be read: {about}.")
     if result.unreadable:
@@ -158,7 +162,9 @@ def _verdict(result: FsckResult, repair: bool) -> list[str]:
 
 def _what_repair_does(result: FsckResult, repair: bool) -> str:
     count, left, losses = len(result.findings), len(result.left), result.losses
-    recorded = f", except {losses:,} losses, which it can only record" if losses else ""
+    recorded = (
+        f", except {counted(losses, 'loss', 'losses')}, which it can only record" if losses else ""
+    )
     if result.hindrances:
         return f"{'mended' if repair else '--repair mends'} none while: {result.hindrances[0]}"
     if repair and left:
@@ -186,8 +192,9 @@ def recovery_lines(result: dict[str, Any]) -> Iterator[str]:
     """Report what was recovered, and from which nodes."""
     speed = speed_text(result["journal_bytes"], result["seconds"])
     there = sum(node["found"] for node in result["nodes"])
+    files = counted(result["files"], "file")
     yield (
-        f"{result['store']}: recovered to commit {result['commit']}: {result['files']:,} files, "
+        f"{result['store']}: recovered to commit {result['commit']}: {files}, "
         f"{bytes_text(result['bytes'])}, from the journals of {there} of {len(result['nodes'])} "
         f"nodes: {bytes_text(result['journal_bytes'])} in {speed}."
     )

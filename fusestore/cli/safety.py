@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..text import bytes_text, speed_text
+from ..text import bytes_text, counted, speed_text
 from .asking import JSON, QUIET, STORE, do, print_lines, print_paths, rate_option
 
 if TYPE_CHECKING:
@@ -183,10 +183,10 @@ def scrub_line(scrub: Scrub) -> str:
 
     if scrub.state == "never":
         return "This store was never scrubbed."
-    read = f"{scrub.shards:,} shards read and verified, {bytes_text(scrub.size)}"
+    read = f"{counted(scrub.shards, 'shard')} read and verified, {bytes_text(scrub.size)}"
     found = found_text(scrub)
     if scrub.state != "done":
-        stripes = f"{scrub.stripes:,} of {scrub.total:,} stripes"
+        stripes = f"{scrub.stripes:,} of {counted(scrub.total, 'stripe')}"
         return f"{scrub.state}: {stripes}: {read}, {found}."
     speed = speed_text(scrub.size, scrub.finished - scrub.started)
     return f"done {finished_text(scrub)}: {read} in {speed}, {found}{left_over_text(scrub)}."
@@ -196,27 +196,28 @@ def risk_lines(risk: RiskResult) -> Iterator[str]:
     """Report how many more losses the data would survive."""
     without = f" without {', '.join(risk.if_lost)}" if risk.if_lost else ""
     if risk.lost_stripes:
-        yield f"{len(risk.lost):,} files would be lost{without}."
+        yield f"{counted(len(risk.lost), 'file')} would be lost{without}."
     elif risk.next_region_loses:
-        count = len(risk.next_region_loses)
-        yield f"Nothing is lost{without}, but one more region would take {count:,} files with it."
+        files = counted(len(risk.next_region_loses), "file")
+        yield f"Nothing is lost{without}, but one more region would take {files} with it."
     else:
         least = min(map(int, risk.by_regions), default=0)
         more = "any one more region may be lost"
         if least > 1:
-            more = f"any {least} more regions may be lost"
+            more = f"any {counted(least, 'more region')} may be lost"
         yield (
             f"Nothing is lost{without}, and {more}." if risk.stripes else "There is no data yet."
         )
     for what, counts in (("region", risk.by_regions), ("shard", risk.by_shards)):
         for losses, stripes in counts.items():
-            share = f"{stripes:,} of {risk.stripes:,} stripes"
+            share = f"{stripes:,} of {counted(risk.stripes, 'stripe')}"
             if losses == "0":
                 yield f"  {share} would not survive the loss of one more {what}"
             else:
-                more = f"{losses} more {what}{'s'[: losses != '1']}"
-                yield f"  {share} survive the loss of any {more}"
-    yield f"  the metadata is in {risk.metadata_regions} regions besides its own place"
+                survive = "survives" if stripes == 1 else "survive"
+                more = counted(int(losses), f"more {what}")
+                yield f"  {share} {survive} the loss of any {more}"
+    yield f"  the metadata is in {counted(risk.metadata_regions, 'region')} besides its own place"
     if risk.model is not None:
         yield from model_lines(risk.model)
 
@@ -240,7 +241,7 @@ def model_lines(model: LossModel) -> Iterator[str]:
 def drill_line(drill: DrillResult) -> str:
     """Report the result of a drill."""
     read = (
-        f"{drill.stripes:,} stripes, {bytes_text(drill.bytes)}, read without "
+        f"{counted(drill.stripes, 'stripe')}, {bytes_text(drill.bytes)}, read without "
         f"{drill.region} in {speed_text(drill.bytes, drill.seconds)}"
     )
     if drill.failed_stripes:

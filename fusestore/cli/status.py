@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import FusestoreError
-from ..text import Row, bytes_text, duration_text, printable, table_lines
+from ..text import Row, bytes_text, counted, duration_text, printable, table_lines
 from .asking import JSON, STORE, answering, ask, print_json, print_lines
 from .nodes import state_text
 from .policy import recode_line
@@ -231,7 +231,7 @@ def _mounted_text(view: StoreView) -> str:
 
 def _files_text(status: Status) -> str:
     return (
-        f"{status.files:,}, {bytes_text(status.bytes)} in {status.stripes:,} stripes; "
+        f"{status.files:,}, {bytes_text(status.bytes)} in {counted(status.stripes, 'stripe')}; "
         f"{bytes_text(status.bytes_free)} more will fit"
     )
 

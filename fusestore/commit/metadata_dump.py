@@ -23,6 +23,7 @@ from ..limits import MIB
 from ..log.log import Log
 from ..nodes.base import Node
 from ..system import threads
+from ..text import counted
 from .committer import Committer
 from .row_check import examine
 
@@ -160,7 +161,11 @@ class MetadataDumper:
         with self._log.engine.view() as view:
             found = await threads.run_sync(examine, view)
         if not found.is_right:
-            what = f"{len(found.bad)} rows do not match their checksums"
+            what = counted(
+                len(found.bad),
+                "row does not match its checksum",
+                "rows do not match their checksums",
+            )
             if found.miscounted:
                 what += f", and the sums of {', '.join(found.miscounted)} are wrong"
             raise DamagedMetadataError(f"The metadata is damaged: {what}.")

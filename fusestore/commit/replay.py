@@ -26,6 +26,7 @@ from ..log.journal import Entry, Journals, Unreadable, is_void, make_readable
 from ..log.journal_scan import read_journals
 from ..log.log import Log
 from ..members.member import Member
+from ..text import counted
 from .commit_shards import UndecidedError, counts, flush_shards
 
 logger = logging.getLogger(__name__)
@@ -127,9 +128,13 @@ class _Replay:
                 result, f"It is unknown whether a commit followed commit {last.commit}"
             )
         if result.dropped:
-            logger.warning(
-                "%d commits that were never acknowledged are dropped.", len(result.dropped)
+            one, many = "commit that was", "commits that were"
+            dropped = counted(
+                len(result.dropped),
+                f"{one} never acknowledged is",
+                f"{many} never acknowledged are",
             )
+            logger.warning("%s dropped.", dropped)
         skipped = EPOCHS_SKIPPED if result.lossy else 0
         epoch = max(start.epoch, journals.epoch) + skipped
         if result.lossy:

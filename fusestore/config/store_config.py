@@ -25,6 +25,7 @@ from ..format.store_rows import NEVER_WHOLE, NodeRow, encode_nodes
 from ..limits import DEFAULTS, VALUE_BYTES_MAX, Limits
 from ..system import mounts
 from ..system.strict_toml import Table
+from ..text import counted
 from .mount_options import parse_address
 from .owner_record import Mount
 
@@ -147,8 +148,8 @@ def _too_long(nodes: Sequence[NodeConfig]) -> str | None:
     if length <= VALUE_BYTES_MAX:
         return None
     return (
-        f"The names and paths of {len(nodes)} nodes take {length:,} bytes, but a store has "
-        f"only {VALUE_BYTES_MAX:,}: shorten them, or use fewer nodes."
+        f"The names and paths of {counted(len(nodes), 'node')} take {length:,} bytes, but a store "
+        f"has only {VALUE_BYTES_MAX:,}: shorten them, or use fewer nodes."
     )
 
 

@@ -19,6 +19,7 @@ from ..errors import CrossesQuotaError, QuotaError
 from ..format import file_rows
 from ..format.file_rows import NO_LIMIT, Inode, Quota, QuotaState
 from ..log.log import Transaction
+from ..text import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +67,9 @@ def shift(txn: Transaction, *moves: Move, enforce: bool = True) -> None:
 
 def _check(row: Quota, size: int, files: int) -> None:
     if size > 0 and row.bytes_used > row.bytes_max:
-        raise QuotaError(f"The quota of {row.bytes_max} bytes is used up.")
+        raise QuotaError(f"The quota of {counted(row.bytes_max, 'byte')} is used up.")
     if files > 0 and row.files_used > row.files_max:
-        raise QuotaError(f"The quota of {row.files_max} files is used up.")
+        raise QuotaError(f"The quota of {counted(row.files_max, 'file')} is used up.")
 
 
 def put(txn: Transaction, ino: int, row: Quota) -> None:

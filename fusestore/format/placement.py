@@ -22,6 +22,7 @@ from math import log
 
 from xxhash import xxh3_64_intdigest
 
+from ..text import counted
 from .erasure import Code
 
 _STEP = 0.15
@@ -50,7 +51,7 @@ def check_region_rule(code: Code, regions: Sequence[str]) -> str | None:
     if most <= code.m:
         return None
     return (
-        f"Code {code} puts {most} of its {code.n} shards into one of {count} regions, "
+        f"Code {code} puts {most} of its {code.n} shards into one of {counted(count, 'region')}, "
         f"and survives the loss of only {code.m}: the loss of a region would lose data."
     )
 

@@ -35,6 +35,7 @@ from ..log.pace import Pace
 from ..members.member import Member
 from ..members.standing import State
 from ..repair.repairer import Repairer
+from ..text import counted
 from .balance import BALANCED, Balance, Census, Draining, Moves, take_census
 
 logger = logging.getLogger(__name__)
@@ -159,7 +160,9 @@ class Rebalancer:
                 if self._log.members.by_id[node].config is not config:
                     continue  # the draining was cancelled meanwhile
                 if left[node]:
-                    self._notes.setdefault(node, f"{left[node]:,} shards cannot be moved now.")
+                    self._notes.setdefault(
+                        node, f"{counted(left[node], 'shard')} cannot be moved now."
+                    )
                 else:
                     self.drained.add(node)
         self.stuck = {} if told.shards else self._notes

@@ -36,6 +36,7 @@ from ..members.opening import offline_error, open_node
 from ..repair.comeback import Comeback
 from ..repair.repairer import Repairer
 from ..system import threads
+from ..text import counted
 from .balance import Census, take_census
 from .rebalance import Rebalancer
 
@@ -349,8 +350,9 @@ class Topology:
             await self._committer.commit()
             census = await take_census(self._log)
             if census.shards[member.id]:
+                left = counted(census.shards[member.id], "shard")
                 raise UsageError(
-                    f"Node {name} still has {census.shards[member.id]:,} shards: wait until "
+                    f"Node {name} still has {left}: wait until "
                     f"'fusestore node drain {store} {name}' has finished."
                 )
             self._check_without(member, self._codes(census))

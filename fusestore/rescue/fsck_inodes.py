@@ -12,6 +12,7 @@ from ..format.erasure import Code
 from ..format.file_rows import ROOT, Inode
 from ..format.tables import TABLES
 from ..limits import FILE_BYTES_MAX
+from ..text import counted
 from .fsck_findings import Finding, Phase, finding, stale
 from .fsck_names import NameCheck
 from .fsck_quotas import QuotaCheck
@@ -80,7 +81,9 @@ class InodeCheck:
         if inode.allocated != held:
             if inode.allocated > held:
                 self.short[ino] = inode.allocated - held
-            text = f"inode {ino} counts {inode.allocated} bytes of extents, but has {held}"
+            text = (
+                f"inode {ino} counts {counted(inode.allocated, 'byte')} of extents, but has {held}"
+            )
             yield finding(Phase.DERIVED, "inodes", text, "change", ino, allocated=held)
 
     def _form(self, ino: int, inode: Inode) -> Iterator[Finding]:
@@ -90,7 +93,7 @@ class InodeCheck:
             text = f"inode {ino} has an invalid code ({code})"
             yield finding(Phase.DERIVED, "inodes", text, "recode", ino)
         if inode.size > FILE_BYTES_MAX:
-            text = f"inode {ino} has an invalid size of {inode.size} bytes"
+            text = f"inode {ino} has an invalid size of {counted(inode.size, 'byte')}"
             yield finding(Phase.INODES, "inodes", text, "resize", ino)
         if kind == stat.S_IFLNK:
             target = self._store.row(file_rows.target_key(ino))
@@ -98,7 +101,8 @@ class InodeCheck:
                 text = f"symbolic link {ino} has no target"
                 yield finding(Phase.INODES, "targets", text, "lose_target", ino)
             elif len(target) != inode.size:
-                text = f"symbolic link {ino} has {inode.size} bytes, but its target {len(target)}"
+                size = counted(inode.size, "byte")
+                text = f"symbolic link {ino} has {size}, but its target {len(target)}"
                 yield finding(Phase.DERIVED, "inodes", text, "change", ino, size=len(target))
 
     def attributes(self) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from ..format import file_rows
 from ..format.file_rows import ROOT, Inode, Quota, QuotaState
+from ..text import counted
 from .fsck_findings import Finding, Phase, finding
 from .fsck_view import StoreView
 
@@ -104,8 +105,8 @@ class QuotaCheck:
         text, mended = "", row
         if (row.bytes_used, row.files_used) != (size, files):
             text = (
-                f"the quota of {ino} counts {row.bytes_used} bytes and {row.files_used} "
-                f"inodes, but has {size} and {files}"
+                f"the quota of {ino} counts {counted(row.bytes_used, 'byte')} and "
+                f"{counted(row.files_used, 'inode')}, but has {size} and {files}"
             )
             mended = replace(row, bytes_used=size, files_used=files)
         elif row.state is QuotaState.ACTIVE and not is_directory:

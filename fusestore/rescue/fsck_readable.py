@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from ..format import stripe_rows
 from ..format.records import HEADER_BYTES
 from ..format.stripe_rows import ShardPlace, Stripe
+from ..text import counted
 from .fsck_view import StoreView
 
 
@@ -21,7 +22,7 @@ def unreadable(view: StoreView) -> list[str]:
         return []
     away = [name for node, name in view.nodes.items() if node not in view.segment_bytes]
     why = f" while {', '.join(away)} cannot be read" if away else ""
-    what = f"{count:,} stripes have too few shards to be read{why}"
+    what = f"{counted(count, 'stripe has', 'stripes have')} too few shards to be read{why}"
     return [f"unreadable: {what}; 'fusestore risk' names their files"]
 
 

@@ -8,6 +8,7 @@ from ..format.segment_numbers import GAP_MAX, segment_path
 from ..members.member import Member
 from ..nodes.base import Strays
 from ..store.store import Store
+from ..text import counted
 
 _FAR_NAMED_MAX = 3
 """The most files with numbers out of reach that are named for each node."""
@@ -29,9 +30,10 @@ async def strays(store: Store) -> list[str]:
             continue
         if others.count:
             more = ", …" if others.count > len(others.names) else ""
+            files, are = counted(others.count, "file"), "is" if others.count == 1 else "are"
             found.append(
-                f"node {member.name}: {others.count:,} files in {member.config.path} are not of "
-                f"this store, and are ignored: {', '.join(others.names)}{more}"
+                f"node {member.name}: {files} in {member.config.path} {are} not of this store, and "
+                f"{are} ignored: {', '.join(others.names)}{more}"
             )
     return found
 

@@ -12,6 +12,7 @@ from ..format import stripe_rows
 from ..format.records import HEADER_BYTES, record_length
 from ..format.stripe_rows import SegmentState, ShardPlace, Stripe
 from ..limits import RECORD_ALIGN_BYTES, SHARD_SEGMENT_BYTES
+from ..text import counted
 from .fsck_extents import ExtentCheck
 from .fsck_findings import Finding, Phase, finding, stale
 from .fsck_view import StoreView
@@ -162,7 +163,7 @@ class StripeCheck:
             yield finding(Phase.EXTENTS, "stripes", text, "unwrite", stripe, shard)
         if gone:
             name = self._store.nodes[node]
-            text = f"segment {number} of node {name} has lost {len(gone)} shards"
+            text = f"segment {number} of node {name} has lost {counted(len(gone), 'shard')}"
             yield finding(Phase.DERIVED, "segments", text, "owe_all", node, gone)
 
     def _counts(

@@ -13,6 +13,7 @@ from ..log.lineage import Lineage, lineage
 from ..members.member import Member
 from ..members.opening import shard_sizes
 from ..members.standing import State
+from ..text import counted
 from .store import Store
 
 logger = logging.getLogger(__name__)
@@ -86,11 +87,11 @@ def take_over(store: Store, member: Member, found: NodeContents) -> list[int]:
     far = sorted(found.shards.keys() - set(near))
     if far:
         logger.warning(
-            "Node %s (%s) holds %d files with numbers that this store has not reached, from %s to "
-            "%s: they are ignored.",
+            "Node %s (%s) holds %s with numbers that this store has not reached, from %s to %s: "
+            "ignored.",
             member.name,
             member.config.path,
-            len(far),
+            counted(len(far), "file"),
             segment_path(SegmentKind.SHARDS, far[0]),
             segment_path(SegmentKind.SHARDS, far[-1]),
         )

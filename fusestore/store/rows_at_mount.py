@@ -21,6 +21,7 @@ from ..members.opening import open_node
 from ..metadata.engine import Engine
 from ..nodes.base import Node
 from ..system import threads
+from ..text import counted
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +66,12 @@ async def mend_rows(config: StoreConfig, engine: Engine, *, read_only: bool) -> 
         others = ", ".join(examined.miscounted)
         hint = " Bring all nodes back, or run 'fusestore recover'."
         logger.error(
-            "The metadata is damaged (%d rows do not match their checksum%s), and the journals do "
-            "not give the right values: %s%s",
-            len(examined.bad),
+            "The metadata is damaged (%s%s), and the journals do not give the right values: %s%s",
+            counted(
+                len(examined.bad),
+                "row does not match its checksum",
+                "rows do not match their checksums",
+            ),
             f"; rows are gone or old in {others}" if others else "",
             error,
             hint if isinstance(error, ReplayError) else "",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..text import bytes_text, duration_text
+from ..text import bytes_text, counted, duration_text
 from ..typed_json import from_json
 from .fields import MountStatus, Quarantine, Recoding, Scrub, Status
 
@@ -32,7 +32,7 @@ def verdict(status: Status) -> str:
     if away:
         problems.append(f"{', '.join(away)} {'is' if len(away) == 1 else 'are'} not up")
     if missing:
-        problems.append(f"{missing:,} {'shard is' if missing == 1 else 'shards are'} missing")
+        problems.append(f"{counted(missing, 'shard is', 'shards are')} missing")
     if status.unsafe_codes:
         codes = ", ".join(status.unsafe_codes)
         problems.append(f"code {codes} does not survive the loss of a region")
@@ -75,7 +75,7 @@ def risk_text(status: Status) -> str:
 
 
 def _regions(count: int) -> str:
-    return "one region" if count == 1 else f"{count} regions"
+    return "one region" if count == 1 else counted(count, "region")
 
 
 def repair_text(status: Status) -> str:
@@ -117,9 +117,9 @@ def finished_text(scrub: Scrub) -> str:
 def found_text(scrub: Scrub) -> str:
     """Describe the findings of a scrub."""
     found = f"{scrub.found:,} bad or missing" if scrub.found else ""
-    places = "place" if scrub.unread == 1 else "places"
-    unread = f"{scrub.unread:,} {places} could not be read" if scrub.unread else ""
-    skipped = f"{scrub.skipped:,} shards skipped (their nodes are not up)" if scrub.skipped else ""
+    unread = f"{counted(scrub.unread, 'place')} could not be read" if scrub.unread else ""
+    skipped = counted(scrub.skipped, "shard")
+    skipped = f"{skipped} skipped (on nodes that are not up)" if scrub.skipped else ""
     return ", ".join(filter(None, (found or "nothing found", unread, skipped)))
 
 
@@ -133,7 +133,8 @@ def left_over_text(scrub: Scrub) -> str:
 def quarantine_text(kept: Quarantine) -> str:
     """Describe the segments that are kept although no file is known to need them."""
     return (
-        f"{bytes_text(kept.bytes)} in {kept.segments:,} segments that no file is known to need, "
+        f"{bytes_text(kept.bytes)} in {counted(kept.segments, 'segment')} that no file is known to "
+        "need, "
         f"because {kept.why}; until 'fusestore fsck' on the mounted store finds nothing"
     )
 

@@ -87,7 +87,7 @@ NOT_WHERE_ITS_ROW_SAYS = r"repair\.rebuild: Shard \d+ of stripe \S+ is not where
 SCRUBBED = r"repair\.scrub: Scrub: shard \d+ of stripe \S+ is bad or gone"
 MENDED = r"(row_keeper|rows_at_mount): The metadata is damaged: .* It is mended"
 NOT_MENDED = r"rows_at_mount: The metadata is damaged .* do not give the right values"
-DROPPED = r"commit\.replay: \d+ commits that were never acknowledged are dropped"
+DROPPED = r"commit\.replay: \d+ commits? that w\S+ never acknowledged \S+ dropped"
 SEGMENT_KEPT = r"commit\.stray_segments: Segment \d+ of node \S+ is in no table"
 SEGMENT_IN_USE = r"commit\.reclaim: Segment \d+ of node \S+ was to be freed"
 NOT_IN_TABLES = r"commit\.stray_segments: Segment \d+ of node \S+ is in use but not in the tables"
@@ -98,7 +98,7 @@ JOURNAL_DAMAGED = (
 )
 FOREIGN_FILES = (
     r"nodes\.directory: .* has files that are not segments of this store"
-    r"|node_contents: .* holds \d+ files with numbers that this store has not reached"
+    r"|node_contents: .* holds \d+ files? with numbers that this store has not reached"
     r"|commit\.stray_segments: Segment \d+ of node \S+ is not of this store: it is ignored"
 )
 OTHER_HISTORY = (
