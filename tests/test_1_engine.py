@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -148,6 +149,23 @@ def test_what_is_no_environment_is_refused_in_a_sentence(tmp_path: Path) -> None
     (tmp_path / "data.mdb").write_bytes(b"not a database" * 1000)
     with pytest.raises(MetadataError, match="cannot be opened"):
         Engine(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["fifo", "device", "directory", "link to a fifo"])
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path, what: str) -> None:
+    file = tmp_path / "metadata" / "data.mdb"
+    file.parent.mkdir()
+    if what == "device":
+        os.mknod(file, 0o600 | stat.S_IFCHR, os.makedev(1, 5))
+    elif what == "directory":
+        file.mkdir()
+    elif what == "fifo":
+        os.mkfifo(file)
+    else:
+        os.mkfifo(tmp_path / "fifo")
+        file.symlink_to(tmp_path / "fifo")
+    with pytest.raises(MetadataError, match="not a regular file"):
+        Engine(file.parent)
 
 
 def fails_and_succeeds(engine: Engine, rows: dict[bytes, bytes]) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import DamagedMetadataError
+from ..system.beneath import open_file
 
 _PAGE = struct.Struct("<QHHHH")
 """The page's number, padding, flags, the start and the end of its free room."""
@@ -176,9 +177,13 @@ def check_pages(file: Path) -> int:
     process.  A missing or empty file is valid: LMDB creates it.  Return how many entries the
     pages of the named databases have.
     """
-    if not file.exists() or not file.stat().st_size:
+    try:
+        fd = open_file(file, os.O_RDONLY, follow=True)
+    except FileNotFoundError:
         return 0
-    with file.open("rb") as opened:
+    with open(fd, "rb") as opened:
+        if not os.fstat(fd).st_size:
+            return 0
         try:
             return _check(_File(opened.fileno()))
         except (_BrokenError, struct.error, RecursionError) as error:
