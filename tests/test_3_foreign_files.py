@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -26,6 +27,7 @@ from fusestore.nodes import directory as directories
 from fusestore.nodes.directory import DirectoryNode
 from fusestore.rescue.fsck import fsck
 from fusestore.store.opening import open_store
+from fusestore.system.beneath import Directory
 from support.disks import Disks
 from support.foreign_files import FILES, KINDS, PLACES, VICTIM, Outside, last, plant, quick
 from support.foreign_files import following as next_of
@@ -474,11 +476,14 @@ async def test_repair_refuses_a_wiped_node_whose_folders_are_none(
 
 
 async def test_repair_leaves_no_draft_where_a_segment_cannot_be_replaced(
-    config: StoreConfig,
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
     node = open_node(config, config.nodes[0])
     journal = config.nodes[0].path / "journal"
-    (journal / "00000077.log").mkdir()
+    monkeypatch.setattr(Directory, "replace", fail)
     with pytest.raises(NodeError, match=r"cannot replace journal/00000077\.log"):
         node.replace(SegmentKind.JOURNAL, 77, random.Random(7).randbytes(100))
     assert not any(path.name.endswith(".new") for path in journal.iterdir())
