@@ -213,6 +213,10 @@ class AttributeTooLargeError(FileSystemError):
     """The attribute, or the list of attribute names, exceeds the limit."""
 
 
+class NoMemoryLeftError(FusestoreError):
+    """The system refuses this process memory."""
+
+
 class NoSpaceError(FileSystemError):
     """The store is full, except for its reserve."""
 

@@ -291,6 +291,11 @@ class DirectoryNode:
             raise kind(f"Node {self._name} ({self.path}) cannot {what}: {reason}.") from error
         except FusestoreError:
             raise
+        except MemoryError as error:
+            raise NodeFullError(
+                f"Node {self._name} ({self.path}) cannot {what}: the system refuses this process "
+                "memory."
+            ) from error
         except Exception as error:  # a bug costs this node, not the mount
             raise unexpected(self._name, error) from error
 

@@ -5,6 +5,7 @@ None of them is a fault of a node.
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import subprocess
@@ -233,3 +234,45 @@ def test_a_process_that_gets_no_thread_can_unmount(tasks: tuple[Store, Tasks]) -
     store.await_end()
     store.mount()
     assert (store.mountpoint / "3").stat().st_size == 3 * MIB
+
+
+@pytest.mark.expects_log("refuses this process")
+@pytest.mark.parametrize("kib", [4_000, 12_000, 40_000])
+@pytest.mark.parametrize("which", ["VmSize", "VmData"])
+def test_a_process_that_gets_no_memory_refuses_writes_and_goes_on(
+    make_store: Callable[..., Store], which: str, kib: int
+) -> None:
+    store = make_store()
+    store.mount()
+    write_and_read(store, 2, 2 * MIB)
+    pid = store.daemon_pid or 0
+    used = int(Path(f"/proc/{pid}/status").read_text().split(f"{which}:")[1].split()[0])
+    kind = resource.RLIMIT_AS if which == "VmSize" else resource.RLIMIT_DATA
+    before = resource.prlimit(pid, kind)
+    resource.prlimit(pid, kind, ((used + kib) << 10, before[1]))
+    written: list[tuple[Path, bytes]] = []
+
+    def write(number: int) -> None:
+        for part in range(10):
+            path, data = store.mountpoint / f"w{number}.{part}", os.urandom(3 * MIB)
+            try:
+                path.write_bytes(data)
+                sync(path)
+            except OSError as error:
+                if error.errno != errno.ENOMEM:
+                    raise
+            else:
+                written.append((path, data))
+
+    with ThreadPoolExecutor(5) as pool:
+        for done in [pool.submit(write, number) for number in range(5)]:
+            done.result(60)
+    assert (store.mountpoint / "1").read_bytes()
+    assert {node["state"] for node in store.status()["nodes"]} == {"up"}
+    resource.prlimit(pid, kind, before)
+    write_and_read(store, 4, 3 * MIB)
+    assert store.status()["healthy"]
+    store.remount()
+    for path, data in written:
+        assert path.read_bytes() == data
+    assert store.cli("fsck", store.store).returncode == 0

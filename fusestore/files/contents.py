@@ -66,7 +66,7 @@ class Contents:
         if not data:
             return 0
         self._log.used_at = trio.current_time()
-        await self._writer.room()
+        await self._writer.room(len(data))
         if ino in self._trimming:
             await self.settled(ino)
         with self._log.transaction() as txn:

@@ -23,7 +23,14 @@ from typing import Any
 
 import trio
 
-from ..errors import FusestoreError, LostError, NoSpaceError, StaleError, UsageError
+from ..errors import (
+    FusestoreError,
+    LostError,
+    NoMemoryLeftError,
+    NoSpaceError,
+    StaleError,
+    UsageError,
+)
 from ..format import store_rows
 from ..format.erasure import Code
 from ..format.file_rows import Extent
@@ -207,11 +214,11 @@ class Recoder:
                 length = sum(extent.length for extent in run)
                 await pace.spend(length + length * code.n // code.k)
                 parts = await self._read(ino, run)
-                await self._store.writer.room()
                 try:
+                    await self._store.writer.room(length)
                     if not self._contents.recode(ino, code, parts):
                         continue  # it was changed meanwhile
-                except NoSpaceError as error:
+                except (NoMemoryLeftError, NoSpaceError) as error:
                     self._waits_for = str(error)
                     await trio.sleep(self._limits.recode_retry_seconds)
                     continue

@@ -62,6 +62,7 @@ ERRNO: dict[type[errors.FusestoreError], int] = {
     errors.NoAttributeError: pyfuse3.ENOATTR,
     errors.AttributeTooLargeError: errno.ENOSPC,
     errors.NoSpaceError: errno.ENOSPC,
+    errors.NoMemoryLeftError: errno.ENOMEM,
     errors.ShortageError: errno.ENOSPC,
     errors.QuotaError: errno.EDQUOT,
     errors.CrossesQuotaError: errno.EXDEV,

@@ -20,6 +20,7 @@ from ..format import stripe_rows
 from ..format.erasure import Code
 from ..format.records import record_length
 from ..log.log import Log, Transaction
+from ..system.memory_reserve import MemoryReserve
 from .sealer import Sealer
 from .stripes import Buffers, UnsealedStripe
 
@@ -39,13 +40,18 @@ class Writer:
         self._waiting = trio.lowlevel.ParkingLot()
         """Tasks that wait for room in memory."""
         log.on_wait = self._waiting.unpark_all
+        self._memory = MemoryReserve()
         self._buffers = Buffers(log.limits.stripe_bytes)
         self.sealer = Sealer(log, nursery, self._buffers, self._waiting.unpark_all)
         self.unflushed = 0
         """File bytes accepted since the last commit began, and those of a running commit."""
 
-    async def room(self) -> None:
-        """Wait until the bytes of a request may be accepted into memory; NoSpaceError."""
+    async def room(self, length: int) -> None:
+        """Wait until a request of `length` bytes may be accepted into memory.
+
+        NoSpaceError; NoMemoryLeftError.
+        """
+        self._memory.take(length)
         if self._has_room():
             return
         self._ask_commit()
