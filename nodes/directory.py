@@ -172,19 +172,10 @@ class DirectoryNode:
             self._marker = self._directory.look(IDENTITY_NAME)
             if not read_only:
                 _check_writable(self._directory.fd, self._there)
-        found, self._damage = recognize(
-            self._directory, path, identity.store, identity.node, identity.region
-        )
-        if found != identity:
-            raise NodeIdentityError(f"Another directory has taken the place of {path} meanwhile.")
         self._identity, self._store = identity, owner
+        self._damage = self._recognize()
+        """What is wrong with its identity file, until that is written anew."""
         self._lock_held = self._locked(self._directory, owner, shared=read_only)
-        if self._damage is not None:
-            logger.warning(
-                "%s The records beside it are those of node %s, and are used.",
-                self._damage,
-                self._name,
-            )
         self._owner: Ownership | None = None
         if mount is not None:
             with self._errors(f"read its file {OWNER_NAME}"):
@@ -201,13 +192,7 @@ class DirectoryNode:
         self._flags = os.O_RDONLY if read_only else os.O_RDWR
         self._folders: dict[SegmentKind, os.stat_result] = {}
         """The folders that were there when the node was opened."""
-        for kind, (folder, _) in FOLDERS.items():
-            with self._errors(f"open its folder {folder}"):
-                if not read_only:
-                    self._directory.make_folder(folder)
-                with contextlib.suppress(FileNotFoundError):
-                    opened = self._folder(kind)
-                    self._folders[kind] = os.fstat(opened.fd)
+        self._open_folders(make=not read_only)
         self._refuse_shared_folders()
         self._limits = limits
         self._ahead = {SegmentKind.JOURNAL: 0, SegmentKind.SHARDS: limits.shard_preallocate_bytes}
@@ -217,6 +202,30 @@ class DirectoryNode:
         process_limits.register(self)
         self._strays: frozenset[str] = frozenset()
         """Names that were logged as ignored."""
+
+    def _recognize(self) -> NodeError | None:
+        """Return what is wrong with `node.toml`; NodeError if this is another directory now."""
+        mine = self._identity
+        found, damage = recognize(self._top(), self.path, mine.store, mine.node, mine.region)
+        if found != mine:
+            raise NodeIdentityError(
+                f"Another directory has taken the place of {self.path} meanwhile."
+            )
+        if damage is not None:
+            logger.warning(
+                "%s The records beside it are those of node %s, and are used.", damage, self._name
+            )
+        return damage
+
+    def _open_folders(self, *, make: bool) -> None:
+        """Note which folders the node has."""
+        for kind, (folder, _) in FOLDERS.items():
+            with self._errors(f"open its folder {folder}"):
+                if make:
+                    self._top().make_folder(folder)
+                with contextlib.suppress(FileNotFoundError):
+                    opened = self._folder(kind)
+                    self._folders[kind] = os.fstat(opened.fd)
 
     def _refuse_shared_folders(self) -> None:
         """Raise NodeBusyError if a folder is that of another open node.
