@@ -64,7 +64,10 @@ def test_the_journals_hold_everything(
         assert (store.mountpoint / name).read_bytes() == data
 
 
-@pytest.mark.expects_log(r"commit\.checkpoint: .* is kept in memory\. The checkpoint will be tried")
+@pytest.mark.expects_log(
+    r"commit\.checkpoint: .* is kept in memory\. The checkpoint will be tried",
+    r"The free space of the metadata is unknown",
+)
 def test_a_store_whose_checkpoints_had_failed_before(make_store: Callable[..., Store]) -> None:
     """While it is mounted, what is not written is in memory; when it is unmounted, no more."""
     store = make_store()

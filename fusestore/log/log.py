@@ -180,6 +180,7 @@ class Log:
         self.on_break: Callable[[], None] = lambda: None
         """Called when nothing can be committed any more."""
         self._measuring = trio.CapacityLimiter(1)
+        self._metadata_room_known = True
         self.metadata_error = ""
         """Why the last checkpoint failed; until one succeeds little may grow, to save memory."""
         self.metadata_stall = ""
@@ -395,6 +396,9 @@ class Log:
             async with self._measuring:
                 found = await threads.call(self.engine.space)
         except OSError as error:
-            logger.error("The free space of the metadata is unknown: %s.", error.strerror)
+            if self._metadata_room_known:  # not at each sample
+                logger.error("The free space of the metadata is unknown: %s.", error.strerror)
+            self._metadata_room_known = False
         else:
+            self._metadata_room_known = True
             self.room.sampled_metadata(begun, found)
