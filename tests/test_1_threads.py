@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from outcome import Outcome
 from fusestore.errors import UsageError
 from fusestore.members.node_calls import NodeCall, NodeCalls
 from fusestore.system import threads
+from support.processes import in_child
 
 REFUSED = "another thread|can be started again"
 
@@ -174,3 +176,14 @@ def test_a_process_that_may_not_start_the_threads_of_a_store_is_told(
     with none_left(refusal), pytest.raises(UsageError, match=r"threads only.*TasksMax"):
         threads.keep()
     threads.let_go()
+
+
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    """It does not wait for idle ones that its parent has."""
+
+    async def works() -> None:
+        with trio.fail_after(10):
+            assert await threads.call(os.getpid) == os.getpid()
+
+    trio.run(works)
+    in_child(partial(trio.run, works))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 import time
 from collections import deque
@@ -127,6 +128,16 @@ _guard = threading.Lock()
 _kept = 0
 _is_short = False
 """Whether the last attempt to start a thread failed."""
+
+
+def _after_fork() -> None:
+    """Forget the threads of the parent process: a child has none of them."""
+    global _guard, _kept
+    _guard, _kept = threading.Lock(), 0
+    _idle.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _begin_shortage(error: Exception) -> None:
