@@ -1,7 +1,7 @@
 """A node that is a directory of a local file system.
 
     node.toml                 identity
-    owner                     the mount that uses it, or did last (nodes/ownership)
+    owner                     the mount that uses it, or did last (nodes/place)
     journal/00000001.log      journal segments
     shards/00000001.seg       shard segments
 
@@ -11,9 +11,8 @@ segment and its directory entry are durable before its first byte is written.
 A descriptor stays open as long as it is used: a segment that is deleted or
 dropped from the cache can still be read by its holders.
 
-The path may lead through links.  The files beneath it may be changed by others:
-they are opened name by name from the directory's descriptor (system/beneath), and
-a file that is not a segment, by its name or its kind, is neither used nor deleted.
+Others may change the files: one that is not a segment, by its name or its kind, is
+neither used nor deleted.
 """
 
 from __future__ import annotations
@@ -23,26 +22,18 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
-from uuid import uuid4
-from weakref import WeakSet
 
 from typing_extensions import Buffer
 
 from ..bounded_cache import LeastRecentlyUsed
-from ..config.node_identity import IDENTITY_NAME, NodeIdentity, write_identity_in
-from ..config.owner_record import OWNER_NAME, Mount, OwnerRecord
+from ..config.node_identity import IDENTITY_NAME, NodeIdentity
+from ..config.owner_record import OWNER_NAME, Mount
 from ..errors import (
-    FusestoreError,
-    NodeBusyError,
     NodeError,
     NodeFullError,
-    NodeIdentityError,
-    NodeLacksError,
-    NodeReadOnlyError,
 )
 from ..format.records import SegmentKind
 from ..format.segment_numbers import (
@@ -53,17 +44,14 @@ from ..format.segment_numbers import (
     segment_path,
 )
 from ..limits import DEFAULTS, Limits
-from ..system import linux, locks, process_limits
+from ..system import linux, process_limits
 from ..system.beneath import Directory
 from .base import Space, Strays
 from .journal_reserve import RESERVE_NAME, JournalReserve
-from .ownership import Ownership
-from .recognition import recognize
-from .unexpected import unexpected
+from .place import FULL, EndError, NodePlace
 
 logger = logging.getLogger(__name__)
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _BLOCK_BYTES = 4096
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)
 _NOT_TO_BE_WRITTEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EMLINK)
@@ -73,11 +61,6 @@ _KEPT = ".kept"
 _DRAFT = ".new"
 """The suffix of a segment that is being replaced."""
 _STRAYS_NAMED_MAX = 10
-
-
-_open_nodes: WeakSet[DirectoryNode] = WeakSet()
-_opening = threading.Lock()
-"""Guards `_open_nodes`."""
 
 
 def _set_aside(folder: Directory, name: str) -> None:
@@ -112,22 +95,6 @@ def _drop_cached(descriptor: int, offset: int, length: int) -> None:
         os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
 
-def _check_writable(descriptor: int, found: os.stat_result) -> None:
-    """Raise OSError if the file system of a directory is read-only.
-
-    One that turned read-only after an error may not say that it is: only a change shows it.
-    """
-    try:
-        os.utime(descriptor, ns=(found.st_atime_ns, found.st_mtime_ns))
-    except OSError as error:
-        if error.errno == errno.EROFS:
-            raise
-
-
-class _EndError(OSError):
-    """A file ends before the bytes that were wanted: nothing is unknown about them."""
-
-
 class _Segment:
     """An open segment; the descriptor is closed after its last use."""
 
@@ -143,7 +110,7 @@ class _Segment:
         os.close(self.fd)
 
 
-class DirectoryNode:
+class DirectoryNode(NodePlace):
     """Keeps segments in a directory; see `base.Node` for the contract."""
 
     def __init__(
@@ -156,44 +123,11 @@ class DirectoryNode:
         owner: str = "",
         mount: Mount | None = None,
     ) -> None:
-        """Use the directory of the node with this identity, which has been verified.
-
-        If its file is damaged, it is written anew when the node is claimed.
-
-        NodeBusyError if another owner than `owner`, the path of a store, has locked it;
-        NodeReadOnlyError if it is to be written to, and its file system is read-only.
-        `mount` becomes its owner with `claim`; without, the caller keeps others from writing.
-        """
-        self.path = path
-        self._name = identity.node
-        with self._errors("open"):
-            self._directory: Directory | None = Directory.at(path)
-            self._there = os.fstat(self._directory.fd)
-            self._marker = self._directory.look(IDENTITY_NAME)
-            if not read_only:
-                _check_writable(self._directory.fd, self._there)
-        self._identity, self._store = identity, owner
-        self._damage = self._recognize()
-        """What is wrong with its identity file, until that is written anew."""
-        self._lock_held = self._locked(self._directory, owner, shared=read_only)
-        self._owner: Ownership | None = None
-        if mount is not None:
-            with self._errors(f"read its file {OWNER_NAME}"):
-                self._owner = Ownership(
-                    self._directory,
-                    path,
-                    self._name,
-                    mount,
-                    locked=self._lock_held.is_held,
-                    read_only=read_only,
-                )
+        """Use the directory of a node; see `NodePlace`."""
+        super().__init__(path, identity, read_only=read_only, owner=owner, mount=mount)
         self._ours: set[tuple[SegmentKind, int]] | None = None
         """Once the node is claimed: the segments that were there, or were made since."""
         self._flags = os.O_RDONLY if read_only else os.O_RDWR
-        self._folders: dict[SegmentKind, os.stat_result] = {}
-        """The folders that were there when the node was opened."""
-        self._open_folders(make=not read_only)
-        self._refuse_shared_folders()
         self._limits = limits
         self._ahead = {SegmentKind.JOURNAL: 0, SegmentKind.SHARDS: limits.shard_preallocate_bytes}
         self._lock = threading.RLock()
@@ -203,147 +137,12 @@ class DirectoryNode:
         self._strays: frozenset[str] = frozenset()
         """Names that were logged as ignored."""
 
-    def _recognize(self) -> NodeError | None:
-        """Return what is wrong with `node.toml`; NodeError if this is another directory now."""
-        mine = self._identity
-        found, damage = recognize(self._top(), self.path, mine.store, mine.node, mine.region)
-        if found != mine:
-            raise NodeIdentityError(
-                f"Another directory has taken the place of {self.path} meanwhile."
-            )
-        if damage is not None:
-            logger.warning(
-                "%s The records beside it are those of node %s, and are used.", damage, self._name
-            )
-        return damage
-
-    def _open_folders(self, *, make: bool) -> None:
-        """Note which folders the node has."""
-        for kind, (folder, _) in FOLDERS.items():
-            with self._errors(f"open its folder {folder}"):
-                if make:
-                    self._top().make_folder(folder)
-                with contextlib.suppress(FileNotFoundError):
-                    opened = self._folder(kind)
-                    self._folders[kind] = os.fstat(opened.fd)
-
-    def _refuse_shared_folders(self) -> None:
-        """Raise NodeBusyError if a folder is that of another open node.
-
-        A disk, or a bind mount, is in the wrong place: each node would write among the
-        segments of the other, and a sound node would be blamed.
-        """
-        with _opening:
-            for other in _open_nodes:
-                mine, its = self._identity, other._identity
-                if (mine.store, mine.node) == (its.store, its.node):
-                    continue
-                for kind in self._folders:
-                    if other._has_folder(kind, self._folders[kind]):
-                        one, two = sorted([(self._name, self.path), (other._name, other.path)])
-                        raise NodeBusyError(
-                            f"Nodes {one[0]} ({one[1]}) and {two[0]} ({two[1]}) have the same "
-                            f"folder {FOLDERS[kind][0]}: unmount what was mounted in the wrong "
-                            "place."
-                        )
-            _open_nodes.add(self)
-
-    def _has_folder(self, kind: SegmentKind, found: os.stat_result) -> bool:
-        """Return whether a folder of this node is that one; one that is gone is no more."""
-        known = self._folders.get(kind)
-        if known is None or not os.path.samestat(known, found):
-            return False
-        try:
-            return os.path.samestat(self._top().look(FOLDERS[kind][0]), found)
-        except OSError:
-            return False
-
     def _none_open(self) -> LeastRecentlyUsed[tuple[SegmentKind, int], _Segment]:
         return LeastRecentlyUsed(self._limits.open_segments_max)
 
-    def _locked(self, directory: Directory, owner: str, *, shared: bool) -> locks.Lock:
-        """Lock the directory or, if this is not supported, its identity file."""
-        with self._errors("lock"):
-            try:
-                lock = locks.take(".", owner, shared=shared, dir_fd=directory.fd)
-                if not lock.is_held:
-                    lock = locks.take(IDENTITY_NAME, owner, shared=shared, dir_fd=directory.fd)
-            except locks.LockedError as error:
-                by = f"process {error.holder}" if error.holder else "another process"
-                raise NodeBusyError(
-                    f"Node {self._name} ({self.path}) is in use by {by}, which serves another "
-                    "mount: unmount that first."
-                ) from error
-        if not lock.is_held:
-            logger.warning(
-                "Node %s (%s) cannot be locked: make sure that no other machine uses it.",
-                self._name,
-                self.path,
-            )
-        return lock
-
-    @contextlib.contextmanager
-    def _errors(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            kind: type[NodeError] = NodeError
-            reason = error.strerror or str(error)
-            if error.errno in _FULL:
-                kind = NodeFullError
-            elif error.errno == errno.EFBIG:
-                kind, reason = NodeFullError, process_limits.file_too_large()
-            elif error.errno == errno.ENOENT or isinstance(error, _EndError):
-                kind = NodeLacksError
-            elif error.errno == errno.EROFS:
-                kind = NodeReadOnlyError
-            raise kind(f"Node {self._name} ({self.path}) cannot {what}: {reason}.") from error
-        except FusestoreError:
-            raise
-        except MemoryError as error:
-            raise NodeFullError(
-                f"Node {self._name} ({self.path}) cannot {what}: the system refuses this process "
-                "memory."
-            ) from error
-        except Exception as error:  # a bug costs this node, not the mount
-            raise unexpected(self._name, error) from error
-
-    def _top(self) -> Directory:
-        """Return the open directory of the node; OSError if the node is closed."""
-        directory = self._directory  # `close` may clear it
-        if directory is None:
-            raise OSError(errno.EBADF, "it is closed")
-        return directory
-
-    def _folder(self, kind: SegmentKind) -> Directory:
-        """Return the open folder of a kind.
-
-        OSError if it is no folder, not the one that was there, or the node is closed.
-        """
-        name = FOLDERS[kind][0]
-        folder = self._top().folder(name)
-        before = self._folders.get(kind)
-        if before is not None and not os.path.samestat(before, os.fstat(folder.fd)):
-            raise OSError(errno.ESTALE, f"another folder has taken the place of {name}")
-        return folder
-
-    def _stat(self) -> tuple[os.stat_result, os.stat_result]:
-        """Return the status of the directory and of its identity; NodeIdentityError."""
-        try:
-            return os.stat(self.path), os.stat(self.path / IDENTITY_NAME, follow_symlinks=False)
-        except OSError as error:
-            raise NodeIdentityError(
-                f"Node {self._name} is gone from {self.path}: {error.strerror}."
-            ) from error
-
     def check(self) -> None:
         """See Node."""
-        there, now = self._stat()
-        if not os.path.samestat(there, self._there) or not os.path.samestat(now, self._marker):
-            raise NodeIdentityError(f"Node {self._name} at {self.path} was replaced by another.")
-        with self._errors("check its folders"):
-            for kind in self._folders:
-                self._folder(kind)
+        self._check_place()
         with self._errors("check its segments"), self._lock:
             for (kind, segment), opened in self._open.items():
                 if os.fstat(opened.fd).st_nlink == 0:
@@ -351,73 +150,18 @@ class DirectoryNode:
                         f"Node {self._name} ({self.path}) lost {segment_path(kind, segment)}: "
                         "it was deleted."
                     )
-        owner = self._owner
-        if owner is not None and self._ours is not None:
-            with self._errors(f"read its file {OWNER_NAME}"):
-                owner.check()
-
-    @property
-    def found_owner(self) -> OwnerRecord | None:
-        """See Node."""
-        return self._owner.found if self._owner is not None else None
-
-    def refuse_owner(self) -> None:
-        """See Node."""
-        if self._owner is not None:
-            self._owner.refuse()
 
     def claim(self) -> None:
         """See Node."""
-        if self._owner is not None:
-            with self._errors(f"write its file {OWNER_NAME}"):
-                self._owner.claim()
+        super().claim()
+        if self._is_claimed:
             there = {(kind, segment) for kind in SegmentKind for segment in self.segments(kind)}
             self._ours = there
-            if self._damage is not None:
-                self._mend_identity()
-
-    def _mend_identity(self) -> None:
-        """Write `node.toml` anew; if this fails, the node is used as it is."""
-        directory = self._top()
-        try:
-            write_identity_in(directory, replace(self._identity, incarnation=uuid4()))
-        except OSError as error:
-            logger.warning(
-                "%s cannot be written anew: %s.", self.path / IDENTITY_NAME, error.strerror
-            )
-            return
-        self._marker = directory.look(IDENTITY_NAME)
-        before, self._lock_held = (
-            self._lock_held,
-            self._locked(directory, self._store, shared=False),
-        )  # where directories cannot be locked, the file is
-        before.release()
-        self._damage = None
-
-    def is_owned(self) -> bool:
-        """See Node."""
-        owner = self._owner  # `close` takes it from us
-        return owner is None or owner.is_sure()
-
-    def _check_owner(self) -> None:
-        """NodeFencedError if another mount has claimed the node."""
-        owner = self._owner
-        if owner is not None and self._ours is not None and not owner.is_sure():
-            with self._errors(f"read its file {OWNER_NAME}"):
-                owner.check()
 
     def give_back(self) -> None:
         """See Node."""
-        if self._owner is not None:
-            with self._errors(f"write its file {OWNER_NAME}"):
-                self._owner.give_back()
-            self._ours = None
-
-    def disown(self) -> None:
-        """See Node."""
-        if self._owner is not None:
-            with self._errors(f"write its file {OWNER_NAME}"):
-                self._owner.end()
+        super().give_back()
+        self._ours = None
 
     def segments(self, kind: SegmentKind) -> list[int]:
         """See Node."""
@@ -512,7 +256,7 @@ class DirectoryNode:
             return folder.create(name, self._flags)
         except OSError as error:
             is_journal = kind is SegmentKind.JOURNAL
-            if error.errno not in _FULL or not is_journal or not self._reserve.become(name):
+            if error.errno not in FULL or not is_journal or not self._reserve.become(name):
                 raise
             return folder.open(name, self._flags)
 
@@ -554,7 +298,7 @@ class DirectoryNode:
             linux.allocate(target.fd, start, end - start + ahead)
             end += ahead
         except OSError as error:
-            if error.errno in _FULL:
+            if error.errno in FULL:
                 if kind is SegmentKind.JOURNAL:
                     self._reserve.give(end - start)
                 linux.allocate(target.fd, start, end - start)
@@ -575,7 +319,7 @@ class DirectoryNode:
             while len(data) < length:
                 more = os.pread(source.fd, length - len(data), offset + len(data))
                 if not more:
-                    raise _EndError(errno.ENODATA, f"it ends before byte {offset + length}")
+                    raise EndError(errno.ENODATA, f"it ends before byte {offset + length}")
                 data += more
             return data
 

@@ -104,8 +104,8 @@ FOREIGN_FILES = (
 OTHER_HISTORY = (
     r"(node_contents|comeback): Node \S+: It holds commits \d+ to \d+ of another history"
 )
-RECOGNIZED = r"nodes\.directory: .*node\.toml.* The records beside it are those of node \S+, and"
-IDENTITY_STAYS = r"nodes\.directory: \S+node\.toml cannot be written anew"
+RECOGNIZED = r"nodes\.place: .*node\.toml.* The records beside it are those of node \S+, and"
+IDENTITY_STAYS = r"nodes\.place: \S+node\.toml cannot be written anew"
 CLAIMED = r"repair\.claim: \S+ ?.*node\.toml"
 NOT_DELETED = r"grow\.topology: The data of removed node \S+ could not be deleted"
 TOO_FEW_NODES = r"log\.log: (Too few nodes|Fewer than \d+ nodes) .* the mount is read-only until"
