@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import trio
 
-from fusestore.commit import replay
+from fusestore.commit import histories
 from fusestore.config.store_config import StoreConfig, load
 from fusestore.errors import FusestoreError, NodeError, ReplayError
 from fusestore.files.filesystem import FileSystem
@@ -774,7 +774,7 @@ async def test_no_history_continues_in_another(
     copy_tree(config.metadata, tmp_path / "living")
     instead(store.dead, config.metadata)
     with monkeypatch.context() as patch:
-        patch.setattr(replay._Replay, "_refuse_old_metadata", lambda *_: None)
+        patch.setattr(histories.Histories, "refuse_old_metadata", lambda *_: None)
         async with opened(config) as one:
             for number in range(8):
                 await one.put(f"z{number}", b"of the dead" * 5000)
