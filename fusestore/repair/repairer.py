@@ -109,24 +109,12 @@ class Repairer:
                 copied = await self._move(member, to, pace, progress)
             try:
                 await self._begin(member, discard_history)
-                self.healer.rebuilder.told.clear()
-                with self.healer.following(member, progress) as tell:
-                    await self._rejoin.copy_journal(member, tell)
-                    tell({"phase": "shards", "done": 0, "total": self._rejoin.total(member)})
-                    shards, size = await self._rejoin.rebuild_all(member, tell, pace)
-                    more = await self.healer.heal(member, pace)
-                    await self._rejoin.join(member, tell)
-                    await self._rejoin.fill_gaps()
+                shards, size = await self._complete(member, progress, pace)
                 if moves:  # only now: until then a mount looks for the node where it was
                     await threads.run_sync(self._members_with, member.config)
             except (FusestoreError, OSError) as error:
                 member.config = before
-                reason = NodeError(f"Repair of node {name} stopped: {error}")
-                if isinstance(error, NodeFullError) and member.state is State.UP:
-                    member.note_full(error)  # it serves what it has
-                else:
-                    self.healer.give_up(member, reason)
-                raise reason from error
+                raise self._stopped(member, error) from error
             except BaseException:
                 member.config = before
                 if member.state is State.REBUILDING:
@@ -136,7 +124,7 @@ class Repairer:
                     self.healer.give_up(member, interrupted)
                 raise
         seconds = time.monotonic() - started
-        size += copied[1] + more[1]
+        size += copied[1]
         self._remember(name, size, seconds)
         lost = set(self.healer.lacks(member))
         inos = {ino for number in lost for ino in self._reader.owners(number)}
@@ -144,13 +132,34 @@ class Repairer:
         return {
             "node": name,
             "shards_copied": copied[0],
-            "shards_rebuilt": shards + more[0],
+            "shards_rebuilt": shards,
             "bytes": size,
             "seconds": seconds,
             "away": [m.name for m in self._log.members.all if m.state is not State.UP],
             "stripes_lost": len(lost),
             "unrepairable": paths,
         }
+
+    async def _complete(self, member: Member, progress: Progress, pace: Pace) -> tuple[int, int]:
+        """Give a node all that it lacks, and let it join; (shards, bytes) rebuilt."""
+        self.healer.rebuilder.told.clear()
+        with self.healer.following(member, progress) as tell:
+            await self._rejoin.copy_journal(member, tell)
+            tell({"phase": "shards", "done": 0, "total": self._rejoin.total(member)})
+            shards, size = await self._rejoin.rebuild_all(member, tell, pace)
+            more = await self.healer.heal(member, pace)
+            await self._rejoin.join(member, tell)
+            await self._rejoin.fill_gaps()
+        return shards + more[0], size + more[1]
+
+    def _stopped(self, member: Member, error: Exception) -> NodeError:
+        """Take a node out of use whose repair failed, unless it only lacks room; the reason."""
+        reason = NodeError(f"Repair of node {member.name} stopped: {error}")
+        if isinstance(error, NodeFullError) and member.state is State.UP:
+            member.note_full(error)  # it serves what it has
+        else:
+            self.healer.give_up(member, reason)
+        return reason
 
     async def mend_journal(self, member: Member) -> Copied:
         """See `Rejoin`."""
