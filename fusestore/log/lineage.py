@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..format.store_rows import CommitId, LogPosition
+from ..format.store_rows import CommitId, GivenUp, LogPosition
 from ..members.member import Member
 from ..nodes.base import Node
 from .journal import Entry, Journals, is_void
@@ -46,10 +46,11 @@ class Lineage:
         )
 
 
-def lineage(log: Log, member: Member, node: Node) -> Lineage:
+def lineage(log: Log, given_up: Sequence[GivenUp], member: Member, node: Node) -> Lineage:
     """Compare the journal of `node` with the history of the log; blocks; NodeError of it.
 
-    `node` is that of `member`, which is not in sync.
+    `node` is that of `member`, which is not in sync.  `given_up` is the log's, read on the event
+    loop: the metadata must not be read in another thread meanwhile.
     """
     name, position = member.name, log.position
     holds = CommitId(member.standing.holds, member.standing.checksum)
@@ -59,7 +60,7 @@ def lineage(log: Log, member: Member, node: Node) -> Lineage:
     if name in journals.failed:
         raise journals.failed[name]
     ours = ancestry(journals, position)
-    theirs = [e for e in journals.entries() if name in e.holders and not is_void(e, log.given_up)]
+    theirs = [e for e in journals.entries() if name in e.holders and not is_void(e, given_up)]
     known = {entry.id for entry in theirs}
     floor = holds.number if holds.checksum and holds in known else 0
     mine = {id_ for id_ in known if id_ in ours or id_.number <= floor}

@@ -61,7 +61,7 @@ class Rejoin:
     async def lineage(self, member: Member, node: Node) -> Lineage:
         """The history that the journal of a node which is not in sync belongs to; NodeError."""
         async with self._log.journals:
-            return await member.call(lineage, self._log, member, node)
+            return await member.call(lineage, self._log, self._log.given_up, member, node)
 
     async def refused(self, member: Member, error: FusestoreError) -> None:
         """Handle a node that cannot be used for writing: read it if possible, or close it."""

@@ -36,7 +36,7 @@ def tidy(store: Store, member: Member) -> NodeContents:
     """In a thread: examine a node, and release its room allocated ahead if it is writable."""
     node, reads_only = member.node, store.log.read_only or member.standing.read_only
     journals, shards = node.segments(SegmentKind.JOURNAL), shard_sizes(node)
-    found = None if member.in_sync else lineage(store.log, member, node)
+    found = None if member.in_sync else lineage(store.log, store.log.given_up, member, node)
     if found is not None and _is_foreign(member, found):
         if not store.log.read_only:
             node.give_back()

@@ -98,7 +98,7 @@ JOURNAL_DAMAGED = (
 )
 FOREIGN_FILES = (
     r"nodes\.directory: .* has files that are not segments of this store"
-    r"|node_contents: .* holds \d+ files? with numbers that this store has not reached"
+    r"|node_contents: .* holds [\d,]+ files? with numbers that this store has not reached"
     r"|commit\.stray_segments: Segment \d+ of node \S+ is not of this store: it is ignored"
 )
 OTHER_HISTORY = (
