@@ -25,6 +25,7 @@ import pytest
 # Before any of it is imported, so that its assertions explain themselves, too.
 pytest.register_assert_rewrite("support")
 
+from support.disks import Disks  # noqa: E402
 from support.logs import SLOW, Recorder, unexpected  # noqa: E402
 from support.mounted_store import Directory, Store  # noqa: E402
 
@@ -122,6 +123,15 @@ def log(request: pytest.FixtureRequest, _recorder: Recorder) -> Iterator[Recorde
 
 
 # --- stores ------------------------------------------------------------------
+
+
+@pytest.fixture
+def disks(tmp_path: Path) -> Iterator[Disks]:
+    """Small file systems; ask for them before `make_store`, so that the stores end first."""
+    (tmp_path / "disks").mkdir()
+    made = Disks(tmp_path / "disks")
+    yield made
+    made.clean_up()
 
 
 @pytest.fixture

@@ -392,13 +392,6 @@ def test_a_directory_that_takes_the_place_of_another_is_not_used(config: StoreCo
         DirectoryNode(first, identity)
 
 
-@pytest.fixture
-def disks(tmp_path: Path) -> Iterator[Disks]:
-    made = Disks(tmp_path / "disks")
-    yield made
-    made.clean_up()
-
-
 @pytest.mark.parametrize("folder", ["journal", "shards"])
 @pytest.mark.parametrize("of", [0, 2])
 async def test_a_folder_that_is_another_nodes_is_refused(

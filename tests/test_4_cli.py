@@ -127,7 +127,7 @@ def test_an_error_is_one_sentence_on_standard_error(tmp_path: Path) -> None:
 
 def shell(command: str, **names: object) -> subprocess.CompletedProcess[str]:
     """Run a line of shell, in which $FUSESTORE is the program."""
-    program = f"{sys.executable} -P -m fusestore"
+    program = f"{shlex.quote(sys.executable)} -P -m fusestore"
     variables = {name: str(value) for name, value in names.items()}
     return subprocess.run(
         ["bash", "-c", command.replace("$FUSESTORE", program)],

@@ -9,7 +9,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,13 +25,6 @@ pytestmark = pytest.mark.mounted
 MIB = 1 << 20
 WAITS = (r"log\.log: .* What was accepted waits for room", r"log\.log: There is room again")
 BLOCK = random.Random(1).randbytes(MIB)
-
-
-@pytest.fixture
-def disks(tmp_path: Path) -> Iterator[Disks]:
-    made = Disks(tmp_path)
-    yield made
-    made.clean_up()
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,13 +19,6 @@ pytestmark = pytest.mark.mounted
 
 MIB = 1 << 20
 BLOCK = os.urandom(MIB)
-
-
-@pytest.fixture
-def disks(tmp_path: Path) -> Iterator[Disks]:
-    made = Disks(tmp_path)
-    yield made
-    made.clean_up()
 
 
 @pytest.fixture
@@ -54,6 +47,19 @@ def put(store: Store, name: str, count: int) -> None:
 
 def is_whole(store: Store, name: str, count: int) -> bool:
     return (store.mountpoint / name).read_bytes() == BLOCK * count
+
+
+def filled_store(store: Store, spoil: Callable[[Path], object]) -> Path:
+    """Mount a store with a file, a spoilt segment of r1, and little room left there; the filler."""
+    store.mount()
+    put(store, "file", 10)
+    store.umount()
+    spoil(next((store.node("r1") / "shards").iterdir()))
+    place = disk_of(store, "r1")
+    (place / "filler").write_bytes(bytes(free(place) - 10 * MIB))
+    store.mount()
+    store.cli("scrub", store.store, "start", "--wait", check=False)
+    return place / "filler"
 
 
 def states(store: Store) -> set[str]:
@@ -91,18 +97,13 @@ def test_a_node_of_a_full_store_is_rebuilt(
 def test_a_rotten_shard_on_a_full_disk_is_mended_where_it_lies(
     on_disks: Callable[..., Store],
 ) -> None:
+    def rot(segment: Path) -> None:
+        with segment.open("r+b") as file:
+            file.seek(200_000)
+            file.write(b"rotten")
+
     store = on_disks(140)
-    store.mount()
-    put(store, "file", 10)
-    store.umount()
-    segment = next((store.node("r1") / "shards").iterdir())
-    with segment.open("r+b") as file:
-        file.seek(200_000)
-        file.write(b"rotten")
-    with (disk_of(store, "r1") / "filler").open("wb") as filler:
-        filler.write(bytes(free(disk_of(store, "r1")) - 10 * MIB))
-    store.mount()
-    store.cli("scrub", store.store, "start", "--wait", check=False)
+    filled_store(store, rot)
     store.cli("repair", store.store, "r1")
     store.cli("scrub", store.store, "start", "--wait")
     assert states(store) == {"up"}
@@ -117,23 +118,14 @@ def test_a_node_without_room_for_a_lost_shard_serves_the_others(
 ) -> None:
     """Its repair fails, and `status` says why; what the node has is not given up."""
     store = on_disks(140)
-    store.mount()
-    put(store, "file", 10)
-    store.umount()
-    segment = next((store.node("r1") / "shards").iterdir())
-    os.truncate(segment, 2 * MIB)
-    place = disk_of(store, "r1")
-    with (place / "filler").open("wb") as filler:
-        filler.write(bytes(free(place) - 10 * MIB))
-    store.mount()
-    store.cli("scrub", store.store, "start", "--wait", check=False)
+    filler = filled_store(store, lambda segment: os.truncate(segment, 2 * MIB))
     done = store.cli("repair", store.store, "r1", check=False)
     assert done.returncode == 3
     assert "no room for the shards that it lacks" in done.stderr
     (about,) = (node for node in store.status()["nodes"] if node["name"] == "r1")
     assert (about["state"], about["missing_shards"] > 0) == ("up", True)
     assert "no room" in about["error"]
-    (place / "filler").unlink()
+    filler.unlink()
     store.cli("repair", store.store, "r1")
     assert store.status()["healthy"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -348,6 +349,14 @@ def test_the_helpers_take_what_mount_and_umount_give_them(make_store: MakeStore)
     assert "had died: the mount is cleared" in done.stderr
 
 
+def interpreter(helpers: Path) -> Path:
+    """Python for the first line of a script, which takes no path with a blank."""
+    path = helpers / "python"
+    path.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
 SCRIPT = """
 set -e
 mkdir "$HELPERS/upper" "$HELPERS/work"
@@ -383,7 +392,7 @@ def test_mount_fstab_and_umount_work(make_store: MakeStore, tmp_path: Path) -> N
         env={
             **os.environ,
             "HELPERS": str(helpers),
-            "PYTHON": sys.executable,
+            "PYTHON": os.fspath(interpreter(helpers)),
             "REPOSITORY": str(REPOSITORY),
             "STORE": str(store.store),
             "MOUNTPOINT": str(store.mountpoint),
@@ -427,7 +436,7 @@ def in_namespace(store: Store, helpers: Path, names: str, script: str) -> list[s
             **os.environ,
             "HELPERS": str(helpers),
             "NAMES": names,
-            "PYTHON": sys.executable,
+            "PYTHON": os.fspath(interpreter(helpers)),
             "REPOSITORY": str(REPOSITORY),
             "STORE": str(store.store),
             "MOUNTPOINT": str(store.mountpoint),

@@ -90,15 +90,6 @@ def test_the_daemon_goes_on_when_those_who_use_it_are_killed(
 # --- disks that hang, and a daemon that is stopped ----------------------------
 
 
-@pytest.fixture
-def disks(tmp_path: Path) -> Iterator[Disks]:
-    """File systems; ask for them before `make_store`, so that the stores end first."""
-    (tmp_path / "disks").mkdir()
-    disks = Disks(tmp_path / "disks")
-    yield disks
-    disks.clean_up()
-
-
 @contextmanager
 def frozen(*places: Path) -> Iterator[None]:
     """File systems whose writes hang."""
@@ -217,14 +208,18 @@ def test_a_disk_whose_writes_hang_holds_up_nobody_for_long(
     is_well(store, writer)
 
 
+def with_metadata_on(place: Path, make_store: Callable[..., Store], tmp_path: Path) -> Store:
+    """A store that lies on a file system of its own, with its regions elsewhere."""
+    (tmp_path / "s0").symlink_to(place)
+    return make_store(*(f"--region=r{n}={tmp_path}/regions/{n}" for n in range(3)))
+
+
 @pytest.mark.expects_log(METADATA_STALL)
 def test_a_metadata_disk_that_hangs_stops_nobody(
     disks: Disks, make_store: Callable[..., Store], tmp_path: Path
 ) -> None:
     place = disks.ext4("metadata", 800)
-    (tmp_path / "s0").symlink_to(place)
-    regions = [f"--region=r{number}={tmp_path}/regions/{number}" for number in range(3)]
-    store = make_store(*regions)
+    store = with_metadata_on(place, make_store, tmp_path)
     store.mount("metrics=127.0.0.1:0")
     (store.mountpoint / "before").write_bytes(b"before")
     url = store.status()["metrics"]
@@ -275,9 +270,7 @@ def test_memory_is_limited_while_a_metadata_disk_hangs(
     disks: Disks, make_store: Callable[..., Store], tmp_path: Path
 ) -> None:
     place = disks.ext4("metadata", 800)
-    (tmp_path / "s0").symlink_to(place)
-    regions = [f"--region=r{number}={tmp_path}/regions/{number}" for number in range(3)]
-    store = make_store(*regions)
+    store = with_metadata_on(place, make_store, tmp_path)
     store.mount()
     (store.mountpoint / "before").write_bytes(b"before")
     before = memory(store)

@@ -10,7 +10,6 @@ removal is to be repeated.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -34,6 +33,7 @@ from ..log.log import Log
 from ..members.member import Member
 from ..members.opening import offline_error, open_node
 from ..repair.comeback import Comeback
+from ..repair.place_room import file_system_of
 from ..repair.repairer import Repairer
 from ..system import threads
 from ..text import counted
@@ -153,7 +153,8 @@ class Topology:
         sizes = sum(member.space.total for member in there if member.space is not None)
         if not sizes:
             return 1.0
-        size = await new.call(_size_at, new.config.path)
+        found = await new.call(file_system_of, new.config.path)
+        size = found.f_blocks * found.f_frsize
         weight = round(size * sum(member.config.weight for member in there) / sizes, 2)
         return min(max(weight, WEIGHTS[0]), WEIGHTS[1])
 
@@ -408,15 +409,3 @@ def _clear(config: StoreConfig, place: NodeConfig, journal: int, shards: list[in
         node.remove()
     finally:
         node.close()
-
-
-def _size_at(path: Path) -> int:
-    """Return the size of the file system of a path, which need not exist; NodeError."""
-    there = path
-    try:
-        while not there.exists() and there != there.parent:
-            there = there.parent
-        found = os.statvfs(there)
-    except OSError as error:
-        raise NodeError(f"{path} cannot be used: {error.strerror}.") from error
-    return int(found.f_blocks * found.f_frsize)

@@ -38,14 +38,20 @@ def _journal_bytes(node: Node, first: int) -> int:
 
 def _room_at(path: Path) -> int:
     """Return the free bytes at a path, which need not exist, and those that it takes itself."""
-    taken, there = 0, path
+    taken = 0
     with suppress(OSError):
         for directory, _, files in os.walk(path):
             taken += sum(os.lstat(os.path.join(directory, f)).st_blocks * 512 for f in files)
+    found = file_system_of(path)
+    return found.f_bavail * found.f_frsize + taken
+
+
+def file_system_of(path: Path) -> os.statvfs_result:
+    """Return the status of the file system of a path, which need not exist; NodeError; blocks."""
+    there = path
     try:
         while not there.exists() and there != there.parent:
             there = there.parent
-        found = os.statvfs(there)
+        return os.statvfs(there)
     except OSError as error:
         raise NodeError(f"{path} cannot be used: {error.strerror}.") from error
-    return found.f_bavail * found.f_frsize + taken

@@ -89,8 +89,8 @@ class Rejoin:
         """Copy the shards of a node in use to a new place of it; (shards, bytes) copied.
 
         Nothing is verified, and shards that cannot be read are left out: `rebuild_all` examines
-        them all.  The node may fail meanwhile; then the rest is rebuilt.  NodeError of the
-        new place.
+        them all.  If a batch takes too long, or the old place is gone, the rest is rebuilt:
+        the node, which is let go next, is not failed for it.  NodeError of the new place.
         """
         shards = size = 0
         total = self.total(member)
@@ -109,11 +109,8 @@ class Rejoin:
                 break
             try:
                 copied = await member.call(_copy_shards, member.node, target, mine)
-            except NodeTimeoutError as error:
-                member.fail(error)
-                break
-            except _SourceError as error:
-                member.fail(error.reason)
+            except (NodeTimeoutError, _SourceError) as error:
+                logger.warning("%s What was not copied yet is rebuilt from other nodes.", error)
                 break
             shards, size = shards + len(copied), size + sum(copied)
             progress({"phase": "copy", "done": min(size, total), "total": total})
@@ -253,9 +250,6 @@ class Rejoin:
 class _SourceError(Exception):
     """The place that shards are copied from is gone, or does not answer."""
 
-    def __init__(self, reason: NodeError) -> None:
-        self.reason = reason
-
 
 def _copy_shards(source: Node, target: Node, shards: list[tuple[ShardPlace, int]]) -> list[int]:
     """In a thread: copy the readable ones of some shards (place, length) durably; the lengths."""
@@ -265,7 +259,7 @@ def _copy_shards(source: Node, target: Node, shards: list[tuple[ShardPlace, int]
         try:
             data = source.read(SegmentKind.SHARDS, place.segment, start, HEADER_BYTES + length)
         except (NodeIdentityError, NodeTimeoutError) as error:
-            raise _SourceError(error) from error
+            raise _SourceError(str(error)) from error
         except NodeError as error:
             logger.warning("%s It is rebuilt from other nodes.", error)
             continue
