@@ -34,7 +34,6 @@ from ..config.store_config import NodeConfig, check_places
 from ..errors import FusestoreError, InterruptedNodeError, NodeError, NodeFullError, UsageError
 from ..format import store_rows
 from ..format.store_rows import NEVER_WHOLE
-from ..log.journal_copy import Copied
 from ..log.log import Log
 from ..log.pace import Pace
 from ..members.member import Member
@@ -160,14 +159,6 @@ class Repairer:
         else:
             self.healer.give_up(member, reason)
         return reason
-
-    async def mend_journal(self, member: Member) -> Copied:
-        """See `Rejoin`."""
-        return await self._rejoin.mend_journal(member)
-
-    async def fill_gaps(self) -> None:
-        """See `Rejoin`."""
-        await self._rejoin.fill_gaps()
 
     def past(self) -> list[dict[str, Any]]:
         """The last repairs: `node`, `at` (seconds since the epoch), `bytes`, `seconds`."""

@@ -23,8 +23,9 @@ from ..log.background_job import BackgroundJob, JobRow, Progress
 from ..log.log import Log
 from ..log.pace import Pace
 from ..members.standing import State
+from .heal import Healer
 from .rebuild import not_intact
-from .repairer import Repairer
+from .rejoin import Rejoin
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,8 @@ class Scrubber:
         self,
         log: Log,
         committer: Committer,
-        repairer: Repairer,
+        healer: Healer,
+        rejoin: Rejoin,
         rows: RowKeeper,
         every_days: int,
     ) -> None:
@@ -80,7 +82,8 @@ class Scrubber:
         self._log = log
         self._limits = log.limits
         self._committer = committer
-        self._repairer = repairer
+        self._healer = healer
+        self._rejoin = rejoin
         self._every_days = every_days
         self.job = BackgroundJob(log, store_rows.SCRUB_KEY, Scrub, REFUSALS)
         self._walk_from = (0.0, 0)
@@ -208,7 +211,7 @@ class Scrubber:
         """Compare the journals of the nodes in sync with each other, and repair them."""
         for member in self._log.members.in_sync:
             try:
-                copied = await self._repairer.mend_journal(member)
+                copied = await self._rejoin.mend_journal(member)
             except NodeError as error:
                 member.fail(error)
                 self._committer.ask()
@@ -222,7 +225,7 @@ class Scrubber:
                 logger.error("Scrub: a part of the journals cannot be read: %s", lost.error)
             self.scrub.unread += len(copied.unknown)
             self.scrub.found += max(copied.records, copied.mended)
-        await self._repairer.fill_gaps()
+        await self._rejoin.fill_gaps()
 
     async def _metadata(self) -> None:
         """Verify all rows of the metadata."""
@@ -275,7 +278,7 @@ class Scrubber:
         return True
 
     async def _finish(self) -> None:
-        await self._repairer.healer.heal_all()
+        await self._healer.heal_all()
         await self._committer.commit()
         self.scrub.left = sum(1 for _ in self._log.engine.scan(b"M", keys.after(b"M")))
         if self.job.is_running:

@@ -64,7 +64,9 @@ class Store:
         )
         self.rebalancer = Rebalancer(log, self.committer, self.repairer)
         self.topology = Topology(log, self.committer, self.repairer, self.rebalancer, self.comeback)
-        self.scrubber = Scrubber(log, self.committer, self.repairer, self.rows, config.scrub_days)
+        self.scrubber = Scrubber(
+            log, self.committer, self.healer, self.rejoin, self.rows, config.scrub_days
+        )
         self.reporter = Reporter(
             config,
             log,
