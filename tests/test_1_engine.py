@@ -115,28 +115,18 @@ def test_a_failed_write_loses_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     engine = Engine(tmp_path)
     engine.apply({b"Ka": b"1"})
     engine.freeze()
-    begin = lmdb.Environment.begin
+    begin = engine._env.begin
 
-    class Full:
-        """An environment whose write transactions find no room."""
+    def full(*, write: bool = False) -> Any:
+        if write:
+            raise lmdb.MapFullError("full")
+        return begin()
 
-        def __init__(self, env: lmdb.Environment) -> None:
-            self._env = env
-
-        def begin(self, write: bool = False, db: object = None) -> lmdb.Transaction:
-            if write:
-                raise lmdb.MapFullError("full")
-            return begin(self._env, db=db)
-
-        def __getattr__(self, name: str) -> object:
-            return getattr(self._env, name)
-
-    whole = engine._env
-    engine._env = Full(whole)  # type: ignore[assignment]
+    monkeypatch.setattr(engine._env, "begin", full)
     with pytest.raises(MetadataError):
         engine.write()
     assert engine.get(b"Ka") == b"1"
-    engine._env = whole
+    monkeypatch.setattr(engine._env, "begin", begin)
     engine.write()
     engine.thaw()
     engine.close()
@@ -199,33 +189,33 @@ def test_an_environment_that_failed_for_good_is_opened_anew(
 ) -> None:
     """LMDB refuses every transaction after it could not write its first pages."""
     engine = Engine(tmp_path)
-    begin = engine._begin
+    begin = engine._env.begin
 
     def panics(**named: Any) -> Any:
         raise lmdb.PanicError("as told")
 
-    monkeypatch.setattr(engine, "_begin", panics)
+    monkeypatch.setattr(engine._env, "begin", panics)
     engine.apply({b"K0": b"0"})
     engine.freeze()
     with pytest.raises(MetadataError):
         engine.write()
-    monkeypatch.setattr(engine, "_begin", begin)
-    before, opens = engine._env, engine._open
+    monkeypatch.setattr(engine._env, "begin", begin)
+    before, opens = engine._env._env, engine._env._open
 
     def fails(read_only: bool) -> Any:
         raise lmdb.Error("No space left on device, as told")
 
-    monkeypatch.setattr(engine, "_open", fails)
+    monkeypatch.setattr(engine._env, "_open", fails)
     with pytest.raises(MetadataError, match="as told"):
         engine.after_failure()
     with pytest.raises(MetadataError) as unread:  # it waits in vain for the next attempt
         engine.get(b"K1")
     assert "recover" not in str(unread.value)
-    monkeypatch.setattr(engine, "_open", opens)
+    monkeypatch.setattr(engine._env, "_open", opens)
     with pytest.raises(MetadataError):
         engine.write()
     engine.after_failure()
-    assert engine._env is not before
+    assert engine._env._env is not before
     engine.write()
     engine.thaw()
     assert dict(engine.scan_stored(b"K", b"L")) == {b"K0": b"0"}
@@ -243,7 +233,7 @@ def test_it_needs_no_directory_for_temporary_files(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return tempfile.TemporaryDirectory(*arguments, **options)
 
-    monkeypatch.setattr("fusestore.metadata.engine.TemporaryDirectory", make)
+    monkeypatch.setattr("fusestore.metadata.environment.TemporaryDirectory", make)
     for number in range(3):
         engine = Engine(tmp_path)
         assert [value for _, value in engine.scan(b"K", b"L")] == [b"x"] * number

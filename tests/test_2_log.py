@@ -556,10 +556,10 @@ async def test_a_file_a_thousand_directories_deep(config: StoreConfig) -> None:
             place, _ = tree.make(place, b"d", stat.S_IFDIR | 0o755, 0, 0)
         ino, inode = tree.make(place, b"f", stat.S_IFREG | 0o644, 0, 0)
         assert (inode.k, inode.m) == (2, 1)
-        tree.set_code(int(ROOT), Code(1, 2))
+        tree.codes.set(int(ROOT), Code(1, 2))
         _, inode = tree.make(place, b"g", stat.S_IFREG | 0o644, 0, 0)
         assert (inode.k, inode.m) == (1, 2)
-        assert tree.code(ino) == Code(2, 1)
+        assert tree.codes.of(ino) == Code(2, 1)
 
 
 async def test_what_a_node_that_is_away_had_not_flushed_is_rebuilt(

@@ -142,7 +142,7 @@ async def test_a_tree_gets_another_code_and_nothing_else_changes(config: StoreCo
         extents = list(one.store.reader.extents(sparse, 0, 1 << 60))
         assert sum(extent.length for extent in extents) == MIB + 3
         assert codes(one, other) == {"2+1"}
-        assert tree.code(inner) == C21
+        assert tree.codes.of(inner) == C21
         assert holes is one.store.log.engine
         one.check_counters()
         again = await recode(one, top, C42)

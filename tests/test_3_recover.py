@@ -257,7 +257,7 @@ class World:
     def set_code(self, one: Opened) -> None:
         if self.chance.random() < 0.3:
             code = self.chance.choice((*CODES, None))
-            one.files.tree.set_code(self.folder(one), Code.parse(code) if code else None)
+            one.files.tree.codes.set(self.folder(one), Code.parse(code) if code else None)
 
     async def write(self, one: Opened) -> None:
         ino = self.file(one)

@@ -30,7 +30,7 @@ from fusestore.format import store_rows, stripe_rows
 from fusestore.format.file_rows import ROOT
 from fusestore.format.row_sums import seal, unseal
 from fusestore.format.stripe_rows import Stripe
-from fusestore.metadata.engine import DATABASE, ROWS
+from fusestore.metadata.environment import DATABASE, ROWS
 from fusestore.rescue.fsck import fsck
 from fusestore.rescue.recover import recover
 from fusestore.store.opening import open_store

@@ -28,7 +28,8 @@ from ..format.store_rows import LogPosition
 from ..format.tables import TABLES
 from ..limits import Limits
 from ..log.journal_scan import read_journals
-from ..metadata.engine import DATABASE, Engine
+from ..metadata.engine import Engine
+from ..metadata.environment import DATABASE
 from ..metadata.view import View
 from ..nodes.base import Node
 from .load_tables import load_tables

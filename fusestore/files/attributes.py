@@ -80,7 +80,7 @@ class Attributes:
         `may_keep_sgid` is false for a caller who may not set set-group-id bits here.
         """
         if name == CODE:
-            self._tree.set_code(ino, self.parse_code(value.decode(errors="replace")))
+            self._tree.codes.set(ino, self.parse_code(value.decode(errors="replace")))
             return
         if name.startswith(VIRTUAL):
             raise NotPermittedError("This attribute cannot be set.")
@@ -145,7 +145,7 @@ class Attributes:
     def remove(self, ino: int, name: bytes) -> None:
         """Remove an attribute; NoAttributeError, but not for an ACL: without one it is empty."""
         if name == CODE:
-            self._tree.set_code(ino, None)
+            self._tree.codes.set(ino, None)
             return
         if name.startswith(VIRTUAL):
             raise NotPermittedError("This attribute cannot be removed.")
@@ -189,7 +189,7 @@ class Attributes:
 
     def _virtual(self, ino: int, name: bytes) -> bytes:
         if name == CODE:
-            return str(self._tree.code(ino)).encode()
+            return str(self._tree.codes.of(ino)).encode()
         start = 0
         if name.startswith(LAYOUT + b"."):
             digits = name[len(LAYOUT) + 1 :]
@@ -206,7 +206,7 @@ class Attributes:
 
     async def policy(self, ino: int) -> bytes:
         """Describe the code of new files below a directory, or of new bytes of a file: JSON."""
-        code, origin = self._tree.policy(ino)
+        code, origin = self._tree.codes.policy(ino)
         regions = len(set(self._log.members.config.regions))
         found = {
             "code": str(code),
@@ -245,7 +245,7 @@ class Attributes:
                 stripes[number] = self._stripe(extent.stripe)
                 used += 80 + 130 * len(stripes[number]["shards"])
             used += 90
-        code = str(self._tree.code(ino))
+        code = str(self._tree.codes.of(ino))
         found = {"code": code, "size": inode.size, "extents": extents, "stripes": stripes}
         return found if following is None else {**found, "next": following}
 

@@ -107,7 +107,7 @@ class Recoder:
             raise UsageError("Only files and directories can be recoded.")
         with self._log.transaction() as txn:  # ReadOnlyError
             if to is not None:
-                self._tree.note_code(txn, to)
+                self._tree.codes.note(txn, to)
         self._job.begin(Recoding(rate=rate, ino=ino, path=path, to=str(to or "")))
         self._unreadable.clear()
         self.resume()
@@ -183,7 +183,7 @@ class Recoder:
             for step in walk.files():
                 for folder, ino in step:
                     try:
-                        code = Code.parse(job.to) if job.to else self._tree.code(folder)
+                        code = Code.parse(job.to) if job.to else self._tree.codes.of(folder)
                         before = job.size
                         await self._file(job, ino, code, pace)
                         job.files += 1

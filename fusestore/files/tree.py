@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import trio
 
-from ..bounded_cache import LeastRecentlyUsed
 from ..errors import (
     CrossesQuotaError,
     ExistsError,
@@ -25,17 +24,27 @@ from ..errors import (
     NotDirectoryError,
     NotEmptyError,
     NotPermittedError,
-    StaleError,
     TooManyLinksError,
 )
-from ..format import acl, file_rows, store_rows
-from ..format.erasure import Code
+from ..format import acl, file_rows
 from ..format.file_rows import ROOT, Inode
 from ..limits import LINKS_MAX, NAME_BYTES_MAX, TARGET_BYTES_MAX
 from ..log.log import Log, Transaction
 from ..system import clock
 from . import quota
+from .codes import Codes
 from .path_search import PathSearch
+from .tree_steps import (
+    add_inode,
+    check_new,
+    drop_link,
+    drop_name,
+    entry_of,
+    folder_of,
+    inode_of,
+    put_name,
+    touch,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +65,7 @@ class Tree:
     def __init__(self, log: Log) -> None:
         self._log = log
         self.limits = log.limits
-        self._codes: LeastRecentlyUsed[int, Code] = LeastRecentlyUsed(log.limits.codes_cached_max)
-        """Cached codes that directories give to new files."""
+        self.codes = Codes(log)
         self.fenced: set[int] = set()
         """Trees that directories cannot be moved into or out of for now, by their top."""
         self.on_move: list[Callable[[int], None]] = []
@@ -75,10 +83,7 @@ class Tree:
 
     def inode(self, ino: int) -> Inode:
         """Return the attributes of an inode; StaleError."""
-        value = self._log.engine.get(file_rows.inode_key(ino))
-        if value is None:
-            raise StaleError(f"There is no inode {ino}.")
-        return Inode.decode(value)
+        return inode_of(self._log.engine, ino)
 
     def lookup(self, parent: int, name: bytes) -> int | None:
         """Return the inode with a name in a directory, or None; accepts `.` and `..`."""
@@ -135,54 +140,6 @@ class Tree:
             ino = Inode.decode(value).parent
         return True
 
-    def policy(self, ino: int) -> tuple[Code, int]:
-        """Return the code of new files below a directory, and the directory that sets it, or 0."""
-        while True:
-            inode = self.inode(ino)
-            if inode.k:
-                return Code(inode.k, inode.m), ino
-            if ino == ROOT:
-                return self._log.code, 0
-            ino = inode.parent
-
-    def code(self, ino: int) -> Code:
-        """Return the code of new bytes of a file; for a directory, that of new files below it."""
-        passed = []
-        while (code := self._codes.get(ino)) is None:
-            inode = self.inode(ino)
-            if stat.S_ISDIR(inode.mode):
-                passed.append(ino)
-            if inode.k:
-                code = Code(inode.k, inode.m)
-                break
-            if ino == ROOT:
-                code = self._log.code
-                break
-            ino = inode.parent
-        for directory in passed:
-            self._codes[directory] = code
-        return code
-
-    def set_code(self, ino: int, code: Code | None) -> None:
-        """Set the code of new files below a directory; None makes it inherit again."""
-        with self._log.transaction(rewrites=True) as txn:
-            inode = self._get(txn, ino)
-            if not stat.S_ISDIR(inode.mode):
-                raise NotPermittedError("Only the code of a directory can be set.")
-            inode.k, inode.m = (code.k, code.m) if code else (0, 0)
-            inode.ctime = clock.now()
-            txn.put(file_rows.inode_key(ino), inode.encode())
-            if code is not None:
-                self.note_code(txn, code)
-        self._codes.clear()
-
-    @staticmethod
-    def note_code(txn: Transaction, code: Code) -> None:
-        """Record that a code is in use: `status` names codes that do not survive a lost region."""
-        known = store_rows.decode_codes(txn.get(store_rows.CODES_KEY))
-        if code not in known:
-            txn.put(store_rows.CODES_KEY, store_rows.encode_codes([*known, code]))
-
     # --- making --------------------------------------------------------------
 
     def make(
@@ -200,8 +157,8 @@ class Tree:
         if target is not None and not 0 < len(target) <= TARGET_BYTES_MAX:
             raise NameTooLongError(f"A link target may have at most {TARGET_BYTES_MAX} bytes.")
         with self._log.transaction(grows=len(name) + len(target or b"")) as txn:
-            folder = self._folder(txn, parent)
-            self._check_new(txn, parent, name)
+            folder = folder_of(txn, parent)
+            check_new(txn, parent, name)
             now = clock.now()
             directory = stat.S_ISDIR(mode)
             if folder.mode & stat.S_ISGID:
@@ -221,20 +178,20 @@ class Tree:
                 inode.size = len(target)
                 txn.put(file_rows.target_key(ino), target)
             elif stat.S_ISREG(mode):
-                code = self.code(parent)
+                code = self.codes.of(parent)
                 inode.k, inode.m = code.k, code.m
-            self._add(txn, ino, inode, parent, folder)
-            self._put_name(txn, parent, name, ino, self._new_cookie())
+            add_inode(txn, ino, inode, parent, folder)
+            put_name(txn, parent, name, ino, self._new_cookie())
             folder.nlink += directory
-            self._touch(txn, parent, folder, now)
+            touch(txn, parent, folder, now)
         return ino, inode
 
     def link(self, ino: int, parent: int, name: bytes) -> Inode:
         """Give an inode one more name; return its attributes."""
         with self._log.transaction(grows=len(name)) as txn:
-            folder = self._folder(txn, parent)
-            self._check_new(txn, parent, name)
-            inode = self._get(txn, ino)
+            folder = folder_of(txn, parent)
+            check_new(txn, parent, name)
+            inode = inode_of(txn, ino)
             if stat.S_ISDIR(inode.mode):
                 raise NotPermittedError("A directory cannot have a second name.")
             if inode.nlink == 0:
@@ -248,8 +205,8 @@ class Tree:
             inode.ctime = now
             inode.parent = parent
             txn.put(file_rows.inode_key(ino), inode.encode())
-            self._put_name(txn, parent, name, ino, self._new_cookie())
-            self._touch(txn, parent, folder, now)
+            put_name(txn, parent, name, ino, self._new_cookie())
+            touch(txn, parent, folder, now)
         return inode
 
     # --- removing ------------------------------------------------------------
@@ -260,32 +217,32 @@ class Tree:
         After its last name the inode is an orphan.
         """
         with self._log.transaction() as txn:
-            folder = self._folder(txn, parent)
-            ino, cookie = self._entry(txn, parent, name)
-            inode = self._get(txn, ino)
+            folder = folder_of(txn, parent)
+            ino, cookie = entry_of(txn, parent, name)
+            inode = inode_of(txn, ino)
             if stat.S_ISDIR(inode.mode):
                 raise IsDirectoryError("Use rmdir to remove a directory.")
             now = clock.now()
-            self._drop_name(txn, parent, name, cookie)
-            self._drop_link(txn, ino, inode, now)
-            self._touch(txn, parent, folder, now)
+            drop_name(txn, parent, name, cookie)
+            drop_link(txn, ino, inode, now)
+            touch(txn, parent, folder, now)
         return ino, inode
 
     def rmdir(self, parent: int, name: bytes) -> tuple[int, Inode]:
         """Remove an empty directory; return the inode, now an orphan."""
         with self._log.transaction() as txn:
-            folder = self._folder(txn, parent)
-            ino, cookie = self._entry(txn, parent, name)
-            inode = self._get(txn, ino)
+            folder = folder_of(txn, parent)
+            ino, cookie = entry_of(txn, parent, name)
+            inode = inode_of(txn, ino)
             if not stat.S_ISDIR(inode.mode):
                 raise NotDirectoryError("Not a directory.")
             self._check_empty(ino)
             now = clock.now()
-            self._drop_name(txn, parent, name, cookie)
-            self._drop_link(txn, ino, inode, now)
+            drop_name(txn, parent, name, cookie)
+            drop_link(txn, ino, inode, now)
             folder.nlink -= 1
-            self._touch(txn, parent, folder, now)
-            self._codes.discard(ino)
+            touch(txn, parent, folder, now)
+            self.codes.forget(ino)
         return ino, inode
 
     # --- renaming ------------------------------------------------------------
@@ -307,10 +264,10 @@ class Tree:
         or None.
         """
         with self._log.transaction(rewrites=True) as txn:
-            folders = {parent: self._folder(txn, parent)}
-            folders.setdefault(new_parent, self._folder(txn, new_parent))
-            ino, cookie = self._entry(txn, parent, name)
-            inode = self._get(txn, ino)
+            folders = {parent: folder_of(txn, parent)}
+            folders.setdefault(new_parent, folder_of(txn, new_parent))
+            ino, cookie = entry_of(txn, parent, name)
+            inode = inode_of(txn, ino)
             directory = stat.S_ISDIR(inode.mode)
             if directory:
                 self._check_outside(ino, new_parent)
@@ -319,7 +276,7 @@ class Tree:
             lost: tuple[int, Inode] | None = None
             found = txn.get(file_rows.name_key(new_parent, new_name))
             if found is None:
-                self._check_new(txn, new_parent, new_name)
+                check_new(txn, new_parent, new_name)
                 # In the same directory it keeps its place, so that each listing has it once.
                 keeps_place = new_parent == parent and whiteout is None
                 new_cookie = cookie if keeps_place else self._new_cookie()
@@ -330,25 +287,24 @@ class Tree:
                 if there == ino:
                     return None
                 lost = there, self._replaced(txn, there, directory, folders[new_parent], now)
-            self._drop_name(txn, parent, name, cookie)
-            self._put_name(txn, new_parent, new_name, ino, new_cookie)
+            drop_name(txn, parent, name, cookie)
+            put_name(txn, new_parent, new_name, ino, new_cookie)
             if directory:
                 folders[parent].nlink -= 1
                 folders[new_parent].nlink += 1
-                self._codes.clear()
+                self.codes.forget()
             if inode.quota_root != folders[new_parent].quota_root:
                 root = folders[new_parent].quota_root
                 quota.shift(txn, *quota.crossing(txn, ino, inode, root))
             if whiteout is not None:
                 device = self._new_ino()
                 hider = Inode(stat.S_IFCHR, *whiteout, 1, 0, 0, now, now, now)
-                self._add(txn, device, hider, parent, folders[parent])
-                self._put_name(txn, parent, name, device, cookie)
-            inode.ctime = now
-            inode.parent = new_parent
+                add_inode(txn, device, hider, parent, folders[parent])
+                put_name(txn, parent, name, device, cookie)
+            inode.ctime, inode.parent = now, new_parent
             txn.put(file_rows.inode_key(ino), inode.encode())
             for number, folder in folders.items():
-                self._touch(txn, number, folder, now)
+                touch(txn, number, folder, now)
         self._moved(ino)
         return lost
 
@@ -356,7 +312,7 @@ class Tree:
         self, txn: Transaction, ino: int, directory: bool, folder: Inode, now: int
     ) -> Inode:
         """Take the name in `folder` from an inode for another; return the inode without it."""
-        old = self._get(txn, ino)
+        old = inode_of(txn, ino)
         if directory and not stat.S_ISDIR(old.mode):
             raise NotDirectoryError("A directory can replace only a directory.")
         if not directory and stat.S_ISDIR(old.mode):
@@ -364,16 +320,16 @@ class Tree:
         if directory:
             self._check_empty(ino)
             folder.nlink -= 1
-        self._drop_link(txn, ino, old, now)
+        drop_link(txn, ino, old, now)
         return old
 
     def exchange(self, parent: int, name: bytes, new_parent: int, new_name: bytes) -> None:
         """Exchange two entries of any type."""
         with self._log.transaction(rewrites=True) as txn:
-            folders = {parent: self._folder(txn, parent)}
-            folders.setdefault(new_parent, self._folder(txn, new_parent))
-            one, one_cookie = self._entry(txn, parent, name)
-            two, two_cookie = self._entry(txn, new_parent, new_name)
+            folders = {parent: folder_of(txn, parent)}
+            folders.setdefault(new_parent, folder_of(txn, new_parent))
+            one, one_cookie = entry_of(txn, parent, name)
+            two, two_cookie = entry_of(txn, new_parent, new_name)
             if one == two:
                 return
             now = clock.now()
@@ -381,7 +337,7 @@ class Tree:
                 (one, parent, new_parent, new_name, two_cookie),
                 (two, new_parent, parent, name, one_cookie),
             )
-            inodes = {ino: self._get(txn, ino) for ino in (one, two)}
+            inodes = {ino: inode_of(txn, ino) for ino in (one, two)}
             crossing: list[quota.Move] = []
             for ino, _, to, _, _ in moves:
                 if stat.S_ISDIR(inodes[ino].mode):
@@ -392,15 +348,15 @@ class Tree:
             quota.shift(txn, *crossing)
             for ino, origin, to, new, cookie in moves:
                 inode = inodes[ino]
-                self._put_name(txn, to, new, ino, cookie)
+                put_name(txn, to, new, ino, cookie)
                 if stat.S_ISDIR(inode.mode):
                     folders[origin].nlink -= 1
                     folders[to].nlink += 1
                 inode.ctime, inode.parent = now, to
                 txn.put(file_rows.inode_key(ino), inode.encode())
             for number, folder in folders.items():
-                self._touch(txn, number, folder, now)
-        self._codes.clear()
+                touch(txn, number, folder, now)
+        self.codes.forget()
         self._moved(one)
         self._moved(two)
 
@@ -409,7 +365,7 @@ class Tree:
     def change(self, ino: int, change: Change) -> Inode:
         """Set attributes; return the changed inode."""
         with self._log.transaction(rewrites=True) as txn:
-            inode = self._get(txn, ino)
+            inode = inode_of(txn, ino)
             if change.mode is not None:
                 inode.mode = stat.S_IFMT(inode.mode) | stat.S_IMODE(change.mode)
                 key = file_rows.xattr_key(ino, acl.ACCESS)
@@ -435,16 +391,6 @@ class Tree:
         self._log.counters.next_ino += 1
         return self._log.counters.next_ino - 1
 
-    @staticmethod
-    def _add(txn: Transaction, ino: int, inode: Inode, parent: int, folder: Inode) -> None:
-        """Put a new inode, and count it in the quota of its directory."""
-        inode.parent = parent
-        if folder.quota_root:
-            inode.quota_root = folder.quota_root
-            quota.charge(txn, folder.quota_root, 0, 1)
-        txn.put(file_rows.inode_key(ino), inode.encode())
-        txn.files += 1
-
     def _new_cookie(self) -> int:
         """Take a cookie that no entry has had."""
         self._log.counters.next_cookie += 1
@@ -459,27 +405,6 @@ class Tree:
     def _moved(self, ino: int) -> None:
         for tell in self.on_move:
             tell(ino)
-
-    @staticmethod
-    def _get(txn: Transaction, ino: int) -> Inode:
-        value = txn.get(file_rows.inode_key(ino))
-        if value is None:
-            raise StaleError(f"There is no inode {ino}.")
-        return Inode.decode(value)
-
-    def _folder(self, txn: Transaction, ino: int) -> Inode:
-        inode = self._get(txn, ino)
-        if not stat.S_ISDIR(inode.mode):
-            raise NotDirectoryError("Not a directory.")
-        return inode
-
-    def _check_new(self, txn: Transaction, parent: int, name: bytes) -> None:
-        if len(name) > NAME_BYTES_MAX:
-            raise NameTooLongError(f"A name may have at most {NAME_BYTES_MAX} bytes.")
-        if txn.get(file_rows.name_key(parent, name)) is not None:
-            raise ExistsError("The name is taken.")
-        if self._get(txn, parent).nlink == 0:
-            raise NoEntryError("The directory was deleted.")
 
     def _check_empty(self, ino: int) -> None:
         if next(self.entries(ino, 0), None) is not None:
@@ -497,33 +422,3 @@ class Tree:
         for top in self.fenced:
             if self.lies_below(parent, top) != self.lies_below(new_parent, top):
                 raise CrossesQuotaError("A quota is being counted or cleared: try again later.")
-
-    @staticmethod
-    def _entry(txn: Transaction, parent: int, name: bytes) -> tuple[int, int]:
-        value = txn.get(file_rows.name_key(parent, name))
-        if value is None:
-            raise NoEntryError("There is no such name.")
-        return file_rows.decode_name(value)
-
-    @staticmethod
-    def _put_name(txn: Transaction, parent: int, name: bytes, ino: int, cookie: int) -> None:
-        txn.put(file_rows.name_key(parent, name), file_rows.name_value(ino, cookie))
-        txn.put(file_rows.listing_key(parent, cookie), file_rows.listing_value(ino, name))
-
-    @staticmethod
-    def _drop_name(txn: Transaction, parent: int, name: bytes, cookie: int) -> None:
-        txn.delete(file_rows.name_key(parent, name))
-        txn.delete(file_rows.listing_key(parent, cookie))
-
-    @staticmethod
-    def _drop_link(txn: Transaction, ino: int, inode: Inode, now: int) -> None:
-        inode.nlink = 0 if stat.S_ISDIR(inode.mode) else inode.nlink - 1
-        inode.ctime = now
-        txn.put(file_rows.inode_key(ino), inode.encode())
-        if inode.nlink == 0:
-            txn.put(file_rows.orphan_key(ino), b"")
-
-    @staticmethod
-    def _touch(txn: Transaction, ino: int, folder: Inode, now: int) -> None:
-        folder.mtime = folder.ctime = now
-        txn.put(file_rows.inode_key(ino), folder.encode())

@@ -17,7 +17,7 @@ from ..errors import FusestoreError, ReplayError, UsageError
 from ..format.erasure import Code
 from ..format.placement import check_region_rule
 from ..format.store_rows import NodeRow
-from ..metadata.engine import DATABASE, DATABASE_LOCK
+from ..metadata.environment import DATABASE, DATABASE_LOCK
 from ..system.files import sync_directory
 from .recover_nodes import FoundNodes
 

@@ -11,7 +11,7 @@ from ..config.store_config import StoreConfig
 from ..config.store_config_write import write_store_config
 from ..errors import FusestoreError
 from ..files.filesystem import FileSystem
-from ..metadata.engine import DATABASE
+from ..metadata.environment import DATABASE
 from ..store.opening import open_store
 from ..system import threads
 from .commands import Context, do

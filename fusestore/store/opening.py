@@ -38,7 +38,8 @@ from ..log.log import Log
 from ..members.member import Member
 from ..members.members import Members
 from ..members.opening import open_members, open_node
-from ..metadata.engine import DATABASE, DATABASE_LOCK, Engine
+from ..metadata.engine import Engine
+from ..metadata.environment import DATABASE, DATABASE_LOCK
 from ..system import process_limits, threads
 from ..system.io_uring import Ring
 from .claims import Claims

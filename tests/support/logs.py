@@ -97,7 +97,7 @@ JOURNAL_DAMAGED = (
     r"|journal_scan: Node \S+ has many journal segments without records, and was not read"
 )
 FOREIGN_FILES = (
-    r"nodes\.directory: .* has files that are not segments of this store"
+    r"nodes\.segment_files: .* has files that are not segments of this store"
     r"|node_contents: .* holds [\d,]+ files? with numbers that this store has not reached"
     r"|commit\.stray_segments: Segment \d+ of node \S+ is not of this store: it is ignored"
 )
