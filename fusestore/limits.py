@@ -12,6 +12,8 @@ KIB = 1 << 10
 MIB = 1 << 20
 STRIPE_BYTES = MIB
 """File data in one stripe: the largest write request of the kernel."""
+SMALL_STRIPE_BYTES, SMALL_STRIPE_WASTE = 256 * KIB, 64 * KIB
+"""A stripe with less file data is merged with others; until then it counts as so much waste."""
 BLOCK_BYTES = 16 * KIB
 """The bytes of one checksum: the least that a read must fetch and verify."""
 SHARD_ALIGN_BYTES = 64
@@ -73,6 +75,8 @@ class Limits:
     checkpoint_seconds_max: float = 10.0
     checkpoint_changes_max: int = 10_000
     """Changed keys that wait in memory for the metadata database."""
+    freed_bytes_max: int = 32 * MIB
+    """Bytes on nodes that become free with a checkpoint; with more, one is due."""
     dump_journal_bytes_min: int = 8 * MIB
     """How much journal there must be since the last metadata dump before the next one."""
     dump_piece_bytes: int = 256 * KIB
@@ -144,7 +148,8 @@ class Limits:
     """Deleted files whose rows one transaction removes."""
     removal_pause_seconds: float = 0.01
     removals_max: int = 10_000
-    """Deleted files wait until no more follow for this long, or until there are this many."""
+    removal_bytes_max: int = 16 * MIB
+    """Deleted files wait until no more follow for this long, or until they are many or large."""
     trim_batch: int = 256
     """Extents that one transaction removes."""
     walk_batch: int = 128
@@ -158,6 +163,20 @@ class Limits:
     """How long a recoding waits for room, or for a node, before it retries."""
     recode_note_seconds: float = 5.0
     """How often a recoding records its progress."""
+    waste_percent_max: int = 20
+    """Cleaning runs when waste exceeds this share of the files' bytes, and `waste_bytes_min`."""
+    waste_bytes_min: int = 32 * MIB
+    clean_rate: float | None = None
+    """Bytes a second of I/O by cleaning; None: as much as the I/O of users allows."""
+    clean_bytes: int = 4 * MIB
+    """The live bytes that one transaction of cleaning moves."""
+    clean_bytes_at_once: int = 16 * MIB
+    """What a request that found no room gives back before it is tried again."""
+    clean_look_seconds: float = 1.0
+    clean_idle_seconds: float = 10.0
+    """When nobody has used the mount for so long, it is cleaned to half of the bound."""
+    victims_max: int = 4096
+    """Stripes that one walk chooses to clean."""
     codes_cached_max: int = 10_000
     """Directories whose code for new files is cached."""
     stripes_cached_max: int = 512

@@ -262,7 +262,8 @@ async def test_a_full_store_is_waited_for(
         takes = one.store.log.take_room
         refused = 0
 
-        def take_room(length: int, code: Code) -> None:
+        def take_room(length: int, code: Code, *, in_reserve: bool = False) -> None:
+            assert not in_reserve
             nonlocal refused
             if 4 <= (refused := refused + 1) - 1 < 8 or refused == 2:
                 raise NoSpaceError("The store is full.")

@@ -313,6 +313,7 @@ class Committer:
         if freeze:
             engine.freeze()
             log.room.frozen()
+            log.freed = 0
         if nothing:
             log.room.appended()
             if freeze:

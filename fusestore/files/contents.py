@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 import stat
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import trio
@@ -31,6 +33,28 @@ logger = logging.getLogger(__name__)
 Data = bytes | bytearray | memoryview
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Bytes of a file that are to get another place."""
+
+    ino: int
+    extent: Extent
+    """As it was when the bytes were read."""
+    data: Data | None
+    """The extent's bytes, or the first of them; None: they are in memory, and may change."""
+
+    @property
+    def length(self) -> int:
+        """How many bytes move."""
+        return self.extent.length if self.data is None else len(self.data)
+
+    def first(self, length: int) -> Part:
+        """Return its first bytes."""
+        if self.data is None:
+            return self
+        return replace(self, data=self.data[:length])
+
+
 class Contents:
     """Reads, writes and cuts files."""
 
@@ -41,6 +65,8 @@ class Contents:
         self._writer = writer
         self._tails: LeastRecentlyUsed[int, Extent] = LeastRecentlyUsed(log.limits.tail_extents_max)
         """The last written extent of an inode, for writes that continue behind it."""
+        self.hold_up: Callable[[int], Awaitable[None]] | None = None
+        """Lets a write of so many bytes wait while there is too much waste; cleaning sets this."""
         self._trimming: dict[int, trio.Event] = {}
         """By inode, the event that is set when a truncation of many extents is complete."""
 
@@ -66,6 +92,8 @@ class Contents:
         if not data:
             return 0
         self._log.used_at = trio.current_time()
+        if self.hold_up is not None:
+            await self.hold_up(len(data))
         await self._writer.room(len(data))
         if ino in self._trimming:
             await self.settled(ino)
@@ -169,7 +197,7 @@ class Contents:
         txn.let_go(extent.stripe, gone.length)
         inode.allocated -= gone.length
 
-    # --- recoding ------------------------------------------------------------
+    # --- rewriting ------------------------------------------------------------
 
     async def settled(self, ino: int) -> None:
         """Wait for the end of a running truncation of a file."""
@@ -188,34 +216,50 @@ class Contents:
             inode.k, inode.m = code.k, code.m
             txn.put(file_rows.inode_key(ino), inode.encode())
 
-    def recode(self, ino: int, code: Code, parts: list[tuple[Extent, Data | None]]) -> bool:
-        """Write the bytes of extents (in order) to stripes of a code; False if they have changed.
+    def rewrite(self, code: Code, parts: Iterable[Part], *, in_reserve: bool = False) -> int:
+        """Write bytes of files to stripes of a code; return how many have moved.
 
-        Bytes that are not given are still in memory.  NoSpaceError, StaleError.
+        `parts` are in the order of inodes and offsets.  Those that have changed since they were
+        read stay where they are.  With `in_reserve`, they may use half of the reserve, because
+        others become free.  NoSpaceError.
         """
+        runs: list[tuple[int, int, bytearray]] = []
+        for part in parts:
+            data = self._unchanged(part)
+            if data is None:
+                continue
+            if not runs or (runs[-1][0], runs[-1][1] + len(runs[-1][2])) != (
+                part.ino,
+                part.extent.offset,
+            ):
+                runs.append((part.ino, part.extent.offset, bytearray()))
+            runs[-1][2].extend(data)
+        length = sum(len(data) for _, _, data in runs)
         with self._log.transaction() as txn:
-            inode = self._inode(txn, ino)
-            runs: list[tuple[int, bytearray]] = []
-            for extent, data in parts:
-                if data is None:
-                    unsealed = self._log.unsealed.get(extent.stripe)
-                    at = extent.stripe_offset
-                    data = unsealed.bytes(at, at + extent.length) if unsealed else None
-                if data is None or ino in self._trimming or not self.has(ino, extent):
-                    return False
-                if not runs or runs[-1][0] + len(runs[-1][1]) != extent.offset:
-                    runs.append((extent.offset, bytearray()))
-                runs[-1][1].extend(data)
-            self._log.take_room(sum(len(data) for _, data in runs), code)
-            for offset, run in runs:
+            self._log.take_room(length, code, in_reserve=in_reserve)
+            for ino, offset, run in runs:
+                inode = self._inode(txn, ino)
                 self._cut(txn, ino, inode, offset, offset + len(run))
                 inode.allocated += len(run)
                 for start in range(0, len(run), self._limits.stripe_bytes):
                     piece = memoryview(run)[start : start + self._limits.stripe_bytes]
-                    for place in self._writer.append(txn, code, ino, offset, piece):
+                    for place in self._writer.append(txn, code, ino, offset, piece, rewritten=True):
                         offset = self._point(txn, ino, offset, *place)
-            txn.put(file_rows.inode_key(ino), inode.encode())
-        return True
+                txn.put(file_rows.inode_key(ino), inode.encode())
+        return length
+
+    def _unchanged(self, part: Part) -> Data | None:
+        """Return the bytes of a part; None if its file has others there now, or is being cut."""
+        ino, extent = part.ino, part.extent
+        if ino in self._trimming or not self.has(ino, extent):
+            return None
+        if self._log.engine.get(file_rows.inode_key(ino)) is None:  # it is being removed
+            return None
+        if part.data is not None:
+            return part.data
+        unsealed = self._log.unsealed.get(extent.stripe)
+        at = extent.stripe_offset
+        return unsealed.bytes(at, at + extent.length) if unsealed else None
 
     # --- truncating ----------------------------------------------------------
 

@@ -8,10 +8,12 @@ from ..errors import ShortageError
 from ..format.file_rows import NO_LIMIT
 from ..store.store import Store
 from .attributes import Attributes
+from .cleaner import Cleaner
 from .contents import Contents
 from .quota_roots import QuotaRoots
 from .recode import Recoder
 from .removal import Removal
+from .rewriter import Rewriter
 from .tree import Tree
 
 INODE_BYTES = 4096
@@ -31,7 +33,12 @@ class FileSystem:
             store.log, self.tree, store.reader, allow_unsafe=store.config.allow_unsafe
         )
         self.quotas = QuotaRoots(store.log, self.tree, nursery)
-        self.recoder = Recoder(store, self.tree, self.contents, nursery)
+        rewriter = Rewriter(store.log, store.reader, store.writer, self.contents)
+        self.recoder = Recoder(store, self.tree, self.contents, rewriter, nursery)
+        self.cleaner = Cleaner(store.log, rewriter, store.room_maker.pay)
+        self.contents.hold_up = self.cleaner.hold_up
+        store.room_maker.clean = self.cleaner.make_room
+        self._nursery = nursery
         self._committer = store.committer
         self.make_room = store.room_maker.make_room
         self.catch_up = store.room_maker.catch_up
@@ -53,10 +60,11 @@ class FileSystem:
             raise ShortageError(shortage)
 
     def go_on(self) -> None:
-        """Continue the counting of quotas and the recoding of the last mount in the background."""
+        """Begin the work in the background: cleaning, and what the last mount did not complete."""
         if not self.log.read_only:
             self.quotas.resume()
             self.recoder.resume()
+            self._nursery.start_soon(self.cleaner.run)
 
     def space(self) -> tuple[int, int]:
         """Return (total, free) bytes of file data in the default code, within the root's quota."""

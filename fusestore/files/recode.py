@@ -38,7 +38,8 @@ from ..format.stripe_rows import LOST_STRIPE
 from ..log.background_job import BackgroundJob, JobRow, Progress
 from ..log.pace import Pace
 from ..store.store import Store
-from .contents import Contents, Data
+from .contents import Contents
+from .rewriter import Rewriter
 from .tree import Tree
 from .walk import Walk
 
@@ -77,12 +78,20 @@ class Recoding(JobRow):
 class Recoder:
     """Recodes a file or a tree in the background, one at a time."""
 
-    def __init__(self, store: Store, tree: Tree, contents: Contents, nursery: trio.Nursery) -> None:
+    def __init__(
+        self,
+        store: Store,
+        tree: Tree,
+        contents: Contents,
+        rewriter: Rewriter,
+        nursery: trio.Nursery,
+    ) -> None:
         self._store = store
         self._log = store.log
         self._limits = store.log.limits
         self._tree = tree
         self._contents = contents
+        self._rewriter = rewriter
         self._nursery = nursery
         self._job = BackgroundJob(store.log, store_rows.RECODE_KEY, Recoding, REFUSALS)
         self._running = False
@@ -213,17 +222,19 @@ class Recoder:
             if run:
                 length = sum(extent.length for extent in run)
                 await pace.spend(length + length * code.n // code.k)
-                parts = await self._read(ino, run)
+                parts, lost = await self._rewriter.read((ino, extent) for extent in run)
+                for error in lost.values():
+                    await self._lost(ino, error)
                 try:
-                    await self._store.writer.room(length)
-                    if not self._contents.recode(ino, code, parts):
-                        continue  # it was changed meanwhile
+                    moved, _ = await self._rewriter.write(code, parts)
                 except (NoMemoryLeftError, NoSpaceError) as error:
                     self._waits_for = str(error)
                     await trio.sleep(self._limits.recode_retry_seconds)
                     continue
                 self._waits_for = ""
-                job.recoded += sum(extent.length for extent, _ in parts)
+                job.recoded += moved
+                if moved < sum(part.length for part in parts):
+                    continue  # some of it was changed meanwhile
             else:
                 await trio.lowlevel.checkpoint()
             at = end
@@ -249,27 +260,6 @@ class Recoder:
             return unsealed.code
         row = self._store.reader.stripe(stripe)
         return row.code if row is not None else None
-
-    async def _read(self, ino: int, run: list[Extent]) -> list[tuple[Extent, Data | None]]:
-        """Return the bytes of extents; None for bytes still in memory, which may change.
-
-        Extents that cannot be read are left out, and their file is noted.
-        """
-        parts: list[tuple[Extent, Data | None]] = []
-        for extent in run:
-            if extent.stripe in self._log.unsealed:
-                parts.append((extent, None))
-                continue
-            start, end = extent.stripe_offset, extent.stripe_offset + extent.length
-            try:
-                data = await self._store.reader.read_stripe(extent.stripe, start, end)
-            except LostError as error:
-                if self._contents.has(ino, extent):
-                    await self._lost(ino, error)
-                    continue
-                data = b""  # it was freed meanwhile: the transaction will notice this
-            parts.append((extent, data))
-        return parts
 
     async def _lost(self, ino: int, error: LostError) -> None:
         path = (await self._tree.paths([ino]))[ino]

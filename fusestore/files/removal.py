@@ -31,6 +31,8 @@ class Removal:
         self._contents = contents
         self._nursery = nursery
         self._dead: list[int] = []
+        self._bytes = 0
+        """Bytes of the files that wait."""
 
     def remove(self, ino: int) -> None:
         """Remove an orphan that is no longer in use, and all of its rows, soon.
@@ -38,6 +40,8 @@ class Removal:
         Its row in `orphans` stays until then: after a crash the next mount removes it.
         """
         self._dead.append(ino)
+        value = self._log.engine.get(file_rows.inode_key(ino))
+        self._bytes += Inode.decode(value).allocated if value else 0
         if len(self._dead) == 1:
             self._nursery.start_soon(self._remove_soon)
 
@@ -47,11 +51,15 @@ class Removal:
         return bool(self._dead)
 
     async def _remove_soon(self) -> None:
-        """Remove the waiting orphans in batches, once no more follow."""
+        """Remove the waiting orphans in batches, once no more follow, or they have many bytes."""
         while self._dead:
             count = len(self._dead)
             await trio.sleep(self._limits.removal_pause_seconds)
-            if not count < len(self._dead) < self._limits.removals_max:
+            if (
+                not count < len(self._dead) < self._limits.removals_max
+                or self._bytes >= self._limits.removal_bytes_max
+            ):
+                self._bytes = 0
                 await self._remove_all()
 
     async def _remove_all(self) -> None:

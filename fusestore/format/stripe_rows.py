@@ -7,9 +7,16 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import NamedTuple, Self
 
-from ..limits import BLOCK_BYTES, RECORD_ALIGN_BYTES, SHARD_SEGMENT_BYTES, STRIPE_BYTES
+from ..limits import (
+    BLOCK_BYTES,
+    RECORD_ALIGN_BYTES,
+    SHARD_SEGMENT_BYTES,
+    SMALL_STRIPE_BYTES,
+    SMALL_STRIPE_WASTE,
+    STRIPE_BYTES,
+)
 from .erasure import Code
 from .keys import HI, HIQ, HQB, QI, Q
 
@@ -117,12 +124,35 @@ def live_key(stripe: int) -> bytes:
     return b"V" + Q.pack(stripe)
 
 
-def live_value(live: int) -> bytes:
-    return Q.pack(live)
+class Live(NamedTuple):
+    """How much of a stripe is in use."""
+
+    live: int
+    """Bytes that extents point at."""
+    length: int = 0
+    """Bytes of file data in the stripe; 0 while more may follow."""
+
+    @property
+    def waste(self) -> int:
+        """Bytes that cleaning gives back: those that no extent points at, and what a small
+        stripe takes more than its bytes; 0 while more may follow."""
+        if self.length == 0:
+            return 0
+        small = SMALL_STRIPE_WASTE if self.length < SMALL_STRIPE_BYTES else 0
+        return max(self.length - self.live, 0) + small
+
+    def encode(self) -> bytes:
+        """The row's value."""
+        return _LIVE.pack(*self)
+
+    @classmethod
+    def decode(cls, value: bytes) -> Self:
+        """Read the row's value."""
+        return cls(*_LIVE.unpack(value))
 
 
-def decode_live(value: bytes) -> int:
-    return int(Q.unpack(value)[0])
+_LIVE = struct.Struct("<QI")
+LIVE_START, LIVE_END = b"V", b"W"
 
 
 OWNER = struct.Struct("<QQII")

@@ -7,7 +7,7 @@ A key is the letter of its table and big-endian numbers, so that keys sort by nu
     L parent cookie            listing   ino, name          stable readdir
     E ino offset               extents   Extent             of file bytes
     S stripe                   stripes   Stripe             once it is sealed
-    V stripe                   live      bytes that extents point at
+    V stripe                   live      Live               bytes that extents point at
     O stripe stripe-offset     owners    packed Owner; true only where extents agree
     T stripe stripe-offset     tails     code, bytes committed before the stripe was sealed
     X ino name                 xattrs    value
@@ -78,7 +78,7 @@ TABLES = {
         Table(b"S", "stripes", 9, lambda k, v: Stripe.has_form(v)),
         Table(b"T", "tails", 13, lambda k, v: len(v) > 2 and Code(v[0], v[1]).is_possible),
         Table(b"U", "orphans", 9, lambda k, v: _numbers(k[1:])),
-        Table(b"V", "live", 9, lambda k, v: len(v) == 8),
+        Table(b"V", "live", 9, lambda k, v: len(v) == 12),
         Table(b"X", "xattrs", 10, lambda k, v: _numbers(k[1:9]), named=True),
     )
 }

@@ -22,9 +22,9 @@ import trio
 from ..errors import NodeFullError, NoSpaceError, ReadOnlyError
 from ..format import keys, store_rows, stripe_rows
 from ..format.erasure import Code
-from ..format.records import Changes, Place, SegmentKind
+from ..format.records import Changes, Place, SegmentKind, record_length
 from ..format.store_rows import Counters, GivenUp, LogPosition
-from ..format.stripe_rows import LOST_STRIPE, ShardPlace, Stripe
+from ..format.stripe_rows import LOST_STRIPE, Live, ShardPlace, Stripe
 from ..members.member import Member
 from ..members.members import Members
 from ..metadata.engine import Engine
@@ -54,12 +54,12 @@ class Transaction:
     `get` sees the transaction's own changes, `scan` and `last` do not.
     """
 
-    __slots__ = ("_log", "changes", "file_bytes", "files", "stripes")
+    __slots__ = ("_log", "changes", "file_bytes", "files", "stripes", "waste")
 
     def __init__(self, log: Log) -> None:
         self._log = log
         self.changes: dict[bytes, bytes | None] = {}
-        self.files = self.file_bytes = self.stripes = 0
+        self.files = self.file_bytes = self.stripes = self.waste = 0
         """The changes of the counters."""
 
     def __enter__(self) -> Self:
@@ -77,6 +77,7 @@ class Transaction:
             counters.files += self.files
             counters.file_bytes += self.file_bytes
             counters.stripes += self.stripes
+            self._log.waste += self.waste
 
     def get(self, key: bytes) -> bytes | None:
         """The value of a key, or None."""
@@ -104,17 +105,25 @@ class Transaction:
 
     def point_at(self, stripe: int, length: int) -> None:
         """Record that `length` bytes of a stripe became part of a file."""
-        self.put(stripe_rows.live_key(stripe), stripe_rows.live_value(self._live(stripe) + length))
+        count = self.live(stripe)
+        self.set_live(stripe, count._replace(live=count.live + length), count)
         self.file_bytes += length
+
+    def complete(self, stripe: int, length: int) -> None:
+        """Record that a stripe of which bytes are in use has `length` bytes, and gets no more."""
+        count = self.live(stripe)
+        self.set_live(stripe, count._replace(length=length), count)
 
     def let_go(self, stripe: int, length: int) -> None:
         """Record that `length` bytes of a stripe left a file; the last ones free the stripe."""
         self.file_bytes -= length
         if stripe == LOST_STRIPE:
             return  # it has no bytes, and is not counted
-        left = self._live(stripe) - length
+        count = self.live(stripe)
+        left = count.live - length
         if left == 0:
             self.delete(stripe_rows.live_key(stripe))
+            self.waste -= count.waste
             self._free(stripe)
             return
         if left < 0:
@@ -125,11 +134,18 @@ class Transaction:
                 stripe,
                 -left,
             )
-        self.put(stripe_rows.live_key(stripe), stripe_rows.live_value(max(left, 0)))
+        self.set_live(stripe, count._replace(live=max(left, 0)), count)
 
-    def _live(self, stripe: int) -> int:
-        live = self.get(stripe_rows.live_key(stripe))
-        return stripe_rows.decode_live(live) if live else 0
+    def live(self, stripe: int) -> Live:
+        """Return the count of a stripe; 0 if it has none."""
+        value = self.get(stripe_rows.live_key(stripe))
+        return Live.decode(value) if value else Live(0)
+
+    def set_live(self, stripe: int, now: Live, before: Live) -> None:
+        """Change the count of a stripe."""
+        self.put(stripe_rows.live_key(stripe), now.encode())
+        if now.length:
+            self.waste += now.waste - before.waste
 
     def _free(self, stripe: int) -> None:
         value = self.get(stripe_rows.stripe_key(stripe))
@@ -152,6 +168,7 @@ class Transaction:
             self.delete(stripe_rows.missing_key(place.node, number, index))
             if place.written:
                 self.put(*stripe_rows.reclaim_row(place, stripe.shard_length))
+                self._log.note_freed(record_length(stripe.shard_length))
 
 
 class Log:
@@ -202,6 +219,13 @@ class Log:
         self.journal_gaps = 0
         """Parts of the journals that no node can read, as far as they were found since the last
         metadata dump; only the metadata has them until the next one."""
+        self.waste = 0
+        """Bytes that cleaning gives back, of all stripes, once `waste_counted` is set."""
+        self.waste_counted = False
+        self.freed = 0
+        """Bytes on nodes that become free with the next checkpoint."""
+        self.on_freed: Callable[[], None] = lambda: None
+        """Called when these are many: a checkpoint is due."""
         self.room = Room(members, code)
         """What may be accepted."""
         self.paths_of: Callable[[Iterable[int]], Awaitable[dict[int, str]]] = _unnamed
@@ -273,6 +297,12 @@ class Log:
         self.engine.apply(changes)  # first: refused rows must not reach the journals
         self.pending.update(changes)
 
+    def note_freed(self, length: int) -> None:
+        """Record that bytes on a node become free with the next checkpoint."""
+        self.freed += length
+        if self.freed >= self.limits.freed_bytes_max:
+            self.on_freed()
+
     def next_stripe(self) -> int:
         """A stripe number that was never used: epoch and counter."""
         number = self.position.epoch << 40 | self._next_stripe
@@ -333,10 +363,13 @@ class Log:
 
     # --- room ----------------------------------------------------------------
 
-    def take_room(self, length: int, code: Code) -> None:
-        """Take room for `length` bytes of file data in their code; NoSpaceError."""
+    def take_room(self, length: int, code: Code, *, in_reserve: bool = False) -> None:
+        """Take room for `length` bytes of file data in their code; NoSpaceError.
+
+        With `in_reserve`, half of the reserve may be used: other bytes become free for them.
+        """
         self._check_room()
-        self.room.take_bytes(length, code)
+        self.room.take_bytes(length, code, REWRITES if in_reserve else GROWS)
 
     def _check_room(self) -> None:
         refusal = self._refusal()

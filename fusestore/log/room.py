@@ -110,7 +110,7 @@ class Room:
 
     # --- what is asked -------------------------------------------------------
 
-    def take_bytes(self, length: int, code: Code) -> None:
+    def take_bytes(self, length: int, code: Code, share: float = GROWS) -> None:
         """Take room for `length` bytes of a file in its code; NoSpaceError."""
         raw = length * code.n // code.k + 256
         rows = length // self._limits.metadata_share + 256
@@ -118,7 +118,7 @@ class Room:
             self._budget -= raw
             self._metadata_budget -= rows
         else:
-            self._look(GROWS, code, length, rows)
+            self._look(share, code, length, rows)
         self.metadata_pending += rows
         self.rows_pending += 256
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from ..format import file_rows, stripe_rows
 from ..format.file_rows import Extent, Inode
-from ..format.stripe_rows import LOST_STRIPE, OWNER
+from ..format.stripe_rows import LOST_STRIPE, OWNER, Live
 from ..limits import FILE_BYTES_MAX, STRIPE_BYTES
 from .fsck_findings import Finding, Phase, finding
 from .fsck_inodes import InodeCheck
@@ -108,13 +108,18 @@ class ExtentCheck:
         """Each stripe counts its bytes in extents."""
         counted = {}
         for key, value in self._store.table(b"V"):
-            counted[stripe_rows.decode_stripe_key(key)] = stripe_rows.decode_live(value)
+            counted[stripe_rows.decode_stripe_key(key)] = Live.decode(value)
         for number in sorted(counted.keys() | self.uses.keys(), reverse=True):
-            counts, live = counted.get(number, 0), self.uses[number]
-            if counts > live:
-                yield from self._lost_extents(number, counts - live)
-            if counts != live:
-                text = f"stripe {number:#x} counts {counts} live bytes, but has {live}"
+            count, live = counted.get(number, Live(0)), self.uses[number]
+            if count.live > live:
+                yield from self._lost_extents(number, count.live - live)
+            if count.live != live:
+                text = f"stripe {number:#x} counts {count.live} live bytes, but has {live}"
+                yield finding(Phase.DERIVED, "live", text, "set_live", number, live)
+                continue
+            stripe = self._store.stripe(number)
+            if stripe is not None and stripe.length != count.length:
+                text = f"stripe {number:#x} has {stripe.length} bytes, not {count.length}"
                 yield finding(Phase.DERIVED, "live", text, "set_live", number, live)
 
     def _lost_extents(self, number: int, hidden: int) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ from ..files import quota
 from ..format import file_rows, keys, stripe_rows
 from ..format.erasure import Code
 from ..format.file_rows import ROOT, Extent, Inode, Quota
-from ..format.stripe_rows import LOST_STRIPE, OWNER, SegmentState, ShardPlace, Stripe
+from ..format.stripe_rows import LOST_STRIPE, OWNER, Live, SegmentState, ShardPlace, Stripe
 from ..limits import FILE_BYTES_MAX, OWNERS_PER_ROW_MAX, STRIPE_BYTES
 from ..log.log import Log, Transaction
 from ..system import clock
@@ -291,8 +291,11 @@ class Mender:
 
     def set_live(self, number: int, live: int) -> None:
         """Set the live bytes of a stripe."""
+        row = self._txn.get(stripe_rows.stripe_key(number))
+        before = self._txn.live(number)
+        length = Stripe.decode(row).length if row else before.length
         if live:
-            self._txn.put(stripe_rows.live_key(number), stripe_rows.live_value(live))
+            self._txn.set_live(number, Live(live, length), before)
         else:
             self._txn.delete(stripe_rows.live_key(number))
 

@@ -10,6 +10,7 @@ freed.
 from __future__ import annotations
 
 import math
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -19,6 +20,10 @@ from ..commit.reclaim import Reclaimer
 from ..errors import NodeError, NoSpaceError, NotDurableError
 from ..log.log import Log
 from ..members.member import Member
+
+
+async def _no_cleaning() -> bool:
+    return False
 
 
 class RoomMaker:
@@ -37,6 +42,8 @@ class RoomMaker:
         self._reclaimer = reclaimer
         self._dumper = dumper
         self._nursery = nursery
+        self.clean: Callable[[], Awaitable[bool]] = _no_cleaning
+        """Empties stripes; returns whether this gives room back.  Cleaning sets this."""
         self._lock = trio.Lock()
         self._waiting = 0
         self._measured_at = self._paid_at = -math.inf
@@ -65,9 +72,9 @@ class RoomMaker:
                     if self._paid_at > asked:  # others have made room
                         return True
                     if again and not removed and not self._reclaimer.has_work:
-                        return False
+                        return await self.clean() and await self.pay()
                     if removed or self._is_owed():
-                        return await self._pay()
+                        return await self.pay()
                     if self._measured_at < asked:
                         await self._measure()
                     return True
@@ -114,7 +121,8 @@ class RoomMaker:
             or self._reclaimer.has_work
         )
 
-    async def _pay(self) -> bool:
+    async def pay(self) -> bool:
+        """Commit, and return when what was freed before can be used; False if this failed."""
         passes = self._reclaimer.passes
         if not await self._checkpoint():
             return False

@@ -52,6 +52,7 @@ class Store:
         self.committer.rows = store_rows.decode_nodes(nodes) if nodes else []
         self.rows = RowKeeper(log, self.committer)
         log.on_damage = self.rows.wake
+        log.on_freed = self.committer.ask
         self.reclaimer = Reclaimer(log)
         self.dumper = MetadataDumper(log, self.committer)
         self.room_maker = RoomMaker(log, self.committer, self.reclaimer, self.dumper, nursery)

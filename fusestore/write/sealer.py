@@ -48,13 +48,8 @@ class Sealer:
         self.shortage = ""
         """Why stripes got fewer shards although all nodes are up; the next `fsync` reports it."""
 
-    def seal(self, stripe: UnsealedStripe, *, alive: bool | None = None) -> None:
-        """Start sealing a stripe; `alive` if a transaction points at it."""
-        if alive is None:
-            alive = self._log.engine.get(stripe_rows.live_key(stripe.number)) is not None
-        if not alive:
-            self._forget(stripe)
-            return
+    def seal(self, stripe: UnsealedStripe) -> None:
+        """Start sealing a stripe at which files point, or the running transaction does."""
         length = stripe.code.shard_length(stripe.position)
         targets: list[tuple[Member, ShardPlace]] = []
         charges = []
@@ -104,9 +99,13 @@ class Sealer:
         for unsealed in list(log.unsealed.values()):
             if isinstance(unsealed, UnsealedStripe) and unsealed.sealed.is_set():
                 unsealed.begin_anew()
-                self.seal(unsealed)
+                if log.engine.get(stripe_rows.live_key(unsealed.number)) is not None:
+                    self.seal(unsealed)
+                else:
+                    self.forget(unsealed)
 
-    def _forget(self, stripe: UnsealedStripe) -> None:
+    def forget(self, stripe: UnsealedStripe) -> None:
+        """Drop a stripe in memory, as no file points at it, or it has a row."""
         del self._log.unsealed[stripe.number]
         self._buffers.release(stripe)
         stripe.sealed.set()
@@ -145,7 +144,7 @@ class Sealer:
                 if stripe.number in self.fresh:
                     del self._log.unsealed[stripe.number]
                 else:
-                    self._forget(stripe)
+                    self.forget(stripe)
         except BaseException:
             # Commits wait for the stripe even if this is cancelled: none may continue without it.
             self._log.break_(

@@ -33,6 +33,8 @@ class UnsealedStripe:
     data: memoryview
     pooled: bool
     """Whether `data` goes back to the pool."""
+    rewritten: bool = False
+    """Whether it gets bytes of other stripes, which live long, instead of new ones."""
     position: int = 0
     """Bytes used."""
     committed: int = 0

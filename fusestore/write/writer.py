@@ -32,7 +32,8 @@ class Writer:
         self._log = log
         self._limits = log.limits
         self._ask_commit = ask_commit
-        self._open: dict[Code, UnsealedStripe] = {}
+        self._open: dict[tuple[Code, bool], UnsealedStripe] = {}
+        """By code, and whether it gets rewritten bytes."""
         self._adopted: list[UnsealedStripe] = []
         """Stripes that the last mount left open."""
         log.unwritten = self._unwritten
@@ -46,16 +47,17 @@ class Writer:
         self.unflushed = 0
         """File bytes accepted since the last commit began, and those of a running commit."""
 
-    async def room(self, length: int) -> None:
+    async def room(self, length: int, *, extra: int = 0) -> None:
         """Wait until a request of `length` bytes may be accepted into memory.
 
-        NoSpaceError; NoMemoryLeftError.
+        Rewriting may take `extra` more stripes, so that users do not take each place that it
+        waits for.  NoSpaceError; NoMemoryLeftError.
         """
         self._memory.take(length)
-        if self._has_room():
+        if self._has_room(extra):
             return
         self._ask_commit()
-        while not self._has_room():
+        while not self._has_room(extra):
             if self._log.room.waits:  # and so does the memory
                 raise NoSpaceError(self._log.room.waits)
             await self._waiting.park()
@@ -73,10 +75,11 @@ class Writer:
                 found[code] = found.get(code, 0) + size
         return found
 
-    def _has_room(self) -> bool:
+    def _has_room(self, extra: int) -> bool:
+        limits = self._limits
         return bool(self._log.broken) or (
-            self.sealer.under_way < self._limits.seals_max
-            and self.unflushed < self._limits.unflushed_bytes_max
+            self.sealer.under_way < limits.seals_max + extra
+            and self.unflushed < limits.unflushed_bytes_max + extra * limits.stripe_bytes
         )
 
     def flushed(self, length: int) -> None:
@@ -87,9 +90,19 @@ class Writer:
     # --- appending -----------------------------------------------------------
 
     def append(
-        self, txn: Transaction, code: Code, ino: int, offset: int, data: Buffer
+        self,
+        txn: Transaction,
+        code: Code,
+        ino: int,
+        offset: int,
+        data: Buffer,
+        *,
+        rewritten: bool = False,
     ) -> list[tuple[int, int, int]]:
-        """Append bytes of a file; return (stripe, stripe offset, length) of each piece."""
+        """Append bytes of a file; return (stripe, stripe offset, length) of each piece.
+
+        `rewritten` bytes come from other stripes, and do not mix with new ones.
+        """
         view = memoryview(data)
         length = len(view)
         self.unflushed += length
@@ -101,12 +114,12 @@ class Writer:
             stripe.position = length
             self._log.unsealed[stripe.number] = stripe
             txn.point_at(stripe.number, length)
-            self._seal(stripe, alive=True)
+            self._seal(stripe, txn)
             return [(stripe.number, 0, length)]
         pieces = []
         done = 0
         while done < length:
-            stripe = self._open.get(code) or self._begin(code)
+            stripe = self._open.get((code, rewritten)) or self._begin(code, rewritten)
             start = stripe.position
             part = min(length - done, self._limits.stripe_bytes - start)
             stripe.data[start : start + part] = view[done : done + part]
@@ -119,7 +132,7 @@ class Writer:
                 stripe.position == self._limits.stripe_bytes
                 or stripe.owners_count >= self._limits.stripe_owners_max
             ):
-                self._seal(stripe, alive=True)
+                self._seal(stripe, txn)
         return pieces
 
     @property
@@ -132,17 +145,21 @@ class Writer:
         stripe = self._log.unsealed.get(stripe_number)
         if (
             not isinstance(stripe, UnsealedStripe)
-            or stripe is not self._open.get(stripe.code)
+            or not self._is_open(stripe)
             or stripe_offset < stripe.committed
         ):
             return False
         stripe.data[stripe_offset : stripe_offset + len(memoryview(data))] = data
         return True
 
-    def _begin(self, code: Code) -> UnsealedStripe:
+    def _is_open(self, stripe: UnsealedStripe) -> bool:
+        return self._open.get((stripe.code, stripe.rewritten)) is stripe
+
+    def _begin(self, code: Code, rewritten: bool) -> UnsealedStripe:
         buffer = memoryview(self._buffers.data(code))
-        stripe = UnsealedStripe(self._log.next_stripe(), code, buffer, pooled=True)
-        self._open[code] = stripe
+        number = self._log.next_stripe()
+        stripe = UnsealedStripe(number, code, buffer, pooled=True, rewritten=rewritten)
+        self._open[code, rewritten] = stripe
         self._log.unsealed[stripe.number] = stripe
         return stripe
 
@@ -189,10 +206,20 @@ class Writer:
             for stripe in self._log.unsealed.values()
             if isinstance(stripe, UnsealedStripe)
             and stripe.batch is None
-            and self._open.get(stripe.code) is not stripe
+            and not self._is_open(stripe)
         ]
 
-    def _seal(self, stripe: UnsealedStripe, *, alive: bool | None = None) -> None:
-        if self._open.get(stripe.code) is stripe:
-            del self._open[stripe.code]
-        self.sealer.seal(stripe, alive=alive)
+    def _seal(self, stripe: UnsealedStripe, txn: Transaction | None = None) -> None:
+        """Seal a stripe at which a transaction points, or which may have lost all its bytes."""
+        if self._is_open(stripe):
+            del self._open[stripe.code, stripe.rewritten]
+        key = stripe_rows.live_key(stripe.number)
+        if txn is not None:
+            txn.complete(stripe.number, stripe.position)
+        elif self._log.engine.get(key) is not None:
+            with Transaction(self._log) as change:
+                change.complete(stripe.number, stripe.position)
+        else:
+            self.sealer.forget(stripe)
+            return
+        self.sealer.seal(stripe)

@@ -20,6 +20,7 @@ from fusestore.files.filesystem import FileSystem
 from fusestore.format import file_rows, keys, stripe_rows
 from fusestore.format.erasure import Code
 from fusestore.format.file_rows import ROOT, Inode
+from fusestore.format.stripe_rows import Live
 from fusestore.limits import DEFAULTS, STRIPE_BYTES, Limits
 from fusestore.store.opening import open_store
 from fusestore.store.store import Store
@@ -74,10 +75,14 @@ class Opened:
             extent = file_rows.Extent.decode(key, value)
             live[extent.stripe] = live.get(extent.stripe, 0) + extent.length
         found = {
-            stripe_rows.decode_stripe_key(key): stripe_rows.decode_live(value)
-            for key, value in self.rows(b"V")
+            stripe_rows.decode_stripe_key(key): Live.decode(value) for key, value in self.rows(b"V")
         }
-        assert found == live
+        assert {number: count.live for number, count in found.items()} == live
+        for number, count in found.items():
+            row = self.store.log.stripe(number)
+            assert row is None or row.length == count.length
+        if self.store.log.waste_counted:
+            assert self.store.log.waste == sum(count.waste for count in found.values())
         counters = self.store.log.counters
         assert counters.file_bytes == sum(live.values())
         assert counters.files == len(self.rows(b"I"))

@@ -1,0 +1,96 @@
+"""The stripes that cleaning empties: those that give back most for what must be written.
+
+These functions read a view of the tables, in a thread.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from ..format import file_rows, keys, stripe_rows
+from ..format.file_rows import Extent
+from ..format.stripe_rows import LIVE_END, LIVE_START, OWNER, Live, Stripe
+from ..metadata.view import View
+
+WRITTEN_FOR_FREED_MAX = 8
+"""At most so many bytes are written to free one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waste:
+    """What cleaning could give back."""
+
+    total: int
+    """Bytes, of all stripes."""
+    emptiest: list[int]
+    """The stripes that give back most for what must be written, the best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Victim:
+    """A stripe that is to be emptied."""
+
+    number: int
+    count: Live
+    row: Stripe
+    extents: list[tuple[int, Extent]]
+    """Inode and extent of each file that has bytes in it."""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the count of its live bytes is that of its extents."""
+        return self.count.live == sum(extent.length for _, extent in self.extents)
+
+
+def find_waste(view: View, most: int, without: set[int]) -> Waste:
+    """Walk through the counts of all stripes; return `most` of the emptiest, except `without`."""
+    total = 0
+
+    def rated() -> Iterator[tuple[float, int]]:
+        nonlocal total
+        for key, value in view.scan(LIVE_START, LIVE_END):
+            count = Live.decode(value)
+            waste = count.waste
+            if waste:
+                total += waste
+                number = stripe_rows.decode_stripe_key(key)
+                if count.live <= waste * WRITTEN_FOR_FREED_MAX and number not in without:
+                    yield count.live / waste, number
+
+    emptiest = [number for _, number in heapq.nsmallest(most, rated())]
+    return Waste(total, emptiest)
+
+
+def look_at(view: View, numbers: Iterable[int]) -> list[Victim]:
+    """Return stripes with the extents that point at them; without those that are gone."""
+    found = []
+    for number in numbers:
+        count, row = (
+            view.get(stripe_rows.live_key(number)),
+            view.get(stripe_rows.stripe_key(number)),
+        )
+        if count is not None and row is not None:
+            extents = list(_extents(view, number))
+            found.append(Victim(number, Live.decode(count), Stripe.decode(row), extents))
+    return found
+
+
+def _extents(view: View, number: int) -> Iterator[tuple[int, Extent]]:
+    """Yield the extents that point at a stripe: its owners say where they may be."""
+    prefix = stripe_rows.owners_prefix(number)
+    seen = set()
+    for _, packed in view.scan(prefix, keys.after(prefix)):
+        for ino, offset, length, _ in OWNER.iter_unpack(packed):
+            for extent in _extents_in(view, ino, offset, offset + length):
+                if extent.stripe == number and (ino, extent.offset) not in seen:
+                    seen.add((ino, extent.offset))
+                    yield ino, extent
+
+
+def _extents_in(view: View, ino: int, start: int, end: int) -> Iterator[Extent]:
+    """Yield the extents of a file that begin in start <= i < end."""
+    low, high = file_rows.extent_key(ino, start), file_rows.extent_key(ino, end)
+    for key, value in view.scan(low, high):
+        yield Extent.decode(key, value)
