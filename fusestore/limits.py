@@ -172,6 +172,8 @@ class Limits:
     """The live bytes that one transaction of cleaning moves."""
     clean_bytes_at_once: int = 16 * MIB
     """What a request that found no room gives back before it is tried again."""
+    hold_seconds_max: float = 2.0
+    """How long a write waits for cleaning at most."""
     clean_look_seconds: float = 1.0
     clean_idle_seconds: float = 10.0
     """When nobody has used the mount for so long, it is cleaned to half of the bound."""

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import defaultdict, deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections import Counter, defaultdict, deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 
 import trio
 
@@ -46,6 +46,7 @@ class Cleaner:
         self._free = free
         self._lock = trio.Lock()
         self._wake = trio.Event()
+        self._runs = False
         self._held = trio.lowlevel.ParkingLot()
         """Writers that wait for cleaning."""
         self._credit = 0
@@ -99,6 +100,7 @@ class Cleaner:
         """Clean whenever there is too much waste, until cancelled."""
         if self._log.read_only:
             return
+        self._runs = True
         while True:
             try:
                 if not self._log.waste_counted:
@@ -115,12 +117,20 @@ class Cleaner:
 
     async def hold_up(self, length: int) -> None:
         """Let a write of `length` bytes wait while there is far too much waste."""
-        while self._credit < length and self.is_urgent and not self._is_fruitless():
-            if not self._may_run() or len(self._held) >= self._limits.fuse_tasks_max // 2:
-                return
-            self._wake.set()
-            await self._held.park()
+        with trio.move_on_after(self._limits.hold_seconds_max):
+            while self._credit < length and self.is_urgent and self._is_at_work():
+                self._wake.set()
+                await self._held.park()
         self._credit = max(0, self._credit - length)
+
+    def _is_at_work(self) -> bool:
+        """Whether waiting for cleaning makes sense, and not too many do."""
+        return (
+            self._runs
+            and self._may_run()
+            and not self._is_fruitless()
+            and len(self._held) < self._limits.fuse_tasks_max // 2
+        )
 
     # --- on request ----------------------------------------------------------
 
@@ -141,13 +151,9 @@ class Cleaner:
         log = self._log
         without = self.doubted | self.unreadable | set(log.unsealed)
         with log.engine.view() as view:
-            counted_before, log.waste = log.waste, 0  # what changes from here on is added
-            try:
-                found: Waste = await threads.call(find_waste, view, most, without)
-            except BaseException:
-                log.waste += counted_before
-                raise
-        log.waste += found.total
+            before = log.waste
+            found: Waste = await threads.call(find_waste, view, most, without)
+        log.waste += found.total - before  # and what changed meanwhile
         log.waste_counted = True
         return found.emptiest
 
@@ -155,19 +161,18 @@ class Cleaner:
         """Empty stripes until there is enough, or no stripe gives back anything."""
         pace = Pace(self._log, self._limits.clean_rate)
         while self._may_run() and not is_enough():
-            before = self._log.waste
             queue = deque(await self._find(self._limits.victims_max))
-            freed = 0
+            before, tried = self._log.waste, False
             while queue and self._may_run() and not is_enough():
                 victims = await self._next(queue)
                 for code, same in _by_code(victims).items():
                     if polite and not self.is_urgent:
                         length = sum(victim.count.live for victim in same)
                         await pace.spend(length + length * code.n // code.k)
-                    freed += await self._empty(code, same)
+                    tried |= await self._empty(code, same)
                     if self.waits_for:
                         return
-            if freed <= 0:
+            if not tried:
                 self._fruitless_at = max(before, self._log.waste) * 21 // 20
                 return
         self._fruitless_at = math.inf
@@ -210,40 +215,31 @@ class Cleaner:
                     return False
         return True
 
-    async def _empty(self, code: Code, victims: list[Victim]) -> int:
-        """Move the bytes of some stripes; return how many bytes this gives back."""
+    async def _empty(self, code: Code, victims: list[Victim]) -> bool:
+        """Move the bytes of some stripes, if this gives something back; return whether it did."""
         extents = [item for victim in victims for item in victim.extents]
         parts, lost = await self._rewriter.read(extents)
         if lost:
             unread = {extent.stripe for _, extent in extents} - {p.extent.stripe for p in parts}
             self.unreadable |= unread
-        parts.sort(key=lambda part: (part.ino, part.extent.offset))
-        chosen = list(_whole(parts, self._limits.stripe_bytes))
-        if not chosen and self._is_gain(victims, parts):
-            chosen = parts
-        if not chosen:
-            return 0
+        chosen = list(_whole(victims, parts, self._limits.stripe_bytes)) or parts
+        if not _is_gain(victims, chosen):
+            return False
         try:
             moved, freed = await self._rewriter.write(code, chosen, in_reserve=True)
         except NoMemoryLeftError as error:
             self.waits_for = str(error)
-            return 0
+            return False
         except NoSpaceError as error:
-            if await self._free():  # what was emptied before is free now
-                return 0
-            self.waits_for = str(error)
-            return 0
+            if not await self._free():  # what was emptied before can be used now
+                self.waits_for = str(error)
+            return False
         self.waits_for = ""
         self.moved += moved
         self.freed += freed
         self._credit = max(0, freed)
         self._held.unpark_all()
-        return freed
-
-    def _is_gain(self, victims: Iterable[Victim], parts: Iterable[Part]) -> bool:
-        """Return whether one small stripe wastes less than those that it replaces."""
-        length = sum(part.length for part in parts)
-        return sum(v.count.waste for v in victims) > stripe_rows.Live(length, length).waste
+        return True
 
 
 def _by_code(victims: Iterable[Victim]) -> dict[Code, list[Victim]]:
@@ -253,11 +249,31 @@ def _by_code(victims: Iterable[Victim]) -> dict[Code, list[Victim]]:
     return found
 
 
-def _whole(parts: list[Part], stripe_bytes: int) -> Iterable[Part]:
-    """Yield the first parts, which together fill whole stripes."""
-    left = sum(part.length for part in parts) // stripe_bytes * stripe_bytes
+def _whole(victims: Iterable[Victim], parts: Iterable[Part], stripe_bytes: int) -> Iterator[Part]:
+    """Yield as many parts as fill whole stripes, those of one victim after those of another."""
+    parts_of = defaultdict[int, list[Part]](list)
     for part in parts:
-        if left <= 0:
-            return
-        yield part.first(left)
-        left -= part.length
+        parts_of[part.extent.stripe].append(part)
+    left = sum(part.length for part in parts) // stripe_bytes * stripe_bytes
+    for victim in victims:
+        for part in parts_of[victim.number]:
+            if left <= 0:
+                return
+            yield part.first(left)
+            left -= part.length
+
+
+def _is_gain(victims: Iterable[Victim], parts: Iterable[Part]) -> bool:
+    """Return whether the victims that parts empty waste more than what they are moved to.
+
+    A victim that is not emptied wastes what leaves it.
+    """
+    moved = Counter[int]()
+    for part in parts:
+        moved[part.extent.stripe] += part.length
+    gain = 0
+    for victim in victims:
+        emptied = moved[victim.number] == victim.count.live
+        gain += victim.count.waste if emptied else -moved[victim.number]
+    length = moved.total()
+    return gain > stripe_rows.Live(length, length).waste

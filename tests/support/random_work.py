@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import trio
 
 from fusestore.config.store_config import StoreConfig
+from fusestore.errors import FusestoreError
 from fusestore.files.tree import Change
 from fusestore.format.erasure import Code
 from fusestore.limits import Limits
@@ -62,6 +64,8 @@ class Player:
         self.model = model
         self.unused: list[int] = []
         """Inodes without a name that somebody has open."""
+        self.cleaned = 0
+        """How often cleaning gave something back."""
         self._dumps = trio.Lock()
 
     # --- steps
@@ -87,6 +91,7 @@ class Player:
             self.checkpoint_later: 3,
             self.dump: 3,
             self.recode: 4,
+            self.clean: 6,
             self.read: 4,
             self.wait: 3,
             self.close_unused: 3,
@@ -328,6 +333,15 @@ class Player:
             await recoder.start(
                 self.model.paths[self.chance.choice(["", *self.model.files()])], code, None
             )
+
+    async def clean(self) -> None:
+        """Empty stripes, while the work goes on: nothing else may change."""
+
+        async def clean() -> None:
+            with suppress(FusestoreError):  # the log may be broken meanwhile
+                self.cleaned += await self.one.files.cleaner.make_room()
+
+        self.background.start_soon(clean)
 
     async def wait(self) -> None:
         """Let time pass: timers go off."""
