@@ -78,6 +78,14 @@ class Cleaner:
         """Whether writers are to be held up."""
         return self._log.waste > 2 * self.bound
 
+    def within_reach(self) -> int:
+        """Return the bytes, at least, that a request gets that finds no room."""
+        if not self._log.waste_counted or not self._may_run() or self._is_fruitless():
+            return 0
+        if any(member.out_of_use for member in self._log.members.all):
+            return 0
+        return max(0, self._log.waste - self.bound // 2) * 7 // 8
+
     @property
     def _is_idle(self) -> bool:
         return trio.current_time() - self._log.used_at > self._limits.clean_idle_seconds

@@ -67,8 +67,12 @@ class FileSystem:
             self._nursery.start_soon(self.cleaner.run)
 
     def space(self) -> tuple[int, int]:
-        """Return (total, free) bytes of file data in the default code, within the root's quota."""
+        """Return (total, free) bytes of file data in the default code, within the root's quota.
+
+        What cleaning gives back when it is needed is free.
+        """
         total, free = self.log.usable()
+        free += self.cleaner.within_reach()
         total = max(total, self.log.counters.file_bytes + free)
         row = self.quotas.of_root()
         if row is not None and row.bytes_max < total:
