@@ -31,6 +31,7 @@ from fusestore.errors import (
     NodeError,
     NoSpaceError,
     NotDurableError,
+    ShortageError,
 )
 from fusestore.format import store_rows, stripe_rows
 from fusestore.format.erasure import Code
@@ -667,6 +668,30 @@ async def test_lost_segments_are_rebuilt_without_being_asked(
                 one.store.comeback.wake()
                 await trio.sleep(0.05)
     await loses_a_region(config, 1, {"f": data})
+
+
+@pytest.mark.expects_log(AS_TOLD, r"write\.sealer: .* What is written has fewer shards until")
+@pytest.mark.parametrize("healed", [False, True])
+async def test_a_shortage_that_is_healed_is_no_error_any_more(
+    config: StoreConfig, healed: bool
+) -> None:
+    """A disk was full for a moment; the next fsync says so only if shards are still missing."""
+    async with opened(config, faults=True) as one:
+        member = one.store.log.members.all[0]
+        faulty = member.node
+        assert isinstance(faulty, FaultyNode)
+        faulty.fail_at, faulty.full, faulty.for_good = faulty.operations + 1, True, False
+        await one.put("f", random.Random(7).randbytes(3 << 20))
+        await one.store.writer.sealer.idle()
+        faulty.fail_at = None
+        if healed:
+            await one.store.committer.commit()
+            await one.store.healer.heal(member)
+            await one.files.commit()
+        else:
+            with pytest.raises(ShortageError):
+                await one.files.commit()
+        await one.files.commit()
 
 
 @pytest.mark.expects_log(OUT_OF_USE)

@@ -62,7 +62,7 @@ async def test_overwrites_at_random_keep_to_the_bound(config: StoreConfig) -> No
         assert most < 8 * MIB  # what is under way
         with trio.fail_after(30):
             while one.store.log.waste > cleaner.bound:
-                await trio.sleep(0.02)
+                await trio.lowlevel.checkpoint()
         assert cleaner.freed > 10 * MIB
         assert await one.get("f") == model
         await is_clean(one)
@@ -150,7 +150,7 @@ async def test_the_waste_is_counted_anew_at_a_mount(config: StoreConfig) -> None
         one.files.go_on()
         await overwrite(one, "f", model, 40, 3)
         while not one.store.log.waste_counted:
-            await trio.sleep(0.01)
+            await trio.lowlevel.checkpoint()
         await overwrite(one, "f", model, 40, 4)
         one.check_counters()
         assert one.store.log.waste > 100 * 8192

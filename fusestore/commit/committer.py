@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 import trio
 
 from ..errors import InvariantError, NotDurableError, ShortageError
-from ..format import store_rows, stripe_rows
+from ..format import keys, store_rows, stripe_rows
 from ..format.records import (
     Commit,
     Header,
@@ -151,10 +151,20 @@ class Committer:
                 except NotDurableError as failure:
                     error = str(failure)
             if joined is not None:
-                joined.error, joined.shortage = error, self.writer.sealer.shortage
+                joined.error, joined.shortage = error, self._shortage()
                 if joined.reports:
                     self.writer.sealer.shortage = ""
                 joined.done.set()
+
+    def _shortage(self) -> str:
+        """Return why there are fewer shards than there should be, unless they were healed since."""
+        sealer = self.writer.sealer
+        if sealer.shortage:
+            prefixes = [stripe_rows.missing_prefix(m.id) for m in self._log.members.writable]
+            scans = (self._log.engine.scan(prefix, keys.after(prefix)) for prefix in prefixes)
+            if not any(next(rows, None) for rows in scans):
+                sealer.shortage = ""
+        return sealer.shortage
 
     # --- a new epoch ---------------------------------------------------------
 
