@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from fusestore.config.store_config import StoreConfig
+from fusestore.files import cleaner
 from fusestore.format import stripe_rows
 from fusestore.format.file_rows import ROOT
 from fusestore.format.stripe_rows import Live
@@ -52,18 +53,18 @@ async def overwrite(one: Opened, name: str, model: bytearray, count: int, seed: 
 async def test_overwrites_at_random_keep_to_the_bound(config: StoreConfig) -> None:
     async with opened(config) as one:
         one.files.go_on()
-        cleaner, model = one.files.cleaner, bytearray(random.Random(1).randbytes(8 * MIB))
+        cleaning, model = one.files.cleaner, bytearray(random.Random(1).randbytes(8 * MIB))
         await one.put("f", bytes(model))
         most = 0
         for part in range(40):
             await overwrite(one, "f", model, 100, part)
-            most = max(most, one.store.log.waste - 2 * cleaner.bound)
+            most = max(most, one.store.log.waste - 2 * cleaning.bound)
             await trio.sleep(0.005)
         assert most < 8 * MIB  # what is under way
         with trio.fail_after(30):
-            while one.store.log.waste > cleaner.bound:
+            while one.store.log.waste > cleaning.bound:
                 await trio.lowlevel.checkpoint()
-        assert cleaner.freed > 10 * MIB
+        assert cleaning.freed > 10 * MIB
         assert await one.get("f") == model
         await is_clean(one)
     async with opened(config) as one:
@@ -97,11 +98,11 @@ async def test_files_change_while_they_are_moved(config: StoreConfig, seed: int)
     chance = random.Random(seed)
     model: dict[str, bytearray] = {}
     async with opened(config) as one, trio.open_nursery() as nursery:
-        cleaner = one.files.cleaner
+        cleaning = one.files.cleaner
 
         async def clean_for_ever() -> None:
             while True:
-                await cleaner.make_room()
+                await cleaning.make_room()
                 await trio.lowlevel.checkpoint()
 
         nursery.start_soon(clean_for_ever)
@@ -131,7 +132,7 @@ async def test_files_change_while_they_are_moved(config: StoreConfig, seed: int)
                     assert await one.get(other) == expected, other
         nursery.cancel_scope.cancel()
         await one.files.removal.removed()
-        assert cleaner.moved > 0
+        assert cleaning.moved > 0
         await is_clean(one)
     async with opened(config) as one:
         for name, expected in model.items():
@@ -216,16 +217,17 @@ async def test_a_stripe_whose_count_is_wrong_is_left_alone(config: StoreConfig, 
         await is_clean(one)
 
 
-async def test_nobody_waits_for_cleaning_that_gives_nothing_back(config: StoreConfig) -> None:
-    async with opened(
-        limited(
-            config, config.limits, victims_max=0, waste_bytes_min=256 * KIB, waste_percent_max=0
-        )
-    ) as one:
+async def test_nobody_waits_for_cleaning_that_gives_nothing_back(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cleaner, "_is_gain", lambda victims, parts: False)
+    low = limited(config, config.limits, waste_bytes_min=256 * KIB, waste_percent_max=0)
+    async with opened(low) as one:
         one.files.go_on()
         model = bytearray(random.Random(1).randbytes(4 * MIB))
         await one.put("f", bytes(model))
         with trio.fail_after(30):
             await overwrite(one, "f", model, 1500, 1)
         assert one.store.log.waste > 2 * one.files.cleaner.bound
+        assert one.files.cleaner.freed == 0
         assert await one.get("f") == model
