@@ -90,17 +90,23 @@ class Cleaner:
     def _is_idle(self) -> bool:
         return trio.current_time() - self._log.used_at > self._limits.clean_idle_seconds
 
+    @property
+    def _goal(self) -> int:
+        return self.bound // 2 if self._is_idle else self.bound
+
     def _is_due(self) -> bool:
-        waste = self._log.waste
-        goal = self.bound // 2 if self._is_idle else self.bound
-        return waste > goal and not self._is_fruitless()
+        return self._log.waste > self._goal and not self._is_fruitless()
+
+    def _is_done(self) -> bool:
+        """Whether enough is given back; less than `_is_due`, so that walks are rare."""
+        return self._log.waste <= self._goal * 7 // 8
 
     def _is_fruitless(self) -> bool:
         return self._log.waste <= self._fruitless_at < math.inf
 
     def _may_run(self) -> bool:
         log = self._log
-        return not (log.read_only or log.broken or log.keeps_all or log.is_ending)
+        return not (log.read_only or log.broken or log.keeps_all or log.doubt or log.is_ending)
 
     # --- in the background ---------------------------------------------------
 
@@ -115,7 +121,7 @@ class Cleaner:
                     await self._find(1)
                 if self._is_due() and self._may_run():
                     async with self._lock:
-                        await self._clean(lambda: not self._is_due(), polite=True)
+                        await self._clean(self._is_done, polite=True)
             except FusestoreError as error:
                 logger.warning("Cleaning stopped: %s It is tried again.", error)
             self._held.unpark_all()

@@ -129,8 +129,9 @@ class Life:
         self.note(cause.what)
 
     def undo_all(self) -> None:
-        """All causes go."""
+        """All causes go; disks are no longer full first, since commands write there."""
         self.chance.shuffle(self.causes)
+        self.causes.sort(key=lambda cause: errno.ENOSPC in cause.errors)
         while self.causes:
             cause = self.causes[-1]
             self.note(f"no more: {cause.what}")
