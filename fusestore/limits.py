@@ -169,7 +169,9 @@ class Limits:
     clean_rate: float | None = None
     """Bytes a second of I/O by cleaning; None: as much as the I/O of users allows."""
     clean_bytes: int = 4 * MIB
-    """The live bytes that one transaction of cleaning moves."""
+    """The live bytes that cleaning reads before it writes them."""
+    rewrite_extents: int = 128
+    """Extents that one transaction moves: a few milliseconds."""
     clean_bytes_at_once: int = 16 * MIB
     """What a request that found no room gives back before it is tried again."""
     hold_seconds_max: float = 2.0

@@ -131,6 +131,8 @@ class Cleaner:
 
     async def hold_up(self, length: int) -> None:
         """Let a write of `length` bytes wait while there is far too much waste."""
+        if not self.is_urgent:
+            return
         with trio.move_on_after(self._limits.hold_seconds_max):
             while self._credit < length and self.is_urgent and self._is_at_work():
                 self._wake.set()

@@ -1,14 +1,16 @@
 """Rewriting: bytes of files get another place, while the files are read and written.
 
 What is to move is read and verified like any read, and written to stripes of its own, since
-what is old lives longer than what is new.  One transaction, and therefore one commit, gives the
-bytes their new places, if they have not changed since they were read.  A read always returns
+what is old lives longer than what is new.  One transaction, and therefore one commit, gives some
+extents their new places, if they have not changed since they were read.  A read always returns
 the bytes that were written last, also after a crash at any moment.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+
+import trio
 
 from ..errors import LostError
 from ..format.erasure import Code
@@ -28,6 +30,7 @@ class Rewriter:
 
     def __init__(self, log: Log, reader: Reader, writer: Writer, contents: Contents) -> None:
         self._log = log
+        self._limits = log.limits
         self._reader = reader
         self._writer = writer
         self._contents = contents
@@ -63,12 +66,17 @@ class Rewriter:
         With `in_reserve`, they may use half of the reserve, because others become free.
         NoSpaceError.
         """
-        parts = sorted(parts, key=lambda part: (part.ino, part.extent.offset))
-        length = sum(part.length for part in parts)
-        await self._writer.room(length, extra=_EXTRA_STRIPES)
-        before = self._log.waste
-        moved = self._contents.rewrite(code, parts, in_reserve=in_reserve)
-        return moved, before - self._log.waste
+        ordered = sorted(parts, key=lambda part: (part.ino, part.extent.offset))
+        moved = freed = 0
+        for start in range(0, len(ordered), self._limits.rewrite_extents):
+            some = ordered[start : start + self._limits.rewrite_extents]
+            length = sum(part.length for part in some)
+            await self._writer.room(length, extra=_EXTRA_STRIPES)
+            before = self._log.waste
+            moved += self._contents.rewrite(code, some, in_reserve=in_reserve)
+            freed += before - self._log.waste
+            await trio.lowlevel.checkpoint()
+        return moved, freed
 
 
 def _end(extent: Extent) -> int:
