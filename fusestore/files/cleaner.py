@@ -168,7 +168,7 @@ class Cleaner:
         without = self.doubted | self.unreadable | set(log.unsealed)
         with log.engine.view() as view:
             before = log.waste
-            found: Waste = await threads.call(find_waste, view, most, without)
+            found: Waste = await threads.run_sync(find_waste, view, most, without)
         log.waste += found.total - before  # and what changed meanwhile
         log.waste_counted = True
         return found.emptiest
@@ -204,7 +204,7 @@ class Cleaner:
                 size += stripe_rows.Live.decode(value).live
                 numbers.append(number)
         with engine.view() as view:
-            found = await threads.call(look_at, view, numbers)
+            found = await threads.run_sync(look_at, view, numbers)
         return [victim for victim in found if self._may_empty(victim)]
 
     def _may_empty(self, victim: Victim) -> bool:
