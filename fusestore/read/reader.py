@@ -204,10 +204,12 @@ class Reader:
             return None
         if verified(row, index, low, data):
             return data
+        if not self._is_current(number, row, index):
+            return None
         what = f"Shard {index} of stripe {number:#x} on node {member.name} is corrupt."
         if await self._vouched_for(member, number, row, index):
             what = f"Shard {index} of stripe {number:#x} and its row disagree."
-        else:
+        elif self._is_current(number, row, index):
             member.corrupt += 1
         self._damaged(number, row, index, what)
         return None
@@ -233,17 +235,21 @@ class Reader:
 
     def _damaged(self, number: int, row: Stripe, index: int, reason: str) -> None:
         """Note a bad shard for healing, unless it was freed or moved meanwhile."""
-        value = self._log.engine.get(stripe_rows.stripe_key(number))
-        if value is None:
-            return
-        if Stripe.decode(value).shards[index] != row.shards[index]:
-            self.forget(number)
+        if not self._is_current(number, row, index):
             return
         key = stripe_rows.missing_key(row.shards[index].node, number, index)
         if self._log.engine.get(key) is None:
             logger.warning("%s It is decoded from others.", reason)
             if not self._log.read_only and not self._log.broken:
                 self._log.apply({key: b""})
+
+    def _is_current(self, number: int, row: Stripe, index: int) -> bool:
+        """Return whether a shard has not been freed or moved since its row was read."""
+        now = self._log.stripe(number)
+        if now is not None and now.shards[index] == row.shards[index]:
+            return True
+        self.forget(number)
+        return False
 
     async def decode(
         self, number: int, row: Stripe, wanted: list[int], low: int, high: int
