@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
 from fusestore.errors import BadMagicError, ChecksumError, TruncatedError, UnknownVersionError
-from fusestore.format import file_rows, keys, store_rows, stripe_rows
+from fusestore.format import file_rows, keys, store_rows, stripe_rows, tables
 from fusestore.format.erasure import Code
 from fusestore.format.records import (
     Commit,
@@ -171,6 +171,11 @@ def test_rows_read_as_they_are_written() -> None:
     assert store_rows.decode_nodes(store_rows.encode_nodes(rows)) == rows
     assert stripe_rows.decode_missing_key(stripe_rows.missing_key(3, 5 << 40, 2)) == (3, 5 << 40, 2)
     assert stripe_rows.decode_reclaim_key(stripe_rows.reclaim_key(3, 4, 5)) == (3, 4, 5)
+    freed = stripe_rows.Freed(450_048, 5 << 40 | 7)
+    assert stripe_rows.Freed.decode(freed.encode()) == freed
+    early = (450_048).to_bytes(4, "little")
+    assert stripe_rows.Freed.decode(early) == (450_048, stripe_rows.LOST_STRIPE)
+    assert all(tables.readable(b"R" + bytes(14), value) for value in (early, freed.encode()))
     assert stripe_rows.decode_tail(stripe_rows.tail_value(Code(4, 2), b"xyz")) == (
         Code(4, 2),
         b"xyz",

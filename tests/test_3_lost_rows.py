@@ -257,8 +257,9 @@ async def test_a_count_that_is_too_low_deletes_no_segment(
 @pytest.mark.expects_log(SEGMENT_IN_USE)
 async def test_a_debt_for_a_shard_that_is_in_use_frees_nothing(config: StoreConfig) -> None:
     async with opened(config) as one:
-        _, row = next(one.store.log.batches())[1]
-        debts = dict(stripe_rows.reclaim_row(place, row.shard_length) for place in row.shards)
+        number, row = next(one.store.log.batches())[1]
+        length = row.shard_length
+        debts = dict(stripe_rows.reclaim_row(place, length, number) for place in row.shards)
         one.store.log.apply(debts)
         await one.checkpoint()
         await one.checkpoint()

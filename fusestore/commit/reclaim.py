@@ -25,16 +25,20 @@ import trio
 from ..errors import NodeError, NodeIdentityError, NodeTimeoutError
 from ..format import keys, stripe_rows
 from ..format.records import Header, SegmentKind, record_length
-from ..format.stripe_rows import ShardPlace
+from ..format.stripe_rows import Freed, ShardPlace
 from ..log.log import Log
 from ..members.member import Member
 from ..write.shard_record import header_at, headers
+from .last_look import LastLook
+from .put_back import PutBack
 from .stray_segments import StraySegments
 
 logger = logging.getLogger(__name__)
 
-Debt = dict[int, list[tuple[int, int]]]
-"""By segment: (payload offset, payload length)."""
+Shards = list[tuple[int, Freed]]
+"""Shards in a segment that are to be freed, by payload offset."""
+Debt = dict[int, Shards]
+"""By segment."""
 Headers = list[tuple[int, Header]]
 """Shards in a segment, by payload offset."""
 
@@ -52,8 +56,12 @@ class Reclaimer:
         self._passed = trio.lowlevel.ParkingLot()
         """Tasks that wait for the end of a pass."""
         self.strays = StraySegments(log)
-        self._unreadable: set[bytes] = set()
-        """Keys of rows of `reclaim` whose shards have headers that cannot be read."""
+        self._kept: set[bytes] = set()
+        """Keys of rows of `reclaim` whose shards have headers that cannot be read, or are of
+        stripes that cannot be put back; until a node is back."""
+        self._writable: set[int] = set()
+        """Nodes that could be written to in the last pass."""
+        self._put_back = PutBack(log)
 
     def wake(self) -> None:
         """Run soon: a checkpoint has been made."""
@@ -66,11 +74,19 @@ class Reclaimer:
             await self._wake.wait()
             self._wake = trio.Event()
             self.passes += 1
+            self._note_nodes()
             for member in self._log.members.writable:
                 if not self._log.keeps_all:
                     await self._reclaim(member)
             self._ended = self.passes
             self._passed.unpark_all()
+
+    def _note_nodes(self) -> None:
+        """Try again what was kept, if a node is back."""
+        writable = {member.id for member in self._log.members.writable}
+        if not writable <= self._writable:
+            self._kept.clear()
+        self._writable = writable
 
     async def passed(self, passes: int) -> None:
         """Return when a pass that began after the first `passes` passes has ended."""
@@ -83,44 +99,80 @@ class Reclaimer:
         engine = self._log.engine
         prefixes = (stripe_rows.reclaim_key(m.id, 0, 0)[:3] for m in self._log.members.writable)
         return not self._log.keeps_all and any(
-            key not in self._unreadable
+            key not in self._kept
             for prefix in prefixes
             for key, _ in engine.scan(prefix, keys.after(prefix))
         )
 
-    async def _reclaim(self, member: Member) -> None:
+    def _debt(self, member: Member) -> Debt:
+        """Return what is to be freed on a node according to the last checkpoint."""
         engine = self._log.engine
         prefix = stripe_rows.reclaim_key(member.id, 0, 0)[:3]
         debt: Debt = defaultdict(list)
         for key, value in engine.scan_stored(prefix, keys.after(prefix)):
-            if engine.get(key) is not None and key not in self._unreadable:
+            if engine.get(key) is not None and key not in self._kept:
                 _, segment, offset = stripe_rows.decode_reclaim_key(key)
-                debt[segment].append((offset, int.from_bytes(value, "little")))
+                debt[segment].append((offset, Freed.decode(value)))
+        return debt
+
+    async def _reclaim(self, member: Member) -> None:
+        debt, look = self._debt(member), LastLook(self._log, self._put_back)
+        await look.at(freed.stripe for shards in debt.values() for _, freed in shards)
         for segment, shards in debt.items():
-            dead = sum(record_length(length) for _, length in shards)
-            state = member.shards.states.get(segment)
-            drop = state is not None and state.live == dead and not self._log.doubt
-            if drop and segment == member.shards.current:
-                member.shards.roll()  # before any await: nothing more is written there
+            for offset, freed in shards:
+                if look.is_needed(freed.stripe):
+                    self._kept.add(stripe_rows.reclaim_key(member.id, segment, offset))
+            due = [(offset, freed) for offset, freed in shards if look.may_free(freed.stripe)]
             try:
-                whole = await member.call(self._all_headers, member, segment) if drop else None
-                if whole is None:
-                    drop = False
-                    shards, found = await member.call(self._headers_of, member, segment, shards)
-                else:
-                    found = whole
-                alive = self._alive(member, segment, found)
-                if alive:
-                    shards, drop = self._spare(member, segment, shards, alive), False
-                if drop and state is not None and state.live == dead:
-                    await self._drop(member, segment, shards)
-                    continue
-                for start in range(0, len(shards), self._limits.reclaim_batch):
-                    part = shards[start : start + self._limits.reclaim_batch]
-                    await self._punch(member, segment, part)
+                if due:
+                    await self._free(member, segment, due, look)
             except NodeError as error:
                 member.fail(error)
                 return
+
+    async def _free(self, member: Member, segment: int, shards: Shards, look: LastLook) -> None:
+        """Free shards in a segment, or all of it; NodeError."""
+        dead = sum(record_length(freed.length) for _, freed in shards)
+        state = member.shards.states.get(segment)
+        drop = state is not None and state.live == dead and not self._log.doubt
+        if drop and segment == member.shards.current:
+            member.shards.roll()  # before any await: nothing more is written there
+        whole = await member.call(self._all_headers, member, segment) if drop else None
+        if whole is None:
+            drop = False
+            shards, found = await member.call(self._headers_of, member, segment, shards)
+        else:
+            found = whole
+        await look.at(header.number for _, header in found)
+        shards, is_free = self._unused(member, segment, shards, found, look)
+        if drop and is_free and state is not None and state.live == dead:
+            await self._drop(member, segment, shards)
+            return
+        for start in range(0, len(shards), self._limits.reclaim_batch):
+            part = shards[start : start + self._limits.reclaim_batch]
+            await self._punch(member, segment, part)
+
+    def _unused(
+        self, member: Member, segment: int, shards: Shards, found: Headers, look: LastLook
+    ) -> tuple[Shards, bool]:
+        """Return the shards that may be freed, and whether nothing else is in the segment.
+
+        `found` are the headers in the segment, or at least those of the shards.
+        """
+        there = {offset: header.number for offset, header in found}
+        kept, alive = set(), set()
+        for offset, number in [*there.items(), *((at, freed.stripe) for at, freed in shards)]:
+            place, row = ShardPlace(member.id, segment, offset), self._log.stripe(number)
+            if row is not None and place in row.shards:
+                alive.add(offset)
+            elif not look.may_free(number) or look.was_in_use(number, place):
+                kept.add(offset)
+                if look.is_needed(number):
+                    self._kept.add(stripe_rows.reclaim_key(member.id, segment, offset))
+        if alive:
+            self._say_alive(member, segment, shards, alive)
+        left = [shard for shard in shards if shard[0] not in kept | alive]
+        return left, not (kept or alive)
 
     def _all_headers(self, member: Member, segment: int) -> Headers | None:
         """In a thread: all shards in a segment; None if a part is unreadable; NodeError."""
@@ -134,12 +186,10 @@ class Reclaimer:
             logger.warning("%s The segment is kept.", error)
             return None
 
-    def _headers_of(
-        self, member: Member, segment: int, shards: list[tuple[int, int]]
-    ) -> tuple[list[tuple[int, int]], Headers]:
+    def _headers_of(self, member: Member, segment: int, shards: Shards) -> tuple[Shards, Headers]:
         """In a thread: those of some shards that may be freed, and their headers; NodeError."""
-        readable, found = list[tuple[int, int]](), list[tuple[int, Header]]()
-        for offset, length in shards:
+        readable, found = list[tuple[int, Freed]](), list[tuple[int, Header]]()
+        for offset, freed in shards:
             try:
                 header = header_at(self._log, member, segment, offset)
             except (NodeIdentityError, NodeTimeoutError):
@@ -148,27 +198,15 @@ class Reclaimer:
                 if member.out_of_use:
                     raise
                 logger.warning("%s The shard there is not freed.", error)
-                self._unreadable.add(stripe_rows.reclaim_key(member.id, segment, offset))
+                self._kept.add(stripe_rows.reclaim_key(member.id, segment, offset))
                 continue
-            readable.append((offset, length))
+            readable.append((offset, freed))
             if header is not None:
                 found.append((offset, header))
         return readable, found
 
-    def _alive(self, member: Member, segment: int, found: Headers) -> set[int]:
-        """Payload offsets of the records that are shards at the place in their stripe's row."""
-        alive = set()
-        for offset, header in found:
-            stripe = self._log.stripe(header.number)
-            place = ShardPlace(member.id, segment, offset)
-            if stripe is not None and stripe.shards[header.index : header.index + 1] == (place,):
-                alive.add(offset)
-        return alive
-
-    def _spare(
-        self, member: Member, segment: int, shards: list[tuple[int, int]], alive: set[int]
-    ) -> list[tuple[int, int]]:
-        """The shards that may be freed, if some in their segment are alive."""
+    def _say_alive(self, member: Member, segment: int, shards: Shards, alive: set[int]) -> None:
+        """Free no shard that is where the row of its stripe has it, and say so."""
         self._log.rows_in_doubt += 1
         logger.error(
             "Segment %d of node %s was to be freed, but has shards in use: they are kept. "
@@ -183,28 +221,27 @@ class Reclaimer:
                 if offset in alive
             }
         )
-        return [shard for shard in shards if shard[0] not in alive]
 
-    async def _drop(self, member: Member, segment: int, shards: list[tuple[int, int]]) -> None:
+    async def _drop(self, member: Member, segment: int, shards: Shards) -> None:
         """Delete a segment without live shards."""
         await member.call(member.node.delete, SegmentKind.SHARDS, segment)
         self._paid(member, segment, shards)
         member.shards.states.pop(segment, None)
 
-    async def _punch(self, member: Member, segment: int, shards: list[tuple[int, int]]) -> None:
+    async def _punch(self, member: Member, segment: int, shards: Shards) -> None:
         node = member.node
 
         def punch() -> None:
-            for offset, length in shards:
-                node.punch(segment, offset, length)
+            for offset, freed in shards:
+                node.punch(segment, offset, freed.length)
 
         await member.call(punch)
         self._paid(member, segment, shards)
 
-    def _paid(self, member: Member, segment: int, shards: list[tuple[int, int]]) -> None:
+    def _paid(self, member: Member, segment: int, shards: Shards) -> None:
         self._log.apply(
             {stripe_rows.reclaim_key(member.id, segment, offset): None for offset, _ in shards}
         )
-        for _, length in shards:
-            member.shards.release(segment, length)
+        for _, freed in shards:
+            member.shards.release(segment, freed.length)
         member.shards.changed.add(segment)

@@ -27,7 +27,9 @@ from ..errors import NodeError, NodeIdentityError, NodeTimeoutError
 from ..format import keys, store_rows, stripe_rows, tables
 from ..format.file_rows import Extent
 from ..format.records import Header, SegmentKind
+from ..format.stripe_rows import RECLAIM_END, RECLAIM_START, Freed
 from ..log.log import Log
+from ..log.owners import owners_keys
 from ..members.member import Member
 from ..write.shard_record import headers, is_whole, may_be_ours
 
@@ -60,6 +62,8 @@ class StraySegments:
         """Nodes that were swept in this mount, with nothing left that has to wait."""
         self.found: dict[int, dict[int, int]] = {}
         """By node that was not swept yet: such segments, and their bytes."""
+        self._freed: set[int] = set()
+        """Stripes that are to be freed, which still have owners."""
 
     @property
     def any_found(self) -> bool:
@@ -91,6 +95,7 @@ class StraySegments:
         if not self._may_free:
             return
         if self.any_found:
+            await self._note_freed()
             await self._note_in_use()
         for member in self._log.members.writable:
             try:
@@ -103,6 +108,11 @@ class StraySegments:
     @property
     def _may_free(self) -> bool:
         return bool(self.found) and not self._log.doubt and not self._log.keeps_all
+
+    async def _note_freed(self) -> None:
+        for rows in self._rows(RECLAIM_START, RECLAIM_END):
+            self._freed.update(Freed.decode(value).stripe for _, value in rows)
+            await trio.lowlevel.checkpoint()
 
     async def _note_in_use(self) -> None:
         """Take those out in which stripes have shards: only rows of `segments` are lost."""
@@ -196,16 +206,15 @@ class StraySegments:
 
     def _is_named(self, number: int) -> bool:
         """Whether rows that begin with the number of a stripe say that it is in use."""
-        engine, prefix = self._log.engine, stripe_rows.owners_prefix(number)
-        return (
-            engine.get(stripe_rows.live_key(number)) is not None
-            or next(engine.scan(prefix, keys.after(prefix)), None) is not None
+        engine = self._log.engine
+        return engine.get(stripe_rows.live_key(number)) is not None or bool(
+            owners_keys(engine, number) and number not in self._freed
         )
 
     async def _named_by_extents(self, numbers: set[int]) -> set[int]:
         """Those of some stripes in which files have bytes."""
         named: set[int] = set()
-        for rows in self._extents() if numbers else ():
+        for rows in self._rows(b"E", keys.after(b"E")) if numbers else ():
             stripes = {
                 Extent.decode(key, value).stripe
                 for key, value in rows
@@ -215,9 +224,8 @@ class StraySegments:
             await trio.lowlevel.checkpoint()
         return named
 
-    def _extents(self) -> Iterator[list[tuple[bytes, bytes]]]:
-        """The rows of `extents`, some at a time; others may run in between."""
-        start, end = b"E", keys.after(b"E")
+    def _rows(self, start: bytes, end: bytes) -> Iterator[list[tuple[bytes, bytes]]]:
+        """The rows start <= key < end, some at a time; others may run in between."""
         while rows := list(
             islice(self._log.engine.scan(start, end), self._log.limits.repair_scan_rows)
         ):

@@ -9,9 +9,10 @@ import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ..format import file_rows, keys, stripe_rows
+from ..format import stripe_rows
 from ..format.file_rows import Extent
-from ..format.stripe_rows import LIVE_END, LIVE_START, OWNER, Live, Stripe
+from ..format.stripe_rows import LIVE_END, LIVE_START, Live, Stripe
+from ..log.owners import extents_of
 from ..metadata.view import View
 
 WRITTEN_FOR_FREED_MAX = 8
@@ -24,6 +25,8 @@ class Waste:
 
     total: int
     """Bytes, of all stripes."""
+    doubted: int
+    """Stripes whose live bytes are unknown until fsck has counted them."""
     emptiest: list[int]
     """The stripes that give back most for what must be written, the best first."""
 
@@ -46,13 +49,14 @@ class Victim:
 
 def find_waste(view: View, most: int, without: set[int]) -> Waste:
     """Walk through the counts of all stripes; return `most` of the emptiest, except `without`."""
-    total = 0
+    total = doubted = 0
 
     def rated() -> Iterator[tuple[float, int]]:
-        nonlocal total
+        nonlocal total, doubted
         for key, value in view.scan(LIVE_START, LIVE_END):
             count = Live.decode(value)
             waste = count.waste
+            doubted += count.live == 0
             if waste:
                 total += waste
                 number = stripe_rows.decode_stripe_key(key)
@@ -60,7 +64,7 @@ def find_waste(view: View, most: int, without: set[int]) -> Waste:
                     yield count.live / waste, number
 
     emptiest = [number for _, number in heapq.nsmallest(most, rated())]
-    return Waste(total, emptiest)
+    return Waste(total, doubted, emptiest)
 
 
 def look_at(view: View, numbers: Iterable[int]) -> list[Victim]:
@@ -72,25 +76,6 @@ def look_at(view: View, numbers: Iterable[int]) -> list[Victim]:
             view.get(stripe_rows.stripe_key(number)),
         )
         if count is not None and row is not None:
-            extents = list(_extents(view, number))
+            extents = list(extents_of(view, number))
             found.append(Victim(number, Live.decode(count), Stripe.decode(row), extents))
     return found
-
-
-def _extents(view: View, number: int) -> Iterator[tuple[int, Extent]]:
-    """Yield the extents that point at a stripe: its owners say where they may be."""
-    prefix = stripe_rows.owners_prefix(number)
-    seen = set()
-    for _, packed in view.scan(prefix, keys.after(prefix)):
-        for ino, offset, length, _ in OWNER.iter_unpack(packed):
-            for extent in _extents_in(view, ino, offset, offset + length):
-                if extent.stripe == number and (ino, extent.offset) not in seen:
-                    seen.add((ino, extent.offset))
-                    yield ino, extent
-
-
-def _extents_in(view: View, ino: int, start: int, end: int) -> Iterator[Extent]:
-    """Yield the extents of a file that begin in start <= i < end."""
-    low, high = file_rows.extent_key(ino, start), file_rows.extent_key(ino, end)
-    for key, value in view.scan(low, high):
-        yield Extent.decode(key, value)

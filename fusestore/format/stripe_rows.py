@@ -128,15 +128,15 @@ class Live(NamedTuple):
     """How much of a stripe is in use."""
 
     live: int
-    """Bytes that extents point at."""
+    """Bytes that extents point at; 0: unknown, and nothing is freed until fsck has counted."""
     length: int = 0
     """Bytes of file data in the stripe; 0 while more may follow."""
 
     @property
     def waste(self) -> int:
         """Bytes that cleaning gives back: those that no extent points at, and what a small
-        stripe takes more than its bytes; 0 while more may follow."""
-        if self.length == 0:
+        stripe takes more than its bytes; 0 while more may follow, or if it is unknown."""
+        if self.length == 0 or self.live == 0:
             return 0
         small = SMALL_STRIPE_WASTE if self.length < SMALL_STRIPE_BYTES else 0
         return max(self.length - self.live, 0) + small
@@ -245,9 +245,39 @@ def reclaim_key(node: int, segment: int, offset: int) -> bytes:
     return b"R" + HIQ.pack(node, segment, offset)
 
 
-def reclaim_row(place: ShardPlace, length: int) -> tuple[bytes, bytes]:
+class Freed(NamedTuple):
+    """A shard whose room is to be freed."""
+
+    length: int
+    """Bytes of the payload."""
+    stripe: int = LOST_STRIPE
+    """Its stripe; LOST_STRIPE in rows of early versions, which do not say."""
+
+    def encode(self) -> bytes:
+        """The row's value."""
+        return _FREED.pack(*self)
+
+    @classmethod
+    def has_form(cls, value: bytes) -> bool:
+        """Return whether a value has the form of such a row."""
+        return len(value) in (_FREED.size, _FREED_LENGTH_BYTES)
+
+    @classmethod
+    def decode(cls, value: bytes) -> Self:
+        """Read the row's value."""
+        if len(value) == _FREED_LENGTH_BYTES:
+            return cls(int.from_bytes(value, "little"))
+        return cls(*_FREED.unpack(value))
+
+
+_FREED = struct.Struct("<IQ")
+_FREED_LENGTH_BYTES = 4
+
+
+def reclaim_row(place: ShardPlace, length: int, stripe: int) -> tuple[bytes, bytes]:
     """Return the row that frees a shard of `length` bytes."""
-    return reclaim_key(place.node, place.segment, place.offset), length.to_bytes(4, "little")
+    key = reclaim_key(place.node, place.segment, place.offset)
+    return key, Freed(length, stripe).encode()
 
 
 def decode_reclaim_key(key: bytes) -> tuple[int, int, int]:

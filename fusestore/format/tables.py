@@ -17,7 +17,7 @@ A key is the letter of its table and big-endian numbers, so that keys sort by nu
     U ino                      orphans   nothing            unlinked while still in use
     D ino                      trims     size               extents past it are to be removed
     G node segment             segments  SegmentState
-    R node segment offset      reclaim   payload length     to free after the next checkpoint
+    R node segment offset      reclaim   Freed              room to free after the next checkpoint
     Z name                     super     counters, log, nodes, dump
 
 `file_rows`, `stripe_rows` and `store_rows` have one function per key and one dataclass
@@ -40,7 +40,7 @@ from .erasure import Code
 from .file_rows import NUMBER_MAX, Quota
 from .keys import Q
 from .records import Changes
-from .stripe_rows import OWNER, SegmentState, Stripe
+from .stripe_rows import OWNER, Freed, SegmentState, Stripe
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ TABLES = {
         Table(b"N", "names", 9, lambda k, v: len(v) == 16 and _numbers(k[1:9] + v), named=True),
         Table(b"O", "owners", 13, lambda k, v: len(v) % OWNER.size == 0 < len(v)),
         Table(b"Q", "targets", 9, lambda k, v: len(v) > 0 and _numbers(k[1:])),
-        Table(b"R", "reclaim", 15, lambda k, v: len(v) == 4),
+        Table(b"R", "reclaim", 15, lambda k, v: Freed.has_form(v)),
         Table(b"S", "stripes", 9, lambda k, v: Stripe.has_form(v)),
         Table(b"T", "tails", 13, lambda k, v: len(v) > 2 and Code(v[0], v[1]).is_possible),
         Table(b"U", "orphans", 9, lambda k, v: _numbers(k[1:])),

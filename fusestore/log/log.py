@@ -20,7 +20,7 @@ from uuid import UUID
 import trio
 
 from ..errors import NodeFullError, NoSpaceError, ReadOnlyError
-from ..format import keys, store_rows, stripe_rows
+from ..format import store_rows, stripe_rows
 from ..format.erasure import Code
 from ..format.records import Changes, Place, SegmentKind, record_length
 from ..format.store_rows import Counters, GivenUp, LogPosition
@@ -29,6 +29,7 @@ from ..members.member import Member
 from ..members.members import Members
 from ..metadata.engine import Engine
 from ..system import threads
+from .owners import owners_keys
 from .room import GROWS, REWRITES, Room
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Unsealed(Protocol):
 
     code: Code
     tails: list[int]
+    is_sealing: bool
 
     def bytes(self, start: int, end: int) -> bytes:
         """A copy of its bytes start <= i < end."""
@@ -112,6 +114,8 @@ class Transaction:
     def complete(self, stripe: int, length: int) -> None:
         """Record that a stripe of which bytes are in use has `length` bytes, and gets no more."""
         count = self.live(stripe)
+        if count.live == 0:
+            self._log.doubt_count(stripe, "does not count its live bytes")
         self.set_live(stripe, count._replace(length=length), count)
 
     def let_go(self, stripe: int, length: int) -> None:
@@ -127,14 +131,10 @@ class Transaction:
             self._free(stripe)
             return
         if left < 0:
-            # The count is wrong, so files may still need the stripe.
-            logger.error(
-                "Stripe %#x counts %d too few live bytes, and is kept: run 'fusestore fsck "
-                "--repair'.",
-                stripe,
-                -left,
-            )
-        self.set_live(stripe, count._replace(live=max(left, 0)), count)
+            # The count is wrong, so files may still need the stripe: 0 keeps it.
+            self._log.doubt_count(stripe, f"counts {-left} too few live bytes")
+            left = 0
+        self.set_live(stripe, count._replace(live=left), count)
 
     def live(self, stripe: int) -> Live:
         """Return the count of a stripe; 0 if it has none."""
@@ -153,21 +153,29 @@ class Transaction:
             self.delete(stripe_rows.stripe_key(stripe))
             self.stripes -= 1
             self.reclaim(stripe, Stripe.decode(value))
+            return
         unsealed = self._log.unsealed.get(stripe)
         if unsealed is not None:
-            # If it is being sealed, the sealer reclaims its shards.
             for offset in unsealed.tails:
                 self.delete(stripe_rows.tail_key(stripe, offset))
-        prefix = stripe_rows.owners_prefix(stripe)
-        for key, _ in self.scan(prefix, keys.after(prefix)):
+            if unsealed.is_sealing:  # the sealer reclaims its shards
+                return
+        self.drop_owners(stripe)
+
+    def drop_owners(self, stripe: int) -> None:
+        """Forget which files had bytes in a stripe."""
+        for key in owners_keys(self, stripe):
             self.delete(key)
 
     def reclaim(self, number: int, stripe: Stripe) -> None:
-        """Free the room of a stripe's shards after the next checkpoint."""
+        """Free the room of a stripe's shards after the next checkpoint.
+
+        Its owners stay: by them is seen before that whether a file has bytes in it after all.
+        """
         for index, place in enumerate(stripe.shards):
             self.delete(stripe_rows.missing_key(place.node, number, index))
             if place.written:
-                self.put(*stripe_rows.reclaim_row(place, stripe.shard_length))
+                self.put(*stripe_rows.reclaim_row(place, stripe.shard_length, number))
                 self._log.note_freed(record_length(stripe.shard_length))
 
 
@@ -206,6 +214,10 @@ class Log:
         """Nothing is acknowledged before the metadata has the set of nodes in sync."""
         self.rows_in_doubt = 0
         """Rows that differ from the nodes and could not be mended, since the mount."""
+        self.doubted: set[int] = set()
+        """Stripes whose counts of live bytes were found to be wrong, since the mount."""
+        self.stripes_put_back = 0
+        """Stripes that were to be freed although files had bytes in them, since the mount."""
         self.rows_mended = 0
         """Wrong rows that were mended, since the mount."""
         self.mended: tuple[str, ...] = ()
@@ -302,6 +314,13 @@ class Log:
         self.freed += length
         if self.freed >= self.limits.freed_bytes_max:
             self.on_freed()
+
+    def doubt_count(self, stripe: int, what: str) -> None:
+        """Record that the count of a stripe's live bytes is wrong; the caller sets it to 0."""
+        if stripe not in self.doubted:
+            self.doubted.add(stripe)
+            self.rows_in_doubt += 1
+            logger.error("Stripe %#x %s, and is kept: run 'fusestore fsck --repair'.", stripe, what)
 
     def next_stripe(self) -> int:
         """A stripe number that was never used: epoch and counter."""

@@ -159,6 +159,13 @@ class Engine:
         except lmdb.Error as error:
             raise self._env.unusable(error) from error
 
+    def stored_view(self) -> View:
+        """Return the rows as of the last checkpoint, for a thread; close it soon."""
+        try:
+            return View([], self._env.begin(), self._env.main, self._views)
+        except lmdb.Error as error:
+            raise self._env.unusable(error) from error
+
     def last(self, start: bytes, end: bytes) -> tuple[bytes, bytes] | None:
         """Return the greatest key with start <= key <= end, and its value, or None."""
         while True:

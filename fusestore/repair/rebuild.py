@@ -263,7 +263,7 @@ class Rebuilder:
             member.shards.count(place, row.shard_length)
         changes = {stripe_rows.stripe_key(number): now.moved(index, place).encode(), key: None}
         if place != before and before.written and not shard.doubted:
-            debt, length = stripe_rows.reclaim_row(before, row.shard_length)
+            debt, length = stripe_rows.reclaim_row(before, row.shard_length, number)
             changes[debt] = length
         self._log.apply(changes)
         self._reader.forget(number)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from ..format import file_rows, stripe_rows
 from ..format.file_rows import Extent, Inode
-from ..format.stripe_rows import LOST_STRIPE, OWNER, Live
+from ..format.stripe_rows import LOST_STRIPE, OWNER, Freed, Live
 from ..limits import FILE_BYTES_MAX, STRIPE_BYTES
 from .fsck_findings import Finding, Phase, finding
 from .fsck_inodes import InodeCheck
@@ -93,14 +93,15 @@ class ExtentCheck:
         return stripe is None or extent.stripe_offset + extent.length > stripe.length
 
     def owners(self) -> Iterator[Finding]:
-        """A missing stripe has no owners."""
+        """A missing stripe has no owners, unless it is to be freed: then they are looked at."""
         last = -1
+        freed = {Freed.decode(value).stripe for _, value in self._store.table(b"R")}
         for key, _ in self._store.table(b"O"):
             number = int(file_rows.decode_ino_key(key))
             if number == last or number in self._store.unsealed:
                 continue
             last = number
-            if self._store.stripe(number) is None:
+            if self._store.stripe(number) is None and number not in freed:
                 text = f"stripe {number:#x} does not exist"
                 yield finding(Phase.DERIVED, "owners", text, "drop_owners", number)
 
@@ -109,12 +110,13 @@ class ExtentCheck:
         counted = {}
         for key, value in self._store.table(b"V"):
             counted[stripe_rows.decode_stripe_key(key)] = Live.decode(value)
-        for number in sorted(counted.keys() | self.uses.keys(), reverse=True):
+        for number in sorted((counted.keys() | self.uses.keys()) - {LOST_STRIPE}, reverse=True):
             count, live = counted.get(number, Live(0)), self.uses[number]
             if count.live > live:
                 yield from self._lost_extents(number, count.live - live)
-            if count.live != live:
-                text = f"stripe {number:#x} counts {count.live} live bytes, but has {live}"
+            if count.live != live or not live:
+                has = live or "none"
+                text = f"stripe {number:#x} counts {count.live} live bytes, but has {has}"
                 yield finding(Phase.DERIVED, "live", text, "set_live", number, live)
                 continue
             stripe = self._store.stripe(number)

@@ -285,9 +285,7 @@ class Mender:
 
     def drop_owners(self, number: int) -> None:
         """Remove the owners of a missing stripe."""
-        prefix = stripe_rows.owners_prefix(number)
-        for key, _ in list(self._txn.scan(prefix, keys.after(prefix))):
-            self._txn.delete(key)
+        self._txn.drop_owners(number)
 
     def set_live(self, number: int, live: int) -> None:
         """Set the live bytes of a stripe."""
@@ -300,13 +298,12 @@ class Mender:
             self._txn.delete(stripe_rows.live_key(number))
 
     def free(self, number: int) -> None:
-        """Free a stripe without bytes in files."""
+        """Free a stripe without bytes in files; its owners are looked at once more before."""
         value = self._txn.get(stripe_rows.stripe_key(number))
         if value is not None:
             self._txn.delete(stripe_rows.stripe_key(number))
             self._txn.delete(stripe_rows.live_key(number))
             self._txn.reclaim(number, Stripe.decode(value))
-            self.drop_owners(number)
 
     def unwrite(self, number: int, index: int) -> None:
         """Mark a shard as not written, because it is not at its place; it is rebuilt elsewhere."""

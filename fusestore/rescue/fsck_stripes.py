@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ..format import stripe_rows
 from ..format.records import HEADER_BYTES, record_length
-from ..format.stripe_rows import SegmentState, ShardPlace, Stripe
+from ..format.stripe_rows import Freed, SegmentState, ShardPlace, Stripe
 from ..limits import RECORD_ALIGN_BYTES, SHARD_SEGMENT_BYTES
 from ..text import counted
 from .fsck_extents import ExtentCheck
@@ -113,7 +113,7 @@ class StripeCheck:
         for key, value in self._store.table(b"R"):
             node, segment, offset = stripe_rows.decode_reclaim_key(key)
             start = offset - HEADER_BYTES
-            end = start + record_length(int.from_bytes(value, "little"))
+            end = start + record_length(Freed.decode(value).length)
             freed[node, segment].append(_FreedRecord(start, end, key))
         return freed
 

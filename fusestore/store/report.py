@@ -215,6 +215,7 @@ class Reporter:
             "failed_reads": self._reader.errors,
             "rows_mended": log.rows_mended,
             "rows_in_doubt": log.rows_in_doubt,
+            "stripes_put_back": log.stripes_put_back,
             "repair": self._repair(missing),
             "repairs": repairs,
             "scrub": self._scrubber.report(),

@@ -187,6 +187,7 @@ class Status:
     failed_reads: int
     rows_mended: int
     rows_in_doubt: int
+    stripes_put_back: int
     repair: RunningRepair | None
     repairs: tuple[PastRepair, ...]
     """The last repairs, the newest at the end."""

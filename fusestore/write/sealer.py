@@ -103,6 +103,8 @@ class Sealer:
                     self.seal(unsealed)
                 else:
                     self.forget(unsealed)
+                    with Transaction(log) as txn:
+                        txn.drop_owners(unsealed.number)
 
     def forget(self, stripe: UnsealedStripe) -> None:
         """Drop a stripe in memory, as no file points at it, or it has a row."""
@@ -208,7 +210,7 @@ class Sealer:
             with Transaction(log) as txn:
                 txn.reclaim(number, row)
                 changes, txn.changes = txn.changes, {}
-            self._amend(stripe, changes)
+            self._amend(stripe, {**stripe.take_owner_rows(), **changes})
             return
         alive = log.engine.get(stripe_rows.live_key(number)) is not None
         if log.engine.get(stripe_rows.stripe_key(number)) is not None:
@@ -230,6 +232,7 @@ class Sealer:
                 else:
                     txn.stripes -= 1
                     txn.reclaim(number, row)
+                    txn.changes.update(stripe.take_owner_rows())
 
     def _take_back(
         self, stripe: UnsealedStripe, member: Member, place: ShardPlace, length: int

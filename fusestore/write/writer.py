@@ -195,9 +195,11 @@ class Writer:
 
     def seal_all(self) -> None:
         """Seal all open stripes, however short: after a mount, and before the end."""
-        for stripe in [*self._adopted, *self._open.values()]:
-            self._seal(stripe)
+        for stripe in self._adopted:
+            self._seal(stripe, is_kept=True)
         self._adopted.clear()
+        for stripe in list(self._open.values()):
+            self._seal(stripe)
 
     def being_sealed(self) -> list[UnsealedStripe]:
         """Return stripes being sealed that no commit waits for yet."""
@@ -209,14 +211,19 @@ class Writer:
             and not self._is_open(stripe)
         ]
 
-    def _seal(self, stripe: UnsealedStripe, txn: Transaction | None = None) -> None:
-        """Seal a stripe at which a transaction points, or which may have lost all its bytes."""
+    def _seal(
+        self, stripe: UnsealedStripe, txn: Transaction | None = None, *, is_kept: bool = False
+    ) -> None:
+        """Seal a stripe at which a transaction points, or which may have lost all its bytes.
+
+        If `is_kept`, it has not: then its tails would be gone, too.
+        """
         if self._is_open(stripe):
             del self._open[stripe.code, stripe.rewritten]
         key = stripe_rows.live_key(stripe.number)
         if txn is not None:
             txn.complete(stripe.number, stripe.position)
-        elif self._log.engine.get(key) is not None:
+        elif is_kept or self._log.engine.get(key) is not None:
             with Transaction(self._log) as change:
                 change.complete(stripe.number, stripe.position)
         else:
