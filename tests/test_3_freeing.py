@@ -175,6 +175,28 @@ async def test_a_stripe_that_was_put_back_is_not_freed_again(config: StoreConfig
 
 
 @pytest.mark.expects_log(MISCOUNTED)
+async def test_what_is_needed_by_the_checkpoint_alone_is_freed_after_the_next(
+    config: StoreConfig,
+) -> None:
+    """A crash would lead back to the checkpoint, in which a file still has bytes in the stripe."""
+    async with opened(config) as one:
+        await pause_freeing(one)
+        number = stripe_of(one, "kept")
+        miscount(one, number, -len(STAYS))
+        await delete(one, "gone")
+        await one.checkpoint()
+        await delete(one, "kept")
+        passes = one.store.reclaimer.passes
+        one.store.reclaimer.wake()
+        await one.store.reclaimer.passed(passes)
+        assert len(one.rows(b"R")) == 3
+        go_on(one)
+        await until(one, lambda: not one.rows(b"R"))
+        assert one.store.log.stripes_put_back == 0
+    assert (await check(config))["clean"]
+
+
+@pytest.mark.expects_log(MISCOUNTED)
 @pytest.mark.parametrize("left", [1, len(STAYS) // 2, len(STAYS) + len(LEAVES) - 1])
 async def test_a_count_below_zero_keeps_the_stripe(config: StoreConfig, left: int) -> None:
     """The count is too low by one byte, or by a lot."""

@@ -16,10 +16,10 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from ..format import stripe_rows
-from ..format.stripe_rows import LOST_STRIPE, ShardPlace, Stripe
+from ..format import file_rows, keys, stripe_rows
+from ..format.stripe_rows import LOST_STRIPE, OWNER, ShardPlace, Stripe
 from ..log.log import Log
-from ..log.owners import extents_of, owners_keys
+from ..log.owners import extents_in, owners_keys
 from ..metadata.view import View
 from ..system import threads
 from .put_back import PutBack
@@ -52,7 +52,7 @@ def look_at(view: View, numbers: deque[int]) -> Looked:
         value = view.get(stripe_rows.stripe_key(number))
         if value is not None:
             found.rows[number] = Stripe.decode(value)
-        elif next(extents_of(view, number), None) is not None:
+        elif _is_needed(view, number):
             found.needed.add(number)
         else:
             found.unused[number] = owners_keys(view, number)
@@ -61,28 +61,53 @@ def look_at(view: View, numbers: deque[int]) -> Looked:
     return found
 
 
+def _is_needed(view: View, number: int) -> bool:
+    """Return whether an extent points at a stripe.
+
+    Most of its files are gone, and only those are looked at that have an extent there.
+    """
+    prefix = stripe_rows.owners_prefix(number)
+    for _, packed in view.scan(prefix, keys.after(prefix)):
+        for ino, offset, length, _ in OWNER.iter_unpack(packed):
+            low, high = (file_rows.extent_key(ino, at) for at in (offset, offset + length))
+            if view.has_stored(low, high) and any(
+                extent.stripe == number for extent in extents_in(view, ino, offset, offset + length)
+            ):
+                return True
+    return False
+
+
 class LastLook:
-    """The stripes that were looked at for one node."""
+    """The stripes that were looked at in one pass."""
 
     def __init__(self, log: Log, put_back: PutBack) -> None:
         self._log = log
         self._put_back = put_back
-        self._found = Looked()
+        self._rows: dict[int, Stripe] = {}
+        self._unused = {LOST_STRIPE}
+        self._needed: set[int] = set()
+
+    def begin_node(self) -> None:
+        """Look again at stripes that had a row: they may have been freed since."""
+        self._rows.clear()
 
     async def at(self, numbers: Iterable[int]) -> None:
         """Look at stripes, and put back those that files need; MetadataError."""
-        log, found = self._log, self._found
-        known = found.rows.keys() | found.unused.keys() | found.needed | {LOST_STRIPE}
-        todo = deque(sorted({n for n in numbers if n not in known and n not in log.unsealed}))
+        log = self._log
+        todo = deque(sorted({number for number in numbers if self._is_unknown(number)}))
         while todo:
             with log.engine.stored_view() as view:
-                some = await threads.call(look_at, view, todo)
-            unused = {n: keys for n, keys in some.unused.items() if not self._is_young(n)}
+                found = await threads.call(look_at, view, todo)
+            unused = {n: keys for n, keys in found.unused.items() if not self._is_young(n)}
             log.apply({key: None for keys in unused.values() for key in keys})
-            found.rows.update(some.rows)
-            found.unused.update(unused)
-            found.needed.update(some.needed)
-            await self._put_back.stripes(some.needed)
+            self._rows.update(found.rows)
+            self._unused.update(unused)
+            self._needed.update(found.needed)
+            await self._put_back.stripes(found.needed)
+
+    def _is_unknown(self, number: int) -> bool:
+        known = number in self._unused or number in self._rows or number in self._needed
+        return not known and number not in self._log.unsealed
 
     def _is_young(self, number: int) -> bool:
         """Whether a stripe is in use, and is younger than the checkpoint."""
@@ -90,13 +115,9 @@ class LastLook:
 
     def may_free(self, number: int) -> bool:
         """Whether a shard of a stripe may be freed, at a place that no row of the stripe names."""
-        return number == LOST_STRIPE or number in self._found.rows or number in self._found.unused
-
-    def is_needed(self, number: int) -> bool:
-        """Whether files have bytes in a stripe without a row, which could not be put back."""
-        return number in self._found.needed and self._log.stripe(number) is None
+        return number in self._unused or number in self._rows
 
     def was_in_use(self, number: int, place: ShardPlace) -> bool:
         """Whether the row of a stripe in the checkpoint names a place."""
-        row = self._found.rows.get(number)
+        row = self._rows.get(number)
         return row is not None and place in row.shards

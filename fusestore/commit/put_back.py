@@ -31,14 +31,14 @@ class PutBack:
 
     def __init__(self, log: Log) -> None:
         self._log = log
-        self._failed: dict[int, set[int]] = {}
+        self.failed: dict[int, set[int]] = {}
         """By stripe that could not be put back: the nodes that could be read."""
 
     async def stripes(self, numbers: Collection[int]) -> None:
         """Put back stripes that have no row; MetadataError."""
         log = self._log
         nodes = {member.id for member in log.members.all if not member.out_of_use}
-        todo = {number for number in numbers if not nodes <= self._failed.get(number, set())}
+        todo = {number for number in numbers if not nodes <= self.failed.get(number, set())}
         if not todo:
             return
         with log.engine.stored_view() as view:
@@ -49,16 +49,17 @@ class PutBack:
             shards = await self._whole(number, places[number])
             restored = await threads.call(restored_row, log, number, shards)
             if restored is not None:
+                self.failed.pop(number, None)
                 self._put(number, restored)
                 continue
-            if number not in self._failed:
+            if number not in self.failed:
                 log.rows_in_doubt += 1
                 logger.error(
                     "Stripe %#x was to be freed, but files have bytes in it. Too few of its shards "
                     "can be read to put it back: they are kept. Run 'fusestore fsck --repair'.",
                     number,
                 )
-            self._failed[number] = nodes
+            self.failed[number] = nodes
 
     async def _whole(self, number: int, places: list[ShardPlace]) -> list[WholeShard]:
         """Return the shards of a stripe that match their headers, at some places."""

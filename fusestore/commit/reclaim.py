@@ -75,9 +75,10 @@ class Reclaimer:
             self._wake = trio.Event()
             self.passes += 1
             self._note_nodes()
+            look = LastLook(self._log, self._put_back)
             for member in self._log.members.writable:
                 if not self._log.keeps_all:
-                    await self._reclaim(member)
+                    await self._reclaim(member, look)
             self._ended = self.passes
             self._passed.unpark_all()
 
@@ -115,12 +116,13 @@ class Reclaimer:
                 debt[segment].append((offset, Freed.decode(value)))
         return debt
 
-    async def _reclaim(self, member: Member) -> None:
-        debt, look = self._debt(member), LastLook(self._log, self._put_back)
+    async def _reclaim(self, member: Member, look: LastLook) -> None:
+        debt = self._debt(member)
+        look.begin_node()
         await look.at(freed.stripe for shards in debt.values() for _, freed in shards)
         for segment, shards in debt.items():
             for offset, freed in shards:
-                if look.is_needed(freed.stripe):
+                if freed.stripe in self._put_back.failed:
                     self._kept.add(stripe_rows.reclaim_key(member.id, segment, offset))
             due = [(offset, freed) for offset, freed in shards if look.may_free(freed.stripe)]
             try:
@@ -167,7 +169,7 @@ class Reclaimer:
                 alive.add(offset)
             elif not look.may_free(number) or look.was_in_use(number, place):
                 kept.add(offset)
-                if look.is_needed(number):
+                if number in self._put_back.failed:
                     self._kept.add(stripe_rows.reclaim_key(member.id, segment, offset))
         if alive:
             self._say_alive(member, segment, shards, alive)

@@ -23,13 +23,13 @@ def extents_of(rows: Rows, number: int) -> Iterator[tuple[int, Extent]]:
     seen = set()
     for _, packed in rows.scan(prefix, keys.after(prefix)):
         for ino, offset, length, _ in OWNER.iter_unpack(packed):
-            for extent in _extents_in(rows, ino, offset, offset + length):
+            for extent in extents_in(rows, ino, offset, offset + length):
                 if extent.stripe == number and (ino, extent.offset) not in seen:
                     seen.add((ino, extent.offset))
                     yield ino, extent
 
 
-def _extents_in(rows: Rows, ino: int, start: int, end: int) -> Iterator[Extent]:
+def extents_in(rows: Rows, ino: int, start: int, end: int) -> Iterator[Extent]:
     """Yield the extents of a file that begin in start <= i < end."""
     low, high = file_rows.extent_key(ino, start), file_rows.extent_key(ino, end)
     for key, value in rows.scan(low, high):

@@ -81,6 +81,7 @@ class View:
         views: WeakSet[View],
     ) -> None:
         self._overlays, self._txn, self._main, self._views = overlays, txn, main, views
+        self._cursor: lmdb.Cursor[bytes] | None = None
         self.passes_over: set[bytes] | None = None
         """If set, rows that do not match their checksum are added here, and count as missing."""
         views.add(self)
@@ -89,6 +90,8 @@ class View:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._cursor is not None:
+            self._cursor.close()
         self._txn.abort()
         self._views.discard(self)
 
@@ -116,6 +119,18 @@ class View:
         """Return a row of the database: its value and its checksum, not verified."""
         try:
             return self._txn.get(key)
+        except lmdb.Error as error:
+            raise damaged(error) from error
+
+    def has_stored(self, start: bytes, end: bytes) -> bool:
+        """Return whether the database has a row with start <= key < end; the row is not verified.
+
+        Much faster than a scan that finds nothing.
+        """
+        try:
+            if self._cursor is None:
+                self._cursor = self._txn.cursor()
+            return self._cursor.set_range(start) and self._cursor.key() < end
         except lmdb.Error as error:
             raise damaged(error) from error
 
