@@ -53,6 +53,7 @@ class PutBack:
                 self._put(number, restored)
                 continue
             if number not in self.failed:
+                log.doubted.add(number)
                 log.rows_in_doubt += 1
                 logger.error(
                     "Stripe %#x was to be freed, but files have bytes in it. Too few of its shards "

@@ -116,7 +116,7 @@ class RowKeeper:
             changes = still_wrong(self._log.engine, rows)
             self._apply(changes)
             self._log.rows_mended += len(changes)
-            self._log.rows_in_doubt = 0  # all rows were compared
+            self._log.rows_in_doubt = len(self._log.doubted)  # all rows were compared
             self._log.engine.recount()
             async with self._committer.lock:
                 await self._committer.commit_now(checkpoint=True)

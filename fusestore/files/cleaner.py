@@ -171,7 +171,7 @@ class Cleaner:
             found: Waste = await threads.run_sync(find_waste, view, most, without)
         log.waste += found.total - before  # and what changed meanwhile
         if not log.waste_counted:
-            log.rows_in_doubt += found.doubted
+            log.doubt_counts(found.doubted)
         log.waste_counted = True
         return found.emptiest
 

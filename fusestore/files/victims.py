@@ -25,7 +25,7 @@ class Waste:
 
     total: int
     """Bytes, of all stripes."""
-    doubted: int
+    doubted: set[int]
     """Stripes whose live bytes are unknown until fsck has counted them."""
     emptiest: list[int]
     """The stripes that give back most for what must be written, the best first."""
@@ -49,17 +49,17 @@ class Victim:
 
 def find_waste(view: View, most: int, without: set[int]) -> Waste:
     """Walk through the counts of all stripes; return `most` of the emptiest, except `without`."""
-    total = doubted = 0
+    total, doubted = 0, set[int]()
 
     def rated() -> Iterator[tuple[float, int]]:
-        nonlocal total, doubted
+        nonlocal total
         for key, value in view.scan(LIVE_START, LIVE_END):
             count = Live.decode(value)
-            waste = count.waste
-            doubted += count.live == 0
+            number, waste = stripe_rows.decode_stripe_key(key), count.waste
+            if count.live == 0:
+                doubted.add(number)
             if waste:
                 total += waste
-                number = stripe_rows.decode_stripe_key(key)
                 if count.live <= waste * WRITTEN_FOR_FREED_MAX and number not in without:
                     yield count.live / waste, number
 

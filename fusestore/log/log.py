@@ -29,6 +29,7 @@ from ..members.member import Member
 from ..members.members import Members
 from ..metadata.engine import Engine
 from ..system import threads
+from ..text import counted
 from .owners import owners_keys
 from .room import GROWS, REWRITES, Room
 
@@ -318,9 +319,23 @@ class Log:
     def doubt_count(self, stripe: int, what: str) -> None:
         """Record that the count of a stripe's live bytes is wrong; the caller sets it to 0."""
         if stripe not in self.doubted:
-            self.doubted.add(stripe)
-            self.rows_in_doubt += 1
+            self._doubt({stripe})
             logger.error("Stripe %#x %s, and is kept: run 'fusestore fsck --repair'.", stripe, what)
+
+    def doubt_counts(self, stripes: set[int]) -> None:
+        """Record that stripes were found whose counts an earlier mount set to 0."""
+        new = stripes - self.doubted
+        if new:
+            self._doubt(new)
+            logger.error(
+                "The live bytes of %s are unknown: nothing is freed of them. Run 'fusestore fsck "
+                "--repair'.",
+                counted(len(new), "stripe"),
+            )
+
+    def _doubt(self, stripes: set[int]) -> None:
+        self.doubted |= stripes
+        self.rows_in_doubt += len(stripes)
 
     def next_stripe(self) -> int:
         """A stripe number that was never used: epoch and counter."""
