@@ -230,8 +230,11 @@ async def test_a_stripe_that_counts_too_much_is_kept(config: StoreConfig, by: in
 
 
 @pytest.mark.expects_log(PUT_BACK)
-async def test_a_stripe_that_is_being_sealed_is_put_back(config: StoreConfig) -> None:
-    """Its count is gone before its commit takes it."""
+@pytest.mark.parametrize("sealed_first", [False, True])
+async def test_a_stripe_that_is_being_sealed_is_put_back(
+    config: StoreConfig, sealed_first: bool
+) -> None:
+    """Its count is gone before it is sealed, which ends before or after its commit begins."""
     data = CHANCE.randbytes(3 * STRIPE_BYTES)
     async with opened(config) as one:
         ino = await one.put("sealing", b"")
@@ -241,6 +244,8 @@ async def test_a_stripe_that_is_being_sealed_is_put_back(config: StoreConfig) ->
         numbers = list(one.store.log.unsealed)
         for number in numbers:
             one.store.log.apply({stripe_rows.live_key(number): None})
+        if sealed_first:
+            await one.store.writer.sealer.idle()
         await until(one, lambda: all(one.store.log.stripe(number) for number in numbers))
         assert await one.get("sealing") == data
     await mended(config, {"kept": STAYS, "other": OTHER, "sealing": data})
