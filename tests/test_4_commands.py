@@ -54,6 +54,7 @@ def test_each_kind_of_request_is_a_command_with_its_result() -> None:
         ("scrub", {"action": "start", "alone": True}, "there is no field alone"),
         ("risk", {"model": {"disk_failures": 0.1}}, "the field model.region_losses is missing"),
         ("quota", {"action": "set", "inode": "1"}, "inode has to be a whole number"),
+        ("compact", {"wait": 1}, "wait has to be true or false"),
         ("layout", {"inode": 1.5}, "inode has to be a whole number"),
     ],
 )

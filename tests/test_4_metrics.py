@@ -422,7 +422,10 @@ async def everything(one: Opened) -> Monitor:
     for name in ("read", "write"):
         TALLIES[name].times.add(50_000)
     TALLIES["write"].answered(errno.EIO)
-    return Monitor(one.store, TALLIES, about)
+    one.files.go_on()
+    with trio.fail_after(30):
+        await one.files.cleaner.wait(one.files.cleaner.compact(), lambda message: None)
+    return Monitor(one.store, one.files.cleaning_report.status, TALLIES, about)
 
 
 def samples(answer: web.Answer) -> dict[str, float]:
@@ -520,7 +523,7 @@ async def test_a_loop_that_hangs_is_said(
 ) -> None:
     monkeypatch.setattr("fusestore.watch.monitor.ANSWER_SECONDS", 0.1)
     async with opened(config) as one:
-        monitor = Monitor(one.store, TALLIES, about)
+        monitor = Monitor(one.store, one.files.cleaning_report.status, TALLIES, about)
         failed: list[BaseException] = []
 
         def ask() -> None:
@@ -538,7 +541,7 @@ async def test_a_loop_that_hangs_is_said(
 
 async def test_looks_within_a_second_are_one(config: StoreConfig) -> None:
     async with opened(config) as one:
-        monitor = Monitor(one.store, TALLIES, about)
+        monitor = Monitor(one.store, one.files.cleaning_report.status, TALLIES, about)
         first = await trio.to_thread.run_sync(monitor.observe)
         assert await trio.to_thread.run_sync(monitor.observe) is first
 

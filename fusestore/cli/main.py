@@ -19,6 +19,7 @@ from ..system import logs, process_limits
 from .about import completion, version
 from .asking import ANY_PATH, STORE, print_lines
 from .bench import bench
+from .compact import compact
 from .errors import EndsInSentences
 from .inspect import inspect
 from .metrics import metrics
@@ -65,7 +66,7 @@ def cli() -> None:
 
 for _command in (
     *(mount, umount, status, metrics, repair, scrub, risk, drill, fsck, recover, inspect, bench),
-    *(policy, recode, quota, config, log_level, service, version, completion),
+    *(policy, recode, compact, quota, config, log_level, service, version, completion),
     *(node, rebalance),
 ):
     cli.add_command(_command)

@@ -189,7 +189,15 @@ def status_lines(view: StoreView, now: float | None = None) -> Iterator[str]:
 
     `now` is in seconds since the epoch; by default it is the present time.
     """
-    from ..watch.health import quarantine_text, repair_text, risk_text, scrub_text, verdict
+    from ..watch.health import (
+        cleaning_text,
+        is_cleaning_of_interest,
+        quarantine_text,
+        repair_text,
+        risk_text,
+        scrub_text,
+        verdict,
+    )
 
     status, mount = view.status, view.status.mount
     yield verdict(status)
@@ -213,6 +221,8 @@ def status_lines(view: StoreView, now: float | None = None) -> Iterator[str]:
         facts.append(("kept", quarantine_text(status.quarantine)))
     if status.recode is not None and status.recode.state == "running":
         facts.append(("recoding", recode_line(status.recode)))
+    if status.cleaning is not None and is_cleaning_of_interest(status.cleaning):
+        facts.append(("cleaning", cleaning_text(status.cleaning)))
     yield from table_lines([(f"{name}:", text) for name, text in facts if text])
     yield ""
     heads = ("NODE", "REGION", "STATE", "USED", "FREE", "MISSING", "PATH")

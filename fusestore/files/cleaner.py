@@ -6,7 +6,8 @@ emptiest stripes to new ones.  `Log.waste` counts what it would give back.  It r
 - above the bound, a share of the files' bytes: at the pace of background work;
 - above half the bound, while nobody uses the mount;
 - above twice the bound, or when a request found no room: at once; writers then get room in
-  memory only as fast as cleaning gives back.
+  memory only as fast as cleaning gives back;
+- when it is asked to compact: until no stripe gives back enough.
 
 A batch fills whole stripes, because a commit would seal what is left over as a small one.  A
 stripe with a shard on a node that is away is left alone: with the node it has more shards than
@@ -19,12 +20,14 @@ import logging
 import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 import trio
 
-from ..errors import FusestoreError, NoMemoryLeftError, NoSpaceError
+from ..errors import FusestoreError, NoMemoryLeftError, NoSpaceError, ReadOnlyError
 from ..format import stripe_rows
 from ..format.erasure import Code
+from ..log.background_job import LOOK_SECONDS, Progress
 from ..log.log import Log
 from ..log.pace import Pace
 from ..system import threads
@@ -33,6 +36,18 @@ from .rewriter import Rewriter
 from .victims import Victim, Waste, find_waste, look_at
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Compaction:
+    """A request to clean until no stripe gives back enough, whatever the bound."""
+
+    freed_before: int
+    moved_before: int
+    """The counts of the cleaner when it began."""
+    problem: str = ""
+    """Why it has ended early; or empty."""
+    ended: trio.Event = field(default_factory=trio.Event)
 
 
 class Cleaner:
@@ -53,6 +68,10 @@ class Cleaner:
         """Bytes that held writers may write, because cleaning gave so many back."""
         self._fruitless_at = math.inf
         """While there is at most so much waste, no stripe gives back enough."""
+        self._away: set[int] = set()
+        """The nodes that were out of use when cleaning last looked, by id."""
+        self.absent: set[int] = set()
+        """Stripes that are left alone, because they have shards on these nodes."""
         self.doubted: set[int] = set()
         """Stripes whose counts are not those of their extents."""
         self.unreadable: set[int] = set()
@@ -64,6 +83,8 @@ class Cleaner:
         self.moved = 0
         """Bytes that it wrote for them."""
         self.waits_for = ""
+        """Why it could not write when it last tried; or empty."""
+        self._compaction: Compaction | None = None
 
     # --- the bound -----------------------------------------------------------
 
@@ -80,11 +101,21 @@ class Cleaner:
 
     def within_reach(self) -> int:
         """Return the bytes, at least, that a request gets that finds no room."""
-        if not self._log.waste_counted or not self._may_run() or self._is_fruitless():
+        if not self._log.waste_counted or not self._may_run() or self.is_fruitless():
             return 0
         if any(member.out_of_use for member in self._log.members.all):
             return 0
         return max(0, self._log.waste - self.bound // 2) * 7 // 8
+
+    @property
+    def is_running(self) -> bool:
+        """Whether stripes are being emptied."""
+        return self._lock.locked() or self._compaction is not None
+
+    @property
+    def held_writers(self) -> int:
+        """The number of writes that wait for cleaning."""
+        return len(self._held)
 
     @property
     def _is_idle(self) -> bool:
@@ -92,21 +123,36 @@ class Cleaner:
 
     @property
     def _goal(self) -> int:
+        if self._compaction is not None:
+            return 0
         return self.bound // 2 if self._is_idle else self.bound
 
     def _is_due(self) -> bool:
-        return self._log.waste > self._goal and not self._is_fruitless()
+        return self._compaction is not None or (
+            self._log.waste > self._goal and not self.is_fruitless()
+        )
 
     def _is_done(self) -> bool:
         """Whether enough is given back; less than `_is_due`, so that walks are rare."""
         return self._log.waste <= self._goal * 7 // 8
 
-    def _is_fruitless(self) -> bool:
+    def is_fruitless(self) -> bool:
+        """Return whether no stripe gave back enough when there was so much waste."""
         return self._log.waste <= self._fruitless_at < math.inf
 
     def _may_run(self) -> bool:
+        return not (self.hindrance() or self._log.is_ending)
+
+    def hindrance(self) -> str:
+        """Return a sentence that explains why nothing may be cleaned; or an empty text."""
         log = self._log
-        return not (log.read_only or log.broken or log.keeps_all or log.doubt or log.is_ending)
+        if log.read_only:
+            return "The mount is read-only."
+        if log.keeps_all:
+            return "A node holds another history: nothing is freed until you have decided."
+        if log.doubt:
+            return f"Nothing is freed, because {log.doubt}, until 'fusestore fsck' finds nothing."
+        return log.broken
 
     # --- in the background ---------------------------------------------------
 
@@ -116,18 +162,36 @@ class Cleaner:
             return
         self._runs = True
         while True:
+            compaction, problem = self._compaction, ""
             try:
+                self._notice_nodes()
                 if not self._log.waste_counted:
                     await self._find(1)
                 if self._is_due() and self._may_run():
                     async with self._lock:
                         await self._clean(self._is_done, polite=True)
+                if compaction is not None and self._may_run():
+                    await self._free()
             except FusestoreError as error:
+                problem = str(error)
                 logger.warning("Cleaning stopped: %s It is tried again.", error)
+            if compaction is not None:
+                compaction.problem = problem or self.hindrance() or self.waits_for
+                compaction.ended.set()
+                self._compaction = None
             self._held.unpark_all()
             with trio.move_on_after(self._limits.clean_look_seconds):
                 await self._wake.wait()
             self._wake = trio.Event()
+
+    def _notice_nodes(self) -> None:
+        """Try again what was left alone, when other nodes are out of use than before."""
+        away = {member.id for member in self._log.members.all if member.out_of_use}
+        if away != self._away:
+            self._away = away
+            self.absent.clear()
+            self.unreadable.clear()
+            self._fruitless_at = math.inf
 
     async def hold_up(self, length: int) -> None:
         """Let a write of `length` bytes wait while there is far too much waste."""
@@ -144,7 +208,7 @@ class Cleaner:
         return (
             self._runs
             and self._may_run()
-            and not self._is_fruitless()
+            and not self.is_fruitless()
             and len(self._held) < self._limits.fuse_tasks_max // 2
         )
 
@@ -160,12 +224,35 @@ class Cleaner:
             await self._clean(lambda: self._log.waste < goal, polite=False)
             return self.freed > before
 
+    def compact(self) -> Compaction:
+        """Begin to clean until no stripe gives back enough, or join those who asked before.
+
+        A compaction ends with the mount.  ReadOnlyError.
+        """
+        self._log.refuse_read_only()
+        if self._log.broken:
+            raise ReadOnlyError(self._log.broken)
+        if self._compaction is None:
+            self._compaction = Compaction(self.freed, self.moved)
+            self.unreadable.clear()
+            self.waits_for = ""
+            self._wake.set()
+        return self._compaction
+
+    async def wait(self, compaction: Compaction, progress: Progress) -> None:
+        """Report progress until a compaction has ended, and what it emptied is free."""
+        while not compaction.ended.is_set():
+            done = self.freed - compaction.freed_before
+            progress({"phase": "cleaning", "done": done, "total": done + self._log.waste})
+            with trio.move_on_after(LOOK_SECONDS):
+                await compaction.ended.wait()
+
     # --- the work ------------------------------------------------------------
 
     async def _find(self, most: int) -> list[int]:
         """Count the waste, and return the emptiest stripes."""
         log = self._log
-        without = self.doubted | self.unreadable | set(log.unsealed)
+        without = self.doubted | self.unreadable | self.absent | set(log.unsealed)
         with log.engine.view() as view:
             before = log.waste
             found: Waste = await threads.run_sync(find_waste, view, most, without)
@@ -179,6 +266,7 @@ class Cleaner:
         """Empty stripes until there is enough, or no stripe gives back anything."""
         pace = Pace(self._log, self._limits.clean_rate)
         while self._may_run() and not is_enough():
+            absent = len(self.absent)
             queue = deque(await self._find(self._limits.victims_max))
             before, tried = self._log.waste, False
             while queue and self._may_run() and not is_enough():
@@ -190,7 +278,7 @@ class Cleaner:
                     tried |= await self._empty(code, same)
                     if self.waits_for:
                         return
-            if not tried:
+            if not tried and len(self.absent) <= absent:  # else others are looked at
                 self._fruitless_at = max(before, self._log.waste) * 21 // 20
                 return
         self._fruitless_at = math.inf
@@ -230,6 +318,7 @@ class Cleaner:
             if place.written and (member is None or member.out_of_use):
                 key = stripe_rows.missing_key(place.node, number, index)
                 if self._log.engine.get(key) is None:
+                    self.absent.add(number)
                     return False
         return True
 
@@ -242,6 +331,7 @@ class Cleaner:
             self.unreadable |= unread
         chosen = list(_whole(victims, parts, self._limits.stripe_bytes)) or parts
         if not _is_gain(victims, chosen):
+            self.waits_for = ""
             return False
         try:
             moved, freed = await self._rewriter.write(code, chosen, in_reserve=True)

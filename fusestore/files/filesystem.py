@@ -9,6 +9,7 @@ from ..format.file_rows import NO_LIMIT
 from ..store.store import Store
 from .attributes import Attributes
 from .cleaner import Cleaner
+from .cleaning_report import CleaningReport
 from .contents import Contents
 from .quota_roots import QuotaRoots
 from .recode import Recoder
@@ -36,6 +37,7 @@ class FileSystem:
         rewriter = Rewriter(store.log, store.reader, store.writer, self.contents)
         self.recoder = Recoder(store, self.tree, self.contents, rewriter, nursery)
         self.cleaner = Cleaner(store.log, rewriter, store.room_maker.pay)
+        self.cleaning_report = CleaningReport(store.log, self.cleaner)
         self.contents.hold_up = self.cleaner.hold_up
         store.room_maker.clean = self.cleaner.make_room
         self._nursery = nursery

@@ -23,12 +23,14 @@ from ..store.store import Store
 from ..system import logs, threads
 from ..typed_json import FieldError, from_json, to_json
 from ..watch.counts import LiveCounts
-from ..watch.fields import MountStatus, Recoding, Scrub, Status
+from ..watch.fields import Cleaning, MountStatus, Recoding, Scrub, Status
 from ..watch.health import status_of
 from .control_client import Message, Progress
 from .control_server import Handler
 from .messages.files import LayoutRequest, LayoutResult, QuotaRequest, QuotaResult, RecodeRequest
 from .messages.mount import (
+    CompactRequest,
+    CompactResult,
     LogLevelRequest,
     LogLevelResult,
     MetricsRequest,
@@ -130,6 +132,7 @@ async def status(context: Context, request: StatusRequest) -> Status:
     return status_of(
         await context.store.status(),
         recode=from_json(Recoding, context.files.recoder.status()),
+        cleaning=from_json(Cleaning, context.files.cleaning_report.status()),
         mount=context.mount.about() if context.mount is not None else None,
     )
 
@@ -293,6 +296,17 @@ async def recode(context: Context, request: RecodeRequest) -> Recoding:
     return from_json(Recoding, found)
 
 
+async def compact(context: Context, request: CompactRequest) -> CompactResult:
+    """Begin to clean all that gives back enough, or wait for its end; NotMountedError."""
+    if context.alone:  # nothing cleans in the background
+        raise NotMountedError(f"The store {context.store.config.store} is not mounted.")
+    cleaner = context.files.cleaner
+    compaction = cleaner.compact()
+    if request.wait:
+        await cleaner.wait(compaction, context.progress)
+    return from_json(CompactResult, context.files.cleaning_report.compaction(compaction))
+
+
 # --- the daemon ----------------------------------------------------------------
 
 
@@ -350,6 +364,7 @@ COMMANDS: dict[str, _Command[Any, Any]] = {
         _Command(LayoutRequest, layout),
         _Command(QuotaRequest, quota),
         _Command(RecodeRequest, recode),
+        _Command(CompactRequest, compact),
         _Command(StopRequest, stop),
         _Command(LogLevelRequest, log_level),
         _Command(MetricsRequest, metrics),

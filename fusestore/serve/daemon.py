@@ -99,7 +99,7 @@ class _Daemon:
                     self.counts = LiveCounts(self._config.store, TALLIES, keeps=keeps)
                     nursery.start_soon(self.counts.run)
                     commands = handlers(Context(store, files, mount=self), self._running)
-                    with self._monitoring(store, nursery):
+                    with self._monitoring(store, files, nursery):
                         await outer.start(ControlServer(commands).serve, self._config.store)
                         async with self._ending_commands(), self._mount(files):
                             on_ready(store.warnings())
@@ -132,7 +132,7 @@ class _Daemon:
         )
 
     @contextmanager
-    def _monitoring(self, store: Store, nursery: trio.Nursery) -> Iterator[None]:
+    def _monitoring(self, store: Store, files: FileSystem, nursery: trio.Nursery) -> Iterator[None]:
         """Serve metrics and the status page if configured; FusestoreError."""
         address = self._options.metrics or self._config.metrics
         if not address or address == NO_METRICS:
@@ -141,7 +141,7 @@ class _Daemon:
         from ..watch.monitor import Monitor
         from ..watch.web import WebServer
 
-        monitor = Monitor(store, TALLIES, self.about)
+        monitor = Monitor(store, files.cleaning_report.status, TALLIES, self.about)
         server = WebServer(*parse_address(address), monitor.routes())
         self._url = server.url
         logger.info("metrics and the status page are at %s", server.url)

@@ -10,7 +10,7 @@ import trio
 
 from ..errors import UnmountedError
 from .messages.files import RecodeRequest
-from .messages.mount import StopRequest
+from .messages.mount import CompactRequest, StopRequest
 from .messages.nodes import (
     NodeAddRequest,
     NodeDrainRequest,
@@ -33,6 +33,7 @@ _THEN: dict[type[Request[Any]], tuple[str, str]] = {
     NodeDrainRequest: ("The command", f"A drain that had begun {_GOES_ON}"),
     NodeRemoveRequest: ("Removing the node", _AGAIN),
     RecodeRequest: ("The command", f"A recoding that had begun {_GOES_ON}"),
+    CompactRequest: ("The compaction", "Repeat the command when the store is mounted again."),
     StopRequest: ("The wait", "Everything is committed when the daemon has exited."),
 }
 """By request: what an unmount interrupts, and a sentence about what becomes of its work."""

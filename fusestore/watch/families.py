@@ -264,4 +264,34 @@ def _of_scrub(seen: Observation) -> Iterator[Metric]:
     )
 
 
-_FAMILIES = (_of_operations, _of_store, _of_commits, _of_nodes, _of_repairs, _of_scrub)
+def _of_cleaning(seen: Observation) -> Iterator[Metric]:
+    cleaning = seen.status.cleaning
+    if cleaning is None:
+        return
+    if cleaning.waste is not None:
+        yield _gauge("waste_bytes", "Bytes of garbage, which cleaning gives back.", cleaning.waste)
+    yield _gauge("waste_bound_bytes", "Bytes of garbage above which cleaning runs.", cleaning.bound)
+    yield _counter("cleaning_freed_bytes", "Bytes that cleaning gave back.", cleaning.freed)
+    yield _counter("cleaning_moved_bytes", "Bytes of files that cleaning moved.", cleaning.moved)
+    left = GaugeMetricFamily(
+        "fusestore_cleaning_skipped_stripes",
+        "Stripes that cleaning leaves alone: their counts are in doubt, they have bytes that "
+        "cannot be read, or they have shards on nodes that are not up.",
+        labels=["reason"],
+    )
+    left.add_metric(["doubtful"], cleaning.doubtful_stripes)
+    left.add_metric(["unreadable"], cleaning.unreadable_stripes)
+    left.add_metric(["absent"], cleaning.absent_stripes)
+    yield left
+    yield _gauge("held_writers", "Writes that wait for cleaning.", cleaning.held_writers)
+
+
+_FAMILIES = (
+    _of_operations,
+    _of_store,
+    _of_commits,
+    _of_nodes,
+    _of_repairs,
+    _of_scrub,
+    _of_cleaning,
+)

@@ -128,6 +128,29 @@ class Recoding:
 
 
 @dataclass(frozen=True, slots=True)
+class Cleaning:
+    """Garbage, and the cleaning that gives its room back."""
+
+    state: str
+    """idle, running, urgent (writers are held up) or waiting."""
+    waits_for: str
+    """A sentence that explains why there is more garbage than `bound`; or empty."""
+    waste: int | None
+    """Bytes of garbage; None: not counted, as on a read-only mount."""
+    bound: int
+    """Bytes of garbage above which cleaning runs."""
+    freed: int
+    moved: int
+    """Bytes given back since the mount, and bytes written for them."""
+    doubtful_stripes: int
+    unreadable_stripes: int
+    absent_stripes: int
+    """Stripes left alone: by wrong counts, for bytes that cannot be read, for absent nodes."""
+    held_writers: int
+    """Writes that wait for cleaning now."""
+
+
+@dataclass(frozen=True, slots=True)
 class Quarantine:
     """Segments that are kept although no table names them."""
 
@@ -195,4 +218,5 @@ class Status:
     nodes: tuple[NodeStatus, ...]
     quarantine: Quarantine | None = field(default=None, metadata=OPTIONAL)
     recode: Recoding | None = field(default=None, metadata=OPTIONAL)
+    cleaning: Cleaning | None = field(default=None, metadata=OPTIONAL)
     mount: MountStatus | None = field(default=None, metadata=INLINE)

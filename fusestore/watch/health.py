@@ -9,17 +9,21 @@ from typing import Any
 
 from ..text import bytes_text, counted, duration_text
 from ..typed_json import from_json
-from .fields import MountStatus, Quarantine, Recoding, Scrub, Status
+from .fields import Cleaning, MountStatus, Quarantine, Recoding, Scrub, Status
 
 
 def status_of(
     report: Mapping[str, Any],
     *,
     recode: Recoding | None = None,
+    cleaning: Cleaning | None = None,
     mount: MountStatus | None = None,
 ) -> Status:
     """Make the fields of `status`, including the summary, from the report of a store."""
-    status = replace(from_json(Status, dict(report)), recode=recode, mount=mount)
+    status = from_json(Status, dict(report))
+    status = replace(status, recode=recode, cleaning=cleaning, mount=mount)
+    if cleaning is not None and cleaning.doubtful_stripes:
+        status = replace(status, healthy=False)
     return replace(status, summary=verdict(status))
 
 
@@ -36,7 +40,7 @@ def verdict(status: Status) -> str:
     if status.unsafe_codes:
         codes = ", ".join(status.unsafe_codes)
         problems.append(f"code {codes} does not survive the loss of a region")
-    if status.rows_in_doubt:
+    if status.rows_in_doubt or (status.cleaning and status.cleaning.doubtful_stripes):
         problems.append("rows of the metadata are damaged: run 'fusestore fsck --repair'")
     if status.healthy and not problems:
         regions = _regions(status.regions_borne)
@@ -137,6 +141,33 @@ def quarantine_text(kept: Quarantine) -> str:
         "need, "
         f"because {kept.why}; until 'fusestore fsck' on the mounted store finds nothing"
     )
+
+
+def cleaning_text(cleaning: Cleaning) -> str:
+    """Describe the garbage, and the cleaning that gives its room back, in a few words."""
+    if cleaning.waste is None:
+        return "garbage is not counted"
+    text = f"{bytes_text(cleaning.waste)} of garbage, cleaned above {bytes_text(cleaning.bound)}"
+    if cleaning.state in ("running", "urgent"):
+        text += "; running"
+    if cleaning.held_writers:
+        text += f", {counted(cleaning.held_writers, 'write')} held up"
+    if cleaning.freed:
+        text += f"; {bytes_text(cleaning.freed)} given back since the mount"
+    if cleaning.doubtful_stripes:
+        stripes = counted(cleaning.doubtful_stripes, "stripe")
+        text += f"; {stripes} with wrong counts left alone: run 'fusestore fsck --repair'"
+    if cleaning.unreadable_stripes:
+        text += f"; {counted(cleaning.unreadable_stripes, 'stripe')} cannot be read"
+    reason = cleaning.waits_for.rstrip(".")
+    return f"{text}; it waits: {reason}" if reason else text
+
+
+def is_cleaning_of_interest(cleaning: Cleaning) -> bool:
+    """Return whether cleaning runs or waits, or leaves alone what somebody must look at."""
+    left = cleaning.doubtful_stripes or cleaning.unreadable_stripes
+    over = cleaning.waste is not None and cleaning.waste > cleaning.bound
+    return bool(cleaning.state != "idle" or left or over)
 
 
 def _time_left(seconds: float | None) -> str:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from http import HTTPStatus
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import trio
 
@@ -21,8 +21,9 @@ from ..errors import FusestoreError
 from ..store.report import Missing, count_missing
 from ..store.store import Store
 from ..tally import Tallies
+from ..typed_json import from_json
 from .families import Metrics
-from .fields import MountStatus
+from .fields import Cleaning, MountStatus
 from .health import health, status_of
 from .observation import Observation
 from .page import page, page_fields
@@ -45,9 +46,16 @@ T = TypeVar("T")
 class Monitor:
     """Observes an open, mounted store; must be made on the event loop."""
 
-    def __init__(self, store: Store, tallies: Tallies, about: Callable[[], MountStatus]) -> None:
-        """`about` describes the mount."""
+    def __init__(
+        self,
+        store: Store,
+        cleaning: Callable[[], dict[str, Any]],
+        tallies: Tallies,
+        about: Callable[[], MountStatus],
+    ) -> None:
+        """`cleaning` returns the fields of `Cleaning`, and `about` describes the mount."""
         self._store = store
+        self._cleaning = cleaning
         self._tallies = tallies
         self._about = about
         self._token = trio.lowlevel.current_trio_token()
@@ -115,8 +123,9 @@ class Monitor:
     def _take(self, missing: Missing | None) -> Observation:
         store = self._store
         mount = self._about()
+        cleaning = from_json(Cleaning, self._cleaning())
         return Observation(
-            status=status_of(store.reporter.report(missing), mount=mount),
+            status=status_of(store.reporter.report(missing), cleaning=cleaning, mount=mount),
             mount=mount,
             tallies={name: tally.copy() for name, tally in self._tallies.items()},
             commits=store.committer.commits.copy(),

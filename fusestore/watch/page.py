@@ -13,7 +13,7 @@ from importlib.resources import files
 
 from ..tally import summary
 from ..typed_json import to_json
-from .health import health, repair_text, risk_text, scrub_text
+from .health import cleaning_text, health, repair_text, risk_text, scrub_text
 from .observation import Observation
 from .web import Answer
 
@@ -56,6 +56,7 @@ def page_fields(seen: Observation, samples: Sequence[tuple[float, ...]]) -> Answ
         "risk": risk_text(seen.status),
         "repair_text": repair_text(seen.status),
         "scrub_text": scrub_text(seen.status),
+        "cleaning_text": cleaning_text(seen.status.cleaning) if seen.status.cleaning else "",
         "operations": summary(seen.tallies, time.time() - seen.mount.mounted_at),
         "samples": list(samples),
     }

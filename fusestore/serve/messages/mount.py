@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...watch.fields import Status
-from .request import LookRequest
+from .request import LookRequest, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +14,33 @@ class StatusRequest(LookRequest[Status]):
     """Ask for the state of the store."""
 
     command = "status"
+
+
+@dataclass(frozen=True, slots=True)
+class CompactResult:
+    """The progress of a compaction, or its result."""
+
+    state: Literal["running", "done"]
+    problem: str
+    """A sentence that explains why it ended early; or empty."""
+    waste: int | None
+    """Bytes of garbage that are left; None: not counted yet."""
+    freed: int
+    moved: int
+    """Bytes given back since it began, and bytes written for them."""
+    doubtful_stripes: int
+    unreadable_stripes: int
+    absent_stripes: int
+    """Stripes left alone: by wrong counts, for bytes that cannot be read, for absent nodes."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompactRequest(Request[CompactResult]):
+    """Clean until no stripe gives back enough for what must be written."""
+
+    command = "compact"
+    wait: bool = False
+    """Answer when it has ended, and what it gave back is free."""
 
 
 @dataclass(frozen=True, slots=True)
