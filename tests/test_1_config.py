@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -18,6 +19,7 @@ from fusestore.config.store_config import NodeConfig, StoreConfig
 from fusestore.config.store_config_write import write_store_config
 from fusestore.errors import ConfigError, FusestoreError, NodeError, NodeIdentityError, UsageError
 from fusestore.format.erasure import Code
+from fusestore.limits import DEFAULTS
 
 REGIONS = ["us-east-1", "us-west-1", "eu-west-1"]
 
@@ -95,6 +97,45 @@ def test_empty_directories_are_taken_and_those_of_a_new_disk(tmp_path: Path) -> 
     (tmp_path / "disk" / "lost+found").mkdir(parents=True)
     made = make_store(tmp_path / "s", [("a", tmp_path / "disk"), ("b", None), ("c", None)])
     assert read_identity(tmp_path / "disk").store == made.uuid
+
+
+def test_the_limits_of_cleaning_are_those_of_the_file(tmp_path: Path) -> None:
+    file = make_store(tmp_path / "s").store / "fusestore.toml"
+    text = file.read_text()
+    assert "waste" not in text
+    assert configuration.load(tmp_path / "s").limits == DEFAULTS
+    file.write_text(f"waste_percent = 50\nwaste_mib = 100\nclean_rate = 2.5\n{text}")
+    config = configuration.load(tmp_path / "s")
+    limits = config.limits
+    assert (limits.waste_percent_max, limits.waste_bytes_min) == (50, 100 << 20)
+    assert limits.clean_rate == 2_500_000
+    assert limits == replace(
+        DEFAULTS, waste_percent_max=50, waste_bytes_min=100 << 20, clean_rate=2_500_000
+    )
+    write_store_config(replace(config, nodes=config.nodes[:2]))
+    assert file.read_text().startswith("waste_percent = 50\nwaste_mib = 100\nclean_rate = 2.5\n")
+    file.write_text(f"clean_rate = 0\n{text}")
+    assert configuration.load(tmp_path / "s").limits == DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("waste_percent = 9", "waste_percent must be a number from 10 to 1000, but is 9"),
+        ("waste_percent = 20.5", "waste_percent must be a whole number, but is 20.5"),
+        ("waste_mib = 0", "waste_mib must be a number from 8 to 1048576, but is 0"),
+        ('waste_mib = "32"', "waste_mib must be a whole number, but is '32'"),
+        ("clean_rate = -1", "clean_rate must be a number from 0 to 1e+06, but is -1"),
+        ("clean_rate = nan", "clean_rate must be a number from 0 to 1e+06, but is nan"),
+        ("clean_rate = true", "clean_rate must be a number from 0 to 1e+06, but is True"),
+    ],
+)
+def test_wrong_limits_of_cleaning_are_refused(tmp_path: Path, line: str, what: str) -> None:
+    file = make_store(tmp_path / "s").store / "fusestore.toml"
+    file.write_text(f"{line}\n{file.read_text()}")
+    with pytest.raises(ConfigError) as found:
+        configuration.load(tmp_path / "s")
+    assert str(found.value) == f"{file}:1: {what}."
 
 
 # --- what mkfs refuses -------------------------------------------------------

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from uuid import UUID
 
@@ -22,7 +22,7 @@ from ..errors import ConfigError, UsageError
 from ..format.erasure import Code
 from ..format.placement import check_region_rule
 from ..format.store_rows import NEVER_WHOLE, NodeRow, encode_nodes
-from ..limits import DEFAULTS, VALUE_BYTES_MAX, Limits
+from ..limits import DEFAULTS, MIB, VALUE_BYTES_MAX, Limits
 from ..system import mounts
 from ..system.strict_toml import Table
 from ..text import counted
@@ -82,7 +82,7 @@ class StoreConfig:
     metrics: str = ""
     """The address for metrics and the status page (`parse_address`); empty: none."""
     limits: Limits = field(default=DEFAULTS, compare=False)
-    """The limits of the open store; not in the file."""
+    """The limits of the open store; the file may set those of cleaning."""
     mount: Mount | None = field(default=None, compare=False)
     """The opening of the store for writing that this is for; not in the file."""
 
@@ -213,6 +213,7 @@ def examine(file: Path) -> tuple[StoreConfig, list[str]]:
         scrub_days=table.take_count("scrub_days", 30, 36_500),
         user_codes=_user_codes(table),
         metrics=_address(table),
+        limits=_limits(table),
     )
     table.end()
     for i, (node, row) in enumerate(zip(nodes, rows, strict=True)):
@@ -261,6 +262,19 @@ def _address(table: Table) -> str:
     except UsageError as error:
         table.bad("metrics", f"cannot be used: {str(error).rstrip('.')}")
     return text
+
+
+def _limits(table: Table) -> Limits:
+    """Return the limits, with those of cleaning as the file has them."""
+    percent = table.take_count("waste_percent", DEFAULTS.waste_percent_max, 1000, 10)
+    mebibytes = table.take_count("waste_mib", DEFAULTS.waste_bytes_min // MIB, MIB, 8)
+    rate = table.take_number("clean_rate", 0.0, 0.0, 1e6)
+    return replace(
+        DEFAULTS,
+        waste_percent_max=percent,
+        waste_bytes_min=mebibytes * MIB,
+        clean_rate=rate * 1e6 if rate else None,
+    )
 
 
 def _node(store: Path, table: Table) -> NodeConfig:

@@ -209,11 +209,11 @@ class Table:
         self.bad(key, "is missing" if missing else f"must be {_KINDS[kind]}, but is {shown(value)}")
         return kind() if default is _NEEDED else default
 
-    def take_count(self, key: str, default: int, most: int) -> int:
-        """Return the value of a key, a whole number from 0 to `most`."""
+    def take_count(self, key: str, default: int, most: int, least: int = 0) -> int:
+        """Return the value of a key, a whole number from `least` to `most`."""
         count = self.take(key, int, default)
-        if not 0 <= count <= most:
-            self.bad(key, f"must be a number from 0 to {most}, but is {shown(count)}")
+        if not least <= count <= most:
+            self.bad(key, f"must be a number from {least} to {most}, but is {shown(count)}")
         return count
 
     def take_number(self, key: str, default: float, least: float, most: float) -> float:
