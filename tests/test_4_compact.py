@@ -258,7 +258,7 @@ async def test_new_garbage_is_cleaned_while_a_node_is_away(config: StoreConfig) 
         one.files.go_on()
         kept |= await littered(one, "new ")
         result = await compact(one)
-        assert result.freed > 20 * MIB
+        assert one.files.cleaner.freed > 20 * MIB  # some of it maybe before the request
         assert result.absent_stripes >= KEPT - 2
         for name, data in kept.items():
             assert await one.get(name) == data
