@@ -198,7 +198,7 @@ class Cleaner:
         if not self.is_urgent:
             return
         with trio.move_on_after(self._limits.hold_seconds_max):
-            while self._credit < length and self.is_urgent and self._is_at_work():
+            while self._credit < length and self._is_at_work():
                 self._wake.set()
                 await self._held.park()
         self._credit = max(0, self._credit - length)
@@ -206,7 +206,8 @@ class Cleaner:
     def _is_at_work(self) -> bool:
         """Whether waiting for cleaning makes sense, and not too many do."""
         return (
-            self._runs
+            self.is_urgent
+            and self._runs
             and self._may_run()
             and not self.is_fruitless()
             and len(self._held) < self._limits.fuse_tasks_max // 2
