@@ -16,8 +16,8 @@ a new one would get.  So is a stripe whose count of live bytes is not that of it
 
 from __future__ import annotations
 
+import heapq
 import logging
-import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -27,13 +27,14 @@ import trio
 from ..errors import FusestoreError, NoMemoryLeftError, NoSpaceError, ReadOnlyError
 from ..format import stripe_rows
 from ..format.erasure import Code
+from ..format.stripe_rows import LIVE_START
 from ..log.background_job import LOOK_SECONDS, Progress
 from ..log.log import Log
 from ..log.pace import Pace
 from ..system import threads
 from .contents import Part
 from .rewriter import Rewriter
-from .victims import Victim, Waste, find_waste, look_at
+from .victims import Rated, Victim, find_waste, look_at
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class Cleaner:
         """Writers that wait for cleaning."""
         self._credit = 0
         """Bytes that held writers may write, because cleaning gave so many back."""
-        self._fruitless_at = math.inf
+        self._fruitless_at = -1
         """While there is at most so much waste, no stripe gives back enough."""
         self._away: set[int] = set()
         """The nodes that were out of use when cleaning last looked, by id."""
@@ -138,7 +139,7 @@ class Cleaner:
 
     def is_fruitless(self) -> bool:
         """Return whether no stripe gave back enough when there was so much waste."""
-        return self._log.waste <= self._fruitless_at < math.inf
+        return self._log.waste <= self._fruitless_at
 
     def _may_run(self) -> bool:
         return not (self.hindrance() or self._log.is_ending)
@@ -191,7 +192,7 @@ class Cleaner:
             self._away = away
             self.absent.clear()
             self.unreadable.clear()
-            self._fruitless_at = math.inf
+            self._fruitless_at = -1
 
     async def hold_up(self, length: int) -> None:
         """Let a write of `length` bytes wait while there is far too much waste."""
@@ -252,16 +253,24 @@ class Cleaner:
 
     async def _find(self, most: int) -> list[int]:
         """Count the waste, and return the emptiest stripes."""
-        log = self._log
-        without = self.doubted | self.unreadable | self.absent | set(log.unsealed)
-        with log.engine.view() as view:
-            before = log.waste
-            found: Waste = await threads.run_sync(find_waste, view, most, without)
-        log.waste += found.total - before  # and what changed meanwhile
+        log, total = self._log, 0
+        start: bytes | None = LIVE_START
+        emptiest, doubted = list[Rated](), set[int]()
+        before = log.waste
+        while start is not None:  # a slice after another, so that the store can be closed
+            without = self.doubted | self.unreadable | self.absent | set(log.unsealed)
+            with log.engine.view(LIVE_START) as view:
+                found = await threads.call(find_waste, view, start, most, without)
+            total += found.total
+            doubted |= found.doubted
+            emptiest = heapq.nsmallest(most, emptiest + found.emptiest)
+            start = found.end
+            await trio.lowlevel.checkpoint()
+        log.waste += total - before  # and what changed meanwhile
         if not log.waste_counted:
-            log.doubt_counts(found.doubted)
+            log.doubt_counts(doubted)
         log.waste_counted = True
-        return found.emptiest
+        return [number for _, number in emptiest]
 
     async def _clean(self, is_enough: Callable[[], bool], *, polite: bool) -> None:
         """Empty stripes until there is enough, or no stripe gives back anything."""
@@ -282,7 +291,7 @@ class Cleaner:
             if not tried and len(self.absent) <= absent:  # else others are looked at
                 self._fruitless_at = max(before, self._log.waste) * 21 // 20
                 return
-        self._fruitless_at = math.inf
+        self._fruitless_at = -1
 
     async def _next(self, queue: deque[int]) -> list[Victim]:
         """Take stripes from the queue that together fill some new ones."""
@@ -295,7 +304,7 @@ class Cleaner:
                 size += stripe_rows.Live.decode(value).live
                 numbers.append(number)
         with engine.view() as view:
-            found = await threads.run_sync(look_at, view, numbers)
+            found = await threads.call(look_at, view, numbers)
         return [victim for victim in found if self._may_empty(victim)]
 
     def _may_empty(self, victim: Victim) -> bool:

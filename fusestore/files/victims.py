@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..format import stripe_rows
 from ..format.file_rows import Extent
-from ..format.stripe_rows import LIVE_END, LIVE_START, Live, Stripe
+from ..format.stripe_rows import LIVE_END, Live, Stripe
 from ..log.owners import extents_of
 from ..metadata.view import View
 
@@ -19,16 +19,24 @@ WRITTEN_FOR_FREED_MAX = 8
 """At most so many bytes are written to free one."""
 
 
+_ROWS_A_SLICE = 100_000
+
+Rated = tuple[float, int]
+"""The bytes that are written for each that emptying a stripe frees, and the stripe."""
+
+
 @dataclass(frozen=True, slots=True)
 class Waste:
-    """What cleaning could give back."""
+    """What cleaning could give back in a part of the stripes."""
 
     total: int
     """Bytes, of all stripes."""
     doubted: set[int]
     """Stripes whose live bytes are unknown until fsck has counted them."""
-    emptiest: list[int]
+    emptiest: list[Rated]
     """The stripes that give back most for what must be written, the best first."""
+    end: bytes | None
+    """Where the next part begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +55,16 @@ class Victim:
         return self.count.live == sum(extent.length for _, extent in self.extents)
 
 
-def find_waste(view: View, most: int, without: set[int]) -> Waste:
-    """Walk through the counts of all stripes; return `most` of the emptiest, except `without`."""
-    total, doubted = 0, set[int]()
+def find_waste(view: View, start: bytes, most: int, without: set[int]) -> Waste:
+    """Walk through counts of stripes; return `most` of the emptiest, except `without`."""
+    total, doubted, end = 0, set[int](), None
 
-    def rated() -> Iterator[tuple[float, int]]:
-        nonlocal total
-        for key, value in view.scan(LIVE_START, LIVE_END):
+    def rated() -> Iterator[Rated]:
+        nonlocal total, end
+        for rows, (key, value) in enumerate(view.scan(start, LIVE_END)):
+            if rows == _ROWS_A_SLICE:
+                end = key
+                return
             count = Live.decode(value)
             number, waste = stripe_rows.decode_stripe_key(key), count.waste
             if count.live == 0:
@@ -63,8 +74,8 @@ def find_waste(view: View, most: int, without: set[int]) -> Waste:
                 if count.live <= waste * WRITTEN_FOR_FREED_MAX and number not in without:
                     yield count.live / waste, number
 
-    emptiest = [number for _, number in heapq.nsmallest(most, rated())]
-    return Waste(total, doubted, emptiest)
+    emptiest = heapq.nsmallest(most, rated())
+    return Waste(total, doubted, emptiest, end)
 
 
 def look_at(view: View, numbers: Iterable[int]) -> list[Victim]:
