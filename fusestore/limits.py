@@ -157,8 +157,9 @@ class Limits:
     quota_block_bytes: int = 4 * KIB
     """A write that a quota cuts short ends at a multiple of this, a page of the kernel."""
     recode_bytes: int = 4 * MIB
+    """What recoding reads before it writes it."""
     recode_extents: int = 128
-    """The most that one transaction recodes; smaller files are recoded in one transaction."""
+    """It reads no more than so many extents if they fill a stripe, and 8 times as many if not."""
     recode_retry_seconds: float = 5.0
     """How long a recoding waits for room, or for a node, before it retries."""
     recode_note_seconds: float = 5.0

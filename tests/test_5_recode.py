@@ -196,3 +196,67 @@ def test_policies_say_what_holds(make_store: Callable[..., Store]) -> None:
     assert store.cli("policy", "set", top / "file", "4+2", check=False).returncode == 2
     store.cli("policy", "clear", top)
     assert "2+1, the default of the store" in store.cli("policy", "get", top).stdout
+
+
+def overwrite_at_random(path: Path, size: int, piece: int) -> str:
+    """Overwrite all of a file in pieces, in random order; return the checksum of its bytes."""
+    chance = random.Random(8)
+    data = bytearray(chance.randbytes(size))
+    offsets = list(range(0, size, piece))
+    chance.shuffle(offsets)
+    with path.open("r+b", buffering=0) as file:
+        for number, at in enumerate(offsets):
+            os.pwrite(file.fileno(), data[at : at + piece], at)
+            if number % 200 == 0:
+                os.fsync(file.fileno())
+        os.fsync(file.fileno())
+    return hashlib.sha256(data).hexdigest()
+
+
+def extents_of(path: Path) -> int:
+    """How many extents a file has."""
+    count, at = 0, ""
+    while True:
+        layout = json.loads(os.getxattr(path, f"user.fusestore.layout{at}"))
+        count += len(layout["extents"])
+        if layout.get("next") is None:
+            return count
+        at = f".{layout['next']}"
+
+
+def test_a_file_is_defragmented_and_a_kill_does_not_hurt(make_store: Callable[..., Store]) -> None:
+    store = make_store()
+    store.mount()
+    top = store.mountpoint / "top"
+    sums = make_tree(top, 20, 2 * MIB)
+    image = top / "image"
+    image.write_bytes(bytes(24 * MIB))
+    sums[image] = overwrite_at_random(image, 24 * MIB, 8 * KIB)
+    whole = image.stat()
+    assert extents_of(image) > 2500
+    store.cli("recode", top, "--defragment", "--rate", "4", "--background")
+    status = store.cli("status", store.store).stdout
+    assert "defragmenting: /top, defragmented: " in " ".join(status.split())
+    while recode_state(store)["recoded"] < 4 * MIB:
+        assert recode_state(store)["state"] == "running"
+    store.kill()
+    store.mount()
+    assert checksum(image) == sums[image]
+    assert (recode_state(store)["state"], recode_state(store)["defragment"]) == ("running", True)
+    assert "stopped" in store.cli("recode", top, "--stop").stdout
+    result = json.loads(store.cli("recode", top, "--defragment", "--json").stdout)
+    assert (result["state"], result["files"], result["unreadable"]) == ("done", 21, 0)
+    assert 0 < result["recoded"] < 24 * MIB
+    assert extents_of(image) <= 48
+    again = store.cli("recode", top, "--defragment").stdout
+    assert again == "/top, defragmented: 0 B rewritten, 21 files looked at; done.\n"
+    assert (image.stat().st_mtime_ns, image.stat().st_blocks) == (
+        whole.st_mtime_ns,
+        whole.st_blocks,
+    )
+    assert codes(store, image) <= {"2+1"}
+    store.remount()
+    for path, wanted in sums.items():
+        assert checksum(path) == wanted
+    store.umount()
+    assert store.cli("fsck", store.store).returncode == 0

@@ -146,9 +146,10 @@ def _print_policy(path: Path, mount: Mount, as_json: bool = False) -> None:
 # --- recode ------------------------------------------------------------------
 
 
-@click.command(short_help="Give existing files another code.")
+@click.command(short_help="Give existing files another code, or defragment them.")
 @PATH
 @click.option("--to", metavar="K+M", help="The new code; default: that of each file's directory.")
+@click.option("--defragment", is_flag=True, help="Rewrite what lies in many small pieces.")
 @rate_option
 @click.option("--background", is_flag=True, help="Return at once; `status` shows the progress.")
 @click.option("--stop", is_flag=True, help="Stop a running recoding; recoded files stay recoded.")
@@ -158,6 +159,7 @@ def recode(
     context: click.Context,
     path: Path,
     to: str | None,
+    defragment: bool,
     rate: float | None,
     background: bool,
     stop: bool,
@@ -170,6 +172,10 @@ def recode(
     interrupt this command, and after a restart.  One recoding runs at a time in a
     store.
 
+    With --defragment, those parts of files that lie in many small pieces, as after
+    random overwrites, are rewritten, so that they are read as fast as new files.
+    Each file keeps its code, unless --to names another one.
+
     Exit status 1: some bytes could not be read.  The command names their files and
     leaves these bytes as they are.
 
@@ -177,13 +183,17 @@ def recode(
       fusestore policy set ~/files/archive 6+3
       fusestore recode ~/files/archive
       fusestore recode ~/files/archive --to 1+2 --rate 20
+      fusestore recode ~/files/machine.img --defragment
     """
     from ..serve.messages.files import RecodeRequest
     from ..typed_json import to_json
 
     with answering(as_json):
         wait = not background and not stop
-        result = _ask(path, partial(RecodeRequest, to=to, rate=rate, stop=stop, wait=wait))
+        request_of = partial(
+            RecodeRequest, to=to, defragment=defragment, rate=rate, stop=stop, wait=wait
+        )
+        result = _ask(path, request_of)
     if as_json:
         print_json(to_json(result))
     else:
@@ -308,8 +318,12 @@ def policy_line(path: str, policy: dict[str, Any], mountpoint: str) -> str:
 
 def recode_line(job: Recoding) -> str:
     """Report the progress or the result of a recoding."""
-    to = job.to or "the policy of each directory"
-    what = f"{job.path} to {to}: {bytes_text(job.recoded)} recoded"
+    if job.defragment:
+        to = f", to {job.to}" if job.to else ""
+        what = f"{job.path}, defragmented{to}: {bytes_text(job.recoded)} rewritten"
+    else:
+        to = job.to or "the policy of each directory"
+        what = f"{job.path} to {to}: {bytes_text(job.recoded)} recoded"
     if job.state != "running":
         unreadable = f", {job.unreadable:,} could not be read" if job.unreadable else ""
         return f"{what}, {counted(job.files, 'file')} looked at{unreadable}; {job.state}."

@@ -220,7 +220,8 @@ def status_lines(view: StoreView, now: float | None = None) -> Iterator[str]:
     if status.quarantine is not None:
         facts.append(("kept", quarantine_text(status.quarantine)))
     if status.recode is not None and status.recode.state == "running":
-        facts.append(("recoding", recode_line(status.recode)))
+        what = "defragmenting" if status.recode.defragment else "recoding"
+        facts.append((what, recode_line(status.recode)))
     if status.cleaning is not None and is_cleaning_of_interest(status.cleaning):
         facts.append(("cleaning", cleaning_text(status.cleaning)))
     yield from table_lines([(f"{name}:", text) for name, text in facts if text])

@@ -39,20 +39,20 @@ class Part:
 
     ino: int
     extent: Extent
-    """As it was when the bytes were read."""
+    """Their place when they were read."""
     data: Data | None
-    """The extent's bytes, or the first of them; None: they are in memory, and may change."""
+    """None: they are in memory, and may change."""
 
     @property
     def length(self) -> int:
         """How many bytes move."""
-        return self.extent.length if self.data is None else len(self.data)
+        return self.extent.length
 
     def first(self, length: int) -> Part:
         """Return its first bytes."""
-        if self.data is None:
-            return self
-        return replace(self, data=self.data[:length])
+        offset = self.extent.offset
+        data = self.data[:length] if self.data is not None else None
+        return replace(self, extent=self.extent.part(offset, offset + length), data=data)
 
 
 class Contents:
@@ -205,9 +205,10 @@ class Contents:
             await self._trimming[ino].wait()
 
     def has(self, ino: int, extent: Extent) -> bool:
-        """Whether a file still has exactly this extent."""
-        row = self._log.engine.get(file_rows.extent_key(ino, extent.offset))
-        return row == extent.encode()
+        """Whether a file still has all bytes of this extent at the same place."""
+        low, at = file_rows.extent_key(ino, 0), file_rows.extent_key(ino, extent.offset)
+        row = self._log.engine.last(low, at)
+        return row is not None and Extent.decode(*row).part(extent.offset, extent.end) == extent
 
     def set_code(self, ino: int, code: Code) -> None:
         """Set the code of new bytes of a file; its times do not change."""

@@ -1,13 +1,12 @@
-"""Recoding: existing files get another code, while they are read and written.
+"""Recoding: existing files get another code, or are defragmented, while they are in use.
 
-Files are recoded one after another.  New bytes of the file have the new code from then
-on.  Then, from its beginning to its end, bytes in stripes of another code are read,
-verified, and written to stripes of the new one.  One transaction, and therefore one
-commit, gives up to RECODE_BYTES in up to RECODE_EXTENTS extents their new places, if
-they have not changed since; otherwise they are read again.  Files up to this size are
-recoded as a whole, larger ones run by run: this limits transactions, and a file with
-constant writes would otherwise never be recoded.  A read always returns the last
-written bytes, also after a crash at any moment.
+Files are rewritten one after another, each from its beginning to its end.  A file that is recoded
+first gets the code for its new bytes; then its bytes in stripes of another code are rewritten.
+Of a file that is defragmented, the fragmented runs are (`fragments`).  Up to RECODE_BYTES, of one
+file or many, are rewritten at a time (`rewrite_batch`).  What changes meanwhile is rewritten again
+if it still has another code, and else stays where it is.  This limits transactions, and it ends
+although a file is written to all the time.  A read always returns the last written bytes, also
+after a crash at any moment.
 
 The extents of a file show whether it is done.  An interrupted recoding therefore
 restarts its walk, and only checks these files.
@@ -18,27 +17,22 @@ from __future__ import annotations
 import logging
 import stat
 from dataclasses import asdict, dataclass
-from itertools import islice
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import trio
 
-from ..errors import (
-    FusestoreError,
-    LostError,
-    NoMemoryLeftError,
-    NoSpaceError,
-    StaleError,
-    UsageError,
-)
+from ..errors import FusestoreError, LostError, StaleError, UsageError
 from ..format import store_rows
 from ..format.erasure import Code
 from ..format.file_rows import Extent
 from ..format.stripe_rows import LOST_STRIPE
 from ..log.background_job import BackgroundJob, JobRow, Progress
-from ..log.pace import Pace
 from ..store.store import Store
 from .contents import Contents
+from .fragments import Run, fragmented, run_of, window
+from .rewrite_batch import RewriteBatch
 from .rewriter import Rewriter
 from .tree import Tree
 from .walk import Walk
@@ -63,14 +57,17 @@ class Recoding(JobRow):
     path: str = ""
     """Its path at the start."""
     to: str = ""
-    """The code; empty: the code of new files in the directory of each file."""
+    """The code; empty: the code of new files in the directory of each file, or, if it is
+    defragmented, the code that it has."""
+    defragment: bool = False
+    """Whether fragmented runs are rewritten."""
     files: int = 0
     total_files: int = 0
     size: int = 0
     total: int = 0
     """Files checked, the total number of files, and the bytes in them."""
     recoded: int = 0
-    """Bytes recoded since the start."""
+    """Bytes rewritten since the start."""
     unreadable: int = 0
     """Files with unreadable bytes; these bytes keep their places."""
 
@@ -91,13 +88,12 @@ class Recoder:
         self._limits = store.log.limits
         self._tree = tree
         self._contents = contents
-        self._rewriter = rewriter
+        self._batch = RewriteBatch(store.log, store.reader, contents, rewriter, self._lost)
         self._nursery = nursery
         self._job = BackgroundJob(store.log, store_rows.RECODE_KEY, Recoding, REFUSALS)
         self._running = False
         self._began = (0.0, 0)
         """The start of this run, by trio's clock, and the bytes done before."""
-        self._waits_for = ""
         self._unreadable: dict[str, None] = {}
 
     @property
@@ -107,7 +103,9 @@ class Recoder:
 
     # --- commands ------------------------------------------------------------
 
-    async def start(self, ino: int, to: Code | None, rate: float | None) -> None:
+    async def start(
+        self, ino: int, to: Code | None, rate: float | None, *, defragment: bool = False
+    ) -> None:
         """Begin; UsageError if a recoding runs, or this is no file or directory."""
         path = (await self._tree.paths([ino]))[ino]
         self._job.check("begin")
@@ -117,7 +115,8 @@ class Recoder:
         with self._log.transaction() as txn:  # ReadOnlyError
             if to is not None:
                 self._tree.codes.note(txn, to)
-        self._job.begin(Recoding(rate=rate, ino=ino, path=path, to=str(to or "")))
+        row = Recoding(rate=rate, ino=ino, path=path, to=str(to or ""), defragment=defragment)
+        self._job.begin(row)
         self._unreadable.clear()
         self.resume()
 
@@ -133,8 +132,12 @@ class Recoder:
     def _progress(self) -> dict[str, Any] | None:
         if not self._running:
             return None
-        what = "recoding" if self.job.total_files else "counting"
+        what = self._phase if self.job.total_files else "counting"
         return {"phase": what, "done": self.job.size, "total": self.job.total}
+
+    @property
+    def _phase(self) -> str:
+        return "defragmenting" if self.job.defragment else "recoding"
 
     def status(self) -> dict[str, Any]:
         """Return its progress, with `waits_for` and `seconds_left`, None if unknown."""
@@ -142,11 +145,11 @@ class Recoder:
         since, before = self._began
         done, left = job.size - before, max(job.total - job.size, 0)
         seconds = None
-        if job.state == "running" and done and not self._waits_for:
+        if job.state == "running" and done and not self._batch.waits_for:
             seconds = left * (trio.current_time() - since) / done
         return {
             **asdict(job),
-            "waits_for": self._waits_for,
+            "waits_for": self._batch.waits_for,
             "seconds_left": seconds,
             "unreadable_files": list(self._unreadable),
         }
@@ -187,83 +190,74 @@ class Recoder:
         self._began = trio.current_time(), 0
 
     async def _all_files(self, job: Recoding) -> None:
-        pace = Pace(self._log, job.rate)
+        self._batch.begin(job.rate, partial(self._job.is_current, job), job.recoded)
         with Walk(self._tree, job.ino) as walk:
             for step in walk.files():
                 for folder, ino in step:
                     try:
-                        code = Code.parse(job.to) if job.to else self._tree.codes.of(folder)
-                        before = job.size
-                        await self._file(job, ino, code, pace)
+                        size = job.size
+                        await self._file(job, folder, ino)
                         job.files += 1
-                        job.size = before + self._tree.inode(ino).allocated
+                        job.size = size + self._tree.inode(ino).allocated
                     except StaleError:
                         pass  # it was removed
                     if not self._job.is_current(job):
                         return
                     self._job.note_after(self._limits.recode_note_seconds)
                 await trio.lowlevel.checkpoint()
+        await self._batch.flush()
+        job.recoded = self._batch.moved
 
-    async def _file(self, job: Recoding, ino: int, code: Code, pace: Pace) -> None:
-        """Recode one file; StaleError if it is gone."""
+    async def _file(self, job: Recoding, folder: int, ino: int) -> None:
+        """Rewrite what is to be rewritten of one file; StaleError if it is gone."""
         inode = self._tree.inode(ino)
         if not stat.S_ISREG(inode.mode):
             return
-        if (inode.k, inode.m) != (code.k, code.m):
+        code = before = Code(inode.k, inode.m)
+        if job.to:
+            code = Code.parse(job.to)
+        elif not job.defragment:
+            code = self._tree.codes.of(folder)
+        if before != code:
             self._contents.set_code(ino, code)
-        at, begun = 0, job.size
+        at = 0
         while self._job.is_current(job):
             await self._contents.settled(ino)
             found = self._store.reader.extents(ino, at, self._tree.inode(ino).size)
-            rows = list(islice(found, self._limits.recode_extents))
-            if not rows:
+            extents, more = window(found, self._limits)
+            if not extents:
                 return
-            run, end = self._choose(rows, code)
-            if run:
-                length = sum(extent.length for extent in run)
-                await pace.spend(length + length * code.n // code.k)
-                parts, lost = await self._rewriter.read((ino, extent) for extent in run)
-                for error in lost.values():
-                    await self._lost(ino, error)
-                try:
-                    moved, _ = await self._rewriter.write(code, parts)
-                except (NoMemoryLeftError, NoSpaceError) as error:
-                    self._waits_for = str(error)
-                    await trio.sleep(self._limits.recode_retry_seconds)
-                    continue
-                self._waits_for = ""
-                job.recoded += moved
-                if moved < sum(part.length for part in parts):
-                    continue  # some of it was changed meanwhile
-            else:
-                await trio.lowlevel.checkpoint()
-            at = end
-            job.size = begun + sum(extent.length for extent in rows if extent.end <= end)
-            begun = job.size
+            runs, at = self._choose(job, extents, code, more=more)
+            for run in runs:
+                await self._batch.add(ino, run, code)
+            job.recoded = self._batch.moved
+            job.size += sum(extent.part(0, at).length for extent in extents if extent.offset < at)
+            await trio.lowlevel.checkpoint()
 
-    def _choose(self, rows: list[Extent], code: Code) -> tuple[list[Extent], int]:
-        """Return the extents of one transaction, and the offset up to which it does the file."""
-        run: list[Extent] = []
-        size = 0
-        for extent in rows:
-            if extent.stripe == LOST_STRIPE or self._code(extent.stripe) == code:
-                continue
-            if run and size + extent.length > self._limits.recode_bytes:
-                return run, extent.offset
-            run.append(extent)
-            size += extent.length
-        return run, rows[-1].end
+    def _choose(
+        self, job: Recoding, extents: list[Extent], code: Code, *, more: bool
+    ) -> tuple[list[Run], int]:
+        """Return the runs to rewrite in a window of a file, and the offset up to which it does."""
+        runs, end = list[Run](), extents[-1].end
+        if job.defragment:
+            runs, end = fragmented(extents, self._limits, more=more)
+        if job.defragment and not job.to:
+            return runs, end
 
-    def _code(self, stripe: int) -> Code | None:
-        unsealed = self._log.unsealed.get(stripe)
-        if unsealed is not None:
-            return unsealed.code
-        row = self._store.reader.stripe(stripe)
-        return row.code if row is not None else None
+        def is_other(extent: Extent) -> bool:
+            return (
+                extent.offset < end
+                and extent.stripe != LOST_STRIPE
+                and self._batch.code_of(extent.stripe) != code
+                and not any(run.start <= extent.offset < run.end for run in runs)
+            )
+
+        others = [run_of(list(group)) for is_it, group in groupby(extents, is_other) if is_it]
+        return runs + others, end
 
     async def _lost(self, ino: int, error: LostError) -> None:
         path = (await self._tree.paths([ino]))[ino]
         if path not in self._unreadable and len(self._unreadable) < UNREADABLE_KEPT_MAX:
-            logger.error("%s cannot be recoded: %s", path, error)
+            logger.error("%s cannot be rewritten: %s", path, error)
             self._unreadable[path] = None
             self.job.unreadable += 1

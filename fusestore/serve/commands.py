@@ -281,7 +281,7 @@ async def quota(context: Context, request: QuotaRequest) -> QuotaResult:
 
 
 async def recode(context: Context, request: RecodeRequest) -> Recoding:
-    """Start or stop a recoding; UsageError for an invalid code."""
+    """Start or stop recoding or defragmenting; UsageError for an invalid code."""
     recoder = context.files.recoder
     if request.stop:
         recoder.stop()
@@ -290,7 +290,7 @@ async def recode(context: Context, request: RecodeRequest) -> Recoding:
             code = context.files.attributes.parse_code(request.to) if request.to else None
         except InvalidError as error:
             raise UsageError(str(error)) from None
-        await recoder.start(request.inode, code, request.rate)
+        await recoder.start(request.inode, code, request.rate, defragment=request.defragment)
     await context.store.committer.commit()  # an acknowledged recoding continues after a crash
     found = await recoder.wait(context.progress) if request.wait else recoder.status()
     return from_json(Recoding, found)

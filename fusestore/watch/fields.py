@@ -106,7 +106,10 @@ class Recoding:
     path: str
     """The path of `ino` at the start."""
     to: str
-    """The new code; empty: for each file the policy of its directory."""
+    """The new code; empty: for each file the policy of its directory, or, if it is only
+    defragmented, the code that it has."""
+    defragment: bool
+    """Whether fragmented parts of files are rewritten."""
     rate: float | None
     """Bytes of I/O a second; None: as fast as the I/O of users allows."""
     started: float
@@ -117,7 +120,7 @@ class Recoding:
     total: int
     """Files looked at, all files, and the bytes that each group holds."""
     recoded: int
-    """Bytes that got another code since the start."""
+    """Bytes rewritten since the start."""
     unreadable: int
     """Files with bytes that cannot be read; these bytes keep their place."""
     waits_for: str

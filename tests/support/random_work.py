@@ -326,12 +326,16 @@ class Player:
             await self.one.store.dumper.take()
 
     async def recode(self) -> None:
-        """Give files another code, while the work goes on: nothing else may change."""
+        """Give files another code, defragment them, or both, while the work goes on."""
         recoder = self.one.files.recoder
         if recoder.job.state != "running" and self.model.files():
             code = Code.parse(self.chance.choice(CODES))
+            defragment = self.chance.random() < 0.5
             await recoder.start(
-                self.model.paths[self.chance.choice(["", *self.model.files()])], code, None
+                self.model.paths[self.chance.choice(["", *self.model.files()])],
+                None if defragment and self.chance.random() < 0.5 else code,
+                None,
+                defragment=defragment,
             )
 
     async def clean(self) -> None:

@@ -99,12 +99,14 @@ class QuotaRequest(Request[QuotaResult]):
 
 @dataclass(frozen=True, slots=True)
 class RecodeRequest(Request[Recoding]):
-    """Give a file, or all files below a directory, another code; or stop a recoding."""
+    """Rewrite a file, or all files below a directory, or stop this."""
 
     command = "recode"
     inode: int
     to: str | None = None
-    """The new code; None: for each file the policy of its directory."""
+    """The new code; None: for each file the policy of its directory, or, if it is only
+    defragmented, the code that it has."""
+    defragment: bool = False
     rate: float | None = None
     stop: bool = False
     wait: bool = False
