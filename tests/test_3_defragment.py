@@ -223,6 +223,22 @@ async def test_the_code_may_change_as_well(config: StoreConfig) -> None:
         one.check_counters()
 
 
+async def test_no_code_leaves_what_is_fragmented_again(tmp_path: Path) -> None:
+    config = make_store(tmp_path / "store", code=Code(6, 3))  # 1 MiB is no multiple of 6
+    async with opened(config) as one:
+        data = bytearray(9 * MIB + 5)
+        ino = await one.put("f", bytes(data))
+        small = [await one.put(f"small{number}", b"#" * 300 * KIB) for number in range(9)]
+        await overwrite(one, ino, data, 8 * KIB)
+        for number in small:
+            await overwrite(one, number, bytearray(300 * KIB), 30 * KIB)
+        await one.checkpoint()
+        assert (await defragment(one, ROOT))["recoded"] > 11 * MIB
+        await one.checkpoint()
+        assert (await defragment(one, ROOT))["recoded"] == 0
+        assert await content(one, ino) == data
+
+
 async def test_small_files_share_stripes_however_often_others_commit(config: StoreConfig) -> None:
     async with opened(config) as one:
         model = {await one.put(f"f{number}", b""): bytearray() for number in range(400)}

@@ -2,10 +2,10 @@
 
 A piece is a part of a file whose bytes follow each other in one stripe; holes do not end it.
 Random overwrites, and several files that grow at the same time, leave small pieces.  Without a
-cache, pieces of 64 KiB take twice as long to read as whole stripes, and pieces of 8 KiB seven
-times as long (docs/performance.md).  A run of pieces that are shorter than a stripe is fragmented
-if they are more than twice as many as the stripes that it needs.  What is rewritten in one
-transaction has at most twice as many, as it may begin in the middle of a stripe.
+cache, pieces of 256 KiB take twice as long to read as whole stripes, and pieces of 8 KiB six times
+as long (docs/performance.md).  A run of pieces that are shorter than a stripe is fragmented if it
+has at least two more than the stripes that it needs.  What is rewritten has at most one more, as
+it may begin in the middle of a stripe.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def fragmented(extents: Sequence[Extent], limits: Limits, *, more: bool) -> tupl
 
 def _is_fragmented(pieces: int, length: int, stripe_bytes: int) -> bool:
     needed = -(-length // stripe_bytes)
-    return pieces > 2 * needed
+    return pieces > needed + 1
 
 
 def _whole(extents: Sequence[Extent], stripe_bytes: int) -> Run | None:
