@@ -76,7 +76,8 @@ class Limits:
     checkpoint_changes_max: int = 10_000
     """Changed keys that wait in memory for the metadata database."""
     freed_bytes_max: int = 32 * MIB
-    """Bytes on nodes that become free with a checkpoint; with more, one is due."""
+    """Bytes on nodes that become free with a checkpoint; with more, and more than a sixteenth of
+    the files' bytes, one is due."""
     dump_journal_bytes_min: int = 8 * MIB
     """How much journal there must be since the last metadata dump before the next one."""
     dump_piece_bytes: int = 256 * KIB

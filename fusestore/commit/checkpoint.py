@@ -46,7 +46,7 @@ class Checkpointer:
         changed = self._log.engine.changed_keys
         return changed > 0 and (
             changed >= self._limits.checkpoint_changes_max
-            or self._log.freed >= self._limits.freed_bytes_max
+            or self._log.frees_much
             or trio.current_time() - self._at >= self._limits.checkpoint_seconds_max
         )
 

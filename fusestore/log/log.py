@@ -313,8 +313,13 @@ class Log:
     def note_freed(self, length: int) -> None:
         """Record that bytes on a node become free with the next checkpoint."""
         self.freed += length
-        if self.freed >= self.limits.freed_bytes_max:
+        if self.frees_much:
             self.on_freed()
+
+    @property
+    def frees_much(self) -> bool:
+        """Whether so much becomes free with the next checkpoint that one is due."""
+        return self.freed >= max(self.limits.freed_bytes_max, self.counters.file_bytes // 16)
 
     def doubt_count(self, stripe: int, what: str) -> None:
         """Record that the count of a stripe's live bytes is wrong; the caller sets it to 0."""
