@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -232,6 +233,24 @@ def test_a_process_that_gets_no_thread_can_unmount(tasks: tuple[Store, Tasks]) -
         assert f"'fusermount3 -u {store.mountpoint}'" in refused.stderr
         subprocess.run(["fusermount3", "-u", store.mountpoint], check=True)
     store.await_end()
+    store.mount()
+    assert (store.mountpoint / "3").stat().st_size == 3 * MIB
+
+
+@pytest.mark.expects_log("refuses this process another thread", "exits anyway")
+def test_a_process_that_gets_no_thread_can_be_asked_and_stopped(
+    tasks: tuple[Store, Tasks],
+) -> None:
+    store, group = tasks
+    group.limit(1000)
+    time.sleep(12)  # threads that are not kept end
+    group.limit()
+    write_and_read(store, 4, 3 * MIB)
+    for _ in range(2):
+        assert store.status()["healthy"]
+    os.kill(store.daemon_pid or 0, signal.SIGTERM)
+    store.await_end()
+    subprocess.run(["fusermount3", "-u", store.mountpoint], check=False, capture_output=True)
     store.mount()
     assert (store.mountpoint / "3").stat().st_size == 3 * MIB
 

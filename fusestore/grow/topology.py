@@ -136,7 +136,7 @@ class Topology:
         node = await member.call(self._repairer.prepare_directory, member.config)
         try:
             await member.call(node.claim)
-            await threads.run_sync(members.configure, self._with(member.config))
+            await threads.call(members.configure, self._with(member.config))
         except BaseException:
             node.close()
             raise
@@ -222,7 +222,7 @@ class Topology:
             )
         nodes = (after if node.name == after.name else node for node in members.config.nodes)
         try:
-            await threads.run_sync(members.configure, tuple(nodes))
+            await threads.call(members.configure, tuple(nodes))
         except BaseException:
             members.reconfigured(member, before)
             raise
@@ -327,7 +327,7 @@ class Topology:
         """Change the configuration of a node, in the file, too; ConfigError."""
         members = self._log.members
         nodes = (after if node.name == after.name else node for node in members.config.nodes)
-        await threads.run_sync(members.configure, tuple(nodes))
+        await threads.call(members.configure, tuple(nodes))
         members.reconfigured(member, after)
 
     @staticmethod
@@ -360,10 +360,10 @@ class Topology:
             members = self._log.members
             if not any(other.in_sync for other in members.all if other is not member):
                 raise UsageError(f"{name} cannot be removed: no other node holds every commit.")
-            await threads.run_sync(members.check_file)
+            await threads.call(members.check_file)
             await self._forget(member)
             rest = tuple(node for node in members.config.nodes if node.name != name)
-            await threads.run_sync(members.configure, rest)
+            await threads.call(members.configure, rest)
             emptied = True
             try:
                 journal, shards = self._committer.journal.segment, [*member.shards.states]

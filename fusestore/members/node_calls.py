@@ -3,7 +3,8 @@
 A call that does not return cannot be ended.  It is given up: its thread stays behind until
 the medium answers.  Threads come from no pool of fixed size, so a node that hangs holds up
 nobody else, and a node that has threads left behind is left alone.  The time for which a call
-waits for a thread that the system refuses (`system/threads.py`) is not the node's.
+waits for a thread that the system refuses (`system/threads.py`) is not the node's, unless it is
+a thread of the node that hangs.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ class NodeCalls:
                             await self._start(call, function)
                         await call.returned.wait()
                         return call.outcome
-                    if call.begins_now():
+                    if not self.left_behind and call.begins_now():
                         pause = call.begun + seconds - trio.current_time()
                         continue
                     if may_give_up is None or may_give_up(call):
@@ -148,7 +149,11 @@ class NodeCalls:
             self._threads.acquire_on_behalf_of_nowait(call)
         except trio.WouldBlock:
             await self._threads.acquire_on_behalf_of(call)
-        call.job = threads.start(function, partial(self._deliver, call))
+        try:
+            call.job = threads.start(function, partial(self._deliver, call), owner=self)
+        except BaseException:  # MemoryError, for one
+            self._threads.release_on_behalf_of(call)
+            raise
 
     def _deliver(self, call: NodeCall, outcome: Outcome[Any]) -> None:
         self._threads.release_on_behalf_of(call)

@@ -110,7 +110,7 @@ class Repairer:
                 await self._begin(member, discard_history)
                 shards, size = await self._complete(member, progress, pace)
                 if moves:  # only now: until then a mount looks for the node where it was
-                    await threads.run_sync(self._members_with, member.config)
+                    await threads.call(self._members_with, member.config)
             except (FusestoreError, OSError) as error:
                 member.config = before
                 raise self._stopped(member, error) from error

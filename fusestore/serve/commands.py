@@ -156,7 +156,7 @@ async def repair(context: Context, request: RepairRequest) -> RepairResult:
     to = Path(request.to) if request.to else None
     if to is None and not request.on_this_disk:
         place = partial(check_disk, context.store.log.members, member)
-        await threads.run_sync(place, abandon_on_cancel=True)
+        await threads.call(place, abandon_on_cancel=True)
     plan = from_json(RepairPlan, await context.safety.plan(member, anew=to is not None))
     if request.to:
         plan = replace(plan, path=request.to)

@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 HELD_SECONDS = 10.0
 """How long after the mount is removed the kernel may keep its file system."""
+COUNTS_SECONDS = 10.0
+"""How long the end of the mount waits for the file of the counts."""
 READY_SECONDS = 60.0
 """A mount that does not answer within this time has failed."""
 
@@ -111,7 +113,8 @@ class _Daemon:
                             await pyfuse3.main(max_tasks=self._config.limits.fuse_tasks_max)
                             self._manager.stopping("Committing, and closing the store")
                     await files.removal.removed()
-                    await self.counts.keep()
+                    with trio.move_on_after(COUNTS_SECONDS):
+                        await self.counts.keep()
                     nursery.cancel_scope.cancel()
             except Exception as error:
                 self._failed = error
@@ -206,13 +209,13 @@ class _Daemon:
     async def _unmount(self) -> str:
         """Remove the mount; return why its file system remains, or an empty text."""
         mount = mounts.find(self._mountpoint)
-        await threads.run_sync(mounts.unmount, self._mountpoint)
+        await threads.call(mounts.unmount, self._mountpoint)
         with trio.move_on_after(HELD_SECONDS):
             await self._unmounted.wait()
         if self._unmounted.is_set():
             return ""
         device = mount.device if mount is not None else -1
-        holders = await threads.run_sync(mounts.holders_of, device, self._mountpoint)
+        holders = await threads.call(mounts.holders_of, device, self._mountpoint)
         return (
             f"{self._mountpoint} is unmounted, but its file system is still in use: "
             f"{'; '.join(holders) or 'its user is not known'}. Everything is committed, and the "
@@ -222,7 +225,7 @@ class _Daemon:
     async def _read_further_ahead(self) -> None:
         """Raise the kernel's read-ahead after the first answer, when the kernel has set its own."""
         with contextlib.suppress(OSError):  # unmounted meanwhile
-            await threads.run_sync(os.statvfs, self._mountpoint, abandon_on_cancel=True)
+            await threads.call(os.statvfs, self._mountpoint, abandon_on_cancel=True)
             mounts.read_further_ahead(self._mountpoint, self._config.limits.read_ahead_bytes)
 
     async def _tell_ready(self, store: Store) -> None:
@@ -233,7 +236,7 @@ class _Daemon:
         if not self._manager.listens:
             return
         try:
-            await threads.run_sync(
+            await threads.call(
                 partial(mounts.check_answers, self._mountpoint, self._config.store, READY_SECONDS),
                 abandon_on_cancel=True,
             )

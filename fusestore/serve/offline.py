@@ -27,7 +27,7 @@ async def offline(config: StoreConfig, request: Request[R], progress: Progress) 
     """Run a command on an unmounted store; FusestoreError."""
     with lock_store(config.store):
         if isinstance(request, NodeOnlineRequest):  # else it might hinder its own opening
-            config = await threads.run_sync(_online, config, request.node)
+            config = await threads.call(_online, config, request.node)
         # A command writes no new data of files, and may bring back the node that they lack.
         config = replace(config, spare_shards=0)
         try:

@@ -106,7 +106,8 @@ class Reporter:
         """Return the current fields, after checking and measuring every node."""
         await self.measure()
         view = self._log.engine.view(b"M")
-        return self.report(await threads.run_sync(count_missing, view, limiter=self._counting))
+        async with self._counting:
+            return self.report(await threads.call(count_missing, view))
 
     async def measure(self) -> None:
         """Check that the nodes in use are present, and measure the room there and of the metadata.

@@ -15,11 +15,13 @@ _ffi.cdef(
     struct statfs { long type; char rest[248]; };
     int fstatfs(int fd, struct statfs *found);
     int mallopt(int parameter, int value);
+    int malloc_trim(size_t pad);
     int mount(const char *source, const char *target, const char *type, unsigned long flags,
               const void *data);
     """
 )
 _libc = _ffi.dlopen(None)
+_unwinder: object = None
 
 _KEEP_SIZE = 1
 _PUNCH_HOLE = 2
@@ -65,6 +67,19 @@ def keep_one_heap() -> None:
         # Or a copy of the data of each write may be in memory that the kernel must clear first.
         _libc.mallopt(_MMAP_THRESHOLD, _KEPT_BYTES // 4)
         _libc.mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+def return_memory() -> None:
+    """Return free memory of the heap to the kernel."""
+    with contextlib.suppress(AttributeError):  # only glibc keeps much of it
+        _libc.malloc_trim(0)
+
+
+def load_unwinder() -> None:
+    """Load what glibc needs when a thread ends, and aborts without, before memory is short."""
+    global _unwinder
+    with contextlib.suppress(OSError):
+        _unwinder = _unwinder or _ffi.dlopen("libgcc_s.so.1")
 
 
 def is_local(descriptor: int) -> bool:

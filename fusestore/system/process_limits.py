@@ -144,7 +144,7 @@ def retried(open_: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
                 raise
             now = time.monotonic()
             if until is None:
-                waits = threading.current_thread() is not threading.main_thread()
+                waits = threading.get_ident() != threading.main_thread().ident
                 until = now + RETRY_SECONDS if waits else now
             elif now >= until:
                 raise OSError(error.errno, _shortage(error)) from error

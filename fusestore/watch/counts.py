@@ -127,7 +127,7 @@ class LiveCounts:
             return
         try:
             async with self._writing:
-                await threads.run_sync(self.now().write, self._store)
+                await threads.call(self.now().write, self._store, abandon_on_cancel=True)
             self._problem = ""
         except OSError as error:
             problem = error.strerror or str(error)

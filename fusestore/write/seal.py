@@ -12,6 +12,7 @@ from ..format.stripe_rows import ShardPlace
 from ..members.devices import Device
 from ..members.member import Member
 from ..members.node_calls import NodeCall
+from ..system.threads import Job
 from .stripes import UnsealedStripe
 
 
@@ -38,6 +39,8 @@ class Seal:
     """The shard that the thread is writing."""
     turn: int = 0
     """Threads of earlier turns take no more shards."""
+    job: Job | None = None
+    """The latest one in a thread."""
     runs: bool = True
     """The thread of this turn has not ended."""
     held: dict[int, NodeCall] = field(default_factory=dict)
@@ -74,6 +77,8 @@ class Seal:
         if not call.is_left:
             self.hung = True
             self.targets[index][0].calls.leave(call)
+            if call.job is not None:
+                call.job.disown()
 
     def returned(self, index: int) -> None:
         """Note that a thread which was held up has ended."""

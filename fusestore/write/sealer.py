@@ -289,7 +289,9 @@ class Sealer:
                 work.runs = False
             work.changed.set()
 
-        threads.start(partial(self._write_shards, work, turn), ended)
+        # While threads are short, one stripe at a time is sealed: each could hang at the same node.
+        owner = self if turn == 0 else None
+        work.job = threads.start(partial(self._write_shards, work, turn), ended, owner)
 
     def _overtake(self, work: Seal) -> None:
         """Let another thread write the other shards, if a node holds up this one."""
@@ -301,6 +303,7 @@ class Sealer:
         calls = work.targets[index][0].calls
         begun = trio.current_time() - self._log.limits.stall_seconds
         work.held[index] = calls.begin(None, is_patient=True, begun=begun)
+        work.held[index].job = work.job
         work.runs = bool(work.todo)
         if work.runs:
             self._start(work)
