@@ -220,7 +220,7 @@ async def test_a_stripe_whose_count_is_wrong_is_left_alone(config: StoreConfig, 
 async def test_nobody_waits_for_cleaning_that_gives_nothing_back(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cleaner, "_is_gain", lambda victims, parts: False)
+    monkeypatch.setattr(cleaner, "_is_gain", lambda *arguments: False)
     low = limited(config, config.limits, waste_bytes_min=256 * KIB, waste_percent_max=0)
     async with opened(low) as one:
         one.files.go_on()
@@ -231,3 +231,14 @@ async def test_nobody_waits_for_cleaning_that_gives_nothing_back(
         assert one.store.log.waste > 2 * one.files.cleaner.bound
         assert one.files.cleaner.freed == 0
         assert await one.get("f") == model
+
+
+async def test_small_stripes_that_cannot_be_larger_are_left_alone(config: StoreConfig) -> None:
+    """Moving them would go on for ever."""
+    async with opened(limited(config, stripe_bytes=64 * KIB, waste_bytes_min=MIB)) as one:
+        data = random.Random(1).randbytes(4 * MIB)
+        await one.put("f", data)
+        with trio.fail_after(30):
+            await clean_all(one)
+        assert one.files.cleaner.moved == 0
+        assert await one.get("f") == data

@@ -27,7 +27,7 @@ import trio
 from ..errors import FusestoreError, NoMemoryLeftError, NoSpaceError, ReadOnlyError
 from ..format import stripe_rows
 from ..format.erasure import Code
-from ..format.stripe_rows import LIVE_START
+from ..format.stripe_rows import LIVE_START, Live
 from ..log.background_job import LOOK_SECONDS, Progress
 from ..log.log import Log
 from ..log.pace import Pace
@@ -301,7 +301,7 @@ class Cleaner:
             number = queue.popleft()
             value = engine.get(stripe_rows.live_key(number))
             if value is not None and number not in self._log.unsealed:
-                size += stripe_rows.Live.decode(value).live
+                size += Live.decode(value).live
                 numbers.append(number)
         with engine.view() as view:
             found = await threads.call(look_at, view, numbers)
@@ -340,7 +340,7 @@ class Cleaner:
             unread = {extent.stripe for _, extent in extents} - {p.extent.stripe for p in parts}
             self.unreadable |= unread
         chosen = list(_whole(victims, parts, self._limits.stripe_bytes)) or parts
-        if not _is_gain(victims, chosen):
+        if not _is_gain(victims, chosen, self._limits.stripe_bytes):
             self.waits_for = ""
             return False
         try:
@@ -381,7 +381,7 @@ def _whole(victims: Iterable[Victim], parts: Iterable[Part], stripe_bytes: int) 
             left -= part.length
 
 
-def _is_gain(victims: Iterable[Victim], parts: Iterable[Part]) -> bool:
+def _is_gain(victims: Iterable[Victim], parts: Iterable[Part], stripe_bytes: int) -> bool:
     """Return whether the victims that parts empty waste more than what they are moved to.
 
     A victim that is not emptied wastes what leaves it.
@@ -393,5 +393,6 @@ def _is_gain(victims: Iterable[Victim], parts: Iterable[Part]) -> bool:
     for victim in victims:
         emptied = moved[victim.number] == victim.count.live
         gain += victim.count.waste if emptied else -moved[victim.number]
-    length = moved.total()
-    return gain > stripe_rows.Live(length, length).waste
+    full, rest = divmod(moved.total(), stripe_bytes)
+    waste = full * Live(stripe_bytes, stripe_bytes).waste + Live(rest, rest).waste
+    return gain > waste
