@@ -81,6 +81,7 @@ class Player:
             self.rename: 8,
             self.unlink: 6,
             self.remove_directory: 3,
+            self.scatter: 3,
             self.truncate: 7,
             self.change_mode: 3,
             self.set_attribute: 4,
@@ -241,6 +242,19 @@ class Player:
         hole = bytes(max(0, offset - len(old)))
         self.model.data[ino] = old[:offset] + hole + part + old[offset + len(part) :]
         self.end()
+
+    async def scatter(self) -> None:
+        """Overwrite a part of a file in small pieces, in random order, and defragment the file."""
+        if not self.model.files():
+            return
+        ino = self.model.paths[self.chance.choice(self.model.files())]
+        offsets = [number * 3000 for number in range(self.chance.randint(4, 12))]
+        self.chance.shuffle(offsets)
+        for offset in offsets:
+            await self._write(ino, offset, self.chance.randbytes(3000))
+        recoder = self.one.files.recoder
+        if recoder.job.state != "running":
+            await recoder.start(ino, None, None, defragment=True)
 
     async def truncate(self) -> None:
         if not self.model.files():
