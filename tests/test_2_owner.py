@@ -16,7 +16,7 @@ from fusestore.errors import DamagedMetadataError, NotDurableError, StoreBusyErr
 from fusestore.format import store_rows
 from fusestore.format.erasure import Code
 from fusestore.format.row_sums import seal, unseal
-from fusestore.metadata.engine import DATABASE
+from fusestore.metadata.environment import DATABASE
 from fusestore.rescue.recover import recover
 from fusestore.store.opening import open_store
 from fusestore.system import locks

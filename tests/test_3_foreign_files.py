@@ -23,7 +23,7 @@ from fusestore.format.segment_numbers import GAP_MAX, MOUNT_MAX, SEGMENT_MAX, fo
 from fusestore.log import journal_scan
 from fusestore.log.journal_scan import BARREN_BYTES_MAX, SEARCHED_BYTES_MAX, read_journals
 from fusestore.members.opening import open_node
-from fusestore.nodes import directory as directories
+from fusestore.nodes import segment_files
 from fusestore.nodes.directory import DirectoryNode
 from fusestore.rescue.fsck import fsck
 from fusestore.store.opening import open_store
@@ -360,7 +360,7 @@ def test_far_more_journal_segments_than_others_have_are_not_read(
 
 
 def test_a_listing_has_an_end(config: StoreConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(directories, "LISTED_MAX", 10)
+    monkeypatch.setattr(segment_files, "LISTED_MAX", 10)
     node = open_node(config, config.nodes[0])
     for number in range(100, 111):
         (config.nodes[0].path / "shards" / f"{number:08d}.seg").touch()
