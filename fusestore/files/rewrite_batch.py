@@ -23,6 +23,8 @@ from .rewriter import Rewriter
 from .tree_steps import inode_of
 
 READS_MAX = 4
+PACED_BYTES_MIN = 64 << 10
+"""A batch has about as many bytes as a set rate allows in a second, but at least these."""
 
 
 class RewriteBatch:
@@ -47,6 +49,7 @@ class RewriteBatch:
         self._goes_on: Callable[[], bool] = lambda: True
         self._runs: list[tuple[int, Run]] = []
         self._code: Code | None = None
+        self._bytes_max = self._limits.recode_bytes
         self.waits_for = ""
         """Why nothing can be written now; empty if it can."""
         self.moved = 0
@@ -56,14 +59,18 @@ class RewriteBatch:
         """Begin an empty batch; nothing is rewritten any more when `goes_on` returns False."""
         self._pace, self._goes_on, self.moved = Pace(self._log, rate), goes_on, moved
         self._runs.clear()
+        self._bytes_max = self._limits.recode_bytes
+        if rate is not None:  # else the first batch could be all that there is
+            self._bytes_max = min(self._bytes_max, max(int(rate), PACED_BYTES_MIN))
 
     async def add(self, ino: int, run: Run, code: Code) -> None:
         """Rewrite a run of a file in this code, with others, soon."""
-        if self._code != code or self._length + run.length > self._limits.recode_bytes:
+        if self._code != code or self._length + run.length > self._bytes_max:
             await self.flush()
         self._code = code
         self._runs.append((ino, run))
-        if is_full(sum(run.extents for _, run in self._runs), self._length, self._limits):
+        extents = sum(run.extents for _, run in self._runs)
+        if self._length >= self._bytes_max or is_full(extents, self._length, self._limits):
             await self.flush()
 
     @property
