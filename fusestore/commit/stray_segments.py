@@ -62,8 +62,6 @@ class StraySegments:
         """Nodes that were swept in this mount, with nothing left that has to wait."""
         self.found: dict[int, dict[int, int]] = {}
         """By node that was not swept yet: such segments, and their bytes."""
-        self._freed: set[int] = set()
-        """Stripes that are to be freed, which still have owners."""
 
     @property
     def any_found(self) -> bool:
@@ -95,7 +93,6 @@ class StraySegments:
         if not self._may_free:
             return
         if self.any_found:
-            await self._note_freed()
             await self._note_in_use()
         for member in self._log.members.writable:
             try:
@@ -109,10 +106,13 @@ class StraySegments:
     def _may_free(self) -> bool:
         return bool(self.found) and not self._log.doubt and not self._log.keeps_all
 
-    async def _note_freed(self) -> None:
+    async def _freed(self) -> set[int]:
+        """Stripes that are to be freed: they may still have owners."""
+        freed = set[int]()
         for rows in self._rows(RECLAIM_START, RECLAIM_END):
-            self._freed.update(Freed.decode(value).stripe for _, value in rows)
+            freed.update(Freed.decode(value).stripe for _, value in rows)
             await trio.lowlevel.checkpoint()
+        return freed
 
     async def _note_in_use(self) -> None:
         """Take those out in which stripes have shards: only rows of `segments` are lost."""
@@ -148,6 +148,12 @@ class StraySegments:
                 continue
             if contents is not None:
                 looked[segment] = contents
+        if any(found.named for found in looked.values()):
+            freed = await self._freed()  # after the look: a stripe may be freed at any moment
+            for found in looked.values():
+                gone = [one for one in found.named if one[1].number in freed]
+                found.unnamed.extend(one for one in gone if not self._is_counted(one[1].number))
+                found.named[:] = [one for one in found.named if one not in found.unnamed]
         numbers = {header.number for found in looked.values() for _, header in found.unnamed}
         lacking = await self._named_by_extents(numbers)
         for segment, found in looked.items():
@@ -206,10 +212,10 @@ class StraySegments:
 
     def _is_named(self, number: int) -> bool:
         """Whether rows that begin with the number of a stripe say that it is in use."""
-        engine = self._log.engine
-        return engine.get(stripe_rows.live_key(number)) is not None or bool(
-            owners_keys(engine, number) and number not in self._freed
-        )
+        return self._is_counted(number) or bool(owners_keys(self._log.engine, number))
+
+    def _is_counted(self, number: int) -> bool:
+        return self._log.engine.get(stripe_rows.live_key(number)) is not None
 
     async def _named_by_extents(self, numbers: set[int]) -> set[int]:
         """Those of some stripes in which files have bytes."""
