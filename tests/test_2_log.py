@@ -14,6 +14,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -48,6 +49,7 @@ from fusestore.format.segment_numbers import segment_path
 from fusestore.format.stripe_rows import Stripe
 from fusestore.limits import DEFAULTS, STRIPE_BYTES
 from fusestore.members.opening import open_node
+from fusestore.members.standing import State
 from fusestore.metadata.engine import Engine
 from fusestore.serve.messages.safety import FsckRequest
 from fusestore.serve.offline import offline
@@ -718,6 +720,36 @@ async def test_a_rebuild_that_fails_keeps_no_room(config: StoreConfig) -> None:
                 async with one.store.committer.lock:
                     await one.store.committer.commit_now(checkpoint=True)
                 await trio.sleep(0.05)
+
+
+@pytest.mark.expects_log(OUT_OF_USE)
+async def test_a_node_that_fails_while_it_joins_does_not_join(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest of its journal is copied, and a shard that is written meanwhile fails."""
+    async with opened(config) as one:
+        member = one.store.log.members.all[0]
+        data = random.Random(23).randbytes(3 << 20)
+        await one.put("f", data)
+        await one.store.committer.commit()
+        member.fail(NodeError("It failed."))
+        await one.store.committer.commit()
+        copies = one.store.rejoin._copied
+
+        async def fails(*arguments: Any) -> Any:
+            copied = await copies(*arguments)
+            if member.standing.state is State.REBUILDING and one.store.committer.lock.locked():
+                member.fail(NodeError("It failed again."))
+            return copied
+
+        monkeypatch.setattr(one.store.rejoin, "_copied", fails)
+        with pytest.raises(NodeError, match="It failed again"):
+            await one.store.repairer.repair(REGIONS[0], lambda progress: None)
+        assert member.out_of_use
+        monkeypatch.setattr(one.store.rejoin, "_copied", copies)
+        await one.store.repairer.repair(REGIONS[0], lambda progress: None)
+        assert (await one.store.status())["healthy"] is True
+    await loses_a_region(config, 1, {"f": data})
 
 
 async def test_a_crash_during_the_first_mount_is_a_crash(

@@ -205,6 +205,8 @@ class Rejoin:
             if not member.in_sync:
                 self._committer.journal.roll()
                 await self._copy_journals(member, self._committer.journal.segment, progress)
+                if member.out_of_use:  # a shard could not be written meanwhile
+                    raise NodeError(member.standing.error)
                 member.standing.joined()
                 if not self._log.doubt and not self._log.keeps_all:
                     await member.call(_drop_journals, member.node, first_needed(self._log.engine))
