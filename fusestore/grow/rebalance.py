@@ -266,6 +266,8 @@ class Rebalancer:
         except LostError as error:
             if len(shards) > 1:
                 return sum([await self._move_those(target, [shard]) for shard in shards])
+            if not self._is_there(*shards[0]):
+                return 0  # it was freed meanwhile
             logger.error("A shard cannot be moved: %s", error)
             self._notes[shards[0][1].shards[shards[0][2]].node] = str(error)
             return 0

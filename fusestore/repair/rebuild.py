@@ -88,6 +88,8 @@ class Rebuilder:
         try:
             data = await self._reader.decode(number, row, indices, 0, length)
         except LostError as error:
+            if self._log.stripe(number) is None:
+                return  # it was freed meanwhile
             if number not in self.told:
                 self.told.add(number)
                 logger.error("%s", error)
