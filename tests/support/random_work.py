@@ -12,7 +12,7 @@ from typing import Any
 import trio
 
 from fusestore.config.store_config import StoreConfig
-from fusestore.errors import FusestoreError
+from fusestore.errors import FusestoreError, NodeError
 from fusestore.files.tree import Change
 from fusestore.format.erasure import Code
 from fusestore.limits import Limits
@@ -27,6 +27,7 @@ STEPS = 70
 NAMES = "abcde"
 FILES_MAX = 14
 HEALTHY_ROUNDS_MAX = 40
+FAILURES_MAX = 5
 PROBE_SECONDS = 11.0
 
 
@@ -396,9 +397,13 @@ class Player:
             self.machine.tape.events.append(Health(config.name, True))
 
     async def repair(self, name: str) -> None:
-        """What `fusestore repair` does."""
-        done = await self.one.store.repairer.repair(name, lambda message: None)
-        assert done["unrepairable"] == []
+        """What `fusestore repair` does; repeated while the node still fails, a few times."""
+        for _ in range(FAILURES_MAX):
+            with suppress(NodeError):
+                done = await self.one.store.repairer.repair(name, lambda message: None)
+                assert done["unrepairable"] == []
+                return
+        raise AssertionError(f"{name} cannot be repaired")
 
 
 async def healthy(one: Opened) -> None:
