@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from fusestore.config.store_config import StoreConfig
-from fusestore.files import cleaner
+from fusestore.errors import NoSpaceError
+from fusestore.files import emptier
+from fusestore.files.contents import Contents
 from fusestore.format import stripe_rows
 from fusestore.format.file_rows import ROOT
 from fusestore.format.stripe_rows import Live
@@ -64,7 +67,7 @@ async def test_overwrites_at_random_keep_to_the_bound(config: StoreConfig) -> No
         with trio.fail_after(30):
             while one.store.log.waste > cleaning.bound:
                 await trio.lowlevel.checkpoint()
-        assert cleaning.freed > 10 * MIB
+        assert one.files.emptier.freed > 10 * MIB
         assert await one.get("f") == model
         await is_clean(one)
     async with opened(config) as one:
@@ -132,7 +135,7 @@ async def test_files_change_while_they_are_moved(config: StoreConfig, seed: int)
                     assert await one.get(other) == expected, other
         nursery.cancel_scope.cancel()
         await one.files.removal.removed()
-        assert cleaning.moved > 0
+        assert one.files.emptier.moved > 0
         await is_clean(one)
     async with opened(config) as one:
         for name, expected in model.items():
@@ -175,7 +178,7 @@ async def test_what_a_node_that_is_away_has_is_left_alone(config: StoreConfig) -
         await overwrite(one, "after", after, 300, 2)
         await clean_all(one)
         assert whole <= {n for n, _ in _sealed(one)}
-        assert one.files.cleaner.freed > MIB
+        assert one.files.emptier.freed > MIB
         assert await one.get("after") == after
         assert await one.get("before") == before
         one.check_counters()
@@ -193,7 +196,7 @@ def _sealed(one: Opened) -> list[tuple[int, Live]]:
 
 
 @pytest.mark.parametrize("wrong", [-1, 1, 5000])
-@pytest.mark.expects_log(r"files\.cleaner: Stripe \S+ counts \d+ live bytes, but files have")
+@pytest.mark.expects_log(r"files\.emptier: Stripe \S+ counts \d+ live bytes, but files have")
 async def test_a_stripe_whose_count_is_wrong_is_left_alone(config: StoreConfig, wrong: int) -> None:
     async with opened(config) as one:
         model = bytearray(random.Random(1).randbytes(STRIPE_BYTES))
@@ -207,7 +210,7 @@ async def test_a_stripe_whose_count_is_wrong_is_left_alone(config: StoreConfig, 
         one.store.log.waste_counted = False
         await clean_all(one)
         await clean_all(one)
-        assert one.files.cleaner.doubted == {number}
+        assert one.files.emptier.doubted == {number}
         assert one.store.log.stripe(number) is not None
         assert one.store.log.rows_in_doubt == 1
         assert await one.get("f") == model
@@ -220,7 +223,7 @@ async def test_a_stripe_whose_count_is_wrong_is_left_alone(config: StoreConfig, 
 async def test_nobody_waits_for_cleaning_that_gives_nothing_back(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cleaner, "_is_gain", lambda *arguments: False)
+    monkeypatch.setattr(emptier, "_is_gain", lambda *arguments: False)
     low = limited(config, config.limits, waste_bytes_min=256 * KIB, waste_percent_max=0)
     async with opened(low) as one:
         one.files.go_on()
@@ -229,7 +232,7 @@ async def test_nobody_waits_for_cleaning_that_gives_nothing_back(
         with trio.fail_after(30):
             await overwrite(one, "f", model, 1500, 1)
         assert one.store.log.waste > 2 * one.files.cleaner.bound
-        assert one.files.cleaner.freed == 0
+        assert one.files.emptier.freed == 0
         assert await one.get("f") == model
 
 
@@ -240,5 +243,84 @@ async def test_small_stripes_that_cannot_be_larger_are_left_alone(config: StoreC
         await one.put("f", data)
         with trio.fail_after(30):
             await clean_all(one)
-        assert one.files.cleaner.moved == 0
+        assert one.files.emptier.moved == 0
         assert await one.get("f") == data
+
+
+async def littered(one: Opened) -> bytearray:
+    """Return a file of which most bytes were overwritten."""
+    model = bytearray(random.Random(1).randbytes(8 * MIB))
+    await one.put("f", bytes(model))
+    await one.store.committer.commit()
+    await overwrite(one, "f", model, 2000, 1)
+    await one.store.committer.commit()
+    return model
+
+
+async def test_a_request_that_needs_room_does_not_wait_for_the_pace(config: StoreConfig) -> None:
+    slow = limited(config, clean_rate=1.0, clean_bytes=64 * KIB, waste_bytes_min=2 * MIB)
+    async with opened(slow) as one:
+        model = await littered(one)
+        one.files.go_on()
+        while not one.files.cleaner.is_running:
+            await trio.lowlevel.checkpoint()
+        await trio.sleep(0.1)  # it waits for its pace
+        with trio.fail_after(3):
+            assert await one.files.cleaner.make_room()
+        assert one.files.cleaner.is_running
+        assert await one.get("f") == model
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+async def test_cleaning_that_found_no_room_goes_on(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    """What was emptied before is made free first; later it is tried again by itself."""
+    async with opened(config) as one:
+        model, write, left = await littered(one), Contents.rewrite, [failures]
+
+        def full(*args: Any, **options: Any) -> int:
+            if left[0]:
+                left[0] -= 1
+                raise NoSpaceError("There is no room.")
+            return write(*args, **options)
+
+        monkeypatch.setattr(Contents, "rewrite", full)
+        one.files.go_on()
+        with trio.fail_after(10):
+            while one.store.log.waste > one.files.cleaner.bound:
+                await trio.lowlevel.checkpoint()
+        assert left == [0]
+        assert one.files.emptier.waits_for == ""
+        assert one.files.cleaning_report.status()["state"] in {"idle", "running"}
+        assert await one.get("f") == model
+        await is_clean(one)
+
+
+async def test_what_is_left_alone_is_counted_as_long_as_it_exists(config: StoreConfig) -> None:
+    async with opened(config) as one:
+        await littered(one)
+        numbers = {number for number, _ in _sealed(one)}
+        emptier = one.files.emptier
+        emptier.absent |= numbers
+        emptier.unreadable |= numbers
+        await emptier.find(1)
+        assert emptier.absent == emptier.unreadable == numbers
+        one.delete("f")
+        await one.files.removal.removed()
+        await one.checkpoint()
+        await emptier.find(1)
+        assert not emptier.absent | emptier.unreadable
+
+
+async def test_all_that_report_free_room_agree(config: StoreConfig) -> None:
+    async with opened(config) as one:
+        await littered(one)
+        await one.files.emptier.find(1)
+        reach = one.files.cleaner.within_reach
+        assert reach() > 0
+        with_garbage = one.store.log.usable()[1]
+        one.store.log.room.within_reach = int
+        assert with_garbage - one.store.log.usable()[1] == reach()
+        one.store.log.room.within_reach = reach
+        assert (await one.store.status())["bytes_free"] == one.files.space()[1]

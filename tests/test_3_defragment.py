@@ -302,7 +302,7 @@ async def test_files_change_while_they_are_defragmented(config: StoreConfig, cle
                 del model[gone]
             await trio.lowlevel.checkpoint()
         assert steps > 20
-        assert not one.files.cleaner.doubted
+        assert not one.files.emptier.doubted
         for ino, data in model.items():
             assert await content(one, ino) == data
         one.check_counters()

@@ -31,7 +31,7 @@ from support.opened_store import Opened, healthy, limited, make, opened, repair,
 
 KEPT = 30
 """Fewer than are cleaned without a request."""
-DOUBTED = r"files\.cleaner: Stripe \S+ counts \d+ live bytes, but files have \d+: it is not cleaned"
+DOUBTED = r"files\.emptier: Stripe \S+ counts \d+ live bytes, but files have \d+: it is not cleaned"
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ async def test_it_returns_at_once_and_goes_on(config: StoreConfig) -> None:
         assert (result.state, result.freed) == ("running", 0)
         assert (await cleaning(one)).state == "running"
         assert (await compact(one)).state == "done"  # it waits for the one that runs
-        await until(lambda: one.files.cleaner.freed > 20 * MIB)
+        await until(lambda: one.files.emptier.freed > 20 * MIB)
         await check(one, kept)
 
 
@@ -181,13 +181,12 @@ async def test_a_failure_ends_it_with_a_reason(
     async with opened(config) as one:
         one.files.go_on()
         kept = await littered(one)
-        monkeypatch.setattr(one.files.cleaner, "waits_for", "")
+        monkeypatch.setattr(one.files.emptier, "waits_for", "")
 
-        async def refuse(*_: object) -> int:
-            one.files.cleaner.waits_for = "There is no room."
-            return 0
+        async def refuse(*_: object) -> None:
+            one.files.emptier.waits_for = "There is no room."
 
-        monkeypatch.setattr(one.files.cleaner, "_empty", refuse)
+        monkeypatch.setattr(one.files.emptier, "empty", refuse)
         result = await compact(one)
         assert (result.state, result.problem, result.freed) == ("done", "There is no room.", 0)
         monkeypatch.undo()
@@ -242,7 +241,7 @@ async def test_stripes_of_a_node_that_is_away_wait_for_it(config: StoreConfig) -
         assert "with shards on nodes that are not up must wait for these" in found.waits_for
         shutil.move(node.with_name("away"), node)
         await healthy(one)
-        await until(lambda: one.files.cleaner.freed > 20 * MIB)  # by itself
+        await until(lambda: one.files.emptier.freed > 20 * MIB)  # by itself
         await until(lambda: one.files.cleaning_report.status()["state"] == "idle")
         assert (await cleaning(one)).absent_stripes == 0
         await check(one, kept)
@@ -258,7 +257,7 @@ async def test_new_garbage_is_cleaned_while_a_node_is_away(config: StoreConfig) 
         one.files.go_on()
         kept |= await littered(one, "new ")
         result = await compact(one)
-        assert one.files.cleaner.freed > 20 * MIB  # some of it maybe before the request
+        assert one.files.emptier.freed > 20 * MIB  # some of it maybe before the request
         assert result.absent_stripes >= KEPT - 2
         for name, data in kept.items():
             assert await one.get(name) == data

@@ -7,14 +7,16 @@ from typing import Any
 from ..log.log import Log
 from ..text import counted
 from .cleaner import Cleaner, Compaction
+from .emptier import Emptier
 
 
 class CleaningReport:
     """Reports what a cleaner does, and what it leaves alone."""
 
-    def __init__(self, log: Log, cleaner: Cleaner) -> None:
+    def __init__(self, log: Log, cleaner: Cleaner, emptier: Emptier) -> None:
         self._log = log
         self._cleaner = cleaner
+        self._emptier = emptier
 
     def status(self) -> dict[str, Any]:
         """Return the fields `cleaning` of `status`."""
@@ -30,8 +32,8 @@ class CleaningReport:
             "state": state,
             "waits_for": waits_for,
             "bound": cleaner.bound,
-            "freed": cleaner.freed,
-            "moved": cleaner.moved,
+            "freed": self._emptier.freed,
+            "moved": self._emptier.moved,
             "held_writers": cleaner.held_writers,
             **self._left(),
         }
@@ -41,17 +43,17 @@ class CleaningReport:
         return {
             "state": "done" if compaction.ended.is_set() else "running",
             "problem": compaction.problem,
-            "freed": self._cleaner.freed - compaction.freed_before,
-            "moved": self._cleaner.moved - compaction.moved_before,
+            "freed": self._emptier.freed - compaction.freed_before,
+            "moved": self._emptier.moved - compaction.moved_before,
             **self._left(),
         }
 
     def _left(self) -> dict[str, int | None]:
         return {
             "waste": self._log.waste if self._log.waste_counted else None,
-            "doubtful_stripes": len(self._cleaner.doubted),
-            "unreadable_stripes": len(self._cleaner.unreadable),
-            "absent_stripes": len(self._cleaner.absent),
+            "doubtful_stripes": len(self._emptier.doubted),
+            "unreadable_stripes": len(self._emptier.unreadable),
+            "absent_stripes": len(self._emptier.absent),
         }
 
     def _waits_for(self) -> str:
@@ -59,10 +61,10 @@ class CleaningReport:
         cleaner = self._cleaner
         if not self._log.waste_counted or self._log.waste <= cleaner.bound:
             return ""
-        reason = cleaner.hindrance() or cleaner.waits_for
+        reason = cleaner.hindrance() or self._emptier.waits_for
         if reason or not cleaner.is_fruitless():
             return reason
-        if cleaner.absent:
-            stripes = counted(len(cleaner.absent), "stripe")
+        if self._emptier.absent:
+            stripes = counted(len(self._emptier.absent), "stripe")
             return f"{stripes} with shards on nodes that are not up must wait for these."
         return "No other stripe gives back enough for what must be written."

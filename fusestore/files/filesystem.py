@@ -11,6 +11,7 @@ from .attributes import Attributes
 from .cleaner import Cleaner
 from .cleaning_report import CleaningReport
 from .contents import Contents
+from .emptier import Emptier
 from .quota_roots import QuotaRoots
 from .recode import Recoder
 from .removal import Removal
@@ -36,10 +37,12 @@ class FileSystem:
         self.quotas = QuotaRoots(store.log, self.tree, nursery)
         rewriter = Rewriter(store.log, store.reader, store.writer, self.contents)
         self.recoder = Recoder(store, self.tree, self.contents, rewriter, nursery)
-        self.cleaner = Cleaner(store.log, rewriter, store.room_maker.pay)
-        self.cleaning_report = CleaningReport(store.log, self.cleaner)
+        self.emptier = Emptier(store.log, rewriter, store.room_maker.pay)
+        self.cleaner = Cleaner(store.log, self.emptier)
+        self.cleaning_report = CleaningReport(store.log, self.cleaner, self.emptier)
         self.contents.hold_up = self.cleaner.hold_up
         store.room_maker.clean = self.cleaner.make_room
+        store.log.room.within_reach = self.cleaner.within_reach
         self._nursery = nursery
         self._committer = store.committer
         self.make_room = store.room_maker.make_room
@@ -74,7 +77,6 @@ class FileSystem:
         What cleaning gives back when it is needed is free.
         """
         total, free = self.log.usable()
-        free += self.cleaner.within_reach()
         total = max(total, self.log.counters.file_bytes + free)
         row = self.quotas.of_root()
         if row is not None and row.bytes_max < total:

@@ -35,6 +35,8 @@ class Waste:
     """Stripes whose live bytes are unknown until fsck has counted them."""
     emptiest: list[Rated]
     """The stripes that give back most for what must be written, the best first."""
+    left: set[int]
+    """The stripes that were to be left out, and exist."""
     end: bytes | None
     """Where the next part begins."""
 
@@ -57,7 +59,7 @@ class Victim:
 
 def find_waste(view: View, start: bytes, most: int, without: set[int]) -> Waste:
     """Walk through counts of stripes; return `most` of the emptiest, except `without`."""
-    total, doubted, end = 0, set[int](), None
+    total, doubted, left, end = 0, set[int](), set[int](), None
 
     def rated() -> Iterator[Rated]:
         nonlocal total, end
@@ -69,13 +71,14 @@ def find_waste(view: View, start: bytes, most: int, without: set[int]) -> Waste:
             number, waste = stripe_rows.decode_stripe_key(key), count.waste
             if count.live == 0:
                 doubted.add(number)
-            if waste:
-                total += waste
-                if count.live <= waste * WRITTEN_FOR_FREED_MAX and number not in without:
-                    yield count.live / waste, number
+            total += waste
+            if number in without:
+                left.add(number)
+            elif waste and count.live <= waste * WRITTEN_FOR_FREED_MAX:
+                yield count.live / waste, number
 
     emptiest = heapq.nsmallest(most, rated())
-    return Waste(total, doubted, emptiest, end)
+    return Waste(total, doubted, emptiest, left, end)
 
 
 def look_at(view: View, numbers: Iterable[int]) -> list[Victim]:

@@ -48,6 +48,8 @@ class Room:
         self._code = code
         self.unplaced: Callable[[], Mapping[Code, int]] = dict
         """By code: bytes of one shard of each stripe that has no places yet; the writer tells."""
+        self.within_reach: Callable[[], int] = int
+        """Bytes that cleaning gives a request that finds no room; cleaning sets this."""
         self.rows_pending = 0
         """Estimated bytes of changes that no commit has taken; see `taken`."""
         self._rows_taken = 0
@@ -263,14 +265,17 @@ class Room:
     def usable(self, code: Code) -> tuple[int, int]:
         """Return (total, free) bytes of file data in a code, without parity and the reserve.
 
-        While too few nodes are up for the code, nothing is free.
+        What cleaning gives back when it is needed is free.  While too few nodes are up for the
+        code, nothing is.
         """
         members = self._members
         left = self._left(GROWS, code, 0, 0, 0)
         known = {m.space.device: m.space.total for m in members.all if m.space is not None}
         staying = [member for member in members.all if not member.config.draining]
         total = self._fill(code, known, staying or members.all)
-        free = self._fill(code, left, members.takers) if members.can_store(code) else 0
+        free = 0
+        if members.can_store(code):
+            free = self._fill(code, left, members.takers) + self.within_reach()
         if self._metadata is not None:
             free = min(free, max(0, left[self._metadata[0]]) * self._limits.metadata_share)
         return max(total, free), free

@@ -1,0 +1,205 @@
+"""Emptying stripes: the bytes that files have in them move to new ones.
+
+A batch fills whole stripes, because a commit would seal what is left over as a small one.  A
+stripe with a shard on a node that is away is left alone: with the node it has more shards than
+a new one would get.  So is a stripe whose count of live bytes is not that of its extents.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+from collections import Counter, defaultdict, deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+
+import trio
+
+from ..errors import NoMemoryLeftError, NoSpaceError
+from ..format import stripe_rows
+from ..format.erasure import Code
+from ..format.stripe_rows import LIVE_START, Live
+from ..log.log import Log
+from ..system import threads
+from .contents import Part
+from .rewriter import Rewriter
+from .victims import Rated, Victim, find_waste, look_at
+
+VICTIMS_A_BATCH = 256
+
+logger = logging.getLogger(__name__)
+
+
+class Emptier:
+    """Empties stripes, those first that give back most."""
+
+    def __init__(self, log: Log, rewriter: Rewriter, free: Callable[[], Awaitable[bool]]) -> None:
+        """`free` commits, and returns when the room of emptied stripes can be used again."""
+        self._log = log
+        self._limits = log.limits
+        self._rewriter = rewriter
+        self.free = free
+        self._lock = trio.Lock()
+        """Held while the victims of one batch are emptied."""
+        self.absent: set[int] = set()
+        """Stripes that are left alone, because they have shards on nodes that are away."""
+        self.doubted: set[int] = set()
+        """Stripes whose counts are not those of their extents."""
+        self.unreadable: set[int] = set()
+        """Stripes with bytes that cannot be read."""
+        self._disagreed: set[int] = set()
+        """Stripes whose counts did not agree when they were last looked at."""
+        self._away: set[int] = set()
+        """The nodes that were out of use at the last look, by id."""
+        self._mended = log.rows_mended
+        self.freed = 0
+        """Bytes given back since the mount."""
+        self.moved = 0
+        """Bytes written for them."""
+        self.waits_for = ""
+        """Why nothing could be written at the last attempt; or empty."""
+
+    def look_again(self) -> bool:
+        """Try again what was left alone, if its reason may be gone; return whether it may."""
+        away = {member.id for member in self._log.members.all if member.out_of_use}
+        changed = (away, self._log.rows_mended) != (self._away, self._mended)
+        if changed:
+            self._away, self._mended = away, self._log.rows_mended
+            self.absent.clear()
+            self.unreadable.clear()
+            self.doubted.clear()
+        return changed
+
+    async def find(self, most: int) -> deque[int]:
+        """Count the waste, and return the stripes that give back most, the best first."""
+        log, total = self._log, 0
+        start: bytes | None = LIVE_START
+        emptiest, doubted, left = list[Rated](), set[int](), set[int]()
+        before = log.waste
+        alone = self.doubted | self.unreadable | self.absent
+        while start is not None:  # a slice after another, so that the store can be closed
+            without = alone | set(log.unsealed)
+            with log.engine.view(LIVE_START) as view:
+                found = await threads.call(find_waste, view, start, most, without)
+            total += found.total
+            doubted |= found.doubted
+            left |= found.left
+            emptiest = heapq.nsmallest(most, emptiest + found.emptiest)
+            start = found.end
+            await trio.lowlevel.checkpoint()
+        for numbers in (self.doubted, self.unreadable, self.absent):
+            numbers -= alone - left  # files that were deleted had them
+        log.waste += total - before  # and what changed meanwhile
+        if not log.waste_counted:
+            log.doubt_counts(doubted)
+        log.waste_counted = True
+        return deque(number for _, number in emptiest)
+
+    async def next(self, queue: deque[int]) -> list[Victim]:
+        """Take stripes from the queue that together fill some new ones."""
+        size, numbers = 0, list[int]()
+        engine = self._log.engine
+        while queue and size < self._limits.clean_bytes and len(numbers) < VICTIMS_A_BATCH:
+            number = queue.popleft()
+            value = engine.get(stripe_rows.live_key(number))
+            if value is not None and number not in self._log.unsealed:
+                size += Live.decode(value).live
+                numbers.append(number)
+        with engine.view() as view:
+            found = await threads.call(look_at, view, numbers)
+        return [victim for victim in found if self._may_empty(victim)]
+
+    def _may_empty(self, victim: Victim) -> bool:
+        number = victim.number
+        if not victim.agrees:
+            if number in self._disagreed:  # a file that is being removed may explain the first time
+                self._log.rows_in_doubt += 1
+                self.doubted.add(number)
+                logger.error(
+                    "Stripe %#x counts %d live bytes, but files have %d: it is not cleaned. "
+                    "Run 'fusestore fsck --repair'.",
+                    number,
+                    victim.count.live,
+                    sum(extent.length for _, extent in victim.extents),
+                )
+            self._disagreed.add(number)
+            return False
+        self._disagreed.discard(number)
+        for index, place in enumerate(victim.row.shards):
+            member = self._log.members.by_id.get(place.node)
+            if place.written and (member is None or member.out_of_use):
+                key = stripe_rows.missing_key(place.node, number, index)
+                if self._log.engine.get(key) is None:
+                    self.absent.add(number)
+                    return False
+        return True
+
+    async def empty(self, victims: list[Victim]) -> None:
+        """Move the bytes of stripes of one code, if this gives something back."""
+        code = victims[0].row.code
+        async with self._lock:
+            extents = [item for victim in victims for item in victim.extents]
+            parts, lost = await self._rewriter.read(extents)
+            if lost:
+                read = {part.extent.stripe for part in parts}
+                self.unreadable |= {extent.stripe for _, extent in extents} - read
+            chosen = list(_whole(victims, parts, self._limits.stripe_bytes)) or parts
+            self.waits_for = ""
+            if not _is_gain(victims, chosen, self._limits.stripe_bytes):
+                return
+            for frees in (self.free, _frees_nothing):
+                try:
+                    moved, freed = await self._rewriter.write(code, chosen, in_reserve=True)
+                except NoMemoryLeftError as error:
+                    self.waits_for = str(error)
+                    return
+                except NoSpaceError as error:
+                    if not await frees():  # what was emptied before can be used now
+                        self.waits_for = str(error)
+                        return
+                else:
+                    self.moved += moved
+                    self.freed += freed
+                    return
+
+
+async def _frees_nothing() -> bool:
+    return False
+
+
+def by_code(victims: Iterable[Victim]) -> list[list[Victim]]:
+    """Return victims, those of one code together."""
+    found: dict[Code, list[Victim]] = defaultdict(list)
+    for victim in victims:
+        found[victim.row.code].append(victim)
+    return list(found.values())
+
+
+def _whole(victims: Iterable[Victim], parts: Iterable[Part], stripe_bytes: int) -> Iterator[Part]:
+    """Yield as many parts as fill whole stripes, those of one victim after those of another."""
+    parts_of = defaultdict[int, list[Part]](list)
+    for part in parts:
+        parts_of[part.extent.stripe].append(part)
+    left = sum(part.length for part in parts) // stripe_bytes * stripe_bytes
+    for victim in victims:
+        for part in parts_of[victim.number]:
+            if left <= 0:
+                return
+            yield part.first(left)
+            left -= part.length
+
+
+def _is_gain(victims: Iterable[Victim], parts: Iterable[Part], stripe_bytes: int) -> bool:
+    """Return whether the victims that parts empty waste more than what they are moved to.
+
+    A victim that is not emptied wastes what leaves it.
+    """
+    moved = Counter[int]()
+    for part in parts:
+        moved[part.extent.stripe] += part.length
+    gain = 0
+    for victim in victims:
+        emptied = moved[victim.number] == victim.count.live
+        gain += victim.count.waste if emptied else -moved[victim.number]
+    full, rest = divmod(moved.total(), stripe_bytes)
+    waste = full * Live(stripe_bytes, stripe_bytes).waste + Live(rest, rest).waste
+    return gain > waste
