@@ -76,8 +76,8 @@ class Limits:
     checkpoint_changes_max: int = 10_000
     """Changed keys that wait in memory for the metadata database."""
     freed_bytes_max: int = 32 * MIB
-    """Bytes on nodes that become free with a checkpoint; with more, and more than a sixteenth of
-    the files' bytes, one is due."""
+    """Bytes on nodes that become free with a checkpoint; with more, and more than 1/64 of the
+    files' bytes, one is due."""
     dump_journal_bytes_min: int = 8 * MIB
     """How much journal there must be since the last metadata dump before the next one."""
     dump_piece_bytes: int = 256 * KIB
@@ -165,9 +165,9 @@ class Limits:
     """How long a recoding waits for room, or for a node, before it retries."""
     recode_note_seconds: float = 5.0
     """How often a recoding records its progress."""
-    waste_percent_max: int = 20
+    waste_percent_max: int = 12
     """Cleaning runs when waste exceeds this share of the files' bytes, and `waste_bytes_min`."""
-    waste_bytes_min: int = 32 * MIB
+    waste_bytes_min: int = 16 * MIB
     clean_rate: float | None = None
     """Bytes a second of I/O by cleaning; None: as much as the I/O of users allows."""
     clean_bytes: int = 4 * MIB

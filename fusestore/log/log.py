@@ -319,7 +319,7 @@ class Log:
     @property
     def frees_much(self) -> bool:
         """Whether so much becomes free with the next checkpoint that one is due."""
-        return self.freed >= max(self.limits.freed_bytes_max, self.counters.file_bytes // 16)
+        return self.freed >= max(self.limits.freed_bytes_max, self.counters.file_bytes // 64)
 
     def doubt_count(self, stripe: int, what: str) -> None:
         """Record that the count of a stripe's live bytes is wrong; the caller sets it to 0."""

@@ -236,7 +236,8 @@ def may_be_ours(log: Log, member: Member, segment: int) -> bool:
 def _is_torn_header(data: bytes) -> bool:
     """Return whether `data` is the first part of a header, at most, and zeros or nothing."""
     start = data.rstrip(b"\0")
-    return len(start) < HEADER_BYTES - _HEADER_SUM_BYTES and MAGIC.startswith(start[: len(MAGIC)])
+    is_torn = len(data) < HEADER_BYTES or len(start) < HEADER_BYTES - _HEADER_SUM_BYTES
+    return is_torn and MAGIC.startswith(start[: len(MAGIC)])
 
 
 def _next_header(member: Member, at: Place, start: int, size: int) -> int:
