@@ -181,6 +181,8 @@ class Limits:
     clean_look_seconds: float = 1.0
     clean_idle_seconds: float = 10.0
     """When nobody has used the mount for so long, it is cleaned to half of the bound."""
+    pinned_look_seconds: float = 60.0
+    """How often the room that segments hold is measured."""
     victims_max: int = 4096
     """Stripes that one walk chooses to clean."""
     codes_cached_max: int = 10_000

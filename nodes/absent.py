@@ -129,5 +129,9 @@ class AbsentNode:
         """See Node."""
         self._refuse()
 
+    def held(self) -> dict[int, int]:
+        """See Node."""
+        self._refuse()
+
     def close(self) -> None:
         """There is nothing to close."""

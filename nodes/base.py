@@ -200,5 +200,11 @@ class Node(Protocol):
         This examines each segment.
         """
 
+    def held(self) -> dict[int, int]:
+        """Return the bytes that each shard segment takes, and that its deletion gives back.
+
+        With room allocated ahead.  This examines each segment.
+        """
+
     def close(self) -> None:
         """Close descriptors; this flushes nothing."""

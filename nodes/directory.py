@@ -251,6 +251,19 @@ class DirectoryNode(SegmentFiles):
                         total += entry.stat(follow_symlinks=False).st_blocks * 512
         return total
 
+    def held(self) -> dict[int, int]:
+        """See Node."""
+        kind, found = SegmentKind.SHARDS, dict[int, int]()
+        for segment in self.segments(kind):
+            with self._errors(f"examine {segment_path(kind, segment)}"):
+                try:
+                    seen = self._folder(kind).look_at_file(segment_name(kind, segment))
+                except FileNotFoundError:  # it was deleted meanwhile
+                    continue
+                if seen.st_nlink == 1:
+                    found[segment] = seen.st_blocks * 512
+        return found
+
     def remove(self) -> None:
         """Remove the folders, which must be empty, and the identity last; NodeError."""
         with self._errors("be removed"):

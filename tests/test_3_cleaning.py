@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -324,3 +325,13 @@ async def test_all_that_report_free_room_agree(config: StoreConfig) -> None:
         assert with_garbage - one.store.log.usable()[1] == reach()
         one.store.log.room.within_reach = reach
         assert (await one.store.status())["bytes_free"] == one.files.space()[1]
+
+
+async def test_bytes_that_are_to_be_moved_twice_are_counted_once(config: StoreConfig) -> None:
+    async with opened(config) as one:
+        model = await littered(one)
+        numbers = deque(number for number, _ in _sealed(one))
+        victims = await one.files.emptier.next(numbers)
+        await one.files.emptier.empty([*victims, *victims], always=True)
+        assert await one.get("f") == model
+        await is_clean(one)

@@ -183,7 +183,7 @@ async def test_a_failure_ends_it_with_a_reason(
         kept = await littered(one)
         monkeypatch.setattr(one.files.emptier, "waits_for", "")
 
-        async def refuse(*_: object) -> None:
+        async def refuse(*_: object, **__: object) -> None:
             one.files.emptier.waits_for = "There is no room."
 
         monkeypatch.setattr(one.files.emptier, "empty", refuse)
@@ -268,7 +268,7 @@ async def test_new_garbage_is_cleaned_while_a_node_is_away(config: StoreConfig) 
 # --- how it reads --------------------------------------------------------------
 
 RESULT = CompactResult("done", "", 5 * MIB, 100 * MIB, 3 * MIB, 0, 0, 0)
-CLEANING = Cleaning("idle", "", MIB, 33 * MIB, 0, 0, 0, 0, 0, 0)
+CLEANING = Cleaning("idle", "", MIB, 33 * MIB, None, 0, 0, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,17 @@ from __future__ import annotations
 import errno
 import os
 import time
+from contextlib import suppress
 
 import trio
 
-from ..errors import NodeError, NodeFullError, NodeReadOnlyError, NodeTimeoutError
+from ..errors import (
+    NodeError,
+    NodeFullError,
+    NodeLacksError,
+    NodeReadOnlyError,
+    NodeTimeoutError,
+)
 from ..format.records import HEADER_BYTES, Header, Kind, SegmentKind, record_length
 from ..log.log import Log
 from ..members.journal_room import JournalRoom
@@ -194,12 +201,16 @@ class JournalWriter:
         full: dict[Member, NodeFullError],
     ) -> None:
         dirty, member.shards.dirty = member.shards.dirty, set()
+        rolled, member.shards.rolled = member.shards.rolled, set()
         shards = len(member.shards.unflushed)
         began = time.perf_counter_ns()
         try:
-            await member.call(self._write_node, member, offset, header, payload, sorted(dirty))
+            await member.call(
+                self._write_node, member, offset, header, payload, sorted(dirty), rolled
+            )
         except NodeFullError as error:
             member.shards.dirty |= dirty
+            member.shards.rolled |= rolled
             full[member] = error
             return
         except NodeError as error:
@@ -214,7 +225,13 @@ class JournalWriter:
         self._holds(member, header)
 
     def _write_node(
-        self, member: Member, offset: int, header: Header, payload: bytes, dirty: list[int]
+        self,
+        member: Member,
+        offset: int,
+        header: Header,
+        payload: bytes,
+        dirty: list[int],
+        rolled: set[int],
     ) -> None:
         """In a thread: append the record and flush all data written to the node."""
         node = member.node
@@ -228,10 +245,11 @@ class JournalWriter:
             for segment, size in self._rolled:
                 node.truncate(SegmentKind.JOURNAL, segment, size)
         node.flush(SegmentKind.SHARDS, dirty)
-        for segment in dirty:
+        for segment in rolled:
             state = member.shards.states.get(segment)
-            if state is not None and member.shards.is_full(segment):
-                node.truncate(SegmentKind.SHARDS, segment, state.size)
+            if state is not None:
+                with suppress(NodeLacksError):  # it was deleted meanwhile
+                    node.truncate(SegmentKind.SHARDS, segment, state.size)
         member.sample()
 
     def begin(self, segment: int) -> None:

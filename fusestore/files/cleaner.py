@@ -13,6 +13,8 @@ emptiest stripes to new ones.  `Log.waste` counts what it would give back.  It r
 from __future__ import annotations
 
 import logging
+import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -60,6 +62,9 @@ class Cleaner:
         """Bytes that held writers may write, because cleaning gave so many back."""
         self._fruitless_at = -1
         """While there is at most so much waste, no stripe gives back enough."""
+        self._measured_at = -math.inf
+        """When the pinned bytes were last measured, by trio's clock; and the last commit then."""
+        self._measured = -1
         self._compaction: Compaction | None = None
 
     # --- the bound -----------------------------------------------------------
@@ -69,6 +74,16 @@ class Cleaner:
         """Bytes of waste above which cleaning runs."""
         share = self._log.counters.file_bytes * self._limits.waste_percent_max // 100
         return share + self._limits.waste_bytes_min
+
+    @property
+    def _pinned_bound(self) -> int:
+        """Bytes on all nodes that segments may pin before they are emptied."""
+        code = self._log.code
+        return self.bound * code.n // code.k
+
+    def _is_measure_due(self) -> bool:
+        is_late = trio.current_time() - self._measured_at > self._limits.pinned_look_seconds
+        return is_late and self._log.position.commit != self._measured
 
     @property
     def is_urgent(self) -> bool:
@@ -146,8 +161,12 @@ class Cleaner:
                     await self._emptier.find(1)
                 if self._is_due() and self._may_run():
                     await self._clean(self._is_done, polite=True)
+                if self._is_measure_due() and self._may_run():
+                    await self._unpin(lambda pinned: pinned - self._pinned_bound, polite=True)
                 if compaction is not None and self._may_run():
                     await self._emptier.free()
+                    while self._may_run() and await self._unpin(_all, polite=True):
+                        await self._emptier.free()
             except FusestoreError as error:
                 problem = str(error)
                 logger.warning("Cleaning stopped: %s It is tried again.", error)
@@ -191,7 +210,9 @@ class Cleaner:
         before = self._emptier.freed
         goal = self._log.waste - self._limits.clean_bytes_at_once
         await self._clean(lambda: self._log.waste < goal, polite=False)
-        return self._emptier.freed > before
+        if self._emptier.freed > before:
+            return True
+        return await self._unpin(lambda pinned: self._limits.clean_bytes_at_once, polite=False)
 
     def compact(self) -> Compaction:
         """Begin to clean until no stripe gives back enough, or join those who asked before.
@@ -218,19 +239,16 @@ class Cleaner:
     async def _clean(self, is_enough: Callable[[], bool], *, polite: bool) -> None:
         """Empty stripes until there is enough, or no stripe gives back anything."""
         emptier = self._emptier
-        pace = Pace(self._log, self._limits.clean_rate)
+        pace = Pace(self._log, self._limits.clean_rate) if polite else None
         self._passes += 1
         try:
             while self._may_run() and not is_enough():
                 absent, freed, waste = len(emptier.absent), emptier.freed, self._log.waste
                 queue = await emptier.find(self._limits.victims_max)
                 while queue and self._may_run() and not is_enough():
-                    for same in by_code(await emptier.next(queue)):
-                        if polite and not self.is_urgent:
-                            await pace.spend(_cost(same))
-                        await self._empty(same)
-                        if emptier.waits_for:
-                            return
+                    await self._empty_next(queue, pace)
+                    if emptier.waits_for:
+                        return
                 if emptier.freed == freed and len(emptier.absent) <= absent:
                     self._fruitless_at = max(waste, self._log.waste) * 21 // 20
                     return  # else others are looked at
@@ -238,12 +256,40 @@ class Cleaner:
         finally:
             self._passes -= 1
 
-    async def _empty(self, victims: list[Victim]) -> None:
-        before = self._emptier.freed
-        await self._emptier.empty(victims)
-        if self._emptier.freed > before:
-            self._credit = self._emptier.freed - before
-            self._held.unpark_all()
+    async def _unpin(self, enough: Callable[[int], int], *, polite: bool) -> bool:
+        """Empty segments that pin `enough(pinned)` bytes; return whether any bytes were moved."""
+        emptier = self._emptier
+        self._measured_at, self._measured = trio.current_time(), self._log.position.commit
+        pace = Pace(self._log, self._limits.clean_rate) if polite else None
+        before = emptier.moved
+        self._passes += 1
+        try:
+            queue = await emptier.find_pinned(enough)
+            while queue and self._may_run() and not emptier.waits_for:
+                await self._empty_next(queue, pace, always=True)
+        finally:
+            self._passes -= 1
+        return emptier.moved > before
+
+    async def _empty_next(
+        self, queue: deque[int], pace: Pace | None, *, always: bool = False
+    ) -> None:
+        """Empty the next stripes of a queue; see `Emptier.empty`."""
+        emptier = self._emptier
+        for victims in by_code(await emptier.next(queue)):
+            if pace is not None and not self.is_urgent:
+                await pace.spend(_cost(victims))
+            before = emptier.freed
+            await emptier.empty(victims, always=always)
+            if emptier.waits_for:
+                return
+            if emptier.freed > before:
+                self._credit = emptier.freed - before
+                self._held.unpark_all()
+
+
+def _all(pinned: int) -> int:
+    return pinned
 
 
 def _cost(victims: list[Victim]) -> int:

@@ -32,6 +32,7 @@ class CleaningReport:
             "state": state,
             "waits_for": waits_for,
             "bound": cleaner.bound,
+            "pinned": self._emptier.pinned,
             "freed": self._emptier.freed,
             "moved": self._emptier.moved,
             "held_writers": cleaner.held_writers,

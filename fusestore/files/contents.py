@@ -221,20 +221,21 @@ class Contents:
         """Write bytes of files to stripes of a code; return how many have moved.
 
         `parts` are in the order of inodes and offsets.  Those that have changed since they were
-        read stay where they are.  With `in_reserve`, they may use half of the reserve, because
-        others become free.  NoSpaceError.
+        read stay where they are, and so does one that overlaps the one before.  With
+        `in_reserve`, they may use half of the reserve, because others become free.
+        NoSpaceError.
         """
         runs: list[tuple[int, int, bytearray]] = []
+        end = (0, 0)  # the inode and the offset behind the last part
         for part in parts:
-            data = self._unchanged(part)
+            begin = (part.ino, part.extent.offset)
+            data = self._unchanged(part) if begin >= end else None
             if data is None:
                 continue
-            if not runs or (runs[-1][0], runs[-1][1] + len(runs[-1][2])) != (
-                part.ino,
-                part.extent.offset,
-            ):
-                runs.append((part.ino, part.extent.offset, bytearray()))
+            if not runs or begin != end:
+                runs.append((*begin, bytearray()))
             runs[-1][2].extend(data)
+            end = (part.ino, part.extent.end)
         length = sum(len(data) for _, _, data in runs)
         with self._log.transaction() as txn:
             self._log.take_room(length, code, in_reserve=in_reserve)

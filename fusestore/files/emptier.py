@@ -20,6 +20,7 @@ from ..format.erasure import Code
 from ..format.stripe_rows import LIVE_START, Live
 from ..log.log import Log
 from ..system import threads
+from . import pinned
 from .contents import Part
 from .rewriter import Rewriter
 from .victims import Rated, Victim, find_waste, look_at
@@ -55,6 +56,8 @@ class Emptier:
         """Bytes given back since the mount."""
         self.moved = 0
         """Bytes written for them."""
+        self.pinned: int | None = None
+        """Bytes that only the deletion of segments gives back, on all nodes; None: unknown."""
         self.waits_for = ""
         """Why nothing could be written at the last attempt; or empty."""
 
@@ -75,7 +78,7 @@ class Emptier:
         start: bytes | None = LIVE_START
         emptiest, doubted, left = list[Rated](), set[int](), set[int]()
         before = log.waste
-        alone = self.doubted | self.unreadable | self.absent
+        alone = self._left_alone
         while start is not None:  # a slice after another, so that the store can be closed
             without = alone | set(log.unsealed)
             with log.engine.view(LIVE_START) as view:
@@ -93,6 +96,21 @@ class Emptier:
             log.doubt_counts(doubted)
         log.waste_counted = True
         return deque(number for _, number in emptiest)
+
+    async def find_pinned(self, enough: Callable[[int], int]) -> deque[int]:
+        """Measure what is pinned, and return the stripes that pin `enough(it)` bytes of it."""
+        found = await pinned.measure(self._log)
+        self.pinned = sum(one.waste for one in found)
+        chosen = dict[int, None]()  # a stripe has shards in segments of several nodes
+        for one in pinned.emptiest(found, enough(self.pinned)):
+            chosen |= dict.fromkeys(await pinned.stripes_in(self._log, one))
+            if len(chosen) >= self._limits.victims_max:
+                break
+        return deque(number for number in chosen if number not in self._left_alone)
+
+    @property
+    def _left_alone(self) -> set[int]:
+        return self.doubted | self.unreadable | self.absent
 
     async def next(self, queue: deque[int]) -> list[Victim]:
         """Take stripes from the queue that together fill some new ones."""
@@ -133,8 +151,8 @@ class Emptier:
                     return False
         return True
 
-    async def empty(self, victims: list[Victim]) -> None:
-        """Move the bytes of stripes of one code, if this gives something back."""
+    async def empty(self, victims: list[Victim], *, always: bool = False) -> None:
+        """Move the bytes of stripes of one code, if this gives something back, or always."""
         code = victims[0].row.code
         async with self._lock:
             extents = [item for victim in victims for item in victim.extents]
@@ -142,10 +160,12 @@ class Emptier:
             if lost:
                 read = {part.extent.stripe for part in parts}
                 self.unreadable |= {extent.stripe for _, extent in extents} - read
-            chosen = list(_whole(victims, parts, self._limits.stripe_bytes)) or parts
+            chosen = parts
             self.waits_for = ""
-            if not _is_gain(victims, chosen, self._limits.stripe_bytes):
-                return
+            if not always:
+                chosen = list(_whole(victims, parts, self._limits.stripe_bytes)) or parts
+                if not _is_gain(victims, chosen, self._limits.stripe_bytes):
+                    return
             for frees in (self.free, _frees_nothing):
                 try:
                     moved, freed = await self._rewriter.write(code, chosen, in_reserve=True)

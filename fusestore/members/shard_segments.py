@@ -33,6 +33,8 @@ class ShardSegments:
     """The first segment that no sweep has seen: those before it are in the tables, or are kept."""
     set_apart: Counter[int] = field(default_factory=Counter)
     """Bytes by segment reserved for shards that no row has yet; commits do not count them."""
+    rolled: set[int] = field(default_factory=set)
+    """Segments that are full, with room that was allocated ahead."""
     dirty: set[int] = field(default_factory=set)
     """Segments with bytes that are not flushed."""
     unflushed: list[tuple[int, int]] = field(default_factory=list)
@@ -41,6 +43,7 @@ class ShardSegments:
     def reserve(self, node: int, payload_length: int) -> ShardPlace:
         """Reserve the next place for a shard; the caller then writes the shard."""
         if self.offset >= self.limits.shard_segment_bytes:
+            self.rolled.add(self.current)
             self.roll()
         length = record_length(payload_length)
         reserved = ShardPlace(node, self.current, self.offset + HEADER_BYTES)

@@ -270,6 +270,9 @@ def _of_cleaning(seen: Observation) -> Iterator[Metric]:
         return
     if cleaning.waste is not None:
         yield _gauge("waste_bytes", "Bytes of garbage, which cleaning gives back.", cleaning.waste)
+    if cleaning.pinned is not None:
+        text = "Bytes on the nodes that only the deletion of segments gives back."
+        yield _gauge("pinned_bytes", text, cleaning.pinned)
     yield _gauge("waste_bound_bytes", "Bytes of garbage above which cleaning runs.", cleaning.bound)
     yield _counter("cleaning_freed_bytes", "Bytes that cleaning gave back.", cleaning.freed)
     yield _counter("cleaning_moved_bytes", "Bytes of files that cleaning moved.", cleaning.moved)

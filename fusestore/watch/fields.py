@@ -142,6 +142,8 @@ class Cleaning:
     """Bytes of garbage; None: not counted, as on a read-only mount."""
     bound: int
     """Bytes of garbage above which cleaning runs."""
+    pinned: int | None
+    """Bytes that only the deletion of whole segments gives back, on all nodes; None: unknown."""
     freed: int
     moved: int
     """Bytes given back since the mount, and bytes written for them."""

@@ -292,6 +292,10 @@ class RecordedNode:
         """See Node."""
         return self.node.bytes_used()
 
+    def held(self) -> dict[int, int]:
+        """See Node."""
+        return self.node.held()
+
     def close(self) -> None:
         """See Node."""
         self.node.close()
