@@ -13,8 +13,9 @@ import trio
 from fusestore.config.store_config import StoreConfig
 from fusestore.errors import NoSpaceError
 from fusestore.files import emptier
-from fusestore.files.contents import Contents
+from fusestore.files.contents import Contents, Part
 from fusestore.format import stripe_rows
+from fusestore.format.erasure import Code
 from fusestore.format.file_rows import ROOT
 from fusestore.format.stripe_rows import Live
 from fusestore.limits import STRIPE_BYTES
@@ -334,4 +335,20 @@ async def test_bytes_that_are_to_be_moved_twice_are_counted_once(config: StoreCo
         victims = await one.files.emptier.next(numbers)
         await one.files.emptier.empty([*victims, *victims], always=True)
         assert await one.get("f") == model
+        await is_clean(one)
+
+
+@pytest.mark.parametrize("second", [300, 200, 100])
+async def test_parts_of_one_extent_keep_every_byte(config: StoreConfig, second: int) -> None:
+    """They lie apart, touch, or overlap."""
+    async with opened(config) as one:
+        data = random.Random(1).randbytes(100_000)
+        ino = await one.put("f", data)
+        await one.store.committer.commit()
+        extent = next(one.store.reader.extents(ino, 0, len(data)))
+        places = [extent.part(50, 200), extent.part(second, second + 100)]
+        parts = [Part(ino, place, data[place.offset : place.end]) for place in places]
+        moved = one.files.contents.rewrite(Code(2, 1), parts)
+        assert moved == (250 if second == 200 else 150)
+        assert await one.get("f") == data
         await is_clean(one)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 import stat
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import trio
@@ -53,6 +54,16 @@ class Part:
         offset = self.extent.offset
         data = self.data[:length] if self.data is not None else None
         return replace(self, extent=self.extent.part(offset, offset + length), data=data)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Parts of a file that lie one behind the other, and move together."""
+
+    ino: int
+    offset: int
+    data: bytearray = field(default_factory=bytearray)
+    extents: list[Extent] = field(default_factory=list)
 
 
 class Contents:
@@ -206,9 +217,17 @@ class Contents:
 
     def has(self, ino: int, extent: Extent) -> bool:
         """Whether a file still has all bytes of this extent at the same place."""
-        low, at = file_rows.extent_key(ino, 0), file_rows.extent_key(ino, extent.offset)
-        row = self._log.engine.last(low, at)
-        return row is not None and Extent.decode(*row).part(extent.offset, extent.end) == extent
+        return self._row_of(ino, extent) is not None
+
+    def _row_of(self, ino: int, extent: Extent) -> bytes | None:
+        """Return the key of the row with all bytes of an extent; None if there is none."""
+        at = file_rows.extent_key(ino, extent.offset)
+        if self._log.engine.get(at) == extent.encode():
+            return at
+        row = self._log.engine.last(file_rows.extent_key(ino, 0), at)
+        if row is None or Extent.decode(*row).part(extent.offset, extent.end) != extent:
+            return None
+        return row[0]
 
     def set_code(self, ino: int, code: Code) -> None:
         """Set the code of new bytes of a file; its times do not change."""
@@ -225,35 +244,62 @@ class Contents:
         `in_reserve`, they may use half of the reserve, because others become free.
         NoSpaceError.
         """
-        runs: list[tuple[int, int, bytearray]] = []
+        runs = list[_Run]()
+        rows = set[bytes]()
         end = (0, 0)  # the inode and the offset behind the last part
         for part in parts:
-            begin = (part.ino, part.extent.offset)
-            data = self._unchanged(part) if begin >= end else None
+            begin, row = (part.ino, part.extent.offset), self._row_of(part.ino, part.extent)
+            if row is None or begin < end or (row in rows and begin != end):
+                continue
+            data = self._unchanged(part)
             if data is None:
                 continue
             if not runs or begin != end:
-                runs.append((*begin, bytearray()))
-            runs[-1][2].extend(data)
+                runs.append(_Run(*begin))
+            runs[-1].data.extend(data)
+            runs[-1].extents.append(part.extent)
+            rows.add(row)
             end = (part.ino, part.extent.end)
-        length = sum(len(data) for _, _, data in runs)
+        length = sum(len(run.data) for run in runs)
         with self._log.transaction() as txn:
             self._log.take_room(length, code, in_reserve=in_reserve)
-            for ino, offset, run in runs:
-                inode = self._inode(txn, ino)
-                self._cut(txn, ino, inode, offset, offset + len(run))
-                inode.allocated += len(run)
-                for start in range(0, len(run), self._limits.stripe_bytes):
-                    piece = memoryview(run)[start : start + self._limits.stripe_bytes]
-                    for place in self._writer.append(txn, code, ino, offset, piece, rewritten=True):
-                        offset = self._point(txn, ino, offset, *place)
-                txn.put(file_rows.inode_key(ino), inode.encode())
+            self._leave(txn, runs)
+            for run in runs:
+                offset = run.offset
+                for start in range(0, len(run.data), self._limits.stripe_bytes):
+                    piece = memoryview(run.data)[start : start + self._limits.stripe_bytes]
+                    for place in self._writer.append(
+                        txn, code, run.ino, offset, piece, rewritten=True
+                    ):
+                        offset = self._point(txn, run.ino, offset, *place)
         return length
 
+    def _leave(self, txn: Transaction, runs: Iterable[_Run]) -> None:
+        """Release the places of bytes that get others.
+
+        Most are whole rows, which needs no search; others are cut out of theirs.
+        """
+        left = Counter[int]()
+        for run in runs:
+            self._tails.discard(run.ino)
+            keys = [file_rows.extent_key(run.ino, extent.offset) for extent in run.extents]
+            if all(
+                self._log.engine.get(key) == extent.encode()
+                for key, extent in zip(keys, run.extents, strict=True)
+            ):
+                txn.changes.update(dict.fromkeys(keys))
+                for extent in run.extents:
+                    left[extent.stripe] += extent.length
+            else:
+                inode = self._inode(txn, run.ino)
+                self._cut(txn, run.ino, inode, run.offset, run.offset + len(run.data))
+        for stripe, length in left.items():
+            txn.let_go(stripe, length)
+
     def _unchanged(self, part: Part) -> Data | None:
-        """Return the bytes of a part; None if its file has others there now, or is being cut."""
+        """Return the bytes of a part; None if its file is being cut, or they are gone."""
         ino, extent = part.ino, part.extent
-        if ino in self._trimming or not self.has(ino, extent):
+        if ino in self._trimming:
             return None
         if self._log.engine.get(file_rows.inode_key(ino)) is None:  # it is being removed
             return None

@@ -204,7 +204,7 @@ def _whole(victims: Iterable[Victim], parts: Iterable[Part], stripe_bytes: int) 
         for part in parts_of[victim.number]:
             if left <= 0:
                 return
-            yield part.first(left)
+            yield part if part.length <= left else part.first(left)
             left -= part.length
 
 
