@@ -165,9 +165,9 @@ class Limits:
     """How long a recoding waits for room, or for a node, before it retries."""
     recode_note_seconds: float = 5.0
     """How often a recoding records its progress."""
-    waste_percent_max: int = 12
+    waste_percent_max: int = 15
     """Cleaning runs when waste exceeds this share of the files' bytes, and `waste_bytes_min`."""
-    waste_bytes_min: int = 16 * MIB
+    waste_bytes_min: int = 20 * MIB
     clean_rate: float | None = None
     """Bytes a second of I/O by cleaning; None: as much as the I/O of users allows."""
     clean_bytes: int = 4 * MIB

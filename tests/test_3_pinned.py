@@ -25,6 +25,7 @@ def config(tmp_path: Path) -> StoreConfig:
         make(tmp_path / "store"),
         waste_bytes_min=2 * MIB,
         clean_look_seconds=0.02,
+        users_away_seconds=0.0,
         pinned_look_seconds=0.1,
         shard_segment_bytes=4 * MIB,
     )

@@ -5,8 +5,8 @@ emptiest stripes to new ones.  `Log.waste` counts what it would give back.  It r
 
 - above the bound, a share of the files' bytes: at the pace of background work;
 - above half the bound, while nobody uses the mount;
-- above twice the bound, or when a request found no room: at once; writers then get room in
-  memory only as fast as cleaning gives back;
+- above one and a half times the bound, or when a request found no room: at once; writes are
+  then slowed down to what cleaning gives back (throttle.py);
 - when it is asked to compact: until no stripe gives back enough.
 """
 
@@ -25,6 +25,7 @@ from ..log.background_job import LOOK_SECONDS, Progress
 from ..log.log import Log
 from ..log.pace import Pace
 from .emptier import Emptier, by_code
+from .throttle import Throttle
 from .victims import Victim
 
 WAITING_PAUSES = 5
@@ -56,10 +57,7 @@ class Cleaner:
         self._runs = False
         self._passes = 0
         """How many clean now: the background, and requests that found no room."""
-        self._held = trio.lowlevel.ParkingLot()
-        """Writers that wait for cleaning."""
-        self._credit = 0
-        """Bytes that held writers may write, because cleaning gave so many back."""
+        self._throttle = Throttle(log.limits.hold_seconds_max)
         self._fruitless_at = -1
         """While there is at most so much waste, no stripe gives back enough."""
         self._measured_at = -math.inf
@@ -86,9 +84,13 @@ class Cleaner:
         return is_late and self._log.position.commit != self._measured
 
     @property
+    def _too_much(self) -> int:
+        return self.bound * 3 // 2
+
+    @property
     def is_urgent(self) -> bool:
         """Whether writers are to be held up."""
-        return self._log.waste > 2 * self.bound
+        return self._log.waste > self._too_much
 
     def within_reach(self) -> int:
         """Return the bytes, at least, that a request gets that finds no room."""
@@ -106,7 +108,7 @@ class Cleaner:
     @property
     def held_writers(self) -> int:
         """The number of writes that wait for cleaning."""
-        return len(self._held)
+        return self._throttle.held
 
     @property
     def _is_idle(self) -> bool:
@@ -174,7 +176,7 @@ class Cleaner:
                 compaction.problem = problem or self.hindrance() or self._emptier.waits_for
                 compaction.ended.set()
                 self._compaction = None
-            self._held.unpark_all()
+            self._throttle.release()
             pauses = WAITING_PAUSES if problem or self._emptier.waits_for else 1
             with trio.move_on_after(self._limits.clean_look_seconds * pauses):
                 await self._wake.wait()
@@ -182,23 +184,18 @@ class Cleaner:
 
     async def hold_up(self, length: int) -> None:
         """Let a write of `length` bytes wait while there is far too much waste."""
-        if not self.is_urgent:
-            return
-        with trio.move_on_after(self._limits.hold_seconds_max):
-            while self._credit < length and self._is_at_work():
-                self._wake.set()
-                await self._held.park()
-        self._credit = max(0, self._credit - length)
+        if self.is_urgent and self._is_at_work():
+            self._wake.set()
+            await self._throttle.wait(length, self._log.waste / self._too_much)
 
     def _is_at_work(self) -> bool:
         """Whether waiting for cleaning makes sense, and not too many do."""
         return (
-            self.is_urgent
-            and self._runs
+            self._runs
             and self._may_run()
             and not self.is_fruitless()
             and not self._emptier.waits_for
-            and len(self._held) < self._limits.fuse_tasks_max // 2
+            and self._throttle.held < self._limits.fuse_tasks_max // 2
         )
 
     # --- on request ----------------------------------------------------------
@@ -279,13 +276,12 @@ class Cleaner:
         for victims in by_code(await emptier.next(queue)):
             if pace is not None and not self.is_urgent:
                 await pace.spend(_cost(victims))
-            before = emptier.freed
+            before, began = emptier.freed, trio.current_time()
             await emptier.empty(victims, always=always)
             if emptier.waits_for:
                 return
             if emptier.freed > before:
-                self._credit = emptier.freed - before
-                self._held.unpark_all()
+                self._throttle.gave_back(emptier.freed - before, trio.current_time() - began)
 
 
 def _all(pinned: int) -> int:
