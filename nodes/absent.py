@@ -125,6 +125,10 @@ class AbsentNode:
         """See Node."""
         self._refuse()
 
+    def remove(self) -> None:
+        """See Node."""
+        self._refuse()
+
     def bytes_used(self) -> int:
         """See Node."""
         self._refuse()

@@ -206,5 +206,8 @@ class Node(Protocol):
         With room allocated ahead.  This examines each segment.
         """
 
+    def remove(self) -> None:
+        """Remove the node from its place; it must have no segments.  NodeError."""
+
     def close(self) -> None:
         """Close descriptors; this flushes nothing."""

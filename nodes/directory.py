@@ -265,7 +265,7 @@ class DirectoryNode(SegmentFiles):
         return found
 
     def remove(self) -> None:
-        """Remove the folders, which must be empty, and the identity last; NodeError."""
+        """See Node.  The identity goes last."""
         with self._errors("be removed"):
             directory = self._top()
             with contextlib.suppress(FileNotFoundError):

@@ -341,7 +341,7 @@ async def test_without_enough_nodes_nothing_is_acknowledged(
     def away(*arguments: object, **named: object) -> None:
         raise NodeError("It is away.")
 
-    monkeypatch.setattr("fusestore.repair.resume.open_node", away)
+    monkeypatch.setattr("fusestore.repair.writing_again.open_node", away)
     with pytest.raises(ExceptionGroup) as failed:
         async with opened(config, faults=True) as one:
             await one.put("a", b"kept")

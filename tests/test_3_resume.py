@@ -68,7 +68,7 @@ class Away:
 
     def __init__(self, patch: pytest.MonkeyPatch, names: set[str]) -> None:
         self.names = names
-        for module in ("resume", "rejoin", "comeback"):
+        for module in ("writing_again", "rejoin", "comeback"):
             where = f"fusestore.repair.{module}.open_node"
             patch.setattr(where, self._opener(where))
 

@@ -2,7 +2,8 @@
 
 A commit takes the open stripes and the pending changes without an await in
 between, waits until these stripes are sealed, appends one COMMIT record to the
-journal of every node in sync, and flushes all nodes in parallel.  A caller that
+journal of every node in sync, and flushes all nodes in parallel.  A stripe with few new
+bytes stays open: they travel in the record as a tail.  A caller that
 asks while no commit runs makes the commit itself; callers that ask during a commit
 share the next one.
 

@@ -110,7 +110,7 @@ def check_name(name: str) -> str | None:
     """Return a sentence that explains why a region or node cannot be called `name`, or None."""
     if not _NAME.fullmatch(name):
         return (
-            f"{name!r} is not a name for a region: "
+            f"{name!r} is not a name for a region or a node: "
             "use up to 63 letters, digits, dots, dashes and underscores, beginning with a letter "
             "or digit."
         )

@@ -77,7 +77,7 @@ class Member:
         self.late_segment = 0
         """A journal segment that an abandoned write may still change."""
         self.ring: Ring | None = None
-        """Reads and flushes without a thread, if the kernel supports this."""
+        """Reads and durable writes without a thread, if the kernel supports this."""
         self.used = 0
         """Bytes that the node takes on its device, as last measured."""
         self.corrupt = 0

@@ -12,8 +12,8 @@ its key and itself, and is verified whenever it is read from the database: no re
 and no `last` passes a row that does not match (BadRowError).  Rows in memory are not
 verified.
 
-All methods but `write` run on the event loop, without an await in between; a scan must
-be read to its end, or dropped, before the next change.
+All methods but `write` and `space` run on the event loop of a mounted store, without an
+await in between; a scan must be read to its end, or dropped, before the next change.
 Only the modules of this folder import lmdb.
 """
 

@@ -27,7 +27,7 @@ from ..members.standing import State
 from ..nodes.base import Node
 from .heal import Healer
 from .rejoin import Rejoin, try_to_write
-from .resume import Resumption
+from .writing_again import Resumption
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,8 @@
    New shards go to the node from then on.
 2. `copy_journal`: the node gets the journal as it is, while commits continue.
 3. `rebuild_all`: every stripe with a shard on the node is checked, stripes that lack
-   other shards first.  A node that kept its shards is not read.
+   other shards first.  A node that was only away, and kept its shards, needs no such
+   check when it comes back by itself (comeback.py).
 4. `join`: between two commits the rest of the journal is copied, and the node is in
    sync.
 

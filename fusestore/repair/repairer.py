@@ -8,8 +8,6 @@
    first.  An intact shard stays.  Any other is computed from k others and written
    to its old place, or, if the node never had it, to a new one.  It counts after it
    was flushed, read back from the medium and checked.
-   A node that was only away, and kept its shards, is not read: `missing` lists the
-   shards that it lacks.
 4. Between two commits the rest of the journal is copied, and the node joins the
    nodes in sync.
 
@@ -46,7 +44,7 @@ from .claim import claim_directory
 from .heal import Healer, Progress
 from .place_room import check_room
 from .rejoin import Rejoin
-from .resume import Resumption
+from .writing_again import Resumption
 
 logger = logging.getLogger(__name__)
 

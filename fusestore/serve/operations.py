@@ -3,7 +3,8 @@
 pyfuse3 ends the mount on any exception but FUSEError.  Therefore every handler is
 wrapped: an error of the file system becomes its errno; any other exception is logged
 with a traceback and answered with EIO.  The handles of files are inode numbers.  Only
-this module and the daemon import pyfuse3.
+this module, fuse_device.py, the daemon and the null file system of the benchmark import
+pyfuse3.
 """
 
 from __future__ import annotations

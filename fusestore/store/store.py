@@ -26,8 +26,8 @@ from ..repair.comeback import Comeback
 from ..repair.heal import Healer
 from ..repair.rejoin import Rejoin
 from ..repair.repairer import Repairer
-from ..repair.resume import Resumption
 from ..repair.scrub import Scrubber
+from ..repair.writing_again import Resumption
 from ..write.writer import Writer
 from .make_room import RoomMaker
 from .report import Reporter, read_only_advice

@@ -1,4 +1,4 @@
-"""Reads and flushes without a thread: io_uring, on trio's event loop.
+"""Reads and durable writes without a thread: io_uring, on trio's event loop.
 
 A call in a thread costs 60 to 100 µs, most of it for passing the interpreter lock;
 the kernel's ring costs about 15.  Operations are written to a queue that the kernel

@@ -1,8 +1,9 @@
 """The write path: file bytes go to open stripes, and full stripes to nodes.
 
 `append` copies bytes to the open stripe of a code and returns their places; it does no
-I/O.  A full stripe is sealed (see `sealer`).  A request that fills a whole stripe is
-coded in place, without a copy.
+I/O.  A full stripe is sealed (see `sealer`).  At a commit, a few new bytes in an open stripe
+become a tail of the record (`settle`); more are sealed.  A request that fills a whole
+stripe is coded in place, without a copy.
 
 There must be no await between `append` and the end of the transaction that points
 extents at the bytes.

@@ -288,6 +288,10 @@ class RecordedNode:
         """See Node."""
         self.node.keep_reserve(length)
 
+    def remove(self) -> None:
+        """See Node."""
+        self.node.remove()
+
     def bytes_used(self) -> int:
         """See Node."""
         return self.node.bytes_used()
