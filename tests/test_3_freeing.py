@@ -20,7 +20,7 @@ from fusestore.format import file_rows, stripe_rows
 from fusestore.format.file_rows import Extent
 from fusestore.format.records import HEADER_BYTES, Header, SegmentKind
 from fusestore.format.segment_numbers import segment_path
-from fusestore.format.stripe_rows import Live, ShardPlace
+from fusestore.format.stripe_rows import Freed, Live, ShardPlace
 from fusestore.limits import STRIPE_BYTES
 from fusestore.log.log import Log
 from fusestore.members.member import Member
@@ -383,6 +383,44 @@ def owe(one: Opened, number: int, *, early: bool = False) -> None:
     for place in row.shards:
         key, value = stripe_rows.reclaim_row(place, row.shard_length, number)
         one.store.log.apply({key: value[:4] if early else value})
+
+
+@pytest.mark.parametrize("own", [False, True])
+async def test_a_row_of_reclaim_inside_of_a_living_payload_frees_nothing(
+    config: StoreConfig, own: bool
+) -> None:
+    """No shard begins there; it names the stripe that lies there, or none."""
+    async with opened(config) as one:
+        number = stripe_of(one, "kept")
+        row = one.store.log.stripe(number)
+        assert row is not None
+        for place in row.shards:
+            inside = ShardPlace(place.node, place.segment, place.offset + 4096)
+            named = number if own else number + 9000
+            key, value = stripe_rows.reclaim_row(inside, row.shard_length - 8192, named)
+            one.store.log.apply({key: value})
+        await freed(one)
+    async with opened(config) as one:
+        assert await one.get("kept") == STAYS
+        assert await one.get("other") == OTHER
+    await mended(config, {"kept": STAYS, "other": OTHER})
+
+
+@pytest.mark.expects_log(
+    r"commit\.reclaim: A row frees \d+ bytes of stripe .* only these are freed"
+)
+async def test_a_row_of_reclaim_that_is_too_long_frees_its_shard_only(config: StoreConfig) -> None:
+    async with opened(config) as one:
+        await pause_freeing(one)
+        await delete(one, "gone", "kept")
+        for key, value in one.rows(b"R"):
+            changed = Freed.decode(value)
+            one.store.log.apply({key: changed._replace(length=changed.length * 3).encode()})
+        go_on(one)
+        await freed(one)
+        assert not (await one.store.status())["healthy"]
+    async with opened(config) as one:
+        assert await one.get("other") == OTHER
 
 
 @pytest.mark.expects_log(SEGMENT_IN_USE)

@@ -10,9 +10,11 @@ history is in doubt (`Log.doubt`), a segment without live shards is punched, not
 While a node holds another history, nothing is freed: that history needs the shards of
 all nodes.
 
-Nothing is freed against its own header.  The header names the shard; if the row of its
-stripe has the shard at this place, it is in use, regardless of the counts.  A shard whose
-header cannot be read is not freed, and keeps its segment; another mount tries it again.
+Nothing is freed against its own header, or without one.  The header names the shard; if the
+row of its stripe has the shard at this place, it is in use, regardless of the counts.  Not
+more is freed than the header has.  Where no header is, no shard was written, or the row is
+wrong: nothing is punched there.  A shard whose header cannot be read is not freed, and keeps
+its segment; another mount tries it again.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import trio
 from ..errors import NodeError, NodeIdentityError, NodeTimeoutError
 from ..format import keys, stripe_rows
 from ..format.records import Header, SegmentKind, record_length
-from ..format.stripe_rows import Freed, ShardPlace
+from ..format.stripe_rows import LOST_STRIPE, Freed, ShardPlace
 from ..log.log import Log
 from ..members.member import Member
 from ..write.shard_record import header_at, headers
@@ -150,9 +152,11 @@ class Reclaimer:
         if drop and is_free and state is not None and state.live == dead:
             await self._drop(member, segment, shards)
             return
+        payloads = {at: header.payload_length for at, header in found}
+        self._say_wrong(member, segment, shards, found)
         for start in range(0, len(shards), self._limits.reclaim_batch):
             part = shards[start : start + self._limits.reclaim_batch]
-            await self._punch(member, segment, part)
+            await self._punch(member, segment, part, payloads)
 
     def _unused(
         self, member: Member, segment: int, shards: Shards, found: Headers, look: LastLook
@@ -224,18 +228,43 @@ class Reclaimer:
             }
         )
 
+    def _say_wrong(self, member: Member, segment: int, shards: Shards, found: Headers) -> None:
+        """Report rows that name another stripe, or another length, than the header there."""
+        headers_at = dict(found)
+        for offset, freed in shards:
+            header = headers_at.get(offset)
+            if header is None or freed.stripe == LOST_STRIPE:
+                continue
+            if freed != (header.payload_length, header.number):
+                self._log.rows_in_doubt += 1
+                logger.error(
+                    "A row frees %d bytes of stripe %#x at byte %d of segment %d of node %s, where "
+                    "%d bytes of stripe %#x are: only these are freed. Run 'fusestore fsck "
+                    "--repair'.",
+                    freed.length,
+                    freed.stripe,
+                    offset,
+                    segment,
+                    member.name,
+                    header.payload_length,
+                    header.number,
+                )
+
     async def _drop(self, member: Member, segment: int, shards: Shards) -> None:
         """Delete a segment without live shards."""
         await member.call(member.node.delete, SegmentKind.SHARDS, segment)
         self._paid(member, segment, shards)
         member.shards.states.pop(segment, None)
 
-    async def _punch(self, member: Member, segment: int, shards: Shards) -> None:
+    async def _punch(
+        self, member: Member, segment: int, shards: Shards, payloads: dict[int, int]
+    ) -> None:
+        """Make holes of the payloads of shards; `payloads` are their lengths by their headers."""
         node = member.node
 
         def punch() -> None:
             for offset, freed in shards:
-                node.punch(segment, offset, freed.length)
+                node.punch(segment, offset, min(freed.length, payloads.get(offset, 0)))
 
         await member.call(punch)
         self._paid(member, segment, shards)

@@ -38,7 +38,7 @@ from fusestore.members import member
 from fusestore.members import opening as node_opening
 from fusestore.metadata.engine import Engine
 from fusestore.nodes.base import Node, Space
-from fusestore.repair import claim, comeback, rejoin, resume
+from fusestore.repair import claim, comeback, rejoin, writing_again
 from fusestore.store import opening
 from fusestore.system import threads
 from fusestore.system.beneath import Directory
@@ -365,7 +365,7 @@ class Machine:
         patch(os, "fdatasync", lambda descriptor: None)
         patch(lmdb, "open", partial(lmdb.open, sync=False))
         opener = self._opening(node_opening.open_node)
-        for module in (node_opening, comeback, rejoin, claim, resume, opening):
+        for module in (node_opening, comeback, rejoin, claim, writing_again, opening):
             patch(module, "open_node", opener)
         patch(claim, "write_identity_in", self._claiming(write_identity_in))
         patch(Engine, "write", self._checkpointing(Engine.write))
