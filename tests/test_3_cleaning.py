@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import deque
 from pathlib import Path
@@ -351,4 +352,40 @@ async def test_parts_of_one_extent_keep_every_byte(config: StoreConfig, second: 
         moved = one.files.contents.rewrite(Code(2, 1), parts)
         assert moved == (250 if second == 200 else 150)
         assert await one.get("f") == data
+        await is_clean(one)
+
+
+async def test_cleaning_that_waits_for_its_pace_begins_when_it_is_urgent(
+    config: StoreConfig,
+) -> None:
+    slow = limited(config, clean_rate=1.0, waste_bytes_min=2 * MIB)
+    async with opened(slow) as one:
+        one.files.go_on()
+        model = bytearray(random.Random(1).randbytes(8 * MIB))
+        await one.put("f", bytes(model))
+        with trio.fail_after(30):
+            await overwrite(one, "f", model, 3000, 1)
+        assert one.files.emptier.freed > 4 * MIB
+        assert one.store.log.waste < 4 * one.files.cleaner.bound
+        assert await one.get("f") == model
+
+
+async def test_a_compaction_ends_while_others_overwrite(config: StoreConfig) -> None:
+    async with opened(config) as one, trio.open_nursery() as nursery:
+        one.files.go_on()
+        model = await littered(one)
+
+        async def overwrite_for_ever() -> None:
+            for seed in itertools.count():
+                await overwrite(one, "f", model, 20, seed)
+                await trio.lowlevel.checkpoint()
+
+        nursery.start_soon(overwrite_for_ever)
+        compaction = one.files.cleaner.compact()
+        with trio.fail_after(20):
+            await one.files.cleaner.wait(compaction, lambda message: None)
+        assert compaction.problem == ""
+        nursery.cancel_scope.cancel()
+    async with opened(config) as one:
+        assert await one.get("f") == model
         await is_clean(one)

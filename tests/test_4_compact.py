@@ -236,8 +236,8 @@ async def test_stripes_of_a_node_that_is_away_wait_for_it(config: StoreConfig) -
         assert result.state == "done"
         assert result.absent_stripes >= KEPT - 2
         assert result.freed < 2 * MIB
+        await until(lambda: one.files.cleaning_report.status()["state"] == "waiting")
         found = await cleaning(one)
-        assert found.state == "waiting"
         assert "with shards on nodes that are not up must wait for these" in found.waits_for
         shutil.move(node.with_name("away"), node)
         await healthy(one)

@@ -41,6 +41,8 @@ class Compaction:
     freed_before: int
     moved_before: int
     """The counts of the cleaner when it began."""
+    below: int
+    """It empties stripes with lower numbers, which were there when it began."""
     problem: str = ""
     """Why it has ended early; or empty."""
     ended: trio.Event = field(default_factory=trio.Event)
@@ -58,6 +60,8 @@ class Cleaner:
         self._passes = 0
         """How many clean now: the background, and requests that found no room."""
         self._throttle = Throttle(log.limits.hold_seconds_max)
+        self._pacing = trio.CancelScope()
+        """Cancelled when the background must not wait for its pace any more."""
         self._fruitless_at = -1
         """While there is at most so much waste, no stripe gives back enough."""
         self._measured_at = -math.inf
@@ -113,6 +117,11 @@ class Cleaner:
     @property
     def _is_idle(self) -> bool:
         return trio.current_time() - self._log.used_at > self._limits.clean_idle_seconds
+
+    @property
+    def _below(self) -> int | None:
+        """The first stripe that is not to be emptied: a compaction ends while others write."""
+        return self._compaction.below if self._compaction is not None else None
 
     @property
     def _goal(self) -> int:
@@ -176,6 +185,7 @@ class Cleaner:
                 compaction.problem = problem or self.hindrance() or self._emptier.waits_for
                 compaction.ended.set()
                 self._compaction = None
+                self._wake.set()  # what it left aside is looked at
             self._throttle.release()
             pauses = WAITING_PAUSES if problem or self._emptier.waits_for else 1
             with trio.move_on_after(self._limits.clean_look_seconds * pauses):
@@ -186,6 +196,7 @@ class Cleaner:
         """Let a write of `length` bytes wait while there is far too much waste."""
         if self.is_urgent and self._is_at_work():
             self._wake.set()
+            self._pacing.cancel()
             await self._throttle.wait(length, self._log.waste / self._too_much)
 
     def _is_at_work(self) -> bool:
@@ -220,7 +231,8 @@ class Cleaner:
         if self._log.broken:
             raise ReadOnlyError(self._log.broken)
         if self._compaction is None:
-            self._compaction = Compaction(self._emptier.freed, self._emptier.moved)
+            emptier = self._emptier
+            self._compaction = Compaction(emptier.freed, emptier.moved, self._log.next_stripe())
             self._emptier.unreadable.clear()
             self._wake.set()
         return self._compaction
@@ -241,13 +253,14 @@ class Cleaner:
         try:
             while self._may_run() and not is_enough():
                 absent, freed, waste = len(emptier.absent), emptier.freed, self._log.waste
-                queue = await emptier.find(self._limits.victims_max)
+                queue = await emptier.find(self._limits.victims_max, self._below)
                 while queue and self._may_run() and not is_enough():
                     await self._empty_next(queue, pace)
                     if emptier.waits_for:
                         return
                 if emptier.freed == freed and len(emptier.absent) <= absent:
-                    self._fruitless_at = max(waste, self._log.waste) * 21 // 20
+                    if self._below is None:  # all were looked at
+                        self._fruitless_at = max(waste, self._log.waste) * 21 // 20
                     return  # else others are looked at
             self._fruitless_at = -1
         finally:
@@ -261,7 +274,7 @@ class Cleaner:
         before = emptier.moved
         self._passes += 1
         try:
-            queue = await emptier.find_pinned(enough)
+            queue = await emptier.find_pinned(enough, self._below)
             while queue and self._may_run() and not emptier.waits_for:
                 await self._empty_next(queue, pace, always=True)
         finally:
@@ -275,7 +288,8 @@ class Cleaner:
         emptier = self._emptier
         for victims in by_code(await emptier.next(queue)):
             if pace is not None and not self.is_urgent:
-                await pace.spend(_cost(victims))
+                with trio.CancelScope() as self._pacing:
+                    await pace.spend(_cost(victims))
             before, began = emptier.freed, trio.current_time()
             await emptier.empty(victims, always=always)
             if emptier.waits_for:

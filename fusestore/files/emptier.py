@@ -72,8 +72,11 @@ class Emptier:
             self.doubted.clear()
         return changed
 
-    async def find(self, most: int) -> deque[int]:
-        """Count the waste, and return the stripes that give back most, the best first."""
+    async def find(self, most: int, below: int | None = None) -> deque[int]:
+        """Count the waste, and return the stripes that give back most, the best first.
+
+        With `below`, only those with lower numbers.
+        """
         log, total = self._log, 0
         start: bytes | None = LIVE_START
         emptiest, doubted, left = list[Rated](), set[int](), set[int]()
@@ -82,7 +85,7 @@ class Emptier:
         while start is not None:  # a slice after another, so that the store can be closed
             without = alone | set(log.unsealed)
             with log.engine.view(LIVE_START) as view:
-                found = await threads.call(find_waste, view, start, most, without)
+                found = await threads.call(find_waste, view, start, most, without, below)
             total += found.total
             doubted |= found.doubted
             left |= found.left
@@ -97,8 +100,13 @@ class Emptier:
         log.waste_counted = True
         return deque(number for _, number in emptiest)
 
-    async def find_pinned(self, enough: Callable[[int], int]) -> deque[int]:
-        """Measure what is pinned, and return the stripes that pin `enough(it)` bytes of it."""
+    async def find_pinned(
+        self, enough: Callable[[int], int], below: int | None = None
+    ) -> deque[int]:
+        """Measure what is pinned, and return the stripes that pin `enough(it)` bytes of it.
+
+        With `below`, only those with lower numbers.
+        """
         found = await pinned.measure(self._log)
         self.pinned = sum(one.waste for one in found)
         chosen = dict[int, None]()  # a stripe has shards in segments of several nodes
@@ -106,7 +114,10 @@ class Emptier:
             chosen |= dict.fromkeys(await pinned.stripes_in(self._log, one))
             if len(chosen) >= self._limits.victims_max:
                 break
-        return deque(number for number in chosen if number not in self._left_alone)
+        left = self._left_alone
+        return deque(
+            number for number in chosen if number not in left and (below is None or number < below)
+        )
 
     @property
     def _left_alone(self) -> set[int]:

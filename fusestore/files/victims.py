@@ -57,8 +57,13 @@ class Victim:
         return self.count.live == sum(extent.length for _, extent in self.extents)
 
 
-def find_waste(view: View, start: bytes, most: int, without: set[int]) -> Waste:
-    """Walk through counts of stripes; return `most` of the emptiest, except `without`."""
+def find_waste(
+    view: View, start: bytes, most: int, without: set[int], below: int | None = None
+) -> Waste:
+    """Walk through counts of stripes; return `most` of the emptiest, except `without`.
+
+    With `below`, only of those with lower numbers.
+    """
     total, doubted, left, end = 0, set[int](), set[int](), None
 
     def rated() -> Iterator[Rated]:
@@ -74,6 +79,8 @@ def find_waste(view: View, start: bytes, most: int, without: set[int]) -> Waste:
             total += waste
             if number in without:
                 left.add(number)
+            elif below is not None and number >= below:
+                continue
             elif waste and count.live <= waste * WRITTEN_FOR_FREED_MAX:
                 yield count.live / waste, number
 
