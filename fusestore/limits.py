@@ -49,6 +49,8 @@ class Limits:
     stripe_bytes: int = STRIPE_BYTES
     """File data in a new stripe."""
     shard_segment_bytes: int = SHARD_SEGMENT_BYTES
+    solid_segment_bytes: int = 8 * MIB
+    """The same on a node without holes."""
     """A shard segment is rolled once it is at least this long."""
     stripe_owners_max: int = 8192
     """Extents in one stripe; a stripe with this many is sealed."""

@@ -97,6 +97,8 @@ class AbsentNode:
         """See Node."""
         self._refuse()
 
+    has_holes = True
+
     def punch(self, segment: int, offset: int, length: int) -> None:
         """See Node."""
         self._refuse()

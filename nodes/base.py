@@ -76,6 +76,9 @@ class Segment(Protocol):
 class Node(Protocol):
     """A place that keeps segments; the docstring of the module applies to all methods."""
 
+    has_holes: bool
+    """Whether `punch` gives room back, as seen when a shard segment was last made."""
+
     def check(self) -> None:
         """Raise NodeError unless the node is present and unchanged, and has all files in use.
 

@@ -32,7 +32,7 @@ from ..format.segment_numbers import (
     segment_path,
 )
 from ..limits import DEFAULTS, Limits
-from ..system import process_limits
+from ..system import linux, process_limits
 from ..system.beneath import Directory
 from .base import Strays
 from .journal_reserve import RESERVE_NAME, JournalReserve
@@ -107,6 +107,7 @@ class SegmentFiles(NodePlace):
         super().__init__(path, identity, read_only=read_only, owner=owner, mount=mount)
         self._ours: set[tuple[SegmentKind, int]] | None = None
         """Once the node is claimed: the segments that were there, or were made since."""
+        self.has_holes = True
         self._flags = os.O_RDONLY if read_only else os.O_RDWR
         self._limits = limits
         self._lock = threading.RLock()
@@ -213,6 +214,8 @@ class SegmentFiles(NodePlace):
         made = Segment(self._create(kind, folder, name))
         if self._ours is not None:
             self._ours.add((kind, segment))
+        if kind is SegmentKind.SHARDS:
+            self.has_holes = linux.gives_holes(made.fd)
         os.fsync(made.fd)
         folder.sync()
         return made

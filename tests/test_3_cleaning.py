@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from fusestore.config.store_config import StoreConfig
-from fusestore.errors import NoSpaceError
+from fusestore.errors import LostError, NoSpaceError
 from fusestore.files import emptier
 from fusestore.files.contents import Contents, Part
 from fusestore.format import stripe_rows
@@ -389,3 +389,33 @@ async def test_a_compaction_ends_while_others_overwrite(config: StoreConfig) -> 
     async with opened(config) as one:
         assert await one.get("f") == model
         await is_clean(one)
+
+
+@pytest.mark.expects_log(r"files\.emptier: Stripe \S+ (is counted, but does not|counts \d+ bytes)")
+@pytest.mark.parametrize("kind", ["no stripe", "length"])
+async def test_other_wrong_counts_are_reported(config: StoreConfig, kind: str) -> None:
+    async with opened(config) as one:
+        model = await littered(one)
+        number, count = _sealed(one)[0]
+        if kind == "length":
+            key, value = stripe_rows.live_key(number), count._replace(length=count.length - 1)
+        else:
+            key, value = stripe_rows.live_key(number + 900), Live(1, STRIPE_BYTES)
+        one.store.log.apply({key: value.encode()})
+        await clean_all(one)
+        await clean_all(one)
+        assert len(one.files.emptier.doubted) == 1
+        assert not (await one.store.status())["healthy"]
+        assert await one.get("f") == model
+
+
+@pytest.mark.expects_log(r"read\.reader: .* cannot be read: Stripe \S+ is not in the metadata")
+async def test_a_store_with_lost_rows_is_not_healthy(config: StoreConfig) -> None:
+    async with opened(config) as one:
+        await littered(one)
+        number, _ = _sealed(one)[0]
+        one.store.log.apply({stripe_rows.stripe_key(number): None})
+        one.store.reader.forget(number)
+        with pytest.raises(LostError):
+            await one.get("f")
+        assert not (await one.store.status())["healthy"]

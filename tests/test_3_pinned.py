@@ -197,3 +197,17 @@ async def test_files_change_while_segments_are_emptied(config: StoreConfig, seed
         nursery.cancel_scope.cancel()
     async with opened(config) as one:
         await check(one, model)
+
+
+@pytest.mark.usefixtures("no_holes")
+async def test_segments_without_holes_are_short(tmp_path: Path) -> None:
+    config = make(tmp_path / "store")
+    async with opened(config) as one:
+        for number in range(40):
+            await one.put(f"f{number}", bytes(MIB))
+        await one.store.committer.commit()
+        for member in one.store.log.members.all:
+            sizes = [state.size for state in member.shards.states.values()]
+            assert max(sizes) < 9 * MIB
+            assert len(sizes) >= 3
+        assert one.files.cleaner.within_reach() == 0

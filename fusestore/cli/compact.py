@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 def compact(context: click.Context, store: Path, wait: bool, quiet: bool, as_json: bool) -> None:
     """Give back the room of overwritten and deleted data in the mounted STORE.
 
-    A mounted store cleans by itself when a fifth of its data is garbage.  This
-    command cleans all stripes that give back at least an eighth of what must be
-    written for them.  The files stay in use.  Cleaning runs in the daemon, gives
-    way to users, and goes on if you interrupt this command; it ends with the
-    mount.
+    A mounted store cleans by itself when its garbage exceeds 15 % of the bytes of
+    files, and 20 MiB.  This command cleans all stripes that are there now and give
+    back at least an eighth of what must be written for them.  The files stay in
+    use.  Cleaning runs in the daemon, gives way to users, and goes on if you
+    interrupt this command; it ends with the mount.
 
     Exit status 1: some stripes were left alone because their counts are in doubt,
     or because they cannot be read or have shards on a node that is not up; or it

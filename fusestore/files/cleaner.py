@@ -100,6 +100,8 @@ class Cleaner:
         """Return the bytes, at least, that a request gets that finds no room."""
         if not self._log.waste_counted or not self._may_run() or self.is_fruitless():
             return 0
+        if self._emptier.waits_for or not self._emptier.has_holes:
+            return 0
         if any(member.out_of_use for member in self._log.members.all):
             return 0
         return max(0, self._log.waste - self.bound // 2) * 7 // 8
@@ -215,12 +217,14 @@ class Cleaner:
         """Clean for a request that found no room; return whether some was given back."""
         if not self._may_run():
             return False
-        before = self._emptier.freed
-        goal = self._log.waste - self._limits.clean_bytes_at_once
+        before, at_once = self._emptier.freed, self._limits.clean_bytes_at_once
+        if not self._emptier.has_holes and await self._unpin(lambda _: at_once, polite=False):
+            return True
+        goal = self._log.waste - at_once
         await self._clean(lambda: self._log.waste < goal, polite=False)
         if self._emptier.freed > before:
             return True
-        return await self._unpin(lambda pinned: self._limits.clean_bytes_at_once, polite=False)
+        return await self._unpin(lambda _: at_once, polite=False)
 
     def compact(self) -> Compaction:
         """Begin to clean until no stripe gives back enough, or join those who asked before.

@@ -61,6 +61,11 @@ class Emptier:
         self.waits_for = ""
         """Why nothing could be written at the last attempt; or empty."""
 
+    @property
+    def has_holes(self) -> bool:
+        """Whether an emptied stripe gives room back, and not only an emptied segment."""
+        return all(member.node.has_holes for member in self._log.members.writable)
+
     def look_again(self) -> bool:
         """Try again what was left alone, if its reason may be gone; return whether it may."""
         away = {member.id for member in self._log.members.all if member.out_of_use}
@@ -134,31 +139,33 @@ class Emptier:
                 size += Live.decode(value).live
                 numbers.append(number)
         with engine.view() as view:
-            found = await threads.call(look_at, view, numbers)
-        return [victim for victim in found if self._may_empty(victim)]
+            found, wrong = await threads.call(look_at, view, numbers)
+        for number, problem in wrong.items():
+            self._doubt(number, problem)
+        self._disagreed -= {victim.number for victim in found}
+        return [victim for victim in found if self._is_here(victim)]
 
-    def _may_empty(self, victim: Victim) -> bool:
-        number = victim.number
-        if not victim.agrees:
-            if number in self._disagreed:  # a file that is being removed may explain the first time
-                self._log.rows_in_doubt += 1
-                self.doubted.add(number)
-                logger.error(
-                    "Stripe %#x counts %d live bytes, but files have %d: it is not cleaned. "
-                    "Run 'fusestore fsck --repair'.",
-                    number,
-                    victim.count.live,
-                    sum(extent.length for _, extent in victim.extents),
-                )
-            self._disagreed.add(number)
-            return False
-        self._disagreed.discard(number)
+    def _doubt(self, number: int, problem: str) -> None:
+        """Leave a stripe alone whose counts are wrong for the second time.
+
+        A file that is being removed may explain the first time.
+        """
+        if number in self._disagreed:
+            self._log.rows_in_doubt += 1
+            self.doubted.add(number)
+            logger.error(
+                "Stripe %#x %s: it is not cleaned. Run 'fusestore fsck --repair'.", number, problem
+            )
+        self._disagreed.add(number)
+
+    def _is_here(self, victim: Victim) -> bool:
+        """Whether no shard of a stripe is on a node that is away; otherwise it is left alone."""
         for index, place in enumerate(victim.row.shards):
             member = self._log.members.by_id.get(place.node)
             if place.written and (member is None or member.out_of_use):
-                key = stripe_rows.missing_key(place.node, number, index)
+                key = stripe_rows.missing_key(place.node, victim.number, index)
                 if self._log.engine.get(key) is None:
-                    self.absent.add(number)
+                    self.absent.add(victim.number)
                     return False
         return True
 
@@ -179,7 +186,8 @@ class Emptier:
                     return
             for frees in (self.free, _frees_nothing):
                 try:
-                    moved, freed = await self._rewriter.write(code, chosen, in_reserve=True)
+                    in_reserve = always or self.has_holes
+                    moved, freed = await self._rewriter.write(code, chosen, in_reserve=in_reserve)
                 except NoMemoryLeftError as error:
                     self.waits_for = str(error)
                     return

@@ -43,18 +43,13 @@ class Waste:
 
 @dataclass(frozen=True, slots=True)
 class Victim:
-    """A stripe that is to be emptied."""
+    """A stripe that may be emptied."""
 
     number: int
     count: Live
     row: Stripe
     extents: list[tuple[int, Extent]]
     """Inode and extent of each file that has bytes in it."""
-
-    @property
-    def agrees(self) -> bool:
-        """Whether the count of its live bytes is that of its extents."""
-        return self.count.live == sum(extent.length for _, extent in self.extents)
 
 
 def find_waste(
@@ -88,15 +83,26 @@ def find_waste(
     return Waste(total, doubted, emptiest, left, end)
 
 
-def look_at(view: View, numbers: Iterable[int]) -> list[Victim]:
-    """Return stripes with the extents that point at them; without those that are gone."""
-    found = []
+def look_at(view: View, numbers: Iterable[int]) -> tuple[list[Victim], dict[int, str]]:
+    """Return stripes with the extents that point at them, and what is wrong with others.
+
+    Those that are gone are left out.
+    """
+    found, wrong = list[Victim](), dict[int, str]()
     for number in numbers:
-        count, row = (
-            view.get(stripe_rows.live_key(number)),
-            view.get(stripe_rows.stripe_key(number)),
-        )
-        if count is not None and row is not None:
-            extents = list(extents_of(view, number))
-            found.append(Victim(number, Live.decode(count), Stripe.decode(row), extents))
-    return found
+        value = view.get(stripe_rows.live_key(number))
+        if value is None:
+            continue
+        count, row = Live.decode(value), view.get(stripe_rows.stripe_key(number))
+        if row is None:
+            wrong[number] = "is counted, but does not exist"
+            continue
+        victim = Victim(number, count, Stripe.decode(row), list(extents_of(view, number)))
+        live = sum(extent.length for _, extent in victim.extents)
+        if count.length != victim.row.length:
+            wrong[number] = f"counts {count.length} bytes, but has {victim.row.length}"
+        elif count.live != live:
+            wrong[number] = f"counts {count.live} live bytes, but files have {live}"
+        else:
+            found.append(victim)
+    return found, wrong

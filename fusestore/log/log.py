@@ -338,6 +338,11 @@ class Log:
                 counted(len(new), "stripe"),
             )
 
+    def note_lost_row(self, stripe: int) -> None:
+        """Record that a file has bytes in a stripe that has no row: fsck must look."""
+        if stripe not in self.doubted:
+            self._doubt({stripe})
+
     def _doubt(self, stripes: set[int]) -> None:
         self.doubted |= stripes
         self.rows_in_doubt += len(stripes)

@@ -275,7 +275,9 @@ class Room:
         total = self._fill(code, known, staying or members.all)
         free = 0
         if members.can_store(code):
-            free = self._fill(code, left, members.takers) + self.within_reach()
+            free = self._fill(code, left, members.takers)
+            if min(self._left(REWRITES, code, self._limits.clean_bytes, 0, 0).values()) >= 0:
+                free += self.within_reach()  # else nothing can be moved
         if self._metadata is not None:
             free = min(free, max(0, left[self._metadata[0]]) * self._limits.metadata_share)
         return max(total, free), free

@@ -331,7 +331,7 @@ class Member:
 
     def reserve(self, payload_length: int) -> ShardPlace:
         """Reserve the next place for a shard; the caller then writes the shard."""
-        return self.shards.reserve(self.id, payload_length)
+        return self.shards.reserve(self.id, payload_length, has_holes=self.node.has_holes)
 
 
 class _Watched:

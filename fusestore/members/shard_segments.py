@@ -40,9 +40,15 @@ class ShardSegments:
     unflushed: list[tuple[int, int]] = field(default_factory=list)
     """(stripe, index) of the shards written since the last flush."""
 
-    def reserve(self, node: int, payload_length: int) -> ShardPlace:
-        """Reserve the next place for a shard; the caller then writes the shard."""
-        if self.offset >= self.limits.shard_segment_bytes:
+    def reserve(self, node: int, payload_length: int, *, has_holes: bool = True) -> ShardPlace:
+        """Reserve the next place for a shard; the caller then writes the shard.
+
+        Where no holes give room back, segments are short: a full store has room to empty one.
+        """
+        longest = self.limits.shard_segment_bytes
+        if not has_holes:
+            longest = min(longest, self.limits.solid_segment_bytes)
+        if self.offset >= longest:
             self.rolled.add(self.current)
             self.roll()
         length = record_length(payload_length)

@@ -20,7 +20,7 @@ from ..errors import LostError, NodeError, NodeTimeoutError
 from ..format import erasure, file_rows, keys, stripe_rows
 from ..format.file_rows import Extent
 from ..format.records import SegmentKind, block_checksums
-from ..format.stripe_rows import Stripe
+from ..format.stripe_rows import LOST_STRIPE, Stripe
 from ..limits import BLOCK_BYTES
 from ..log.log import Log
 from ..members.member import Member
@@ -106,6 +106,9 @@ class Reader:
     async def _lost(self, ino: int, extent: Extent, error: LostError) -> None:
         """Log that bytes of a file are lost, once for each stripe of a file."""
         self.errors += 1
+        known = extent.stripe in self._log.unsealed or self.stripe(extent.stripe) is not None
+        if not known and extent.stripe != LOST_STRIPE:
+            self._log.note_lost_row(extent.stripe)
         if not self._told.get((ino, extent.stripe)):
             self._told[ino, extent.stripe] = True
             path = (await self._log.paths_of([ino]))[ino]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 
@@ -92,6 +93,15 @@ def remount(mountpoint: Path, flags: int) -> None:
     """Give a mount other flags: MS_RDONLY and so on, see mount(2); OSError."""
     if _libc.mount(_ffi.NULL, os.fsencode(mountpoint), _ffi.NULL, _REMOUNT | flags, _ffi.NULL):
         raise OSError(_ffi.errno, os.strerror(_ffi.errno))
+
+
+def gives_holes(descriptor: int) -> bool:
+    """Return whether the file system of an empty file that is open for writing makes holes."""
+    try:
+        punch_hole(descriptor, 0, 4096)
+    except OSError as error:
+        return error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS)
+    return True
 
 
 def punch_hole(descriptor: int, offset: int, length: int) -> None:

@@ -130,6 +130,11 @@ class RecordedNode:
         self._machine = machine
         self._life = machine.lives.get(name, 0)
 
+    @property
+    def has_holes(self) -> bool:
+        """See Node."""
+        return self.node.has_holes
+
     def _note(self, *events: Event) -> None:
         if self._life == self._machine.lives.get(self.name, 0):
             self._machine.tape.events += events
