@@ -159,6 +159,9 @@ def postgres(top: Path, goes_on: Goes, chance: random.Random) -> None:
     with ExitStack() as stack:
         sockets = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         data.mkdir()
+        for path in data.parents:  # those of the test are its own
+            if not path.stat().st_mode & 1:
+                path.chmod(path.stat().st_mode | 1)
         for path in (data, sockets):
             shutil.chown(path, "postgres")
         options = f"-p {port} -k {sockets} -c listen_addresses= -c max_wal_size=128MB"
