@@ -419,3 +419,13 @@ async def test_a_store_with_lost_rows_is_not_healthy(config: StoreConfig) -> Non
         with pytest.raises(LostError):
             await one.get("f")
         assert not (await one.store.status())["healthy"]
+
+
+async def test_two_that_count_the_waste_count_it_once(config: StoreConfig) -> None:
+    async with opened(config) as one:
+        await littered(one)
+    async with opened(config) as one:
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(one.files.emptier.find, 1)
+        one.check_counters()

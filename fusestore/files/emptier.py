@@ -41,6 +41,8 @@ class Emptier:
         self.free = free
         self._lock = trio.Lock()
         """Held while the victims of one batch are emptied."""
+        self._counting = trio.Lock()
+        """Held while the waste is counted: two that add the same difference add it twice."""
         self.absent: set[int] = set()
         """Stripes that are left alone, because they have shards on nodes that are away."""
         self.doubted: set[int] = set()
@@ -82,6 +84,10 @@ class Emptier:
 
         With `below`, only those with lower numbers.
         """
+        async with self._counting:
+            return deque(number for _, number in await self._count(most, below))
+
+    async def _count(self, most: int, below: int | None) -> list[Rated]:
         log, total = self._log, 0
         start: bytes | None = LIVE_START
         emptiest, doubted, left = list[Rated](), set[int](), set[int]()
@@ -103,7 +109,7 @@ class Emptier:
         if not log.waste_counted:
             log.doubt_counts(doubted)
         log.waste_counted = True
-        return deque(number for _, number in emptiest)
+        return emptiest
 
     async def find_pinned(
         self, enough: Callable[[int], int], below: int | None = None
