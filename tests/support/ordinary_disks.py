@@ -72,7 +72,12 @@ def _filled(life: Life, device: Device, what: str, write: Callable[[Path], None]
     except OSError:
         return False  # it is full, or read-only
     write(folder)
-    life.add(Cause(f"{what} of {device.name}", errors=FULL, undo=lambda: shutil.rmtree(folder)))
+
+    def undo() -> None:
+        shutil.rmtree(folder)
+        run("sync", "--file-system", str(device.place))  # or an error brings them back
+
+    life.add(Cause(f"{what} of {device.name}", errors=FULL, undo=undo))
     return True
 
 
