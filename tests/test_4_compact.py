@@ -311,3 +311,22 @@ def test_cleaning_in_a_line_of_status(change: dict[str, Any], shown: bool, text:
     found = replace(CLEANING, **change)
     assert text in cleaning_text(found)
     assert is_cleaning_of_interest(found) is shown
+
+
+async def test_garbage_of_a_stripe_that_is_not_full_is_given_back(config: StoreConfig) -> None:
+    """Few bytes of it are in the last commit; it would be open until more are written."""
+    async with opened(config) as one:
+        one.files.go_on()
+        await one.put("gone", bytes(900_000))
+        await one.put("stays", b"stays")
+        await one.store.committer.commit()
+        for _ in range(20):
+            await one.put("more", bytes(20_000), 0)
+            await one.store.committer.commit()
+        one.delete("gone")
+        await one.files.removal.removed()
+        result = await compact(one)
+        assert result.problem == ""
+        assert result.waste is not None
+        assert result.waste <= 2 * 65_536  # the last, small stripe
+        await check(one, {"stays": b"stays", "more": bytes(20_000)})

@@ -24,6 +24,7 @@ from ..errors import FusestoreError, ReadOnlyError
 from ..log.background_job import LOOK_SECONDS, Progress
 from ..log.log import Log
 from ..log.pace import Pace
+from ..write.writer import Writer
 from .emptier import Emptier, by_code
 from .throttle import Throttle
 from .victims import Victim
@@ -51,9 +52,10 @@ class Compaction:
 class Cleaner:
     """Empties stripes in the background, and on request."""
 
-    def __init__(self, log: Log, emptier: Emptier) -> None:
+    def __init__(self, log: Log, writer: Writer, emptier: Emptier) -> None:
         self._log = log
         self._limits = log.limits
+        self._writer = writer
         self._emptier = emptier
         self._wake = trio.Event()
         self._runs = False
@@ -172,6 +174,8 @@ class Cleaner:
                     self._fruitless_at = -1
                 if not self._log.waste_counted:
                     await self._emptier.find(1)
+                if compaction is not None and self._may_run():
+                    await self._emptier.free()  # all is sealed then
                 if self._is_due() and self._may_run():
                     await self._clean(self._is_done, polite=True)
                 if self._is_measure_due() and self._may_run():
@@ -236,6 +240,7 @@ class Cleaner:
             raise ReadOnlyError(self._log.broken)
         if self._compaction is None:
             emptier = self._emptier
+            self._writer.seal_all()  # an open stripe has no garbage that is counted
             self._compaction = Compaction(emptier.freed, emptier.moved, self._log.next_stripe())
             self._emptier.unreadable.clear()
             self._wake.set()

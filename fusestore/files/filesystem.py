@@ -38,7 +38,7 @@ class FileSystem:
         rewriter = Rewriter(store.log, store.reader, store.writer, self.contents)
         self.recoder = Recoder(store, self.tree, self.contents, rewriter, nursery)
         self.emptier = Emptier(store.log, rewriter, store.room_maker.pay)
-        self.cleaner = Cleaner(store.log, self.emptier)
+        self.cleaner = Cleaner(store.log, store.writer, self.emptier)
         self.cleaning_report = CleaningReport(store.log, self.cleaner, self.emptier)
         self.contents.hold_up = self.cleaner.hold_up
         store.room_maker.clean = self.cleaner.make_room
