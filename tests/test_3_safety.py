@@ -28,15 +28,24 @@ from fusestore.format import stripe_rows
 from fusestore.format.erasure import Code
 from fusestore.format.records import HEADER_BYTES, SegmentKind
 from fusestore.format.segment_numbers import segment_path
-from fusestore.format.stripe_rows import Stripe
+from fusestore.format.stripe_rows import ShardPlace, Stripe
 from fusestore.limits import STRIPE_BYTES
 from fusestore.rescue.recover import recover
 from fusestore.serve.commands import Context, handlers
 from fusestore.serve.messages.safety import ScrubRequest
 from fusestore.serve.offline import offline
 from fusestore.store.opening import open_store
+from fusestore.write.shard_record import NOT_WRITTEN
 from support.logs import CORRUPT, GONE, LOST_STRIPE, NOT_WHERE_ITS_ROW_SAYS, OUT_OF_USE, SCRUBBED
-from support.opened_store import REGIONS, Opened, healthy, limited, loses_a_region, opened
+from support.opened_store import (
+    REGIONS,
+    Opened,
+    crashed,
+    healthy,
+    limited,
+    loses_a_region,
+    opened,
+)
 
 
 @pytest.fixture(params=["2+1", "4+2", "1+2"])
@@ -523,3 +532,44 @@ async def test_risk_counts_what_was_just_written(config: StoreConfig) -> None:
     async with opened(config) as one:
         await one.put("a", content("a", 2))
         assert (await do(one, "risk", if_lost=[]))["stripes"] >= 2
+
+
+async def test_healthy_means_that_a_crash_makes_nothing_missing(tmp_path: Path) -> None:
+    """What was rebuilt is in a commit before status counts it."""
+    config = limited(make_store(tmp_path / "store"), commit_seconds_max=1e6)
+    files = {"a": random.Random(1).randbytes(3 * STRIPE_BYTES)}
+    async with opened(config) as one:
+        await one.put("a", files["a"])
+        await one.store.committer.commit()
+        for number, row in next(one.store.log.batches()):
+            node = row.shards[0].node
+            lacks = row.moved(0, ShardPlace(node, NOT_WRITTEN, 0))
+            one.store.log.apply(
+                {
+                    stripe_rows.stripe_key(number): lacks.encode(),
+                    stripe_rows.missing_key(node, number, 0): b"",
+                }
+            )
+            one.store.reader.forget(number)
+        await one.store.committer.commit()
+        assert not (await one.store.status())["healthy"]
+        await one.store.healer.heal_all()
+        assert one.rows(b"M") == []
+        assert (await one.store.status())["healthy"]
+        crash = crashed(config, tmp_path / "crash")
+    for region in range(3):
+        await loses_a_region(crashed(crash, tmp_path / f"without{region}"), region, files)
+
+
+async def test_deleting_makes_nothing_missing(tmp_path: Path) -> None:
+    config = limited(make_store(tmp_path / "store"), commit_seconds_max=1e6)
+    async with opened(config) as one:
+        await one.put("a", bytes(3 * STRIPE_BYTES))
+        await one.store.committer.commit()
+        commit = one.store.log.position.commit
+        one.delete("a")
+        await one.files.removal.removed()
+        found = await one.store.status()
+        assert found["healthy"]
+        assert [node["missing_shards"] for node in found["nodes"]] == [0, 0, 0]
+        assert one.store.log.position.commit == commit  # status needed none

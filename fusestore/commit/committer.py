@@ -73,6 +73,8 @@ class Committer:
         self._wanted = trio.Event()
         self.lock = trio.Lock()
         """Held during a commit; only its holder may change the set of nodes in sync."""
+        self.flushing: CommitBatch | None = None
+        """What the running commit makes durable."""
         self._counters = b""
         self.rows: list[NodeRow] = []
         """The nodes in the last commit."""
@@ -113,6 +115,10 @@ class Committer:
             if self._log.position.commit == before:  # a caller in a loop must let other tasks run
                 await trio.lowlevel.checkpoint()
             return ""
+        return await self.commit_apart(reports=reports)
+
+    async def commit_apart(self, *, reports: bool = False) -> str:
+        """Like `commit`; the commit is never made by the caller, who may thus be cancelled."""
         joined = self._next = self._next or _Round()
         joined.reports = joined.reports or reports
         self._wanted.set()
@@ -246,13 +252,14 @@ class Committer:
             if checkpoint:
                 await self.checkpointer.write()  # so that this commit can set its changes aside
             unflushed = self.writer.unflushed
-            batch = self._take(force=checkpoint or freeze, cover=cover)
+            batch = self.flushing = self._take(force=checkpoint or freeze, cover=cover)
             try:
                 if batch is not None:
                     await self._flush(batch)
                     if batch.frozen:
                         self.checkpointer.flushed(self._log.position)
             finally:
+                self.flushing = None
                 self.writer.flushed(unflushed)
             if checkpoint:
                 await self.checkpointer.write()

@@ -115,7 +115,9 @@ class Healer:
         if next(self.lacks(member), None) is None:
             return 0, 0
         with self.following(member):
-            return await self._heal(member, pace)
+            healed = await self._heal(member, pace)
+        self._committer.ask()  # until then, a crash makes them missing again
+        return healed
 
     async def _heal(self, member: Member, pace: Pace | None) -> tuple[int, int]:
         shards = size = 0

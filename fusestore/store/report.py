@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import trio
@@ -15,7 +16,7 @@ import trio
 from ..commit.committer import Committer
 from ..commit.reclaim import Reclaimer
 from ..config.store_config import StoreConfig
-from ..errors import DamagedMetadataError, NodeError
+from ..errors import DamagedMetadataError, NodeError, NotDurableError, ShortageError
 from ..format import keys, stripe_rows
 from ..format.placement import check_region_rule
 from ..log.log import Log
@@ -103,11 +104,33 @@ class Reporter:
         """The report under way has met a damaged row."""
 
     async def status(self) -> dict[str, Any]:
-        """Return the current fields, after checking and measuring every node."""
+        """Return the current fields, after checking and measuring every node.
+
+        A shard that was rebuilt counts when a commit has recorded this.
+        """
         await self.measure()
-        view = self._log.engine.view(b"M")
+        if self._rebuilt_uncommitted() and not self._log.read_only:
+            with (
+                trio.move_on_after(self._log.limits.read_seconds_max),
+                suppress(NotDurableError, ShortageError),
+            ):
+                await self._committer.commit_apart()
+        view, uncommitted = self._log.engine.view(b"M"), self._rebuilt_uncommitted()
         async with self._counting:
-            return self.report(await threads.call(count_missing, view))
+            found = await threads.call(count_missing, view)
+        return self.report(found if found is None else dict(uncommitted + Counter(found)))
+
+    def _rebuilt_uncommitted(self) -> Counter[int]:
+        """Count by node the shards that a crash would make missing again."""
+        found: Counter[int] = Counter()
+        engine, batch = self._log.engine, self._committer.flushing
+        for changes in (self._log.pending, batch.changes if batch is not None else {}):
+            for key, value in changes.items():
+                if value is None and key[:1] == b"M":
+                    node, stripe, _ = stripe_rows.decode_missing_key(key)
+                    if engine.get(stripe_rows.stripe_key(stripe)) is not None:  # not deleted
+                        found[node] += 1
+        return found
 
     async def measure(self) -> None:
         """Check that the nodes in use are present, and measure the room there and of the metadata.
