@@ -21,11 +21,22 @@ pytestmark = [
 ]
 
 
+# A namespace begins with copies of all mounts; those of tests that run beside this one go.
+INSIDE = """
+findmnt -rn -t fuse.fusestore -o TARGET | while read -r mounted; do
+    [ "$mounted" = "$0" ] || umount --lazy --internal-only "$mounted"
+done
+echo ready
+exec sleep 100
+"""
+
+
 @contextmanager
 def container(store: Store) -> Iterator[str]:
     """A process with a mount namespace of its own."""
+    inside = ["sh", "-c", INSIDE, str(store.mountpoint)]
     child = subprocess.Popen(
-        ["unshare", "-m", "--propagation", "private", "sh", "-c", "echo ready; exec sleep 100"],
+        ["unshare", "-m", "--propagation", "private", *inside],
         stdout=subprocess.PIPE,
         text=True,
     )
