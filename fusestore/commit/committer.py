@@ -290,8 +290,7 @@ class Committer:
             for stripe, index in member.shards.unflushed:
                 if self._log.engine.get(stripe_rows.stripe_key(stripe)) is not None:
                     self._log.apply({stripe_rows.missing_key(member.id, stripe, index): b""})
-            member.shards.unflushed = []
-            member.shards.dirty = set()
+            member.shards.nothing_unflushed()
         rows = self._node_rows()
         if rows == self.rows:
             return False

@@ -276,7 +276,8 @@ class Room:
         free = 0
         if members.can_store(code):
             free = self._fill(code, left, members.takers)
-            if min(self._left(REWRITES, code, self._limits.clean_bytes, 0, 0).values()) >= 0:
+            after = self._left(REWRITES, code, self._limits.clean_bytes, 0, 0)
+            if min(after.values(), default=-1) >= 0:
                 free += self.within_reach()  # else nothing can be moved
         if self._metadata is not None:
             free = min(free, max(0, left[self._metadata[0]]) * self._limits.metadata_share)

@@ -124,4 +124,4 @@ class ShardSegments:
 
     def nothing_unflushed(self) -> None:
         """Forget unflushed shards: they are recorded elsewhere, or the node starts empty."""
-        self.dirty, self.unflushed = set(), []
+        self.rolled, self.dirty, self.unflushed = set(), set(), []
