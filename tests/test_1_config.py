@@ -399,9 +399,10 @@ def test_mount_options_are_read_as_mount_does() -> None:
     usual = MountOptions.parse(["nosuid"]).kernel
     assert usual == (("noatime", "nosuid", "dev") if os.geteuid() == 0 else ("noatime", "nosuid"))
     assert MountOptions.parse(["ro,rw,,defaults,suid,dev,atime"]) == MountOptions()
-    quick = MountOptions.parse(["writeback,noxattr"])
+    quick = MountOptions.parse(["writeback,noxattr,nospin"])
     assert quick.writeback
     assert quick.noxattr
+    assert quick.nospin
     assert MountOptions.parse([str(quick)]) == quick
     assert str(MountOptions()) == ""
 

@@ -465,7 +465,7 @@ for option in strictatime relatime noatime nosuid,nodev,noexec suid,dev,exec; do
     say "$option: $(options)"
 done
 mount -o remount,big "$MOUNTPOINT" || say refused
-for option in allow_other writeback noxattr accept_loss metrics=9464; do
+for option in allow_other writeback noxattr nospin accept_loss metrics=9464; do
     mount -o "remount,$option" "$MOUNTPOINT" 2>"$HELPERS/why" || say refused
     grep -c "$option cannot be set while the store is mounted" "$HELPERS/why"
 done
@@ -504,7 +504,7 @@ def test_a_mount_can_be_remounted(make_store: MakeStore, tmp_path: Path, names: 
         "nosuid,nodev,noexec: rw,nosuid,nodev,noexec,noatime",
         "suid,dev,exec: rw,noatime",
         "refused",
-        *("refused", "1") * 5,
+        *("refused", "1") * 6,
         "busy",
         "again: rw,noatime",
         "refused",

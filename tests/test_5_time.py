@@ -87,6 +87,44 @@ def test_the_daemon_goes_on_when_those_who_use_it_are_killed(
     assert within(6, lambda: (store.status()["last_commit_at"] or 0) > made_at)
 
 
+def processor_seconds(store: Store) -> float:
+    """What the daemon has used of the processors."""
+    fields = Path(f"/proc/{store.daemon_pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+STORM = """\
+import os, sys
+while True:
+    os.close(os.open(sys.argv[1], os.O_CREAT))
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("nospin",)], ids=["spins", "nospin"])
+def test_a_storm_of_requests_leaves_turns_for_others_and_an_idle_mount_takes_none(
+    make_store: Callable[..., Store], options: tuple[str, ...]
+) -> None:
+    store = make_store()
+    store.mount(*options)
+    names = [store.mountpoint / name for name in ("one", "another", "third")]
+    storm = [subprocess.Popen([sys.executable, "-c", STORM, name]) for name in names]
+    try:
+        assert within(5, names[-1].exists)
+        (store.mountpoint / "file").write_bytes(b"written in the storm")
+        made_at = time.time()
+        for _ in range(20):
+            assert answers(store)
+        assert within(7, lambda: (store.status()["last_commit_at"] or 0) > made_at)
+    finally:
+        for program in storm:
+            program.kill()
+            program.wait()
+    time.sleep(6)  # a commit and a checkpoint
+    before = processor_seconds(store)
+    time.sleep(4)
+    assert processor_seconds(store) - before <= 0.08
+
+
 # --- disks that hang, and a daemon that is stopped ----------------------------
 
 

@@ -71,6 +71,8 @@ def mount(
                     dies, everything that no fsync covered can be lost
       noxattr       extended attributes and ACLs are off: small writes are
                     faster, with writeback several times faster
+      nospin        the daemon sleeps between requests: slower, but it leaves
+                    more of the processors to others
       nonempty      MOUNTPOINT may contain files; the mount hides them
       accept_loss   permanently give up newer commits that absent nodes may hold
       take_over     take the nodes from a mount on another machine that is gone

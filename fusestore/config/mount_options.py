@@ -18,7 +18,10 @@ _SWITCHES = {
     "exec": "noexec",
 }
 _IGNORED = {"", "defaults", "atime", "noatime"}
-_OWN = {"ro", "allow_other", "writeback", "noxattr", "nonempty", "accept_loss", "take_over"}
+_OWN = {
+    *("ro", "allow_other", "writeback", "noxattr", "nospin", "nonempty"),
+    *("accept_loss", "take_over"),
+}
 _METRICS = "metrics="
 
 LOOPBACK = "127.0.0.1"
@@ -85,6 +88,8 @@ class MountOptions:
     """The kernel collects small writes; they are lost if the daemon dies."""
     noxattr: bool = False
     """Extended attributes and ACLs are off: small writes cost half as much."""
+    nospin: bool = False
+    """The daemon sleeps as soon as there is no request."""
     nonempty: bool = False
     """The mount may hide existing files of the directory."""
     accept_loss: bool = False
@@ -125,6 +130,7 @@ class MountOptions:
             allow_other=chosen.get("allow_other", False),
             writeback=chosen.get("writeback", False),
             noxattr=chosen.get("noxattr", False),
+            nospin=chosen.get("nospin", False),
             nonempty=chosen.get("nonempty", False),
             accept_loss=chosen.get("accept_loss", False),
             take_over=chosen.get("take_over", False),
@@ -158,7 +164,7 @@ class MountOptions:
         """Format the options for `parse`."""
         own = [("ro", self.read_only), ("allow_other", self.allow_other)]
         own += [("writeback", self.writeback), ("noxattr", self.noxattr)]
-        own += [("nonempty", self.nonempty), ("accept_loss", self.accept_loss)]
-        own += [("take_over", self.take_over)]
+        own += [("nospin", self.nospin), ("nonempty", self.nonempty)]
+        own += [("accept_loss", self.accept_loss), ("take_over", self.take_over)]
         metrics = [f"{_METRICS}{self.metrics}"] if self.metrics else []
         return ",".join([*(name for name, chosen in own if chosen), *metrics, *self.switches])

@@ -37,9 +37,11 @@ class Members:
         self.by_id = {member.id: member for member in members}
         """All nodes, including those removed since the mount: a read may have an old row."""
         self._on_fenced: Callable[[str], None] = lambda reason: None
-        self._taking: tuple[int, ...] = ()
+        self._nodes: list[tuple[int, State, bool, NodeConfig]] = []
+        """What `_placement`, `_takers` and `_can_store` were computed from."""
         self._takers: list[Member] = []
-        self._placement: Placement | None = None
+        self._placement = self.placement_on([])
+        self._can_store: dict[Code, bool] = {}
         for member in members:
             member.can_be_spared = partial(self.can_do_without, [member])
 
@@ -79,7 +81,6 @@ class Members:
         self._share_devices(member)
         self.by_id[member.id] = member
         member.can_be_spared = partial(self.can_do_without, [member])
-        self._placement = None
 
     def _share_devices(self, member: Member) -> None:
         member.devices = self.devices
@@ -89,13 +90,11 @@ class Members:
     def remove(self, member: Member) -> None:
         """Remove a node that nothing needs."""
         self.all = [other for other in self.all if other is not member]
-        self._placement = None
         member.standing.removed()
 
     def reconfigured(self, member: Member, config: NodeConfig) -> None:
         """Record that the weight of a node, or whether it is drained, has changed."""
         member.config = config
-        self._placement = None
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -125,11 +124,11 @@ class Members:
     @property
     def placement(self) -> Placement:
         """The placement of new shards on `takers`."""
-        taking = self._candidates()
-        ids = tuple(member.id for member in taking)
-        if self._placement is None or ids != self._taking:
-            self._taking, self._takers = ids, taking
-            self._placement = self.placement_on(taking)
+        nodes = [(m.id, m.standing.state, m.is_full, m.config) for m in self.all]
+        if nodes != self._nodes:
+            self._nodes, self._takers = nodes, self._candidates()
+            self._placement = self.placement_on(self._takers)
+            self._can_store.clear()
         return self._placement
 
     @staticmethod
@@ -175,7 +174,11 @@ class Members:
 
     def can_store(self, code: Code) -> bool:
         """Return whether stripes of a code would get enough shards, and a node can take commits."""
-        return bool(self.in_sync) and self.could_store(code, {m.id for m in self.all if m.takes})
+        self.placement  # noqa: B018
+        if code not in self._can_store:
+            takes = {member.id for member in self.all if member.takes}
+            self._can_store[code] = bool(self.in_sync) and self.could_store(code, takes)
+        return self._can_store[code]
 
     def can_do_without(self, late: Collection[Member]) -> bool:
         """Return whether the store can go on if nodes that do not answer are given up.

@@ -109,7 +109,7 @@ class _Daemon:
                             outer.start_soon(self._watch_signals)
                             nursery.start_soon(self._read_further_ahead)
                             nursery.start_soon(self._tell_ready, store)
-                            fuse_device.never_block()
+                            fuse_device.attend(spins=not self._options.nospin)
                             await pyfuse3.main(max_tasks=self._config.limits.fuse_tasks_max)
                             self._manager.stopping("Committing, and closing the store")
                     await files.removal.removed()
