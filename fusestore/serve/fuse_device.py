@@ -14,7 +14,7 @@ names, 4 cause this error.
 
 **It should not sleep between two requests.**  pyfuse3 hands a lock to another task and waits in
 epoll before each request, which takes as long as many requests do.  Here the task that has
-answered looks first whether there is another request.  If the last one came soon, it looks for
+answered looks first whether there is another request.  If the last ones came soon, it looks for
 another SPIN_SECONDS.  It does so only if no request is being served: what that waits for, a disk
 or a thread, would be noticed late.  `docs/decisions/kernel.md` has the figures.
 """
@@ -39,6 +39,9 @@ SPIN_SECONDS = 40e-6
 SOON_SECONDS = 80e-6
 """A request that came within this time after the last answer would have been found by looking:
 to fall asleep and to wake up takes the other half."""
+SOON_MIN = 2
+"""How many requests in a row must have come soon: not only every other one, as in large writes,
+before each of which the kernel asks for an attribute."""
 TURN_SECONDS = 500e-6
 """How long requests are served in a row before other tasks run."""
 
@@ -64,8 +67,8 @@ class _Requests:
         self._poll = select.poll().poll
         self._turn_ends = 0.0
         self._idle_since = 0.0
-        self._spins = False
-        """Whether the last request came soon."""
+        self._soon = 0
+        """How many requests in a row came soon."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(trio.lowlevel, name)
@@ -101,7 +104,7 @@ class _Requests:
         if self._is_serving:
             return False
         self._idle_since = perf_counter()
-        if self._spins:
+        if self._soon >= SOON_MIN:
             until = self._idle_since + self._spin_seconds
             while perf_counter() < until:
                 if self._poll(0):
@@ -111,16 +114,15 @@ class _Requests:
     async def _sleep(self, fd: int) -> None:
         while self._has_sleeper:
             await self._others.park()
-            if self._poll(0):
-                return
         if self._is_closed:
             raise trio.ClosedResourceError
         self._has_sleeper = True
         try:
+            await trio.lowlevel.wait_readable(fd)
             while not self._poll(0):
                 await trio.lowlevel.wait_readable(fd)
             now = perf_counter()
-            self._spins = now - self._idle_since < SOON_SECONDS
+            self._soon = self._soon + 1 if now - self._idle_since < SOON_SECONDS else 0
             self._turn_ends = now + TURN_SECONDS
         except trio.ClosedResourceError:
             self._is_closed = True
