@@ -12,7 +12,7 @@ KIB = 1 << 10
 MIB = 1 << 20
 STRIPE_BYTES = MIB
 """File data in one stripe: the largest write request of the kernel."""
-SMALL_STRIPE_BYTES, SMALL_STRIPE_WASTE = 256 * KIB, 64 * KIB
+SMALL_STRIPE_BYTES, SMALL_STRIPE_WASTE = 64 * KIB, 16 * KIB
 """A stripe with less file data is merged with others; until then it counts as so much waste."""
 BLOCK_BYTES = 16 * KIB
 """The bytes of one checksum: the least that a read must fetch and verify."""

@@ -81,6 +81,7 @@ class Ownership:
         """The record that this mount wrote."""
         self._directory, self._path, self._name, self._mount = directory, path, name, mount
         self._inode = os.fstat(directory.fd).st_ino
+        self._mine = mount.record(self._inode).encode()
         self._is_local = linux.is_local(directory.fd)
         self._is_alone = locked and self._is_local
         self._writing = threading.RLock()
@@ -142,7 +143,7 @@ class Ownership:
             )
         if self._unread is not None and self._mount.may_replace_unread:
             logger.warning("%s It is written anew.", self._unread)
-        self._put(self._mount.record(self._inode).encode())
+        self._put(self._mine)
         self._adopt()
 
     def _read_if_possible(self) -> OwnerRecord | None:
@@ -227,17 +228,16 @@ class Ownership:
             if not self._is_alone:  # another machine may be writing it
                 raise
             logger.warning("%s It is written anew.", error)
-            self._put(self._mount.record(self._inode).encode())
+            self._put(self._mine)
             return self._read()
 
     def _restore(self) -> None:
         """Write a record that somebody removed, unless another mount is quicker."""
         logger.info("Node %s (%s) lost its owner record.", self._name, self._path)
         with contextlib.suppress(FileExistsError):
-            content = self._mount.record(self._inode).encode()
             fd = self._directory.create(OWNER_NAME, os.O_WRONLY)
             try:
-                _write(fd, content)
+                _write(fd, self._mine)
             except BaseException:
                 self._directory.unlink(OWNER_NAME)
                 raise
@@ -255,11 +255,10 @@ class Ownership:
 
     def _reads_as_mine(self) -> bool:
         assert self._record is not None
-        content = self._mount.record(self._inode).encode()
         with contextlib.suppress(OSError):  # the server has removed the file
             if self._is_local:
-                return os.pread(self._record.fd, OWNER_BYTES + 1, 0) == content
-            return read_past_cache(self._record.fd) == content
+                return os.pread(self._record.fd, OWNER_BYTES + 1, 0) == self._mine
+            return read_past_cache(self._record.fd) == self._mine
         return False
 
     def give_back(self) -> None:

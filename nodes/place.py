@@ -224,12 +224,17 @@ class NodePlace:
 
         OSError if it is no folder, not the one that was there, or the node is closed.
         """
-        name = FOLDERS[kind][0]
-        folder = self._top().folder(name)
+        folder = self._top().folder(FOLDERS[kind][0])
         before = self._folders.get(kind)
-        if before is not None and not os.path.samestat(before, os.fstat(folder.fd)):
-            raise OSError(errno.ESTALE, f"another folder has taken the place of {name}")
+        if before is not None:
+            self._expect_same(kind, before, os.fstat(folder.fd))
         return folder
+
+    @staticmethod
+    def _expect_same(kind: SegmentKind, before: os.stat_result, now: os.stat_result) -> None:
+        if not os.path.samestat(before, now):
+            name = FOLDERS[kind][0]
+            raise OSError(errno.ESTALE, f"another folder has taken the place of {name}")
 
     def _stat(self) -> tuple[os.stat_result, os.stat_result]:
         """Return the status of the directory and of its identity; NodeIdentityError."""
@@ -246,8 +251,8 @@ class NodePlace:
         if not os.path.samestat(there, self._there) or not os.path.samestat(now, self._marker):
             raise NodeIdentityError(f"Node {self._name} at {self.path} was replaced by another.")
         with self._errors("check its folders"):
-            for kind in self._folders:
-                self._folder(kind)
+            for kind, before in self._folders.items():
+                self._expect_same(kind, before, self._top().look(FOLDERS[kind][0]))
         owner = self._owner
         if owner is not None and self._is_claimed:
             with self._errors(f"read its file {OWNER_NAME}"):

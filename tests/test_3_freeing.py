@@ -354,7 +354,15 @@ async def test_without_owners_a_wrong_count_loses_bytes_and_fsck_says_which(
         with pytest.raises(LostError):
             await one.get("kept")
         assert await one.get("other") == OTHER
+        status = await one.store.status()
+        assert (status["healthy"], status["lost_bytes"]) == (False, len(STAYS))
+        await one.put("kept", OTHER[:1000])  # a part of the file is written anew
+        status = await one.store.status()
+        assert (status["healthy"], status["lost_bytes"]) == (False, len(STAYS) - 1000)
         one.delete("kept")  # lost bytes are not counted
+        await one.files.removal.removed()
+        status = await one.store.status()
+        assert (status["healthy"], status["lost_bytes"]) == (True, 0)
     assert (await check(config))["clean"]
 
 

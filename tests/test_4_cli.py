@@ -448,6 +448,7 @@ STATUS: dict[str, Any] = {
     "failed_reads": 0,
     "rows_mended": 0,
     "rows_in_doubt": 0,
+    "lost_bytes": 0,
     "stripes_put_back": 0,
     "repair": None,
     "repairs": [],

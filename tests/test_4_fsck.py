@@ -106,6 +106,7 @@ def test_losses_are_said_to_be_recorded_only(config: StoreConfig) -> None:
     status, output = fsck(config)
     assert status == 0
     assert "bytes known to be lost" in output
+    assert [line for line in output.splitlines() if line.endswith(" bytes lost")]
 
 
 def test_what_waits_for_a_node_names_the_node(config: StoreConfig) -> None:

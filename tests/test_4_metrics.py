@@ -307,7 +307,7 @@ STATUS = Status(
     uuid="u", code="2+1", regions_borne=1, unsafe_codes=(), files=1, bytes=0, bytes_total=10**9,
     bytes_free=10**9, full="", stripes=0, last_commit=1, last_commit_at=None, uncommitted_bytes=0,
     checkpoint=1, epoch=1, metadata_bytes=0, degraded_reads=0, failed_reads=0, rows_mended=0,
-    rows_in_doubt=0, stripes_put_back=0, repair=None,
+    rows_in_doubt=0, lost_bytes=0, stripes_put_back=0, repair=None,
     repairs=(), scrub=SCRUB, nodes=(NODE,),
 )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -106,6 +107,30 @@ def test_an_unmounted_store(store: Store, disks: Disks) -> None:
     assert store.cli("node", "online", store.store, "r2").stdout == "r2 is up.\n"
     store.mount()
     assert store.status()["healthy"]
+
+
+@pytest.mark.expects_log(ONLY_READ)
+def test_an_unmounted_store_that_cannot_be_opened(store: Store, disks: Disks) -> None:
+    write(store, "a")
+    store.umount()
+    for name in REGIONS[:2]:
+        subprocess.run(["mount", "-o", "remount,ro", disks.top / name], check=True)
+    assert store.try_mount().returncode == 3
+    assert store.cli("node", "offline", store.store, "r7", "--force", check=False).returncode == 2
+    for name in REGIONS[:2]:
+        assert (
+            "can be unmounted" in store.cli("node", "offline", store.store, name, "--force").stdout
+        )
+        disks.detach_one(name)
+    refused = store.try_mount()
+    assert refused.returncode == 3
+    assert f"'fusestore node online {store.store} r0'" in refused.stderr
+    for name in REGIONS[:2]:
+        disks.attach(name)
+        store.cli("node", "online", store.store, name, check=False)
+    store.mount()
+    assert store.status()["healthy"]
+    assert (store.mountpoint / "a").read_bytes() == b"a" * MIB
 
 
 @pytest.mark.expects_log(GONE, LOST_STRIPE, ONLY_READ, UNREAD_FILE, "No metadata dump")

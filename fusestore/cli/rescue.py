@@ -132,7 +132,7 @@ def fsck(context: click.Context, store: Path, repair: bool, as_json: bool) -> No
 
     result = do(store, FsckRequest(repair), as_json=as_json)
     if not as_json:
-        lines = [*result.findings, *result.unreadable, *result.strays]
+        lines = [*result.findings, *result.unreadable, *result.strays, *result.lost]
         print_lines([*lines, *_verdict(result, repair)])
     if not result.clean:
         context.exit(1)

@@ -65,7 +65,7 @@ class ExtentCheck:
     def _in_stripe(self, ino: int, extent: Extent, owners: _Owners) -> Iterator[Finding]:
         if extent.stripe == LOST_STRIPE:
             self.lost_bytes += extent.length
-        elif extent.stripe not in self._store.unsealed and not owners.name(ino, extent):
+        if extent.stripe not in self._store.unsealed and not owners.name(ino, extent):
             text = f"stripe {extent.stripe:#x} does not name inode {ino} as an owner"
             yield finding(Phase.DERIVED, "owners", text, "add_owner", ino, extent)
 
@@ -98,7 +98,7 @@ class ExtentCheck:
         freed = {Freed.decode(value).stripe for _, value in self._store.table(b"R")}
         for key, _ in self._store.table(b"O"):
             number = int(file_rows.decode_ino_key(key))
-            if number == last or number in self._store.unsealed:
+            if number in (last, LOST_STRIPE) or number in self._store.unsealed:
                 continue
             last = number
             if self._store.stripe(number) is None and number not in freed:

@@ -237,6 +237,7 @@ class Mender:
         key = file_rows.extent_key(ino, extent.offset)
         if self._txn.get(key) == extent.encode():
             self._txn.put(key, lost.encode())
+            self.add_owner(ino, lost)
 
     def cut_extent(self, ino: int, extent: Extent, length: int) -> None:
         """Shorten an extent to the bytes that its stripe has of the file."""

@@ -7,6 +7,7 @@ A daemon and a command that opens a store itself run the same functions.  Only
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,11 +17,14 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from ..errors import InvalidError, NotDurableError, NotMountedError, UsageError
 from ..files.filesystem import FileSystem
+from ..format.stripe_rows import LOST_STRIPE
+from ..log.owners import extents_of
 from ..repair.risk import Rates, Safety
 from ..repair.unmounted_disk import check_disk
 from ..rescue.fsck import fsck as check_tables
 from ..store.store import Store
 from ..system import logs, threads
+from ..text import counted
 from ..typed_json import FieldError, from_json, to_json
 from ..watch.counts import LiveCounts
 from ..watch.fields import Cleaning, MountStatus, Recoding, Scrub, Status
@@ -142,7 +146,16 @@ async def fsck(context: Context, request: FsckRequest) -> FsckResult:
     if request.repair and not context.alone:
         raise UsageError("The store is mounted: unmount it before you mend it.")
     found = await check_tables(context.store, repair=request.repair, at_rest=context.alone)
-    return from_json(FsckResult, found)
+    return from_json(FsckResult, {**found, "lost": await _lost(context)})
+
+
+async def _lost(context: Context) -> tuple[str, ...]:
+    """Return sentences about the files of which bytes are lost for good."""
+    lost: Counter[int] = Counter()
+    for ino, extent in extents_of(context.store.log.engine, LOST_STRIPE):
+        lost[ino] += extent.length
+    paths = await context.files.tree.paths(lost)
+    return tuple(f"{paths[ino]}: {counted(count, 'byte')} lost" for ino, count in lost.items())
 
 
 # --- checking and repairing ----------------------------------------------------

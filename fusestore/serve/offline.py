@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import trio
 
@@ -11,13 +11,15 @@ from ..config.store_config import StoreConfig
 from ..config.store_config_write import write_store_config
 from ..errors import FusestoreError
 from ..files.filesystem import FileSystem
+from ..members.opening import offline_error
+from ..members.standing import State
 from ..metadata.environment import DATABASE
 from ..store.opening import open_store
 from ..system import threads
 from .commands import Context, do
 from .control_client import Progress
 from .control_server import lock_store
-from .messages.nodes import NodeOnlineRequest
+from .messages.nodes import NodeOfflineRequest, NodeOnlineRequest, NodeState
 from .messages.request import Request
 
 R = TypeVar("R")
@@ -27,7 +29,14 @@ async def offline(config: StoreConfig, request: Request[R], progress: Progress) 
     """Run a command on an unmounted store; FusestoreError."""
     with lock_store(config.store):
         if isinstance(request, NodeOnlineRequest):  # else it might hinder its own opening
-            config = await threads.call(_online, config, request.node)
+            config = await threads.call(_mark, config, request.node, False)
+        elif isinstance(request, NodeOfflineRequest) and request.force:
+            # Nobody has its files open.  The store may be one that cannot be opened as it is.
+            config = await threads.call(_mark, config, request.node, True)
+            node = config.node(request.node)
+            error = str(offline_error(config, node))
+            # R is what this request returns.
+            return cast("R", NodeState(node.name, str(node.path), str(State.DOWN), error))
         # A command writes no new data of files, and may bring back the node that they lack.
         config = replace(config, spare_shards=0)
         try:
@@ -45,10 +54,10 @@ async def offline(config: StoreConfig, request: Request[R], progress: Progress) 
             raise unwrapped(group) from None
 
 
-def _online(config: StoreConfig, name: str) -> StoreConfig:
-    """In a thread: clear the mark of a node that was taken offline, in the file, too."""
-    online = replace(config.node(name), offline=False)
-    nodes = tuple(online if node.name == name else node for node in config.nodes)
+def _mark(config: StoreConfig, name: str, offline: bool) -> StoreConfig:
+    """In a thread: mark a node as taken offline, or clear the mark, in the file, too."""
+    marked = replace(config.node(name), offline=offline)
+    nodes = tuple(marked if node.name == name else node for node in config.nodes)
     if nodes == config.nodes:
         return config
     after = replace(config, nodes=nodes)

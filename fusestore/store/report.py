@@ -19,7 +19,9 @@ from ..config.store_config import StoreConfig
 from ..errors import DamagedMetadataError, NodeError, NotDurableError, ShortageError
 from ..format import keys, stripe_rows
 from ..format.placement import check_region_rule
+from ..format.stripe_rows import LOST_STRIPE
 from ..log.log import Log
+from ..log.owners import extents_of
 from ..members.member import Member
 from ..members.standing import State
 from ..metadata.view import View
@@ -202,6 +204,7 @@ class Reporter:
         }
         unused = {member.id for member in members.all if member.out_of_use}
         size, free = log.usable()
+        lost = self._row(lambda: sum(e.length for _, e in extents_of(log.engine, LOST_STRIPE)), 0)
         problem = log.broken or members.waiting() or log.room.waits
         metadata_problem = log.metadata_error or log.metadata_stall or _unread(log)
         if self._damaged:
@@ -211,7 +214,11 @@ class Reporter:
         except OSError:
             metadata_bytes = 0
         return {
-            "healthy": whole and not problem and not metadata_problem and not log.rows_in_doubt,
+            "healthy": whole
+            and not problem
+            and not metadata_problem
+            and not log.rows_in_doubt
+            and not lost,
             "store": str(self._config.store),
             "uuid": str(self._config.uuid),
             "code": str(log.code),
@@ -239,6 +246,7 @@ class Reporter:
             "failed_reads": self._reader.errors,
             "rows_mended": log.rows_mended,
             "rows_in_doubt": log.rows_in_doubt,
+            "lost_bytes": lost,
             "stripes_put_back": log.stripes_put_back,
             "repair": self._repair(missing),
             "repairs": repairs,

@@ -106,6 +106,7 @@ def _of_operations(seen: Observation) -> Iterator[Metric]:
     yield _counter("failed_reads", "Reads that failed with EIO.", status.failed_reads)
     yield _counter("rows_mended", "Wrong rows that were mended.", status.rows_mended)
     yield _gauge("rows_in_doubt", "Wrong rows that only fsck can mend.", status.rows_in_doubt)
+    yield _gauge("lost_bytes", "Bytes of files that fsck found to be lost.", status.lost_bytes)
     yield _counter(
         "stripes_put_back",
         "Stripes that were to be freed although files had bytes in them.",

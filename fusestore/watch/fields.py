@@ -215,6 +215,8 @@ class Status:
     failed_reads: int
     rows_mended: int
     rows_in_doubt: int
+    lost_bytes: int
+    """Bytes of files that are lost for good, as fsck found."""
     stripes_put_back: int
     repair: RunningRepair | None
     repairs: tuple[PastRepair, ...]

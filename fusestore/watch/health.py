@@ -42,6 +42,10 @@ def verdict(status: Status) -> str:
         problems.append(f"code {codes} does not survive the loss of a region")
     if status.rows_in_doubt or (status.cleaning and status.cleaning.doubtful_stripes):
         problems.append("rows of the metadata are damaged: run 'fusestore fsck --repair'")
+    if status.lost_bytes:
+        problems.append(
+            f"{bytes_text(status.lost_bytes)} of files are lost: 'fusestore fsck' names the files"
+        )
     if status.healthy and not problems:
         regions = _regions(status.regions_borne)
         return f"All data is safe: every node is up, and any {regions} may be lost."

@@ -30,6 +30,8 @@ class FsckResult:
     stripes: int
     """How many were checked."""
     lost_bytes: int
+    lost: tuple[str, ...]
+    """Sentences about the files with lost bytes."""
 
 
 @dataclass(frozen=True, slots=True)
