@@ -77,7 +77,7 @@ class Limits:
     checkpoint_seconds_max: float = 10.0
     checkpoint_changes_max: int = 10_000
     """Changed keys that wait in memory for the metadata database."""
-    freed_bytes_max: int = 12 * MIB
+    freed_bytes_max: int = 32 * MIB
     """Bytes on nodes that become free with a checkpoint; with more, and more than 1/64 of the
     files' bytes, one is due."""
     dump_journal_bytes_min: int = 8 * MIB
@@ -169,7 +169,7 @@ class Limits:
     """How often a recoding records its progress."""
     waste_percent_max: int = 15
     """Cleaning runs when waste exceeds this share of the files' bytes, and `waste_bytes_min`."""
-    waste_bytes_min: int = 24 * MIB
+    waste_bytes_min: int = 20 * MIB
     clean_rate: float | None = None
     """Bytes a second of I/O by cleaning; None: as much as the I/O of users allows."""
     clean_bytes: int = 4 * MIB

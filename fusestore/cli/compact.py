@@ -25,7 +25,7 @@ def compact(context: click.Context, store: Path, wait: bool, quiet: bool, as_jso
     """Give back the room of overwritten and deleted data in the mounted STORE.
 
     A mounted store cleans by itself when its garbage exceeds 15 % of the bytes of
-    files, and 24 MiB.  This command cleans all stripes that are there now and give
+    files, and 20 MiB.  This command cleans all stripes that are there now and give
     back at least an eighth of what must be written for them.  The files stay in
     use.  Cleaning runs in the daemon, gives way to users, and goes on if you
     interrupt this command; it ends with the mount.
