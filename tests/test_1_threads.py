@@ -249,6 +249,9 @@ def test_a_call_of_a_node_is_late_if_it_waits_for_one_that_hangs(kept: BaseExcep
     async def main() -> None:
         threads.keep()
         awake, calls = threading.Event(), NodeCalls(12)
+        await trio.sleep(0.1)  # until threads of other tests are idle
+        for _ in range(len(threads._idle) - threads.KEPT):
+            threads.start(awake.wait, lambda _: None)
         with none_started(kept), trio.fail_after(5):
             assert await calls.run(awake.wait, 0.1, None) is None
             assert calls.left_behind == 1
