@@ -15,7 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from ..errors import InvalidError, NotDurableError, NotMountedError, UsageError
+from ..errors import (
+    DamagedMetadataError,
+    InvalidError,
+    NotDurableError,
+    NotMountedError,
+    UsageError,
+)
 from ..files.filesystem import FileSystem
 from ..format.stripe_rows import LOST_STRIPE
 from ..log.owners import extents_of
@@ -152,9 +158,12 @@ async def fsck(context: Context, request: FsckRequest) -> FsckResult:
 async def _lost(context: Context) -> tuple[str, ...]:
     """Return sentences about the files of which bytes are lost for good."""
     lost: Counter[int] = Counter()
-    for ino, extent in extents_of(context.store.log.engine, LOST_STRIPE):
-        lost[ino] += extent.length
-    paths = await context.files.tree.paths(lost)
+    try:
+        for ino, extent in extents_of(context.store.log.engine, LOST_STRIPE):
+            lost[ino] += extent.length
+        paths = await context.files.tree.paths(lost)
+    except DamagedMetadataError as error:  # the row is one of the findings
+        return (f"The files with lost bytes are not known: {error}",)
     return tuple(f"{paths[ino]}: {counted(count, 'byte')} lost" for ino, count in lost.items())
 
 
